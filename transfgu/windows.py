@@ -1,0 +1,106 @@
+"""Sliding windows are a product: in each scale, window centres along y times window centres along x.
+
+Along one axis a window of s patches may be centred on every multiple of s / 2 that keeps it inside the grid, and on
+the place where it touches the grid's end. Whether a window is foreground then needs no image: the saliency of patches,
+weighted by how many pixel rows and columns of each patch the window covers.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+from torch import Tensor
+from torch.nn import functional as F
+
+from transfgu.errors import UserError
+
+
+def sliding_windows(
+    grid: tuple[int, int], scales: Sequence[float], patch_size: int = 8
+) -> Int[ndarray, "N 4"]:
+    """All windows over an image of `grid` = (h, w) patches: rows y0 y1 x0 x1 in pixels, half-open.
+
+    A window's side is `scale` of the image's shorter side; order is scale, then top to bottom, then left to right.
+    The last pixel row and column of a window's patches are left out: the published features were cut so.
+
+    Raises UserError if a scale is outside (0, 1], or leaves less than one patch, or if no window fits at all.
+    Source: TransFGU, section 3.1.
+    """
+    windows = [_windows_of_scale(grid, scale, patch_size) for scale in scales]
+    if sum(map(len, windows)) == 0:
+        raise UserError(
+            f"no window of scales {list(scales)} fits a grid of {grid[0]} x {grid[1]} patches: "
+            "use smaller scales or larger images"
+        )
+    return np.concatenate(windows)
+
+
+def _windows_of_scale(grid: tuple[int, int], scale: float, patch_size: int) -> Int[ndarray, "N 4"]:
+    if not 0 < scale <= 1:
+        raise UserError(f"window scale {scale} is not a share of the image's side: use values in (0, 1]")
+    side = int(min(grid) * scale)
+    if side < 1:
+        raise UserError(
+            f"window scale {scale} of {grid[0]} x {grid[1]} patches is less than a patch: "
+            "use larger scales or larger images"
+        )
+    rows, columns = (_spans(length, side, patch_size) for length in grid)
+    return np.concatenate([np.repeat(rows, len(columns), 0), np.tile(columns, (len(rows), 1))], 1)
+
+
+def _spans(length: int, side: int, patch_size: int) -> Int[ndarray, "n 2"]:
+    """Pixel spans, along an axis of `length` patches, of windows `side` patches wide."""
+    half = side / 2
+    centre = np.arange(length)
+    inside = (centre >= half) & (centre + half < length)
+    stop = inside & ((centre % half == 0) | (centre + half == length - 1))
+    first = np.ceil(centre[stop] - half).astype(np.int64)
+    last = np.floor(centre[stop] + half).astype(np.int64)
+    return np.stack([first * patch_size, (last + 1) * patch_size - 1], 1)
+
+
+def select_windows(
+    windows: Int[ndarray, "N 4"],
+    saliency: Bool[ndarray, "h w"],
+    patch_size: int,
+    *,
+    min_foreground: float = 0.5,
+    min_background: float = 0.8,
+) -> tuple[Int[ndarray, " foreground"], Int[ndarray, " background"]]:
+    """Indices of the windows whose salient share is above `min_foreground`, and of those whose unsalient share is
+    above `min_background` (shares of the window's pixels, 0 to 1).
+
+    `windows` are rows y0 y1 x0 x1 in pixels, as `sliding_windows` gives them; `saliency` says which patches are
+    salient. A window can be in neither list. Source: TransFGU, section 3.1.
+    """
+    h, w = saliency.shape
+    rows = _pixels_by_patch(windows[:, 0], windows[:, 1], h, patch_size)
+    columns = _pixels_by_patch(windows[:, 2], windows[:, 3], w, patch_size)
+    salient = ((rows @ saliency.astype(np.int64)) * columns).sum(1)  # (N, h) @ (h, w) -> pixels of each window
+    area = rows.sum(1) * columns.sum(1)
+    return (
+        np.flatnonzero(salient / area > min_foreground),
+        np.flatnonzero((area - salient) / area > min_background),
+    )
+
+
+def _pixels_by_patch(
+    start: Int[ndarray, " N"], stop: Int[ndarray, " N"], patches: int, patch_size: int
+) -> Int[ndarray, "N patches"]:
+    """How many pixels of each patch lie in [start, stop), along one axis."""
+    edge = np.arange(patches) * patch_size
+    return np.clip(
+        np.minimum(stop[:, None], edge + patch_size) - np.maximum(start[:, None], edge), 0, patch_size
+    )
+
+
+def crop_windows(
+    image: Float[Tensor, "3 H W"], windows: Int[ndarray, "N 4"], size: tuple[int, int]
+) -> Float[Tensor, "N 3 height width"]:
+    """Cut `windows` (rows y0 y1 x0 x1, pixels) and resize each to `size` (bilinear, no antialias)."""
+    crops = image.new_empty(len(windows), 3, *size)
+    for crop, (y0, y1, x0, x1) in zip(crops, windows.tolist(), strict=True):
+        crop.copy_(F.interpolate(image[None, :, y0:y1, x0:x1], size, mode="bilinear")[0])
+    return crops
