@@ -1,0 +1,120 @@
+"""Class embeddings and patch tokens attend to each other, and a mask is nothing but their cosine.
+
+The decoder holds one learned embedding per class. It joins them to an image's patch tokens, lets two transformer
+blocks mix the sequence, and reads each class's mask off as the cosine between its embedding and every patch,
+normalised over classes. It is Segmenter's decoder (Strudel et al. 2021), as TransFGU uses it.
+"""
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from transfgu.errors import UserError
+
+
+class MaskDecoder(nn.Module):
+    """Patch tokens to class masks.
+
+    Parameters carry the published implementation's names, so that its weights load as they are.
+
+    Args:
+        width: d, channels inside the decoder.
+        classes: C, how many classes are told apart, the background included where there is one.
+        num_heads: attention heads; must divide ``width``.
+        depth: transformer blocks.
+        dropout: share of activations dropped in attention, projection and MLP while training.
+        patch_width: channels of the incoming patch tokens; ``width`` unless given.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``width``, or there are no two classes to tell apart.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        classes: int,
+        *,
+        num_heads: int,
+        depth: int = 2,
+        dropout: float = 0.1,
+        patch_width: int | None = None,
+    ) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"a decoder of width {width} cannot have {num_heads} heads: choose a divisor")
+        if classes < 2:
+            raise ValueError(f"a decoder of {classes} class has nothing to tell apart: it needs two")
+        self.width = width
+        self.classes = classes
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, proj_drop=dropout, attn_drop=dropout, norm_layer=nn.LayerNorm)
+            for _ in range(depth)
+        )
+        self.cls_emb = nn.Parameter(torch.empty(1, classes, width))
+        self.proj_dec = nn.Linear(patch_width or width, width)
+        self.proj_patch = nn.Parameter(width**-0.5 * torch.randn(width, width))
+        self.proj_classes = nn.Parameter(width**-0.5 * torch.randn(width, width))
+        self.decoder_norm = nn.LayerNorm(width)
+        self.mask_norm = nn.LayerNorm(classes)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # The published code hands orthogonal_ a (1, C, d) tensor, which it flattens to a single row: the embeddings
+        # come out nearly orthogonal, and of unit length all together. Here they are orthogonal, at that same scale.
+        nn.init.orthogonal_(self.cls_emb[0], gain=classes**-0.5)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor], *, num_heads: int) -> Self:
+        """A decoder with these weights, its sizes read off the tensors, in evaluation mode.
+
+        Args:
+            state_dict: ours or a published one, bare or inside a whole model's (``module.``, ``decoder.``).
+            num_heads: not recorded in any tensor; 6 in the published weights.
+
+        Raises:
+            UserError: the tensors are not those of a mask decoder.
+        """
+        prefixes = [name.removesuffix("cls_emb") for name in state_dict if name.endswith("cls_emb")]
+        students = [prefix for prefix in prefixes if "teacher" not in prefix]
+        if len(students) != 1:
+            raise UserError(
+                f"these weights hold {len(students)} mask decoders (a tensor cls_emb each) where one is needed: "
+                "give the file of a decoder"
+            )
+        weights = {
+            name.removeprefix(students[0]): tensor
+            for name, tensor in state_dict.items()
+            if name.startswith(students[0])
+        }
+        if "proj_dec.weight" not in weights:
+            raise UserError("these weights are not a mask decoder's: proj_dec.weight is missing")
+        _, classes, width = weights["cls_emb"].shape
+        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        decoder = cls(
+            width, classes, num_heads=num_heads, depth=depth, patch_width=weights["proj_dec.weight"].shape[1]
+        )
+        try:
+            decoder.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"these weights are not a mask decoder's: {error}") from error
+        return decoder.eval()
+
+    def forward(
+        self, patches: Float[Tensor, "B hw patch_width"]
+    ) -> tuple[Float[Tensor, "B hw C"], Float[Tensor, "B C d"]]:
+        """Logits of every patch, and the class embeddings after they have seen the image, of unit length."""
+        tokens = torch.cat((self.proj_dec(patches), self.cls_emb.expand(len(patches), -1, -1)), dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        tokens = self.decoder_norm(tokens)  # (B, hw + C, d)
+        patches, classes = tokens.split((patches.shape[1], self.classes), dim=1)
+        patches = F.normalize(patches @ self.proj_patch, dim=-1)
+        class_embeddings = F.normalize(classes @ self.proj_classes, dim=-1)
+        return self.mask_norm(patches @ class_embeddings.mT), class_embeddings

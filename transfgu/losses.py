@@ -1,0 +1,232 @@
+"""Every term is a sum over pixels or images divided by a count known before the student has run.
+
+That one property makes the loss indifferent to how a batch is cut: a worker's slice, or a micro-batch of it, adds its
+share of the sums, and the shares add up to the loss, and to the gradient, of the whole. Even the uncertainty, whose
+count of foreground pixels differs from slice to slice, depends on the pseudo labels alone for it.
+
+The terms are TransFGU's (Yin et al. 2022): a peer loss, the diversity of class embeddings, the predictions' uncertainty.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from transfgu.maps import background_map, scale_maps
+
+FOREGROUND = 0.1
+"""A pixel is foreground, to the uncertainty, where some map scaled to [0, 1] exceeds this."""
+
+Permutation = Int[Tensor, " C"] | Int[np.ndarray, " C"] | Sequence[int]
+
+
+class PixelLosses(NamedTuple):
+    """What each pixel adds to the loss, before any mean."""
+
+    peer: Float[Tensor, "B h w"]
+    uncertainty: Float[Tensor, "B h w"]
+    """1 - (p' - p''), whether the pixel is counted or not."""
+    counted: Bool[Tensor, "B h w"]
+    """The pixels whose uncertainty counts: all, or the foreground where there is a background class."""
+    labels: Int[Tensor, "B h w"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss, its three terms, and the labels it was computed against."""
+
+    total: Float[Tensor, ""]
+    peer: Float[Tensor, ""]
+    diversity: Float[Tensor, ""]
+    uncertainty: Float[Tensor, ""]
+    labels: Int[Tensor, "B h w"]
+
+
+class Shares(NamedTuple):
+    """What one image and one counted pixel weigh in the global batch, times the number of workers.
+
+    With that factor, the *average* over workers, which is what data-parallel training takes of gradients, is the
+    value of the global batch, however unequal the workers' slices.
+    """
+
+    image: Float[Tensor, ""]
+    pixel: Float[Tensor, ""]
+
+
+def worker_count() -> int:
+    """Workers of the default process group; 1 where there is none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def batch_shares(maps: Float[Tensor, "B K h w"], background_threshold: float | None = None) -> Shares:
+    """Weights for every part of this worker's slice; all workers must call it, once a step.
+
+    Args:
+        maps: the pseudo-label maps of the whole slice, unscaled.
+        background_threshold: T_bg where class 0 is background.
+    """
+    images, _, height, width = maps.shape
+    counts = torch.tensor([images, images * height * width], device=maps.device)
+    if background_threshold is not None:
+        counts[1] = foreground(scale_maps(maps.float())).sum()
+    if worker_count() > 1:
+        dist.all_reduce(counts)
+    shares = worker_count() / counts.clamp(min=1)
+    return Shares(image=shares[0], pixel=shares[1])
+
+
+def foreground(scaled: Float[Tensor, "B K h w"]) -> Bool[Tensor, "B h w"]:
+    """Pixels where some map, scaled to [0, 1], stands out."""
+    return (scaled > FOREGROUND).any(dim=1)
+
+
+def pixel_losses(
+    logits: Float[Tensor, "B C h w"],
+    maps: Float[Tensor, "B K h w"],
+    teacher_logits: Float[Tensor, "B C h w"] | None = None,
+    *,
+    alpha: float,
+    permutation: Permutation | None = None,
+    background_threshold: float | None = None,
+) -> PixelLosses:
+    """Peer loss, uncertainty and pseudo label of each pixel; arguments as in `bootstrapping_loss`."""
+    concepts = logits.shape[1] - (background_threshold is not None)
+    if maps.shape[1] != concepts:
+        raise ValueError(f"{logits.shape[1]} classes need {concepts} maps an image, not {maps.shape[1]}")
+    if teacher_logits is not None and permutation is None:
+        raise ValueError("a teacher needs the permutation of classes that makes its negative labels")
+
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    with torch.no_grad():
+        evidence = scale_maps(maps.to(logits.dtype))
+        if background_threshold is None:
+            counted = torch.ones_like(evidence[:, 0], dtype=torch.bool)
+        else:
+            counted = foreground(evidence)
+            evidence = torch.cat((background_map(evidence, background_threshold), evidence), dim=1)
+        if teacher_logits is not None:
+            evidence = 0.5 * teacher_logits.to(logits.dtype).softmax(dim=1) + 0.5 * evidence
+        labels = evidence.argmax(dim=1)
+
+    peer = F.cross_entropy(logits, labels, reduction="none")
+    if teacher_logits is not None:
+        order = torch.as_tensor(permutation, device=logits.device)
+        peer = peer - alpha * F.cross_entropy(logits, evidence[:, order].argmax(dim=1), reduction="none")
+
+    # The background is left out of p' and p'': at foreground pixels the question is which concept, not whether.
+    probabilities = logits[:, logits.shape[1] - concepts :].softmax(dim=1)
+    if concepts == 1:
+        uncertainty = 1 - probabilities[:, 0]  # no second class: p'' is 0
+    else:
+        first, second = probabilities.topk(2, dim=1).values.unbind(dim=1)
+        uncertainty = 1 - (first - second)
+    return PixelLosses(peer, uncertainty, counted, labels)
+
+
+def diversity(class_embeddings: Float[Tensor, "B C d"]) -> Float[Tensor, " B"]:
+    """1 + the mean cosine over the C (C - 1) / 2 pairs of each image's class embeddings, of unit length.
+
+    The squared length of the embeddings' sum holds every pair twice, and each embedding with itself: the sum over
+    pairs costs C d, not C^2 d.
+    """
+    classes = class_embeddings.shape[1]
+    own = class_embeddings.square().sum(dim=(1, 2))
+    pairs = class_embeddings.sum(dim=1).square().sum(dim=1) - own
+    return 1 + pairs / (classes * (classes - 1))
+
+
+def loss_share(
+    shares: Shares,
+    logits: Float[Tensor, "B C h w"],
+    class_embeddings: Float[Tensor, "B C d"],
+    maps: Float[Tensor, "B K h w"],
+    teacher_logits: Float[Tensor, "B C h w"] | None = None,
+    *,
+    omega_1: float,
+    omega_2: float,
+    alpha: float,
+    permutation: Permutation | None = None,
+    background_threshold: float | None = None,
+) -> Loss:
+    """What these images add to the loss of the global batch: sum it over parts, average it over workers.
+
+    Arguments are those of `bootstrapping_loss`, and the ``shares`` of the slice that these images are part of.
+    """
+    pixels = pixel_losses(
+        logits,
+        maps,
+        teacher_logits,
+        alpha=alpha,
+        permutation=permutation,
+        background_threshold=background_threshold,
+    )
+    _, _, height, width = logits.shape
+    peer = pixels.peer.sum() * (shares.image / (height * width))
+    diverse = diversity(class_embeddings).sum() * shares.image
+    uncertainty = (pixels.uncertainty * pixels.counted).sum() * shares.pixel
+    total = peer + omega_1 * diverse + omega_2 * uncertainty
+    return Loss(total, peer, diverse, uncertainty, pixels.labels)
+
+
+def bootstrapping_loss(
+    logits: Float[Tensor, "B C h w"],
+    class_embeddings: Float[Tensor, "B C d"],
+    maps: Float[Tensor, "B K h w"],
+    teacher_logits: Float[Tensor, "B C h w"] | None = None,
+    *,
+    omega_1: float,
+    omega_2: float,
+    alpha: float,
+    permutation: Permutation | None = None,
+    background_threshold: float | None = None,
+) -> Loss:
+    """``L = L_peer + omega_1 L_div + omega_2 L_unc`` of a batch.
+
+    Where ``torch.distributed`` is initialised, every worker must call it with its slice of the global batch. Values
+    are then the global batch's on every worker, and gradients are such that their average over workers, as
+    DistributedDataParallel takes it, is the global batch's.
+
+    Args:
+        logits: of the student, P before its softmax.
+        class_embeddings: of the student, unit length.
+        maps: pseudo-label maps, unscaled: they are scaled to [0, 1] over all concepts of an image.
+        teacher_logits: of the teacher, on the same images; without them labels come from the maps alone, and the
+            peer loss is the cross entropy with them.
+        omega_1: weight of the diversity.
+        omega_2: weight of the uncertainty.
+        alpha: weight of the negative label's cross entropy.
+        permutation: of the C classes, for the negative labels; the same on every worker. Required with a teacher.
+        background_threshold: T_bg, in units of scaled maps. If given, class 0 is background, and C = K + 1.
+
+    Raises:
+        ValueError: the maps are not one a class, or a teacher comes without a permutation.
+    """
+    loss = loss_share(
+        batch_shares(maps, background_threshold),
+        logits,
+        class_embeddings,
+        maps,
+        teacher_logits,
+        omega_1=omega_1,
+        omega_2=omega_2,
+        alpha=alpha,
+        permutation=permutation,
+        background_threshold=background_threshold,
+    )
+    if worker_count() == 1:
+        return loss
+    parts = (loss.total, loss.peer, loss.diversity, loss.uncertainty)
+    values = torch.stack(parts).detach()
+    dist.all_reduce(values)
+    # Values from all workers, gradients from this one.
+    total, peer, diverse, uncertainty = (
+        part + (value - part).detach() for part, value in zip(parts, values / worker_count(), strict=True)
+    )
+    return Loss(total, peer, diverse, uncertainty, loss.labels)

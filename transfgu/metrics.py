@@ -1,0 +1,91 @@
+"""Scores need nothing but one matrix of counts, so a whole validation set is a sum of small integer matrices.
+
+Clusters carry no names: each true class is first given its own cluster by Hungarian matching on the whole set's
+matrix, and IoU and accuracy follow from the matched cells.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
+from scipy.optimize import linear_sum_assignment
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well clusters, matched to classes, segment a data set; NaN where there is nothing to score."""
+
+    mean_iou: float
+    """Percent; classes absent from both labels and predictions are left out."""
+    pixel_accuracy: float
+    """Percent of labelled pixels whose cluster is matched to their class."""
+    iou: Float[np.ndarray, " C"]
+    """Percent, by true class; NaN for a class absent from both labels and predictions."""
+    clusters: Int[np.ndarray, " C"]
+    """The cluster matched to each true class; -1 where there are fewer clusters than classes."""
+
+
+def confusion_matrix(
+    labels: ArrayLike, predictions: ArrayLike, num_classes: int, num_clusters: int | None = None
+) -> Int[np.ndarray, "C clusters"]:
+    """Counts of pixels, true class by predicted cluster, int64.
+
+    Args:
+        labels: true classes, of any shape and integer type; those outside [0, ``num_classes``) are ignored.
+        predictions: clusters, of the same shape.
+        num_classes: C.
+        num_clusters: how many clusters there are; C unless given.
+
+    Raises:
+        ValueError: the shapes differ, or a prediction at a labelled pixel is no cluster.
+    """
+    num_clusters = num_classes if num_clusters is None else num_clusters
+    true, predicted = np.asarray(labels), np.asarray(predictions)
+    if true.shape != predicted.shape:
+        raise ValueError(f"labels {true.shape} and predictions {predicted.shape} differ in shape")
+    labelled = (true >= 0) & (true < num_classes)
+    # To int64 first: a uint8 label times the number of clusters would wrap around.
+    true, predicted = true[labelled].astype(np.int64), predicted[labelled].astype(np.int64)
+    if len(predicted) and not 0 <= predicted.min() <= predicted.max() < num_clusters:
+        raise ValueError(
+            f"predictions from {predicted.min()} to {predicted.max()} do not fit {num_clusters} clusters"
+        )
+    cells = np.bincount(num_clusters * true + predicted, minlength=num_classes * num_clusters)
+    return cells.reshape(num_classes, num_clusters)
+
+
+def match_clusters(confusion: Int[np.ndarray, "C clusters"]) -> Int[np.ndarray, " C"]:
+    """For each true class its cluster, one to one, so that the most pixels agree (Hungarian matching).
+
+    Where there are fewer clusters than classes, the classes left over get -1.
+    """
+    confusion = np.asarray(confusion)
+    classes, clusters = linear_sum_assignment(confusion.max(initial=0) - confusion)
+    matched = np.full(len(confusion), -1, dtype=np.int64)
+    matched[classes] = clusters
+    return matched
+
+
+def scores(confusion: Int[np.ndarray, "C clusters"]) -> Scores:
+    """Match clusters to classes, and score; takes the raw matrix of the whole set.
+
+    A cluster that is matched to no class (more clusters than classes) is an error wherever it is predicted.
+    """
+    confusion = np.asarray(confusion)
+    clusters = match_clusters(confusion)
+    has_cluster = clusters >= 0
+    rows = np.flatnonzero(has_cluster)
+    hits, predicted = np.zeros((2, len(confusion)), dtype=np.int64)
+    hits[rows] = confusion[rows, clusters[rows]]
+    predicted[rows] = confusion.sum(axis=0)[clusters[rows]]
+    union = confusion.sum(axis=1) + predicted - hits
+    iou = np.full(len(confusion), np.nan)
+    np.divide(100.0 * hits, union, out=iou, where=union > 0)
+    pixels = confusion.sum()
+    return Scores(
+        mean_iou=float(np.mean(iou[union > 0])) if pixels else float("nan"),
+        pixel_accuracy=float(100.0 * hits.sum() / pixels) if pixels else float("nan"),
+        iou=iou,
+        clusters=clusters,
+    )
