@@ -1,0 +1,40 @@
+# Everything below sets itself up: python3 (3.11 or later) and pip are all that must be there.
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+# FAISS comes for one kind of device or the other.
+EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+RUN ?= $(HOME)/transfgu/shapes
+
+.PHONY: demo test test-pure lint types setup clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (torch and Ray: a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),dev]'
+	@touch $@
+
+demo: setup  ## the embedded demonstration, from scenes to report
+	$(PY) jobs/train.py shapes --run $(RUN)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: setup
+	$(VENV)/bin/mypy
+
+test-pure: setup  ## the part that needs no Ray
+	$(PY) -m pytest -q -m "not ray"
+
+test: lint types  ## lint, types, and the whole suite with coverage
+	$(PY) -m coverage erase
+	$(PY) -m coverage run -m pytest -q -m "not ray"
+	$(PY) -m coverage run -m pytest -q -m ray
+	$(PY) -m coverage combine --quiet
+	$(PY) -m coverage report --fail-under=90
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

@@ -1,0 +1,32 @@
+"""Segment a data set without labels: features, concepts, pseudo labels, training, evaluation, report.
+
+`python jobs/train.py` runs the embedded demonstration; `python jobs/train.py coco-stuff-27 --data URI` a benchmark.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from transfgu.artifacts import Run
+from transfgu.command_line import Parser, add_recipe, recipe_of, run_job
+from transfgu.pipeline import run_stages
+from transfgu.recipe import STAGES
+
+
+def main() -> None:
+    """Parse the command line and run the pipeline."""
+    parser = Parser(__doc__ or "")
+    add_recipe(parser)
+    parser.add_argument("--run", metavar="URI", help="run folder: a path or URI (default: ~/transfgu/PRESET)")
+    parser.add_argument("--until", metavar="STAGE", default=STAGES[-1], help=f"stop after this stage: {', '.join(STAGES)}")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("--verbose", action="store_true", help="let Ray's own messages through")
+    arguments = parser.parse()
+    recipe = recipe_of(arguments)
+    run = Run(arguments.run or str(Path.home() / "transfgu" / recipe.preset))
+    run_stages(recipe, run, until=arguments.until, quiet=arguments.quiet, verbose=arguments.verbose)
+
+
+if __name__ == "__main__":
+    run_job(main)

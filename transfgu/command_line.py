@@ -1,0 +1,144 @@
+"""The command line is the recipe: one flag a field, made from the fields' own metadata.
+
+A flag is the field's dotted name (``--training.omega_1``), or its last part where just one component has it
+(``--omega_1``). Whatever a user gets wrong is answered in one line.
+"""
+
+import argparse
+import difflib
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from transfgu import storage
+from transfgu.errors import UserError
+from transfgu.recipe import FIELDS, PRESETS, Recipe, from_yaml, kind_name, preset, short_names
+
+_GROUPS = {
+    "": "data and seed",
+    "dataset": "images and labels",
+    "encoder": "encoder (frozen, self-supervised ViT)",
+    "windows": "features: sliding windows",
+    "concepts": "concepts: K-Means over class tokens",
+    "pseudo_labels": "pseudo labels: concept maps",
+    "decoder": "mask decoder",
+    "training": "bootstrapped training",
+    "evaluation": "evaluation",
+    "compute": "where it runs (changes no result)",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and name near flags for a misspelt one."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Help)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError in place of printing the usage."""
+        raise UserError(f"{message} (--help shows every flag)")
+
+    def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        """The parsed arguments.
+
+        Raises:
+            UserError: an unknown flag, a missing value, or one word too many.
+        """
+        known, rest = self.parse_known_args(arguments)
+        if rest:
+            if not rest[0].startswith("-"):
+                raise UserError(f"{rest[0]} is one word too many (--help shows how to call this)")
+            flag = rest[0].split("=")[0]
+            flags = [f for action in self._actions for f in action.option_strings]
+            near = difflib.get_close_matches(flag, flags, n=3, cutoff=0.5)
+            raise UserError(f"there is no flag {flag}; {'near ones: ' + ', '.join(near) if near else '--help shows all'}")
+        return known
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=120)
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add the positional preset and a flag for every field of the recipe."""
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of {', '.join(PRESETS)} (default: shapes)")
+    parser.add_argument("--recipe", metavar="URI", help="start from this YAML recipe instead of a preset")
+    short = {full: name for name, full in short_names().items()}
+    defaults = preset("shapes").flat()
+    groups = {c: parser.add_argument_group(title) for c, title in _GROUPS.items()}
+    for name, info in FIELDS.items():
+        if name == "preset":
+            continue
+        flags = [f"--{name}", *([f"--{short[name]}"] if name in short else [])]
+        unit = f" [{info.unit}]" if info.unit else ""
+        value = defaults[name]
+        shown = ",".join(map(str, value)) if isinstance(value, list) else value
+        note = f" (default for shapes: {shown})" if shown != "" else ""
+        extra: dict[str, Any] = {"nargs": "?", "const": "true"} if info.kind is bool else {}
+        groups[name.rpartition(".")[0]].add_argument(
+            *flags,
+            dest=f"field:{name}",
+            metavar=_metavar(info.kind),
+            help=f"{info.doc}{unit}{note}".replace("%", "%%"),
+            **extra,
+        )
+
+
+def _metavar(kind: Any) -> str:
+    return {int: "N", float: "X", str: "TEXT", bool: "BOOL"}.get(kind) or (
+        "|".join(kind_name(kind).removeprefix("one of ").split(", ")) if kind_name(kind).startswith("one of") else "N,N"
+    )
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments ask for.
+
+    Raises:
+        UserError: unknown preset, or a bad value.
+    """
+    if arguments.recipe:
+        if arguments.preset:
+            raise UserError("give a PRESET or --recipe, not both")
+        recipe = from_yaml(storage.read_bytes(arguments.recipe).decode())
+    else:
+        recipe = preset(arguments.preset or "shapes")
+    given = {n.removeprefix("field:"): v for n, v in vars(arguments).items() if n.startswith("field:") and v is not None}
+    return recipe.with_fields(given)
+
+
+def run_job(job: Callable[[], None]) -> NoReturn:
+    """Run a job's main function and exit; a user's mistake or Ctrl-C ends in one line, never a stack trace."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        job()
+    except UserError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on from what is done", 130)
+    except Exception as error:
+        # Ray wraps what a task or actor raised in errors of its own.
+        cause = find_user_error(error)
+        if cause is None:
+            raise
+        _fail(str(cause), 2)
+    sys.exit(0)
+
+
+def find_user_error(error: BaseException | None) -> UserError | None:
+    """The UserError that lies under Ray's own errors, if one does."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, UserError):
+            return error
+        seen.add(id(error))
+        failures = getattr(error, "worker_failures", None)
+        inner = next(iter(failures.values()), None) if isinstance(failures, dict) else getattr(error, "cause", None)
+        error = inner if isinstance(inner, BaseException) else error.__cause__
+    return None
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"\n{message}" if sys.stderr.isatty() else message, file=sys.stderr, flush=True)
+    sys.exit(status)

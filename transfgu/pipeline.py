@@ -1,0 +1,157 @@
+"""The stages in order; one whose artefact is complete is skipped, so a run that was stopped goes on by the same command.
+
+What can be known to fail is found before Ray starts: a GPU is held only for a run that can work.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transfgu import datasets, storage
+from transfgu.artifacts import Manifest, Outcome, Run
+from transfgu.encoder import patch_size_of
+from transfgu.errors import UserError
+from transfgu.recipe import STAGES, Recipe
+
+_SIZES = ("dataset.image_size", "dataset.feature_size", "dataset.training_size", "windows.size")
+
+
+def fit_to_patch(recipe: Recipe, patch_size: int) -> Recipe:
+    """Bring a preset's image sides to the encoder's patch: with patch 14, 320 becomes 322.
+
+    Raises:
+        UserError: a side that the user gave, rather than the preset, is no multiple of the patch.
+    """
+    from transfgu.recipe import preset
+
+    published = preset(recipe.preset).flat()
+    flat = recipe.flat()
+    changes: dict[str, Any] = {}
+    for name in _SIZES:
+        near = [max(1, round(side / patch_size)) * patch_size for side in flat[name]]
+        if near == flat[name]:
+            continue
+        if flat[name] != published[name]:
+            raise UserError(
+                f"{name} {'x'.join(map(str, flat[name]))} is no multiple of the encoder's patch, {patch_size}: "
+                f"use {'x'.join(map(str, near))}"
+            )
+        changes[name] = near
+    return recipe.with_fields(changes)
+
+
+def preflight(recipe: Recipe, run: Run) -> Recipe:
+    """Find what would fail later, without Ray: data, encoder, sizes, run folder.
+
+    Returns:
+        The recipe with its image sides brought to the encoder's patch.
+
+    Raises:
+        UserError: the first thing found wrong.
+    """
+    datasets.preflight(recipe)
+    recipe = fit_to_patch(recipe, patch_size_of(recipe.encoder.name, recipe.encoder.weights))
+    storage.check_writable(run.uri)
+    return recipe
+
+
+def _stage_function(stage: str) -> Callable[..., Outcome]:
+    # Imported when run: each stage brings Ray, and some bring FAISS or torch, which a skipped stage need not load.
+    import importlib
+
+    function: Callable[..., Outcome] = importlib.import_module(f"transfgu.stages.{stage}").run
+    return function
+
+
+def run_stages(
+    recipe: Recipe, run: Run, *, until: str = STAGES[-1], quiet: bool = False, verbose: bool = False
+) -> dict[str, Any]:
+    """Run the stages up to and including `until`, then write `metrics.json` and `report.html`.
+
+    Args:
+        recipe: what to compute.
+        run: where; stages that are complete there are skipped.
+        until: the last stage to run.
+        quiet: print nothing.
+        verbose: let Ray's messages through.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        UserError: a mistake of the user's, before or while the stages run.
+    """
+    if until not in STAGES:
+        raise UserError(f"there is no stage {until}; choose one of {', '.join(STAGES)}")
+    recipe = preflight(recipe, run)
+    stages = STAGES[: STAGES.index(until) + 1]
+    complete = {stage: run.artifact(stage).check(recipe) for stage in stages}
+    storage.write_bytes(run.file("recipe.yaml"), recipe.to_yaml().encode())
+    say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
+    say(f"{recipe.preset}: {', '.join(stages)} in {run.uri}")
+
+    manifests: dict[str, Manifest] = {}
+    for stage in stages:
+        artifact = run.artifact(stage)
+        if complete[stage]:
+            manifest = artifact.manifest()
+            assert manifest is not None
+            say(f"{stage}: complete already ({manifest.outcome.items} items, {manifest.seconds:.1f} s at the time), skipped")
+        else:
+            manifest = _run_stage(stage, recipe, run, quiet=quiet, verbose=verbose)
+            say(f"{stage}: {manifest.outcome.items} items in {manifest.seconds:.1f} s{_left_out_note(manifest)}")
+        manifests[stage] = manifest
+    return _conclude(recipe, run, manifests, complete, say)
+
+
+def _run_stage(stage: str, recipe: Recipe, run: Run, *, quiet: bool, verbose: bool) -> Manifest:
+    from transfgu import runtime
+
+    runtime.connect(verbose=verbose)
+    runtime.check_shared(run.uri)
+    started = time.monotonic()
+    run.artifact(stage).begin(recipe)
+    outcome = _stage_function(stage)(recipe, run, runtime.Progress(stage, quiet=quiet))
+    return run.artifact(stage).commit(recipe, outcome, started)
+
+
+def _left_out_note(manifest: Manifest) -> str:
+    left_out = manifest.outcome.left_out
+    return f", {len(left_out)} left out ({left_out[0].name}: {left_out[0].reason}, ...)" if left_out else ""
+
+
+def _conclude(
+    recipe: Recipe,
+    run: Run,
+    manifests: dict[str, Manifest],
+    complete: dict[str, bool],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    scores: dict[str, Any] = {}
+    if "evaluation" in manifests:
+        scores = json.loads(storage.read_bytes(run.artifact("evaluation").file("scores.json")))
+    metrics: dict[str, Any] = {
+        "preset": recipe.preset,
+        "mean_iou": None,
+        "pixel_accuracy": None,
+        "iou": None,
+        **scores,
+        "stages": {
+            s: {"seconds": m.seconds, "items": m.outcome.items, "skipped": complete[s], **m.outcome.details}
+            for s, m in manifests.items()
+        },
+        "left_out": [{"stage": s, **dataclasses.asdict(x)} for s, m in manifests.items() for x in m.outcome.left_out],
+    }
+    storage.write_bytes(run.file("metrics.json"), json.dumps(metrics, indent=1).encode())
+    if "evaluation" in manifests:
+        from transfgu import report
+
+        where = report.write(recipe, run, manifests, metrics)
+        if metrics["mean_iou"] is not None:
+            say(f"mIoU {metrics['mean_iou']:.2f} %, pixel accuracy {metrics['pixel_accuracy']:.2f} %")
+        else:
+            say("no labels, no scores: the report shows the predictions")
+        say(f"report: {where}")
+    return metrics
