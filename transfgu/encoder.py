@@ -1,0 +1,494 @@
+"""Only one row of one attention matrix matters: the class token's, in the last block.
+
+Saliency is that row. A concept's map is the gradient of a cosine on that row, and on nothing before it, so with the
+last block's keys and values at hand the gradients of all concepts are one batched vector-Jacobian product through
+one token's projection and MLP: K maps cost little more than a forward pass. And where only the class token is
+wanted, the last block works on that token alone. All other attention is fused and never seen.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import timm
+import torch
+from jaxtyping import Bool, Float, UInt8
+from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models import eva, vision_transformer
+from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from transfgu.errors import UserError
+from transfgu.weight_files import PACKAGE, WeightFile, read_weights, unwrap
+
+PositionResize = Literal["dino", "timm"]
+Channels = tuple[float, float, float]
+
+IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
+IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+MASS_KEPT = 0.8  # share of a positive gradient's mass that its largest values make up (published)
+SHIPPED = "vit_shapes"  # the encoder that is part of this package
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """What a forward pass gives. Tokens are after the final norm; attention is the last block's, from the class
+    token to each patch, by head (rows sum to less than 1: the rest went to class and register tokens)."""
+
+    cls: Float[Tensor, "B d"]
+    patches: Float[Tensor, "B hw d"]
+    cls_attention: Float[Tensor, "B heads hw"]
+    grid: tuple[int, int]  # (h, w), patches
+
+
+def normalise(
+    images: UInt8[Tensor, "B 3 H W"], mean: Channels = IMAGENET_MEAN, std: Channels = IMAGENET_STD
+) -> Float[Tensor, "B 3 H W"]:
+    """Pixels 0 to 255 to an encoder's input: (pixel / 255 - mean) / std, by channel."""
+    scale = images.new_tensor(std, dtype=torch.float32).mul(255).view(3, 1, 1)
+    shift = images.new_tensor(mean, dtype=torch.float32).mul(255).view(3, 1, 1)
+    return (images - shift) / scale
+
+
+def patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """The (h, w) patches of an image of `size` = (H, W) pixels; UserError where the patch does not divide a side."""
+    for side in size:
+        if side % patch_size or side == 0:
+            below = side // patch_size * patch_size
+            good = " or ".join(str(good) for good in (below, below + patch_size) if good)
+            raise UserError(
+                f"image side {side} is not a multiple of the encoder's patch, {patch_size}: use {good} pixels"
+            )
+    return size[0] // patch_size, size[1] // patch_size
+
+
+class Encoder(nn.Module):
+    """A frozen, self-supervised vision transformer: class token, patch tokens, the class token's attention, and maps.
+
+    It wraps timm's `VisionTransformer` or `Eva` (rotary positions), as DINO, DINOv2 and DINOv3 have them. Images are
+    (B, 3, H, W), normalised by `mean` and `std`, of any sides that `patch_size` divides. `patch_size`, `width`,
+    `num_heads` and `depth` are the transformer's.
+    """
+
+    def __init__(
+        self,
+        vit: VisionTransformer | Eva,
+        *,
+        position_resize: PositionResize = "timm",
+        mean: Channels = IMAGENET_MEAN,
+        std: Channels = IMAGENET_STD,
+    ) -> None:
+        """Raises ValueError for a transformer whose last block can't be taken apart, such as one without a class
+        token."""
+        super().__init__()
+        _check_supported(vit)
+        if position_resize not in get_args(PositionResize):
+            raise ValueError(f"position_resize is {position_resize!r}: use one of {get_args(PositionResize)}")
+        self.vit = vit
+        self.position_resize = position_resize
+        self.mean = mean
+        self.std = std
+        self.patch_size: int = vit.patch_embed.patch_size[0]
+        self.width: int = vit.embed_dim
+        self.depth = len(vit.blocks)
+        self.num_heads: int = vit.blocks[-1].attn.num_heads
+        self.requires_grad_(False).eval()
+
+    @staticmethod
+    def from_state_dict(
+        state_dict: Mapping[str, Tensor],
+        *,
+        patch_size: int,
+        num_heads: int,
+        position_resize: PositionResize = "dino",
+    ) -> "Encoder":
+        """An encoder with these weights; width, depth, native grid, MLP and biases are read off their shapes.
+
+        Names are DINO's, which are timm's. LayerNorm's eps is 1e-6. Raises UserError where the tensors do not make a
+        plain vision transformer of this patch and number of heads.
+        """
+        tensors = unwrap("the state dict", state_dict)
+        tensors.pop("mask_token", None)
+        vit = _vit_of_shapes(tensors, patch_size, num_heads)
+        _load(vit, tensors, "the state dict")
+        return Encoder(vit, position_resize=position_resize)
+
+    @staticmethod
+    def from_pretrained(name: str, weights: str = "pretrained") -> "Encoder":
+        """The encoder called `name`: a timm name, or `vit_shapes`, the small one shipped with this package.
+
+        `weights`: "pretrained" (timm's from the hub; the shipped file), "random" (the same at every call), or a path or URI of
+        a `.pth` or `.safetensors` file. A safetensors file whose metadata holds `patch_size` and `num_heads`, as
+        our own pretraining writes it, describes its encoder by itself: `name` may then be any name that timm does not
+        have. Position embeddings are resized as DINO does for DINO's models, otherwise as timm does.
+
+        Raises UserError for an unknown name and for weights which are missing, of other shapes, or not plain tensors.
+        """
+        if not timm.is_model(name):
+            return _self_described(name, weights)
+        if weights == "random":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                vit = _create(name)
+        elif weights == "pretrained":
+            vit = _create(name, pretrained=True)
+        else:
+            return _from_file(name, weights)
+        return _of_timm(vit, name)
+
+    # What one can ask of it, from least to most work.
+
+    def attention_map(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w"]:
+        """The class token's attention to each patch in the last block, averaged over heads. Nothing else of that block
+        is computed."""
+        x, rope, grid = self._enter_last_block(images)
+        attn, normed = self.vit.blocks[-1].attn, self.vit.blocks[-1].norm1(x)
+        row = _attention_row(attn, _heads(attn, 0, normed[:, :1], None), _heads(attn, 1, normed, rope))
+        return row[:, :, 0, self.vit.num_prefix_tokens :].mean(1).unflatten(1, grid)
+
+    def saliency(self, images: Float[Tensor, "B 3 H W"], *, times_mean: float = 1.0) -> Bool[Tensor, "B h w"]:
+        """Which patches are salient: attention above `times_mean` times the image's mean (1 in the paper, 3.1)."""
+        attention = self.attention_map(images)
+        return attention > times_mean * attention.mean((1, 2), keepdim=True)
+
+    def class_tokens(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B d"]:
+        """The class token after the final norm; the last block updates that token alone."""
+        x, rope, _ = self._enter_last_block(images)
+        attn, normed = self.vit.blocks[-1].attn, self.vit.blocks[-1].norm1(x)
+        query, key, value = (
+            _heads(attn, 0, normed[:, :1], None),
+            _heads(attn, 1, normed, rope),
+            _heads(attn, 2, normed, None),
+        )
+        return self._leave(x[:, :1], normed[:, :1], F.scaled_dot_product_attention(query, key, value))[:, 0]
+
+    def patch_tokens(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B hw d"]:
+        """The patch tokens after the final norm."""
+        x, rope, _ = self._enter_last_block(images)
+        return self._last_block(x, rope)[0][:, self.vit.num_prefix_tokens :]
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> EncoderOutput:
+        """Class token, patch tokens and the class token's attention (see `EncoderOutput`).
+
+        Raises UserError where the patch does not divide a side of the images.
+        """
+        x, rope, grid = self._enter_last_block(images)
+        x, query, key = self._last_block(x, rope)
+        prefix = self.vit.num_prefix_tokens
+        row = _attention_row(self.vit.blocks[-1].attn, query[:, :, :1], key)
+        return EncoderOutput(x[:, 0], x[:, prefix:], row[:, :, 0, prefix:], grid)
+
+    @torch.no_grad()
+    def concept_maps(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        concepts: Float[Tensor, "K d"],
+        *,
+        gradient_scale: float = 1.0,
+    ) -> Float[Tensor, "B K h w"]:
+        """Where in each image each concept is: M_k = A / max(A) + relu(-g_k), and 0 where g_k > 0.
+
+        A is the class token's attention averaged over heads; g_k the gradient of 1 - cos(class token, concept k) on
+        that attention, averaged over heads and times `gradient_scale` (the published code has 1 / its batch size
+        there); relu(-g_k) keeps the largest values that make up 80 % of its sum. An image's maps do not depend on the
+        rest of the batch. Float32 from the last block's attention on, also under autocast.
+
+        Source: TransFGU, section 3.2, equations 1 to 3.
+        """
+        x, rope, grid = self._enter_last_block(images)
+        attn, normed = self.vit.blocks[-1].attn, self.vit.blocks[-1].norm1(x)
+        query, key = _heads(attn, 0, normed[:, :1], None), _heads(attn, 1, normed, rope)
+        value = _heads(attn, 2, normed, None)
+        with _full_precision(x):
+            value, row = value.float(), _attention_row(attn, query, key)
+            targets = F.normalize(concepts.float(), dim=-1)
+            leave = partial(self._leave, x[:, :1].float(), normed[:, :1].float())
+            _, pull_back = torch.func.vjp(lambda mixed: F.normalize(leave(mixed)[:, 0], dim=-1), row @ value)
+            (pulled,) = torch.func.vmap(pull_back)(targets[:, None].expand(-1, len(x), -1))  # (K, B, heads, 1, dh)
+            prefix = self.vit.num_prefix_tokens
+            # attention n mixes value n into each head, so its gradient is the pulled-back cotangent times that value
+            gain = torch.einsum("kbhie,bhne->bkn", pulled, value[:, :, prefix:]) / self.num_heads
+            return _maps(row[:, :, 0, prefix:].mean(1), gain * gradient_scale).unflatten(2, grid)
+
+    # The transformer's parts.
+
+    def _enter_last_block(
+        self, images: Float[Tensor, "B 3 H W"]
+    ) -> tuple[Float[Tensor, "B n d"], Tensor | None, tuple[int, int]]:
+        """All tokens at the entrance of the last block, that block's rotary embedding if any, and the grid."""
+        grid = patch_grid((images.shape[-2], images.shape[-1]), self.patch_size)
+        x = self.vit.norm_pre(self._embed(images, grid))
+        ropes = self._ropes(grid)
+        for block, rope in zip(self.vit.blocks[:-1], ropes, strict=False):
+            x = block(x) if rope is None else block(x, rope=rope)
+        return x, ropes[-1], grid
+
+    def _embed(self, images: Float[Tensor, "B 3 H W"], grid: tuple[int, int]) -> Float[Tensor, "B n d"]:
+        vit = self.vit
+        patches = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
+        prefix = torch.cat([token for token in (vit.cls_token, getattr(vit, "reg_token", None)) if token is not None], 1)
+        prefix = prefix.expand(len(images), -1, -1)
+        if vit.pos_embed is None:
+            return torch.cat([prefix, patches], 1)
+        placeless = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        position = _resize_positions(
+            vit.pos_embed, vit.patch_embed.grid_size, grid, placeless, self.position_resize
+        )
+        if vit.no_embed_class:
+            return torch.cat([prefix, patches + position], 1)
+        return torch.cat([prefix, patches], 1) + position
+
+    def _ropes(self, grid: tuple[int, int]) -> Sequence[Tensor | None]:
+        """Each block's rotary embedding of the patches, (hw, 2 dh) or by head; None where positions are not rotary."""
+        rope = getattr(self.vit, "rope", None)
+        if rope is None:
+            return [None] * self.depth
+        embedding = rope.get_embed(shape=grid)
+        return list(embedding) if self.vit.rope_mixed else [embedding] * self.depth
+
+    def _last_block(
+        self, x: Float[Tensor, "B n d"], rope: Tensor | None
+    ) -> tuple[Float[Tensor, "B n d"], Float[Tensor, "B heads n dh"], Float[Tensor, "B heads n dh"]]:
+        """All tokens after the last block and the final norm, and that block's queries and keys."""
+        attn, normed = self.vit.blocks[-1].attn, self.vit.blocks[-1].norm1(x)
+        query, key = _heads(attn, 0, normed, rope), _heads(attn, 1, normed, rope)
+        mixed = F.scaled_dot_product_attention(query, key, _heads(attn, 2, normed, None))
+        return self._leave(x, normed, mixed), query, key
+
+    def _leave(
+        self,
+        x: Float[Tensor, "B n d"],
+        normed: Float[Tensor, "B n d"],
+        mixed: Float[Tensor, "B heads n dh"],
+    ) -> Float[Tensor, "B n d"]:
+        """The last block after its attention has mixed values, and the final norm, for any part of the tokens.
+
+        `x` is the block's input, `normed` the same after norm1.
+        """
+        block = self.vit.blocks[-1]
+        attn = block.attn
+        y = attn.norm(mixed.transpose(1, 2).flatten(2))  # (B, heads, n, dh) -> (B, n, heads dh)
+        if attn.gate is not None:
+            y = y * attn.gate(normed).sigmoid()
+        x = x + _scaled(block, 1, attn.proj(y))
+        x = x + _scaled(block, 2, block.mlp(block.norm2(x)))
+        return self.vit.norm(x)
+
+
+def _check_supported(vit: nn.Module) -> None:
+    if not isinstance(vit, VisionTransformer | Eva) or not isinstance(vit.patch_embed, PatchEmbed):
+        reason = "not a plain vision transformer"
+    elif vit.cls_token is None or vit.num_prefix_tokens != 1 + (0 if vit.reg_token is None else vit.reg_token.shape[1]):
+        reason = "without a class token of its own"
+    elif type(vit.blocks[-1]) not in (Block, EvaBlock):
+        reason = f"made of {type(vit.blocks[-1]).__name__}s"
+    elif type(vit.blocks[-1].attn) not in (Attention, EvaAttention, AttentionRope):
+        reason = f"made of {type(vit.blocks[-1].attn).__name__}"
+    elif not vit.dynamic_img_size:
+        reason = "built for one image size (timm: dynamic_img_size=True)"
+    else:
+        return
+    raise UserError(f"this {type(vit).__name__} can't be the encoder, it is {reason}: use one like DINO's ViT")
+
+
+def _heads(
+    attn: nn.Module, part: int, normed: Float[Tensor, "B n d"], rope: Tensor | None
+) -> Float[Tensor, "B heads n dh"]:
+    """Queries (part 0), keys (1) or values (2) of these tokens, by head; `rope` turns all but the prefix tokens."""
+    if attn.qkv is None:
+        y = (attn.q_proj, attn.k_proj, attn.v_proj)[part](normed)
+    else:
+        y = F.linear(normed, attn.qkv.weight.chunk(3)[part], _bias(attn, part))
+    y = y.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)  # (B, n, heads dh) -> (B, heads, n, dh)
+    y = (attn.q_norm, attn.k_norm, nn.Identity())[part](y)
+    if rope is not None:
+        first = attn.num_prefix_tokens
+        turned = apply_rot_embed_cat(y[:, :, first:], rope, half=attn.rotate_half)
+        y = torch.cat([y[:, :, :first], turned.to(y.dtype)], 2)
+    groups = attn.num_heads // y.shape[1]  # query heads that share a key's and value's head
+    return y.repeat_interleave(groups, 1) if groups > 1 else y
+
+
+def _bias(attn: nn.Module, part: int) -> Tensor | None:
+    if attn.qkv.bias is not None:
+        return attn.qkv.bias.chunk(3)[part]
+    return getattr(attn, ("q_bias", "k_bias", "v_bias")[part], None)
+
+
+def _scaled(block: nn.Module, part: int, y: Float[Tensor, "B n d"]) -> Float[Tensor, "B n d"]:
+    """LayerScale of a block's attention (1) or MLP (2), by either of timm's two names for it."""
+    if isinstance(block, Block):
+        return (block.ls1, block.ls2)[part - 1](y)
+    gamma = (block.gamma_1, block.gamma_2)[part - 1]
+    return y if gamma is None else gamma * y
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _attention_row(
+    attn: nn.Module, query: Float[Tensor, "B heads 1 dh"], key: Float[Tensor, "B heads n dh"]
+) -> Float[Tensor, "B heads 1 n"]:
+    """Attention of one token to all, in float32."""
+    with _full_precision(query):
+        return ((query.float() * attn.scale) @ key.float().transpose(2, 3)).softmax(-1)
+
+
+def _maps(attention: Float[Tensor, "B hw"], gain: Float[Tensor, "B K hw"]) -> Float[Tensor, "B K hw"]:
+    """Attention and gain (minus the gradient) to concept maps."""
+    positive = gain.clamp(min=0)
+    values, order = positive.sort(-1)
+    share = (values / values.sum(-1, keepdim=True)).cumsum(-1)
+    kept = torch.zeros_like(share, dtype=torch.bool).scatter_(-1, order, share > 1 - MASS_KEPT)
+    maps = (attention / attention.amax(-1, keepdim=True))[:, None] + positive * kept
+    return maps.masked_fill_(gain < 0, 0)
+
+
+def _resize_positions(
+    position: Float[Tensor, "1 native d"],
+    native: tuple[int, int],
+    grid: tuple[int, int],
+    prefix: int,
+    how: PositionResize,
+) -> Float[Tensor, "1 n d"]:
+    """Position embeddings of the first `prefix` tokens, kept, and of a `native` grid of patches, resized to `grid`."""
+    if grid == native:
+        return position
+    if how == "timm":
+        return resample_abs_pos_embed(position, list(grid), list(native), num_prefix_tokens=prefix)
+    patches = position[:, prefix:].float().unflatten(1, native).permute(0, 3, 1, 2)  # (1, n, d) -> (1, d, h, w)
+    # The tenth is DINO's guard against a floor to one patch too few; it shifts the samples and so is part of the weights.
+    factor = [(side + 0.1) / side_native for side, side_native in zip(grid, native, strict=True)]
+    patches = F.interpolate(patches, scale_factor=factor, mode="bicubic")
+    return torch.cat([position[:, :prefix], patches.flatten(2).transpose(1, 2).to(position.dtype)], 1)
+
+
+# Building one.
+
+
+def _create(name: str, *, pretrained: bool = False) -> nn.Module:
+    try:
+        return timm.create_model(
+            name, pretrained=pretrained, num_classes=0, global_pool="token", dynamic_img_size=True
+        )
+    except (RuntimeError, OSError, TypeError, ValueError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if pretrained:
+            remedy = "give encoder.weights a path or URI of the weights, or random"
+        else:
+            remedy = "use a timm vision transformer, such as vit_small_patch8_224.dino"
+        raise UserError(f"encoder {name} can't be had ({reason}): {remedy}") from error
+
+
+def _of_timm(vit: nn.Module, name: str, *, is_dino: bool = False) -> Encoder:
+    _check_supported(vit)
+    known = vit.pretrained_cfg
+    is_dino = is_dino or known.get("tag") == "dino"
+    return Encoder(
+        vit, position_resize="dino" if is_dino else "timm", mean=tuple(known["mean"]), std=tuple(known["std"])
+    )
+
+
+def _from_file(name: str, uri: str) -> Encoder:
+    file = read_weights(uri)
+    vit = _create(name)
+    _check_supported(vit)
+    what = f"weights {uri} for encoder {name}"
+    patch = file.tensors.get("patch_embed.proj.weight")
+    if patch is not None and patch.ndim == 4 and patch.shape != vit.patch_embed.proj.weight.shape:
+        raise UserError(_misfit(what, "patch_embed.proj.weight", patch, vit.patch_embed.proj.weight))
+    position = file.tensors.get("pos_embed")
+    if position is not None and vit.pos_embed is not None:
+        # Keep the file's own grid: resized once, at each image, and never a second time while loading.
+        side = math.isqrt(position.shape[1])
+        if side**2 + (0 if vit.no_embed_class else vit.num_prefix_tokens) == position.shape[1]:
+            vit.set_input_size(img_size=(side * vit.patch_embed.patch_size[0],) * 2)
+    module = eva if isinstance(vit, Eva) else vision_transformer
+    _load(vit, module.checkpoint_filter_fn(file.tensors, vit), what)
+    return _of_timm(vit, name, is_dino=file.is_dino)
+
+
+def _self_described(name: str, weights: str) -> Encoder:
+    shipped = weights in ("pretrained", "random")
+    if shipped and name != SHIPPED:
+        raise _unknown(name)
+    uri = f"{PACKAGE}{SHIPPED}.safetensors" if shipped else weights
+    file = read_weights(uri)
+    try:
+        patch_size, num_heads = int(file.metadata["patch_size"]), int(file.metadata["num_heads"])
+    except (KeyError, ValueError):
+        if name != SHIPPED:
+            raise _unknown(name) from None
+        raise UserError(f"weights {uri} don't say their patch_size and num_heads: give encoder.name a timm name") from None
+    if weights != "random":
+        return Encoder.from_state_dict(file.tensors, patch_size=patch_size, num_heads=num_heads)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Encoder(_vit_of_shapes(file.tensors, patch_size, num_heads), position_resize="dino")
+
+
+def _unknown(name: str) -> UserError:
+    names = [SHIPPED, *timm.list_models(module="vision_transformer", pretrained=True)]
+    near = difflib.get_close_matches(name, names, 3) or [SHIPPED, "vit_small_patch8_224.dino"]
+    return UserError(f"no encoder is called {name}: try {', '.join(near)}, or another vision transformer of timm's")
+
+
+def _vit_of_shapes(tensors: Mapping[str, Tensor], patch_size: int, num_heads: int) -> VisionTransformer:
+    """An untrained transformer into which these tensors fit."""
+    try:
+        width = tensors["patch_embed.proj.weight"].shape[0]
+        positions = tensors["pos_embed"].shape[1]
+        hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
+    except KeyError as error:
+        raise UserError(
+            f"the state dict has no {error.args[0]}, so it isn't a vision transformer's: give DINO's or timm's"
+        ) from None
+    if width % num_heads:
+        raise UserError(f"{num_heads} heads don't divide a width of {width}: check num_heads")
+    registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
+    no_embed_class = math.isqrt(positions) ** 2 == positions
+    side = math.isqrt(positions if no_embed_class else positions - 1 - registers)
+    return VisionTransformer(
+        img_size=side * patch_size,
+        patch_size=patch_size,
+        num_classes=0,
+        global_pool="token",
+        embed_dim=width,
+        depth=1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),
+        num_heads=num_heads,
+        mlp_ratio=(hidden + 0.5) / width,  # timm truncates the product
+        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+        proj_bias="blocks.0.attn.proj.bias" in tensors,
+        init_values=1.0 if "blocks.0.ls1.gamma" in tensors else None,
+        reg_tokens=registers,
+        no_embed_class=no_embed_class,
+        dynamic_img_size=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+
+
+def _load(vit: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Load every tensor by name, or raise the UserError that names the first which does not fit."""
+    wanted = vit.state_dict()
+    for name in wanted.keys() | tensors.keys():
+        if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
+            raise UserError(_misfit(what, name, tensors.get(name), wanted.get(name)))
+    vit.load_state_dict(tensors)
+
+
+def _misfit(what: str, name: str, given: Tensor | None, wanted: Tensor | None) -> str:
+    if given is None:
+        reason = f"{name} is missing"
+    elif wanted is None:
+        reason = f"{name} has no place"
+    else:
+        reason = f"{name} is {tuple(given.shape)}, not {tuple(wanted.shape)}"
+    return f"{what} don't fit: {reason}; check the encoder's name, patch size and heads"
