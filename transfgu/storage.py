@@ -1,0 +1,354 @@
+"""Everything is named by a URI that any process can open for itself: no filesystem, and so no credential, ever travels.
+
+A path, `file://`, `s3://`, `gs://`, or any scheme that an installed fsspec knows. pyarrow does the reading and
+writing; where S3 is and who may enter is what boto3 finds (environment, profile, configuration file, instance role),
+looked up in each process when it is first needed, and again when temporary credentials have expired.
+"""
+
+import contextlib
+import os
+import re
+import threading
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pyarrow.fs as pafs
+
+from transfgu.errors import UserError
+
+_ATTEMPTS = 9  # the pauses double from a second to 20 at most: a minute or so before an endpoint is given up
+_CHECK_ATTEMPTS = 2  # a check before work starts should fail while the user still looks
+_PARTIAL = ".partial"
+
+_lock = threading.Lock()
+_accesses: dict[tuple[Any, ...], "_S3Access"] = {}
+_filesystems: dict[tuple[Any, ...], Any] = {}
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The pyarrow filesystem that holds `uri`, and the path of `uri` within it.
+
+    The filesystem must not be pickled (it may hold credentials): hand URIs to other processes.
+
+    Raises:
+        UserError: unknown scheme, or no credentials.
+    """
+    return _filesystem(uri, _ATTEMPTS)
+
+
+def scheme(uri: str) -> str:
+    """`file` for local paths, else what stands before `://`."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
+    return match[1].lower() if match else "file"
+
+
+def is_local(uri: str) -> bool:
+    """Whether `uri` is a path on this machine's own file tree (which may be a shared mount)."""
+    return scheme(uri) == "file"
+
+
+def absolute(uri: str) -> str:
+    """`uri` as other processes can use it: local paths absolute, `~` expanded; no slash at the end."""
+    if not is_local(uri):
+        return uri.rstrip("/")
+    path = unquote(urlsplit(uri).path) if "://" in uri else uri
+    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - does not resolve links, as intended
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with path parts appended."""
+    return "/".join([uri.rstrip("/"), *(p.strip("/") for p in parts)])
+
+
+def read_bytes(uri: str) -> bytes:
+    """The file's contents.
+
+    Raises:
+        UserError: there is no such file, or it can't be read.
+    """
+    data = read_bytes_or_none(uri)
+    if data is None:
+        raise UserError(f"there is no file {shown(uri)}")
+    return data
+
+
+def read_bytes_or_none(uri: str) -> bytes | None:
+    """The file's contents, or None where there is no such file."""
+    with _one_line(uri, "read"):
+        fs, path = filesystem(uri)
+        try:
+            with fs.open_input_stream(path) as stream:
+                data: bytes = stream.read()
+                return data
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Make or replace a file in one piece: whoever reads it sees the old contents or the new, never a part.
+
+    Parent folders are made.
+    """
+    with _one_line(uri, "write"):
+        _write(uri, data)
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or a folder is there."""
+    return _kind(uri) is not pafs.FileType.NotFound
+
+
+def is_file(uri: str) -> bool:
+    """Whether a file is there."""
+    return _kind(uri) is pafs.FileType.File
+
+
+def list_files(uri: str, recursive: bool = True) -> list[str]:
+    """URIs of the files under a folder, sorted; empty where the folder is missing or empty. Local ones are absolute.
+
+    Files that are being written are not listed.
+    """
+    uri = absolute(uri)
+    with _one_line(uri, "list"):
+        fs, path = filesystem(uri)
+        try:
+            infos = fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
+        except NotADirectoryError:
+            return []
+        prefix = uri[: len(uri) - len(path)] if uri.endswith(path) else f"{scheme(uri)}://"
+        return sorted(prefix + i.path for i in infos if i.type == pafs.FileType.File and not i.path.endswith(_PARTIAL))
+
+
+def delete(uri: str) -> None:
+    """Remove a file, or a folder with all it holds; nothing happens where there is neither."""
+    with _one_line(uri, "delete"):
+        fs, path = filesystem(uri)
+        kind = fs.get_file_info(path).type
+        if kind == pafs.FileType.File:
+            fs.delete_file(path)
+        elif kind == pafs.FileType.Directory:
+            fs.delete_dir(path)
+
+
+def check_readable(uri: str) -> None:
+    """Raises UserError in one line unless `uri` is a file or a folder that this user may read."""
+    with _one_line(uri, "read"):
+        fs, path = _filesystem(uri, _CHECK_ATTEMPTS)
+        kind = fs.get_file_info(path).type
+        if kind == pafs.FileType.NotFound:
+            _check_bucket(uri, fs, path)
+            raise UserError(f"there is no file or folder {shown(uri)}: check the path")
+        if kind == pafs.FileType.Directory:
+            fs.get_file_info(pafs.FileSelector(path, recursive=False))
+        else:
+            with fs.open_input_stream(path) as stream:
+                stream.read(1)
+
+
+def check_writable(uri: str) -> None:
+    """Raises UserError in one line unless files can be made in the folder `uri`, which need not exist yet."""
+    with _one_line(uri, "write"):
+        fs, path = _filesystem(uri, _CHECK_ATTEMPTS)
+        if not is_local(uri):
+            _check_bucket(uri, fs, path)
+        probe = join(uri, ".write-check")
+        _write(probe, b"")
+        fs.delete_file(filesystem(probe)[1])
+
+
+def shown(uri: str) -> str:
+    """`uri` as it may be printed: without a user's name and password."""
+    return re.sub(r"(?<=://)[^/@]*@", "", uri)
+
+
+def _kind(uri: str) -> Any:
+    with _one_line(uri, "read"):
+        fs, path = filesystem(uri)
+        return fs.get_file_info(path).type
+
+
+def _write(uri: str, data: bytes) -> None:
+    if is_local(uri):
+        _write_local(Path(absolute(uri)), data)
+        return
+    fs, path = filesystem(uri)
+    if scheme(uri) not in ("s3", "gs"):
+        fs.create_dir(path.rpartition("/")[0], recursive=True)
+    # An object appears when its upload is completed; a failed write is never completed, not even by a destructor.
+    stream = fs.open_output_stream(path)
+    stream.write(data)
+    stream.close()
+
+
+def _write_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}"
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _check_bucket(uri: str, fs: Any, path: str) -> None:
+    bucket = path.partition("/")[0]
+    if scheme(uri) in ("s3", "gs") and fs.get_file_info(bucket).type == pafs.FileType.NotFound:
+        raise UserError(
+            f"there is no bucket {bucket} for {shown(uri)}{_where(uri)}: check the name, or make the bucket"
+        )
+
+
+def _where(uri: str) -> str:
+    """The endpoint in words, where it is not the provider's own."""
+    if scheme(uri) != "s3":
+        return ""
+    endpoint = _s3_access().endpoint
+    return f" at {shown(endpoint)}" if endpoint else ""
+
+
+def _filesystem(uri: str, attempts: int) -> tuple[Any, str]:
+    kind = scheme(uri)
+    if kind == "file":
+        return _cached(("file",), pafs.LocalFileSystem), absolute(uri)
+    rest = uri.partition("://")[2].strip("/")
+    if kind in ("s3", "gs"):
+        if not rest or "@" in rest.partition("/")[0]:
+            raise UserError(f"{shown(uri)} must read {kind}://bucket/path, without credentials in it")
+        return (_s3(rest.partition("/")[0], attempts) if kind == "s3" else _gs(attempts)), rest
+    try:
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(uri)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"can't open {shown(uri)}: {error}") from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+
+
+def _cached(key: tuple[Any, ...], make: Any) -> Any:
+    with _lock:
+        if key not in _filesystems:
+            _filesystems[key] = make()
+        return _filesystems[key]
+
+
+def _gs(attempts: int) -> Any:
+    limit = timedelta(seconds=60 if attempts == _ATTEMPTS else 5)
+    return _cached(("gs", attempts), lambda: pafs.GcsFileSystem(retry_time_limit=limit))
+
+
+class _S3Access:
+    """What boto3 resolves: credentials (kept fresh by botocore), region, endpoint. Its `repr` shows no secret."""
+
+    def __init__(self) -> None:
+        import boto3
+        import botocore.exceptions
+
+        try:
+            session = boto3.Session()
+            # Only a client knows the endpoint that environment, profile and service section together name.
+            client = session.client("s3")
+            self._credentials = session.get_credentials()
+        except (botocore.exceptions.BotoCoreError, ValueError) as error:
+            raise UserError(f"the AWS configuration can't be used: {error}") from None
+        self.region: str | None = client.meta.region_name
+        endpoint = str(client.meta.endpoint_url)
+        host = urlsplit(endpoint).hostname or ""
+        self.endpoint = "" if re.search(r"(^|\.)amazonaws\.com(\.cn)?$", host) else endpoint
+
+    def keys(self) -> tuple[str, str, str | None]:
+        """Access key, secret key and session token, valid now."""
+        import botocore.exceptions
+
+        if self._credentials is None:
+            raise UserError("no AWS credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+        try:
+            frozen = self._credentials.get_frozen_credentials()
+        except botocore.exceptions.BotoCoreError as error:
+            raise UserError(f"the AWS credentials can't be used: {error}") from None
+        return frozen.access_key, frozen.secret_key, frozen.token
+
+
+def _s3_access() -> _S3Access:
+    # Asked again where the environment has changed: a notebook, a test.
+    key = tuple(sorted((n, v) for n, v in os.environ.items() if n.startswith("AWS_") and "CHECKSUM" not in n))
+    with _lock:
+        if key not in _accesses:
+            _accesses[key] = _S3Access()
+        return _accesses[key]
+
+
+def _s3(bucket: str, attempts: int) -> Any:
+    access = _s3_access()
+    access_key, secret_key, token = access.keys()
+    where: dict[str, Any] = {"region": access.region}
+    if access.endpoint:
+        parts = urlsplit(access.endpoint)
+        where = {
+            "region": access.region or "us-east-1",
+            "scheme": parts.scheme,
+            "endpoint_override": parts.netloc + parts.path.rstrip("/"),
+        }
+        # Many S3 servers do not know the checksum trailers that the AWS SDK adds of its own accord.
+        for name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
+            os.environ.setdefault(name, "when_required")
+    key = ("s3", access_key, secret_key, token, attempts, tuple(where.items()), "" if access.endpoint else bucket)
+
+    def make() -> Any:
+        if not access.endpoint:
+            # boto3 follows a bucket to its region; pyarrow must be told.
+            with contextlib.suppress(OSError):
+                where["region"] = pafs.resolve_s3_region(bucket)
+        return pafs.S3FileSystem(
+            access_key=access_key,
+            secret_key=secret_key,
+            session_token=token,
+            retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+            connect_timeout=5,
+            request_timeout=60,
+            **where,
+        )
+
+    return _cached(key, make)
+
+
+_CODES = {
+    "ACCESS_DENIED": "access is denied: check the key's permissions for this bucket",
+    "INVALID_ACCESS_KEY_ID": "the access key is not known there: check AWS_ACCESS_KEY_ID, or the profile",
+    "SIGNATURE_DOES_NOT_MATCH": "the secret key does not fit: check AWS_SECRET_ACCESS_KEY, or the profile",
+    "EXPIRED_TOKEN": "the credentials have expired: fetch new ones",
+    "INVALID_TOKEN": "the session token is not valid: fetch new credentials",
+    "NO_SUCH_BUCKET": "there is no such bucket: check the name, or make the bucket",
+    "NETWORK_CONNECTION": "the endpoint does not answer: check AWS_ENDPOINT_URL_S3 and the network",
+    "SLOW_DOWN": "the endpoint throttles and did not relent: run again, with fewer actors",
+}
+
+
+@contextlib.contextmanager
+def _one_line(uri: str, verb: str) -> Iterator[None]:
+    """Turn whatever a filesystem raises into one line that names `uri` and the remedy, and no secret."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"can't {verb} {shown(uri)}{_where(uri)}: {_reason(error)}") from None
+
+
+def _reason(error: OSError) -> str:
+    text = str(error)
+    for code, meaning in _CODES.items():
+        if f"AWS Error {code}" in text:
+            return meaning
+    if "HTTP status 403" in text or "403" in re.findall(r"HTTP response code: (\d+)", text):
+        return _CODES["ACCESS_DENIED"]
+    if isinstance(error, PermissionError):
+        return "permission denied: check who owns it"
+    if error.errno and not text.startswith("When "):
+        return os.strerror(error.errno)
+    return shown(text)
