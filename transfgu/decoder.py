@@ -1,8 +1,8 @@
 """Class embeddings and patch tokens attend to each other, and a mask is nothing but their cosine.
 
-The decoder holds one learned embedding per class. It joins them to an image's patch tokens, lets two transformer
-blocks mix the sequence, and reads each class's mask off as the cosine between its embedding and every patch,
-normalised over classes. It is Segmenter's decoder (Strudel et al. 2021), as TransFGU uses it.
+The decoder holds one learned embedding per class. It joins them to an image's patch tokens, lets two
+transformer blocks mix the sequence, and reads each class's mask off as the cosine between its embedding and
+every patch, normalised over classes. It is Segmenter's decoder (Strudel et al. 2021), as TransFGU uses it.
 """
 
 from collections.abc import Mapping
@@ -52,8 +52,7 @@ class MaskDecoder(nn.Module):
         self.width = width
         self.classes = classes
         self.blocks = nn.ModuleList(
-            Block(width, num_heads, proj_drop=dropout, attn_drop=dropout, norm_layer=nn.LayerNorm)
-            for _ in range(depth)
+            Block(width, num_heads, proj_drop=dropout, attn_drop=dropout, norm_layer=nn.LayerNorm) for _ in range(depth)
         )
         self.cls_emb = nn.Parameter(torch.empty(1, classes, width))
         self.proj_dec = nn.Linear(patch_width or width, width)
@@ -66,8 +65,9 @@ class MaskDecoder(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # The published code hands orthogonal_ a (1, C, d) tensor, which it flattens to a single row: the embeddings
-        # come out nearly orthogonal, and of unit length all together. Here they are orthogonal, at that same scale.
+        # The published code hands orthogonal_ a (1, C, d) tensor, which it flattens to a single row: the
+        # embeddings come out nearly orthogonal, and of unit length all together. Here they are orthogonal, at
+        # that same scale.
         nn.init.orthogonal_(self.cls_emb[0], gain=classes**-0.5)
 
     @classmethod
@@ -84,10 +84,7 @@ class MaskDecoder(nn.Module):
         prefixes = [name.removesuffix("cls_emb") for name in state_dict if name.endswith("cls_emb")]
         students = [prefix for prefix in prefixes if "teacher" not in prefix]
         if len(students) != 1:
-            raise UserError(
-                f"these weights hold {len(students)} mask decoders (a tensor cls_emb each) where one is needed: "
-                "give the file of a decoder"
-            )
+            raise UserError(f"these weights hold {len(students)} mask decoders (tensors cls_emb) where one is needed")
         weights = {
             name.removeprefix(students[0]): tensor
             for name, tensor in state_dict.items()
@@ -97,9 +94,7 @@ class MaskDecoder(nn.Module):
             raise UserError("these weights are not a mask decoder's: proj_dec.weight is missing")
         _, classes, width = weights["cls_emb"].shape
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        decoder = cls(
-            width, classes, num_heads=num_heads, depth=depth, patch_width=weights["proj_dec.weight"].shape[1]
-        )
+        decoder = cls(width, classes, num_heads=num_heads, depth=depth, patch_width=weights["proj_dec.weight"].shape[1])
         try:
             decoder.load_state_dict(weights)
         except RuntimeError as error:

@@ -1,10 +1,11 @@
 """Every term is a sum over pixels or images divided by a count known before the student has run.
 
-That one property makes the loss indifferent to how a batch is cut: a worker's slice, or a micro-batch of it, adds its
-share of the sums, and the shares add up to the loss, and to the gradient, of the whole. Even the uncertainty, whose
-count of foreground pixels differs from slice to slice, depends on the pseudo labels alone for it.
+That one property makes the loss indifferent to how a batch is cut: a worker's slice, or a micro-batch of it,
+adds its share of the sums, and the shares add up to the loss, and to the gradient, of the whole. Even the
+uncertainty fits: the foreground pixels it averages over are counted in the pseudo-label maps alone.
 
-The terms are TransFGU's (Yin et al. 2022): a peer loss, the diversity of class embeddings, the predictions' uncertainty.
+The terms are TransFGU's (Yin et al. 2022): a peer loss, the diversity of class embeddings, the predictions'
+uncertainty.
 """
 
 from collections.abc import Sequence
@@ -51,8 +52,8 @@ class Loss:
 class Shares(NamedTuple):
     """What one image and one counted pixel weigh in the global batch, times the number of workers.
 
-    With that factor, the *average* over workers, which is what data-parallel training takes of gradients, is the
-    value of the global batch, however unequal the workers' slices.
+    With that factor, the *average* over workers, which is what data-parallel training takes of gradients, is
+    the value of the global batch, however unequal the workers' slices.
     """
 
     image: Float[Tensor, ""]
@@ -120,7 +121,7 @@ def pixel_losses(
         order = torch.as_tensor(permutation, device=logits.device)
         peer = peer - alpha * F.cross_entropy(logits, evidence[:, order].argmax(dim=1), reduction="none")
 
-    # The background is left out of p' and p'': at foreground pixels the question is which concept, not whether.
+    # Without the background: at foreground pixels the question is which concept it is, not whether it is one.
     probabilities = logits[:, logits.shape[1] - concepts :].softmax(dim=1)
     if concepts == 1:
         uncertainty = 1 - probabilities[:, 0]  # no second class: p'' is 0
@@ -133,8 +134,8 @@ def pixel_losses(
 def diversity(class_embeddings: Float[Tensor, "B C d"]) -> Float[Tensor, " B"]:
     """1 + the mean cosine over the C (C - 1) / 2 pairs of each image's class embeddings, of unit length.
 
-    The squared length of the embeddings' sum holds every pair twice, and each embedding with itself: the sum over
-    pairs costs C d, not C^2 d.
+    The squared length of the embeddings' sum holds every pair twice, and each embedding with itself: the sum
+    over pairs costs C d, not C^2 d.
     """
     classes = class_embeddings.shape[1]
     own = class_embeddings.square().sum(dim=(1, 2))
@@ -157,7 +158,7 @@ def loss_share(
 ) -> Loss:
     """What these images add to the loss of the global batch: sum it over parts, average it over workers.
 
-    Arguments are those of `bootstrapping_loss`, and the ``shares`` of the slice that these images are part of.
+    Arguments are those of `bootstrapping_loss`, and the ``shares`` of the whole slice they are part of.
     """
     pixels = pixel_losses(
         logits,
@@ -189,20 +190,21 @@ def bootstrapping_loss(
 ) -> Loss:
     """``L = L_peer + omega_1 L_div + omega_2 L_unc`` of a batch.
 
-    Where ``torch.distributed`` is initialised, every worker must call it with its slice of the global batch. Values
-    are then the global batch's on every worker, and gradients are such that their average over workers, as
-    DistributedDataParallel takes it, is the global batch's.
+    Where ``torch.distributed`` is initialised, every worker must call it with its slice of the global batch.
+    Values are then the global batch's on every worker, and gradients are such that their average over
+    workers, as DistributedDataParallel takes it, is the global batch's.
 
     Args:
         logits: of the student, P before its softmax.
         class_embeddings: of the student, unit length.
         maps: pseudo-label maps, unscaled: they are scaled to [0, 1] over all concepts of an image.
-        teacher_logits: of the teacher, on the same images; without them labels come from the maps alone, and the
-            peer loss is the cross entropy with them.
+        teacher_logits: of the teacher, on the same images; without them labels come from the maps alone, and
+            the peer loss is the cross entropy with them.
         omega_1: weight of the diversity.
         omega_2: weight of the uncertainty.
         alpha: weight of the negative label's cross entropy.
-        permutation: of the C classes, for the negative labels; the same on every worker. Required with a teacher.
+        permutation: of the C classes, for the negative labels; the same on every worker. Required with a
+            teacher.
         background_threshold: T_bg, in units of scaled maps. If given, class 0 is background, and C = K + 1.
 
     Raises:

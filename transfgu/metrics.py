@@ -1,7 +1,7 @@
 """Scores need nothing but one matrix of counts, so a whole validation set is a sum of small integer matrices.
 
-Clusters carry no names: each true class is first given its own cluster by Hungarian matching on the whole set's
-matrix, and IoU and accuracy follow from the matched cells.
+Clusters carry no names: each true class is first given its own cluster by Hungarian matching on the whole
+set's matrix, and IoU and accuracy follow from the matched cells.
 """
 
 from dataclasses import dataclass
@@ -48,9 +48,7 @@ def confusion_matrix(
     # To int64 first: a uint8 label times the number of clusters would wrap around.
     true, predicted = true[labelled].astype(np.int64), predicted[labelled].astype(np.int64)
     if len(predicted) and not 0 <= predicted.min() <= predicted.max() < num_clusters:
-        raise ValueError(
-            f"predictions from {predicted.min()} to {predicted.max()} do not fit {num_clusters} clusters"
-        )
+        raise ValueError(f"predictions from {predicted.min()} to {predicted.max()} do not fit {num_clusters} clusters")
     cells = np.bincount(num_clusters * true + predicted, minlength=num_classes * num_clusters)
     return cells.reshape(num_classes, num_clusters)
 

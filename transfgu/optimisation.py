@@ -1,8 +1,8 @@
 """A step talks to other workers twice, at moments that no worker's memory can move.
 
-Before its forward pass it reduces the counts that weigh the loss; after its backward pass, gradients and loss values
-together. In between a worker is on its own, so one that runs out of memory takes its slice in smaller parts and the
-others merely wait; and since all see the same total, all skip a step or none.
+Before its forward pass it reduces the counts that weigh the loss; after its backward pass, gradients and loss
+values together. In between a worker is on its own, so one that runs out of memory takes its slice in smaller
+parts and the others merely wait; and since all see the same total, all skip a step or none.
 """
 
 import logging
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, Optimizer
 
+from transfgu.errors import UserError
 from transfgu.losses import Loss, Permutation, batch_shares, loss_share, worker_count
 
 logger = logging.getLogger(__name__)
@@ -39,14 +40,14 @@ class StepResult:
     skipped: bool
     """The total was not positive: weights and moments are as before."""
     part: int
-    """Images a forward pass took on this worker; less than asked if memory ran out. Ask for it in the next step."""
+    """Images a forward pass took on this worker: fewer than asked if memory ran out. To ask for next time."""
 
 
 def make_optimiser(decoder: nn.Module, lr: float, weight_decay: float = 5e-4) -> Adam:
     """Adam, with decay on every parameter of two or more dimensions, the class embedding included.
 
-    Moments belong to the parameters, not to their values: a student that restarts by ``load_state_dict`` keeps them,
-    as in the published loop.
+    Moments belong to the parameters, not to their values: a student that restarts by ``load_state_dict``
+    keeps them, as in the published loop.
     """
     parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
     return Adam(
@@ -74,8 +75,8 @@ def training_step(
 ) -> StepResult:
     """Forward, backward and one optimiser step; every worker must call it with its slice of the global batch.
 
-    The gradient is the global batch's, whatever the slices' sizes (one may be empty) and whatever the parts a slice
-    is taken in. On running out of memory the part is halved, the step begins again, and a warning says so.
+    The gradient is the global batch's, whatever the slices' sizes (one may be empty) and whatever the parts a
+    slice is taken in. Where memory runs out the part is halved, the step begins again, and a warning says so.
 
     Args:
         student: a `MaskDecoder`, plain or wrapped in DistributedDataParallel; its parameters are updated.
@@ -83,11 +84,17 @@ def training_step(
         patches: the frozen encoder's patch tokens of this worker's slice.
         maps: its pseudo-label maps, unscaled.
         teacher: a `MaskDecoder`; None until there is one.
-        omega_1, omega_2, alpha, permutation, background_threshold: as in `bootstrapping_loss`, the same everywhere.
+        omega_1: weight of the diversity.
+        omega_2: weight of the uncertainty.
+        alpha: weight of the negative label's cross entropy.
+        permutation: of the C classes, for the negative labels; the same on every worker. Required with a
+            teacher.
+        background_threshold: T_bg where class 0 is background.
         part: images a forward pass takes; the whole slice unless given.
 
     Raises:
         FloatingPointError: the loss or its gradient is not a number; weights and moments are as before.
+        UserError: memory runs out over a single image.
     """
     share = partial(
         loss_share,
@@ -98,19 +105,18 @@ def training_step(
         permutation=permutation,
         background_threshold=background_threshold,
     )
-    part = max(1, min(part or len(patches), len(patches)))
-    while (values := _accumulate(student, teacher, patches, maps, share, part)) is None:
-        part = (part + 1) // 2
-        logger.warning(
-            "The training step ran out of memory: %d images a worker go through the decoder %d at a time from here on.",
-            len(patches),
-            part,
-        )
+    asked = fitting = max(1, min(part or len(patches), len(patches)))
+    while (values := _accumulate(student, teacher, patches, maps, share, fitting)) is None:
+        if fitting == 1:
+            raise UserError("one image of the training batch is too large for the device: use smaller images")
+        fitting //= 2
         if patches.is_cuda:
             torch.cuda.empty_cache()
+    if fitting < asked:
+        logger.warning("out of memory: training batch taken %d images at a time, not %d", fitting, asked)
 
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    gradients = [_gradient(parameter) for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if worker_count() > 1:
         _average_over_workers([values, *gradients])
     total, peer, diversity, uncertainty, norm = torch.cat(
@@ -118,10 +124,11 @@ def training_step(
     ).tolist()
     if not math.isfinite(total) or math.isnan(norm):
         raise FloatingPointError(
-            f"training diverged: loss {total} (peer {peer}, diversity {diversity}, uncertainty {uncertainty}), "
-            f"gradient norm {norm}; try a lower learning rate"
+            f"training diverged: loss {total} (peer {peer}, diversity {diversity}, uncertainty "
+            f"{uncertainty}), gradient norm {norm}; try a lower learning rate"
         )
-    # As published; the total falls to zero only where the negative labels' cross entropy outweighs all the rest.
+    # As published. Only the negative labels' cross entropy can make a total negative: the student then fits
+    # its labels so well that unlearning the others is all that is left.
     skipped = total <= 0
     if not skipped:
         nn.utils.clip_grad_value_(parameters, GRADIENT_LIMIT)
@@ -133,7 +140,7 @@ def training_step(
         uncertainty=uncertainty,
         gradient_norm=norm,
         skipped=skipped,
-        part=part,
+        part=fitting,
     )
 
 
@@ -145,45 +152,46 @@ def _accumulate(
     share: Callable[..., Loss],
     part: int,
 ) -> Float[Tensor, " 4"] | None:
-    """Leave this worker's gradients in the student, ``part`` images at a time; None if memory ran out on the way.
+    """Leave this worker's gradients in the student, taking ``part`` images at a time.
 
-    Returns total, peer, diversity and uncertainty.
+    Returns total, peer, diversity and uncertainty; None if memory ran out on the way.
     """
     student.zero_grad()
     values = torch.zeros(4, device=patches.device)
-    height, width = maps.shape[-2:]
+    grid = (maps.shape[2], maps.shape[3])
     # The wrapper's own reduction would tie workers together in the middle of a backward pass.
     alone = student.no_sync() if isinstance(student, DistributedDataParallel) else nullcontext()
     try:
         with alone:
-            for some_patches, some_maps in zip(patches.split(part), maps.split(part), strict=True):
-                logits, class_embeddings = student(some_patches)
-                teacher_logits = None
-                if teacher is not None:
-                    with torch.no_grad():
-                        teacher_logits = teacher.eval()(some_patches)[0].mT.unflatten(2, (height, width))
-                loss = share(logits.mT.unflatten(2, (height, width)), class_embeddings, some_maps, teacher_logits)
-                loss.total.backward()
+            for tokens, targets in zip(torch.split(patches, part), torch.split(maps, part), strict=True):
+                masks, class_embeddings = student(tokens)
+                teacher_logits = None if teacher is None else _masks(teacher, tokens, grid)
+                loss = share(_to_maps(masks, grid), class_embeddings, targets, teacher_logits)
+                torch.autograd.backward(loss.total)
                 values += torch.stack([loss.total, loss.peer, loss.diversity, loss.uncertainty]).detach()
     except RuntimeError as error:
-        if part == 1 or not is_out_of_memory(error):
+        if not _is_out_of_memory(error):
             raise
-        return None
+        return None  # and not a retry from here: the caught exception keeps the failed part's tensors alive
     return values
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+@torch.no_grad()
+def _masks(teacher: nn.Module, patches: Float[Tensor, "B hw d"], grid: tuple[int, int]) -> Float[Tensor, "B C h w"]:
+    """The teacher's logits, without dropout."""
+    logits, _ = teacher.eval()(patches)
+    return _to_maps(logits, grid)
+
+
+def _to_maps(logits: Float[Tensor, "B hw C"], grid: tuple[int, int]) -> Float[Tensor, "B C h w"]:
+    return logits.mT.reshape(len(logits), logits.shape[2], *grid)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device's memory ran out, as torch and the CUDA libraries below it say so."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         sign in str(error) for sign in ("out of memory", "ALLOC_FAILED", "can't allocate memory")
     )
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    """A parameter's gradient; zeros, left in the parameter, where this worker's slice is empty."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
 
 
 def _average_over_workers(tensors: list[Tensor]) -> None:
@@ -191,5 +199,6 @@ def _average_over_workers(tensors: list[Tensor]) -> None:
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     flat /= worker_count()
-    for tensor, reduced in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(reduced.view_as(tensor))
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, average in zip(tensors, torch.split(flat, sizes), strict=True):
+        tensor.copy_(average.view_as(tensor))
