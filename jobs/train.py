@@ -10,7 +10,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 from transfgu.artifacts import Run
 from transfgu.command_line import Parser, add_recipe, recipe_of, run_job
-from transfgu.pipeline import run_stages
 from transfgu.recipe import STAGES
 
 
@@ -19,11 +18,16 @@ def main() -> None:
     parser = Parser(__doc__ or "")
     add_recipe(parser)
     parser.add_argument("--run", metavar="URI", help="run folder: a path or URI (default: ~/transfgu/PRESET)")
-    parser.add_argument("--until", metavar="STAGE", default=STAGES[-1], help=f"stop after this stage: {', '.join(STAGES)}")
+    parser.add_argument(
+        "--until", metavar="STAGE", default=STAGES[-1], help=f"stop after this stage: {', '.join(STAGES)}"
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument("--verbose", action="store_true", help="let Ray's own messages through")
     arguments = parser.parse()
     recipe = recipe_of(arguments)
+    # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
+    from transfgu.pipeline import run_stages
+
     run = Run(arguments.run or str(Path.home() / "transfgu" / recipe.preset))
     run_stages(recipe, run, until=arguments.until, quiet=arguments.quiet, verbose=arguments.verbose)
 

@@ -70,7 +70,9 @@ class Manifest:
         outcome = Outcome(
             items=tree["items"], left_out=tuple(LeftOut(**x) for x in tree["left_out"]), details=tree["details"]
         )
-        return cls(stage=tree["stage"], digest=tree["digest"], fields=tree["fields"], seconds=tree["seconds"], outcome=outcome)
+        return cls(
+            stage=tree["stage"], digest=tree["digest"], fields=tree["fields"], seconds=tree["seconds"], outcome=outcome
+        )
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,15 @@ class Artifact:
         try:
             return Manifest.from_json(text.decode())
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.file('manifest.json')} is damaged: delete the folder {self.uri} to make it anew") from None
+            raise UserError(
+                f"{self.file('manifest.json')} is damaged: delete the folder {self.uri} to make it anew"
+            ) from None
 
     def check(self, recipe: Recipe) -> bool:
         """Whether the artefact is complete; False where there is nothing yet, or an interrupted attempt of `recipe`.
 
         Raises:
-            UserError: it holds, in whole or in part, what another recipe made; the message names the fields that differ.
+            UserError: it holds what another recipe made, if only in part; the message names the fields that differ.
         """
         manifest = self.manifest()
         started = storage.read_bytes_or_none(self.file("fields.json"))
@@ -141,8 +145,8 @@ def _shown(value: Any) -> str:
 class Run:
     """A run's folder, on any storage.
 
-    It holds `recipe.yaml`, one folder a stage, `model.safetensors`, `metrics.json`, `report.html`, and `ray/`: Ray's own
-    state, which evaluation, prediction and `Segmenter` never read.
+    It holds `recipe.yaml`, one folder a stage, `model.safetensors`, `metrics.json`, `report.html`, and `ray/`:
+    Ray's own state, which evaluation, prediction and `Segmenter` never read.
     """
 
     uri: str

@@ -1,4 +1,4 @@
-"""The stages in order; one whose artefact is complete is skipped, so a run that was stopped goes on by the same command.
+"""The stages in order; one whose artefact is complete is skipped, so the same command goes on with a stopped run.
 
 What can be known to fail is found before Ray starts: a GPU is held only for a run that can work.
 """
@@ -11,9 +11,10 @@ from typing import Any
 
 from transfgu import datasets, storage
 from transfgu.artifacts import Manifest, Outcome, Run
-from transfgu.encoder import patch_size_of
+from transfgu.encoder import Encoder
 from transfgu.errors import UserError
-from transfgu.recipe import STAGES, Recipe
+from transfgu.progress import Progress
+from transfgu.recipe import STAGES, Recipe, preset
 
 _SIZES = ("dataset.image_size", "dataset.feature_size", "dataset.training_size", "windows.size")
 
@@ -24,8 +25,6 @@ def fit_to_patch(recipe: Recipe, patch_size: int) -> Recipe:
     Raises:
         UserError: a side that the user gave, rather than the preset, is no multiple of the patch.
     """
-    from transfgu.recipe import preset
-
     published = preset(recipe.preset).flat()
     flat = recipe.flat()
     changes: dict[str, Any] = {}
@@ -52,9 +51,9 @@ def preflight(recipe: Recipe, run: Run) -> Recipe:
         UserError: the first thing found wrong.
     """
     datasets.preflight(recipe)
-    recipe = fit_to_patch(recipe, patch_size_of(recipe.encoder.name, recipe.encoder.weights))
     storage.check_writable(run.uri)
-    return recipe
+    encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
+    return fit_to_patch(recipe, encoder.patch_size)
 
 
 def _stage_function(stage: str) -> Callable[..., Outcome]:
@@ -98,7 +97,8 @@ def run_stages(
         if complete[stage]:
             manifest = artifact.manifest()
             assert manifest is not None
-            say(f"{stage}: complete already ({manifest.outcome.items} items, {manifest.seconds:.1f} s at the time), skipped")
+            at_the_time = f"{manifest.outcome.items} items, {manifest.seconds:.1f} s at the time"
+            say(f"{stage}: complete already ({at_the_time}), skipped")
         else:
             manifest = _run_stage(stage, recipe, run, quiet=quiet, verbose=verbose)
             say(f"{stage}: {manifest.outcome.items} items in {manifest.seconds:.1f} s{_left_out_note(manifest)}")
@@ -113,7 +113,7 @@ def _run_stage(stage: str, recipe: Recipe, run: Run, *, quiet: bool, verbose: bo
     runtime.check_shared(run.uri)
     started = time.monotonic()
     run.artifact(stage).begin(recipe)
-    outcome = _stage_function(stage)(recipe, run, runtime.Progress(stage, quiet=quiet))
+    outcome = _stage_function(stage)(recipe, run, Progress(stage, quiet=quiet))
     return run.artifact(stage).commit(recipe, outcome, started)
 
 

@@ -6,8 +6,10 @@ its artefact depends on, so what is already computed is recognised by any later 
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -36,7 +38,9 @@ def _check(good: bool, message: str) -> None:
 class DatasetRecipe:
     """What the images are, and the sizes they are brought to."""
 
-    layout: Literal["shapes", "coco", "voc", "cityscapes", "lip", "folder"] = _field("shapes", "folder layout of the data set")
+    layout: Literal["shapes", "coco", "voc", "cityscapes", "lip", "folder"] = _field(
+        "shapes", "folder layout of the data set"
+    )
     classes: str = _field("shapes", "name of the label map and class list; `auto` numbers the concepts")
     curated: bool = _field(False, "train and evaluate on the curated COCO-Stuff ids alone")
     image_size: Size = _field((320, 320), "images for pseudo labels and evaluation", "pixels, height width")
@@ -73,7 +77,9 @@ class EncoderRecipe:
 class WindowsRecipe:
     """The sliding windows whose class tokens are clustered."""
 
-    scales: tuple[float, ...] = _field((0.5, 0.4, 0.3, 0.2), "window sides as shares of the image's shorter side", "0 to 1")
+    scales: tuple[float, ...] = _field(
+        (0.5, 0.4, 0.3, 0.2), "window sides as shares of the image's shorter side", "0 to 1"
+    )
     groups: Literal["both", "foreground", "all"] = _field(
         "both", "windows kept: foreground and background apart, foreground alone, or all of them together"
     )
@@ -83,7 +89,10 @@ class WindowsRecipe:
     size: Size = _field((320, 320), "windows are resized to this before encoding", "pixels, height width")
 
     def __post_init__(self) -> None:
-        _check(bool(self.scales) and all(0 < s <= 1 for s in self.scales), f"windows.scales must lie in (0, 1], not {self.scales}")
+        _check(
+            bool(self.scales) and all(0 < s <= 1 for s in self.scales),
+            f"windows.scales must lie in (0, 1], not {self.scales}",
+        )
         for name in ("min_foreground", "min_background"):
             _check(0 <= getattr(self, name) <= 1, f"windows.{name} must lie in 0..1, not {getattr(self, name)}")
         _check(self.saliency_factor > 0, f"windows.saliency_factor must be positive, not {self.saliency_factor}")
@@ -118,7 +127,9 @@ class PseudoLabelsRecipe:
     def __post_init__(self) -> None:
         _check(self.gradient_scale > 0, f"pseudo_labels.gradient_scale must be positive, not {self.gradient_scale}")
         _check(bool(self.scales) and min(self.scales) > 0, f"pseudo_labels.scales must be positive, not {self.scales}")
-        _check(self.smoothing > 0 and self.smoothing % 2 == 1, f"pseudo_labels.smoothing must be odd, not {self.smoothing}")
+        _check(
+            self.smoothing > 0 and self.smoothing % 2 == 1, f"pseudo_labels.smoothing must be odd, not {self.smoothing}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +138,9 @@ class DecoderRecipe:
 
     depth: int = _field(2, "transformer blocks", "blocks")
     dropout: float = _field(0.1, "dropout probability in training", "0 to 1")
-    weights: str = _field("", "decoder weights to evaluate instead of the run's own: a path or URI (.pt, .pth, .safetensors)")
+    weights: str = _field(
+        "", "decoder weights to evaluate instead of the run's own: a path or URI (.pt, .pth, .safetensors)"
+    )
 
     def __post_init__(self) -> None:
         _check(self.depth > 0, f"decoder.depth must be positive, not {self.depth}")
@@ -148,9 +161,13 @@ class TrainingRecipe:
     alpha_start: float = _field(0.03, "weight of the negative label in the peer loss, after a teacher update")
     alpha_step: float = _field(0.01, "rise of alpha", "per epoch")
     alpha_end: float = _field(0.10, "alpha's upper limit")
-    background_threshold: float = _field(0.1, "T_bg: background where no scaled map exceeds it (benchmarks with a background)")
+    background_threshold: float = _field(
+        0.1, "T_bg: background where no scaled map exceeds it (benchmarks with a background)"
+    )
     teacher_start: int = _field(2, "epoch at whose start the student first becomes the teacher", "epochs")
-    teacher_every: tuple[int, ...] = _field((2,), "epochs between teacher updates; each value holds for ten epochs", "epochs")
+    teacher_every: tuple[int, ...] = _field(
+        (2,), "epochs between teacher updates; each value holds for ten epochs", "epochs"
+    )
     views: bool = _field(True, "random views (jitter, greyscale, blur, crop, flip); off: the resized image itself")
     evaluate_every: int = _field(1, "epochs between scores on the validation set", "epochs")
 
@@ -160,7 +177,9 @@ class TrainingRecipe:
         _check(self.lr > 0, f"training.lr must be positive, not {self.lr}")
         for name in ("omega_1", "omega_2", "alpha_start", "alpha_step", "alpha_end", "weight_decay"):
             _check(getattr(self, name) >= 0, f"training.{name} must not be negative, not {getattr(self, name)}")
-        _check(bool(self.teacher_every) and min(self.teacher_every) > 0, "training.teacher_every must list positive epochs")
+        _check(
+            bool(self.teacher_every) and min(self.teacher_every) > 0, "training.teacher_every must list positive epochs"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,13 +200,20 @@ class ComputeRecipe:
     """Where it runs. No artefact depends on it, so it is in no digest."""
 
     workers: int = _field(0, "training workers; 0: one for each GPU of the cluster, one in all without GPUs", "workers")
-    actors: int = _field(0, "encoder actors at most; 0: as many as the cluster has GPUs, one in all without GPUs", "actors")
-    gpus_per_actor: float = _field(1.0, "share of a GPU that an encoder actor or a training worker holds, where there are GPUs", "GPUs")
+    actors: int = _field(
+        0, "encoder actors at most; 0: as many as the cluster has GPUs, one in all without GPUs", "actors"
+    )
+    gpus_per_actor: float = _field(
+        1.0, "share of a GPU that an encoder actor or a training worker holds, where there are GPUs", "GPUs"
+    )
     cpus_per_actor: float = _field(1.0, "CPUs that an encoder actor or a training worker holds", "CPUs")
 
     def __post_init__(self) -> None:
         _check(self.workers >= 0 and self.actors >= 0, "compute.workers and compute.actors must not be negative")
-        _check(self.gpus_per_actor > 0 and self.cpus_per_actor > 0, "compute.gpus_per_actor and cpus_per_actor must be positive")
+        _check(
+            self.gpus_per_actor > 0 and self.cpus_per_actor > 0,
+            "compute.gpus_per_actor and cpus_per_actor must be positive",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,8 +365,6 @@ def field_name(name: str) -> str:
     Raises:
         UserError: no such field; the message lists the nearest.
     """
-    import difflib
-
     full = short_names().get(name, name)
     if full not in FIELDS:
         near = difflib.get_close_matches(name, [*FIELDS, *short_names()], n=4, cutoff=0.4)
@@ -363,7 +387,11 @@ def convert(name: str, kind: Any, value: Any) -> Any:
                 raise UserError(f"{name} must be one of {', '.join(map(str, args))}, not {value}")
             return value
         if origin is tuple:
-            items = value.replace("x", " ").replace(",", " ").strip("[]() ").split() if isinstance(value, str) else list(value)
+            items = (
+                value.replace("x", " ").replace(",", " ").strip("[]() ").split()
+                if isinstance(value, str)
+                else list(value)
+            )
             if args[-1] is not Ellipsis and len(items) != len(args):
                 raise UserError(f"{name} takes {len(args)} numbers, as in {'x'.join(['320'] * len(args))}, not {value}")
             return tuple(convert(name, args[0], i) for i in items)
@@ -372,7 +400,10 @@ def convert(name: str, kind: Any, value: Any) -> Any:
             return value if isinstance(value, bool) else words[str(value).lower()]
         if kind is int and isinstance(value, float) and not value.is_integer():
             raise ValueError
-        return kind(value)
+        converted = kind(value)
+        if kind is float and not math.isfinite(converted):
+            raise ValueError
+        return converted
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{name} must be {kind_name(kind)}, not {value!r}") from None
 
@@ -412,7 +443,7 @@ _OWN_FIELDS: Mapping[str, typing.Callable[[Recipe], list[str]]] = types.MappingP
         "evaluation": lambda r: ["decoder.weights", "evaluation.resolution"],
     }
 )
-# dataset.max_bad_share decides whether a run ends, not what it makes; batch sizes of frozen forwards change speed alone.
+# dataset.max_bad_share decides whether a run ends, not what it makes; batch sizes of frozen forwards change speed.
 
 
 def _published(**changes: Any) -> Recipe:
@@ -433,8 +464,8 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
     {
         "shapes": {
             "dataset.layout": "shapes", "dataset.classes": "shapes", "things": 6, "stuff": 4,
-            "encoder.name": "vit_shapes", "image_size": (128, 128), "feature_size": (128, 128), "training_size": (128, 128),
-            "windows.size": (48, 48), "encoder.batch_size": 256,
+            "image_size": (128, 128), "feature_size": (128, 128), "training_size": (128, 128),
+            "encoder.name": "vit_shapes", "encoder.batch_size": 256, "windows.size": (48, 48),
             "pseudo_labels.scales": (1.0, 1.5, 2.0), "smoothing": 3, "epochs": 12, "passes": 4, "lr": 1e-3,
             "training.batch_size": 16, "views": False,
         },
@@ -450,7 +481,8 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
             "training.batch_size": 512, "teacher_start": 5, "teacher_every": (5, 5, 5, 5, 4, 4, 4, 4, 4, 3),
         },
         "cityscapes": {
-            **_FIXED_WINDOWS, "dataset.layout": "cityscapes", "dataset.classes": "cityscapes_27", "things": 0, "stuff": 27,
+            **_FIXED_WINDOWS, "dataset.layout": "cityscapes", "dataset.classes": "cityscapes_27",
+            "things": 0, "stuff": 27,
             "image_size": (320, 640), "feature_size": (640, 1280), "training_size": (320, 640),
             "epochs": 50, "passes": 20, "lr": 5e-5, "teacher_start": 1, "teacher_every": (1,),
         },

@@ -1,19 +1,17 @@
 """One place that knows how the process meets Ray: an existing cluster if there is one, else an embedded local one.
 
-Everything above asks for resources in the recipe's terms; everything below is Ray's. Progress lives here too, as it is
-the driver's alone: one line a stage on a terminal, plain lines in a log.
+Everything above asks for resources in the recipe's terms; everything below is Ray's.
 """
 
 import logging
 import os
-import sys
-import time
-from typing import IO, Any
+from typing import Any
 
 import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
+from transfgu import storage
 from transfgu.errors import UserError
 from transfgu.recipe import ComputeRecipe
 
@@ -43,7 +41,9 @@ def connect(*, verbose: bool = False) -> None:
     level = logging.INFO if verbose else logging.ERROR
     address = os.environ.get("RAY_ADDRESS")
     # Twice the cores: decoding tasks are short, and a stage's actors must fit beside them on the smallest laptop.
-    local: dict[str, Any] = {} if address else {"num_cpus": max(4, 2 * (os.cpu_count() or 1)), "include_dashboard": False}
+    local: dict[str, Any] = (
+        {} if address else {"num_cpus": max(4, 2 * (os.cpu_count() or 1)), "include_dashboard": False}
+    )
     ray.init(
         address=address,
         log_to_driver=verbose,
@@ -105,62 +105,14 @@ def training_workers(compute: ComputeRecipe) -> int:
     return compute.workers or max(1, int(cluster_gpus() / compute.gpus_per_actor))
 
 
-class Progress:
-    """One stage's progress: a line that is redrawn on a terminal, a line every ten seconds in a log."""
-
-    def __init__(self, stage: str, stream: IO[str] | None = None, quiet: bool = False) -> None:
-        self._stage = stage
-        self._stream = stream or sys.stderr
-        self._quiet = quiet
-        self._terminal = self._stream.isatty()
-        self._start = self._last = time.monotonic()
-        self._first_done: int | None = None
-        self._width = 0
-
-    def update(self, done: int, total: int, unit: str) -> None:
-        """Tell how many of how many `unit` (images, epochs, iterations) are done."""
-        now = time.monotonic()
-        # Parts found from an earlier attempt cost nothing now: the rate counts from the first report on.
-        if self._first_done is None:
-            self._first_done, self._start = (done, now) if done else (0, self._start)
-        pause = 0.2 if self._terminal else 10.0
-        if self._quiet or (now - self._last < pause and done < total):
-            return
-        self._last = now
-        made, spent = done - self._first_done, max(now - self._start, 1e-9)
-        rate = made / spent
-        left = f", {_duration((total - done) / rate)} left" if made and done < total else ""
-        speed = (f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each") if made else ""
-        self._write(f"{self._stage}: {done}/{total} {unit}  {speed}{left}", final=False)
-
-    def note(self, text: str) -> None:
-        """A line that stays."""
-        if not self._quiet:
-            self._write(f"{self._stage}: {text}", final=True)
-
-    def _write(self, text: str, *, final: bool) -> None:
-        if self._terminal:
-            self._stream.write("\r" + text.ljust(self._width) + ("\n" if final else ""))
-            self._width = 0 if final else len(text)
-        else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def check_shared(uri: str) -> None:
     """Refuse a local run folder on a cluster of several nodes, whose workers could not see it.
 
     Raises:
         UserError: such a folder.
     """
-    from transfgu import storage
-
     nodes = sum(bool(n["Alive"]) for n in ray.nodes())
     if nodes > 1 and storage.is_local(uri):
-        raise UserError(f"{uri} is a folder of one machine, and the cluster has {nodes} nodes: give --run a URI all can reach, as s3://bucket/run")
+        raise UserError(
+            f"{uri} is a folder of one machine, and the cluster has {nodes} nodes: give --run a URI all can reach, as s3://bucket/run"
+        )

@@ -1,0 +1,53 @@
+"""Artefacts: complete only with a manifest, refused for another recipe, damage told in one line."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from transfgu.artifacts import LeftOut, Manifest, Outcome, Run
+from transfgu.errors import UserError
+from transfgu.recipe import preset
+
+RECIPE = preset("shapes")
+OUTCOME = Outcome(items=3, left_out=(LeftOut(name="a.png", reason="truncated image"),), details={"windows": 7})
+
+
+def test_an_artefact_is_complete_once_committed(tmp_path: Path) -> None:
+    artifact = Run(str(tmp_path)).artifact("features")
+    assert not artifact.check(RECIPE)
+    artifact.begin(RECIPE)
+    assert not artifact.check(RECIPE)  # begun is not complete
+    artifact.commit(RECIPE, OUTCOME, time.monotonic() - 2)
+    assert artifact.check(RECIPE)
+    manifest = artifact.manifest()
+    assert manifest is not None
+    assert manifest.outcome == OUTCOME
+    assert manifest.digest == RECIPE.digest("features")
+    assert 2 <= manifest.seconds < 60
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_another_recipes_work_is_refused_by_the_fields_that_differ(tmp_path: Path, committed: bool) -> None:
+    artifact = Run(str(tmp_path)).artifact("features")
+    artifact.begin(RECIPE)
+    if committed:
+        artifact.commit(RECIPE, OUTCOME, time.monotonic())
+    other = RECIPE.with_fields({"windows.scales": (0.5,), "omega_1": 3})
+    with pytest.raises(UserError, match=r"differing in windows\.scales .*choose another --run") as caught:
+        artifact.check(other)
+    assert "omega_1" not in str(caught.value)  # features do not depend on it
+    assert artifact.check(RECIPE.with_fields({"omega_1": 3})) is committed
+
+
+def test_a_damaged_manifest_names_the_folder_to_delete(tmp_path: Path) -> None:
+    artifact = Run(str(tmp_path)).artifact("features")
+    artifact.begin(RECIPE)
+    Path(artifact.file("manifest.json")).write_text('{"stage": "fea')
+    with pytest.raises(UserError, match="is damaged: delete the folder"):
+        artifact.check(RECIPE)
+
+
+def test_a_manifest_survives_the_way_through_text() -> None:
+    manifest = Manifest(stage="features", digest="0" * 64, fields={"seed": 1}, seconds=1.5, outcome=OUTCOME)
+    assert Manifest.from_json(manifest.to_json()) == manifest

@@ -1,0 +1,93 @@
+"""The command line: one flag a field, and every mistake in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from transfgu.command_line import Parser, add_recipe, find_user_error, recipe_of
+from transfgu.errors import UserError
+from transfgu.recipe import FIELDS, Recipe, preset
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse(*words: str) -> Recipe:
+    parser = Parser("test")
+    add_recipe(parser)
+    return recipe_of(parser.parse(words))
+
+
+def test_without_words_it_is_the_demonstration() -> None:
+    assert parse() == preset("shapes")
+
+
+def test_flags_by_full_and_by_short_name() -> None:
+    wanted = preset("cityscapes").with_fields({"epochs": 2, "encoder.weights": "random", "curated": True})
+    assert parse("cityscapes", "--epochs", "2", "--encoder.weights", "random", "--curated") == wanted
+    assert parse("cityscapes", "--training.epochs=2", "--encoder.weights=random", "--curated", "yes") == wanted
+
+
+def test_things_and_stuff_of_a_folder() -> None:
+    recipe = parse("folder", "--things", "3", "--stuff", "0", "--data", "/x")
+    assert recipe.background
+    assert recipe.classes == 4
+
+
+def test_a_recipe_file_may_be_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "best.yaml"
+    file.write_text(preset("lip-5").with_fields({"omega_2": 0.5}).to_yaml())
+    assert parse("--recipe", str(file), "--epochs", "1") == preset("lip-5").with_fields({"omega_2": 0.5, "epochs": 1})
+    with pytest.raises(UserError, match="not both"):
+        parse("shapes", "--recipe", str(file))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["coco"], "unknown preset coco; choose one of"),
+        (["--epohcs", "3"], "there is no flag --epohcs; near ones: --epochs"),
+        (["--epochs"], "expected one argument"),
+        (["shapes", "more"], "more is one word too many"),
+        (["--weights", "x"], "there is no flag --weights"),  # the encoder and the decoder each have some
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse(*words)
+    assert "\n" not in str(caught.value)
+
+
+def test_help_shows_every_field_with_its_meaning() -> None:
+    parser = Parser("test")
+    add_recipe(parser)
+    text = " ".join(parser.format_help().split())
+    for name, info in FIELDS.items():
+        if name != "preset":
+            assert f"--{name}" in text
+            assert " ".join(info.doc.split()[:3]) in text
+
+
+def test_a_mistake_on_the_command_line_needs_no_ray_and_shows_no_trace() -> None:
+    done = subprocess.run(
+        [sys.executable, "jobs/train.py", "coco"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [done.stderr.strip()]
+    assert done.stderr.startswith("unknown preset coco")
+
+
+class Wrapped(Exception):
+    """As Ray wraps what a worker raised."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__("a task failed")
+        self.cause = cause
+
+
+def test_a_users_mistake_is_found_under_wrappers() -> None:
+    mistake = UserError("K is larger than the number of windows")
+    assert find_user_error(Wrapped(Wrapped(mistake))) is mistake
+    assert find_user_error(ValueError("another")) is None

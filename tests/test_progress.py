@@ -1,0 +1,37 @@
+"""Progress lines, as a terminal and as a log see them."""
+
+import io
+
+from transfgu.progress import Progress
+
+
+def test_progress_in_a_log_is_plain_lines() -> None:
+    out = io.StringIO()
+    progress = Progress("features", stream=out)
+    progress.update(0, 10, "images")
+    progress.update(10, 10, "images")
+    progress.note("done")
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("features: 10/10 images")
+    assert lines[-1] == "features: done"
+    assert "\r" not in out.getvalue()
+
+
+def test_quiet_progress_says_nothing() -> None:
+    out = io.StringIO()
+    Progress("features", stream=out, quiet=True).update(10, 10, "images")
+    assert out.getvalue() == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_on_a_terminal_redraws_one_line() -> None:
+    out = Terminal()
+    progress = Progress("training", stream=out)
+    progress.update(12, 12, "epochs")
+    progress.note("best epoch 7")
+    assert out.getvalue().startswith("\rtraining: 12/12 epochs")
+    assert out.getvalue().rstrip(" \n").endswith("training: best epoch 7")

@@ -1,0 +1,163 @@
+"""Recipes: published values, conversions, digests by stage, and messages that list the good names."""
+
+import dataclasses
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transfgu.errors import UserError
+from transfgu.recipe import FIELDS, PRESETS, STAGES, Recipe, from_yaml, preset, short_names
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_yaml_gives_back_every_preset(name: str) -> None:
+    assert from_yaml(preset(name).to_yaml()) == preset(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "concepts", "classes", "epochs", "batch"),
+    [
+        ("coco-stuff-27", 27, 27, 200, 256),
+        ("coco-stuff-27-curated", 27, 27, 200, 256),
+        ("coco-stuff-171", 171, 171, 200, 256),
+        ("coco-80", 80, 81, 200, 256),
+        ("pascal-voc", 20, 21, 100, 512),
+        ("cityscapes", 27, 27, 50, 256),
+        ("lip-5", 5, 6, 100, 512),
+        ("lip-16", 16, 17, 100, 512),
+        ("lip-19", 19, 20, 100, 256),
+        ("shapes", 10, 10, preset("shapes").training.epochs, preset("shapes").training.batch_size),
+    ],
+)
+def test_presets_are_the_published_ones(name: str, concepts: int, classes: int, epochs: int, batch: int) -> None:
+    recipe = preset(name)
+    assert (recipe.concepts.count, recipe.classes) == (concepts, classes)
+    assert (recipe.training.epochs, recipe.training.batch_size) == (epochs, batch)
+
+
+def test_published_learning_rates_and_gradient_scales() -> None:
+    rates = {n: preset(n).training.lr for n in PRESETS}
+    assert rates["coco-stuff-27-curated"] == 2.2e-4
+    assert rates["cityscapes"] == 5e-5
+    assert [rates[f"lip-{k}"] for k in (5, 16, 19)] == [1e-4, 2e-5, 2e-5]
+    scales = {n: preset(n).pseudo_labels.gradient_scale for n in PRESETS}
+    assert scales["coco-80"] == scales["pascal-voc"] == 1 / 8
+    assert scales["cityscapes"] == scales["lip-19"] == 1 / 2
+
+
+def test_short_names_are_those_that_one_component_has() -> None:
+    names = short_names()
+    assert names["omega_1"] == "training.omega_1"
+    assert "batch_size" not in names  # the encoder, training and evaluation each have one
+    assert "seed" not in names  # is no component's
+
+
+def test_text_is_converted_to_each_fields_type() -> None:
+    recipe = preset("shapes").with_fields(
+        {"epochs": "3", "lr": "1e-2", "windows.scales": "0.5, 0.25", "image_size": "64x96", "views": "true"}
+    )
+    assert recipe.training.epochs == 3
+    assert recipe.training.lr == 0.01
+    assert recipe.windows.scales == (0.5, 0.25)
+    assert recipe.dataset.image_size == (64, 96)
+    assert recipe.training.views is True
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochz", "3", "the recipe has no field epochz; near ones: .*epochs"),
+        ("epochs", "many", "training.epochs must be a whole number, not 'many'"),
+        ("epochs", 2.5, "training.epochs must be a whole number, not 2.5"),
+        ("epochs", "0", "training.epochs must be positive, not 0"),
+        ("lr", "nan", "training.lr must be a number, not 'nan'"),
+        ("lr", "-1", "training.lr must be positive"),
+        ("omega_1", "-0.1", "training.omega_1 must not be negative"),
+        ("image_size", "320", "dataset.image_size takes 2 numbers, as in 320x320, not 320"),
+        ("image_size", "0x8", "dataset.image_size must be two positive sides"),
+        ("windows.groups", "some", "windows.groups must be one of both, foreground, all, not some"),
+        ("windows.scales", "2", r"windows.scales must lie in \(0, 1\]"),
+        ("min_foreground", "1.5", "windows.min_foreground must lie in 0..1"),
+        ("smoothing", "2", "pseudo_labels.smoothing must be odd"),
+        ("dropout", "1", r"decoder.dropout must lie in \[0, 1\)"),
+        ("max_bad_share", "3", "dataset.max_bad_share must lie in 0..1"),
+        ("limit", "-1", "limit must not be negative"),
+        ("views", "maybe", "training.views must be true or false, not 'maybe'"),
+        ("things", "-1", "must not be negative"),
+    ],
+)
+def test_a_bad_value_is_named_in_one_line(name: str, value: object, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        preset("shapes").with_fields({name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_preset_lists_the_good_ones() -> None:
+    with pytest.raises(UserError, match=r"unknown preset coco; choose one of shapes, coco-stuff-27, .*folder"):
+        preset("coco")
+
+
+def test_stuff_needs_background_windows() -> None:
+    with pytest.raises(UserError, match=r"concepts\.stuff needs background windows"):
+        preset("shapes").with_fields({"groups": "foreground"})
+
+
+def test_too_few_concepts() -> None:
+    with pytest.raises(UserError, match="at least two concepts"):
+        preset("folder").with_fields({"things": 1, "stuff": 0})
+
+
+@pytest.mark.parametrize("text", ["[", "just words", "preset: nothing", "training: {epochz: 3}", "epochs: [1, 2]"])
+def test_a_bad_yaml_recipe_is_one_line(text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        from_yaml(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_fills_in_from_its_preset() -> None:
+    recipe = from_yaml(yaml.safe_dump({"preset": "cityscapes", "training": {"epochs": 7}}))
+    assert recipe == preset("cityscapes").with_fields({"epochs": 7})
+
+
+def test_a_stage_depends_on_its_own_fields_and_earlier_ones_alone() -> None:
+    recipe = preset("coco-stuff-27")
+    changed = {
+        "omega_1": "training",
+        "gradient_scale": "pseudo_labels",
+        "concepts.iterations": "concepts",
+        "windows.scales": "features",
+        "limit": "samples",
+        "evaluation.resolution": "evaluation",
+    }
+    values = {"omega_1": 2, "gradient_scale": 1, "concepts.iterations": 5, "windows.scales": (0.5,), "limit": 3}
+    for name, first in changed.items():
+        other = recipe.with_fields({name: values.get(name, "label")})
+        same = [s for s in STAGES if other.digest(s) == recipe.digest(s)]
+        assert same == list(STAGES[: STAGES.index(first)]), name
+
+
+def test_where_it_runs_changes_no_digest() -> None:
+    recipe = preset("shapes")
+    for fields in ({"workers": 4}, {"actors": 2}, {"encoder.batch_size": 7}, {"max_bad_share": 0.5}):
+        assert recipe.with_fields(fields).digest("evaluation") == recipe.digest("evaluation")
+
+
+def test_the_seed_is_the_scenes_but_not_a_data_sets() -> None:
+    for name, same in (("shapes", False), ("coco-stuff-27", True)):
+        a, b = preset(name), preset(name).with_fields({"seed": 5})
+        assert (a.digest("samples") == b.digest("samples")) is same
+        assert a.digest("concepts") != b.digest("concepts")
+
+
+def test_every_field_says_what_it_means() -> None:
+    assert all(info.doc for info in FIELDS.values())
+    numbers = {f.name for f in dataclasses.fields(Recipe)}
+    assert numbers <= {n.partition(".")[0] for n in FIELDS}
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=5))
+def test_lists_survive_the_way_through_text(scales: list[float]) -> None:
+    text = ",".join(map(repr, scales))
+    assert preset("shapes").with_fields({"windows.scales": text}).windows.scales == tuple(scales)

@@ -1,0 +1,54 @@
+"""Progress is the driver's alone: a line that is redrawn on a terminal, plain lines in a log."""
+
+import io
+import sys
+import time
+from typing import cast
+
+
+class Progress:
+    """One stage's progress: a line that is redrawn on a terminal, a line every ten seconds in a log."""
+
+    def __init__(self, stage: str, stream: io.TextIOBase | None = None, quiet: bool = False) -> None:
+        self._stage = stage
+        self._stream = stream or cast(io.TextIOBase, sys.stderr)
+        self._quiet = quiet
+        self._terminal = self._stream.isatty()
+        self._start = self._last = time.monotonic()
+        self._first_done: int | None = None
+        self._width = 0
+
+    def update(self, done: int, total: int, unit: str) -> None:
+        """Tell how many of how many `unit` (images, epochs, iterations) are done."""
+        now = time.monotonic()
+        # Parts found from an earlier attempt cost nothing now: the rate counts from the first report on.
+        if self._first_done is None:
+            self._first_done, self._start = (done, now) if done else (0, self._start)
+        pause = 0.2 if self._terminal else 10.0
+        if self._quiet or (now - self._last < pause and done < total):
+            return
+        self._last = now
+        made, spent = done - self._first_done, max(now - self._start, 1e-9)
+        rate = made / spent
+        left = f", {_duration((total - done) / rate)} left" if made and done < total else ""
+        speed = (f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each") if made else ""
+        self._write(f"{self._stage}: {done}/{total} {unit}  {speed}{left}", final=False)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if not self._quiet:
+            self._write(f"{self._stage}: {text}", final=True)
+
+    def _write(self, text: str, *, final: bool) -> None:
+        if self._terminal:
+            self._stream.write("\r" + text.ljust(self._width) + ("\n" if final else ""))
+            self._width = 0 if final else len(text)
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
