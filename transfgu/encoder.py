@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import timm
 import torch
 from jaxtyping import Bool, Float, UInt8
-from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.layers.attention import Attention, AttentionRope
+from timm.layers.patch_embed import PatchEmbed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models import eva, vision_transformer
 from timm.models.eva import Eva, EvaAttention, EvaBlock
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transfgu.errors import UserError
-from transfgu.weight_files import PACKAGE, WeightFile, read_weights, unwrap
+from transfgu.weight_files import PACKAGE, read_weights, unwrap
 
 PositionResize = Literal["dino", "timm"]
 Channels = tuple[float, float, float]
@@ -39,8 +40,10 @@ SHIPPED = "vit_shapes"  # the encoder that is part of this package
 
 @dataclass(frozen=True)
 class EncoderOutput:
-    """What a forward pass gives. Tokens are after the final norm; attention is the last block's, from the class
-    token to each patch, by head (rows sum to less than 1: the rest went to class and register tokens)."""
+    """Tokens after the final norm, and the last block's attention from the class token to each patch, by head.
+
+    The attention sums to less than 1 over patches: the rest went to the class token and to registers.
+    """
 
     cls: Float[Tensor, "B d"]
     patches: Float[Tensor, "B hw d"]
@@ -85,20 +88,19 @@ class Encoder(nn.Module):
         mean: Channels = IMAGENET_MEAN,
         std: Channels = IMAGENET_STD,
     ) -> None:
-        """Raises ValueError for a transformer whose last block can't be taken apart, such as one without a class
-        token."""
+        """Wrap a timm transformer; UserError where its last block can't be taken apart, as without a class token."""
         super().__init__()
         _check_supported(vit)
         if position_resize not in get_args(PositionResize):
-            raise ValueError(f"position_resize is {position_resize!r}: use one of {get_args(PositionResize)}")
-        self.vit = vit
+            raise UserError(f"position_resize is {position_resize!r}: use one of {get_args(PositionResize)}")
+        self.vit: Any = vit  # timm's blocks differ in their attributes; _check_supported has seen these
         self.position_resize = position_resize
         self.mean = mean
         self.std = std
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.width: int = vit.embed_dim
         self.depth = len(vit.blocks)
-        self.num_heads: int = vit.blocks[-1].attn.num_heads
+        self.num_heads: int = self._attn.num_heads
         self.requires_grad_(False).eval()
 
     @staticmethod
@@ -124,10 +126,10 @@ class Encoder(nn.Module):
     def from_pretrained(name: str, weights: str = "pretrained") -> "Encoder":
         """The encoder called `name`: a timm name, or `vit_shapes`, the small one shipped with this package.
 
-        `weights`: "pretrained" (timm's from the hub; the shipped file), "random" (the same at every call), or a path or URI of
-        a `.pth` or `.safetensors` file. A safetensors file whose metadata holds `patch_size` and `num_heads`, as
-        our own pretraining writes it, describes its encoder by itself: `name` may then be any name that timm does not
-        have. Position embeddings are resized as DINO does for DINO's models, otherwise as timm does.
+        `weights`: "pretrained" (timm's from the hub; the shipped file), "random" (the same at every call), or a path
+        or URI of a `.pth` or `.safetensors` file. A safetensors file whose metadata holds `patch_size` and
+        `num_heads`, as our own pretraining writes it, describes its encoder by itself: `name` may then be any name
+        that timm does not have. Position embeddings are resized as DINO does for DINO's models, otherwise as timm does.
 
         Raises UserError for an unknown name and for weights which are missing, of other shapes, or not plain tensors.
         """
@@ -146,12 +148,13 @@ class Encoder(nn.Module):
     # What one can ask of it, from least to most work.
 
     def attention_map(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w"]:
-        """The class token's attention to each patch in the last block, averaged over heads. Nothing else of that block
-        is computed."""
-        x, rope, grid = self._enter_last_block(images)
-        attn, normed = self.vit.blocks[-1].attn, self.vit.blocks[-1].norm1(x)
-        row = _attention_row(attn, _heads(attn, 0, normed[:, :1], None), _heads(attn, 1, normed, rope))
-        return row[:, :, 0, self.vit.num_prefix_tokens :].mean(1).unflatten(1, grid)
+        """The class token's attention to each patch in the last block, averaged over heads.
+
+        Nothing else of that block is computed.
+        """
+        _, normed, rope, grid = self._enter_last_block(images)
+        row = self._class_row(_heads(self._attn, 0, normed[:, :1], None), _heads(self._attn, 1, normed, rope))
+        return self._patch_columns(row).mean(1).reshape(-1, *grid)
 
     def saliency(self, images: Float[Tensor, "B 3 H W"], *, times_mean: float = 1.0) -> Bool[Tensor, "B h w"]:
         """Which patches are salient: attention above `times_mean` times the image's mean (1 in the paper, 3.1)."""
@@ -160,30 +163,27 @@ class Encoder(nn.Module):
 
     def class_tokens(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B d"]:
         """The class token after the final norm; the last block updates that token alone."""
-        x, rope, _ = self._enter_last_block(images)
-        attn, normed = self.vit.blocks[-1].attn, self.vit.blocks[-1].norm1(x)
-        query, key, value = (
-            _heads(attn, 0, normed[:, :1], None),
-            _heads(attn, 1, normed, rope),
-            _heads(attn, 2, normed, None),
+        x, normed, rope, _ = self._enter_last_block(images)
+        mixed = F.scaled_dot_product_attention(
+            _heads(self._attn, 0, normed[:, :1], None),
+            _heads(self._attn, 1, normed, rope),
+            _heads(self._attn, 2, normed, None),
         )
-        return self._leave(x[:, :1], normed[:, :1], F.scaled_dot_product_attention(query, key, value))[:, 0]
+        return self._leave(x[:, :1], normed[:, :1], mixed)[:, 0]
 
     def patch_tokens(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B hw d"]:
         """The patch tokens after the final norm."""
-        x, rope, _ = self._enter_last_block(images)
-        return self._last_block(x, rope)[0][:, self.vit.num_prefix_tokens :]
+        tokens, _, _, _ = self._all_tokens(images)
+        return tokens[:, self.vit.num_prefix_tokens :]
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> EncoderOutput:
         """Class token, patch tokens and the class token's attention (see `EncoderOutput`).
 
         Raises UserError where the patch does not divide a side of the images.
         """
-        x, rope, grid = self._enter_last_block(images)
-        x, query, key = self._last_block(x, rope)
-        prefix = self.vit.num_prefix_tokens
-        row = _attention_row(self.vit.blocks[-1].attn, query[:, :, :1], key)
-        return EncoderOutput(x[:, 0], x[:, prefix:], row[:, :, 0, prefix:], grid)
+        tokens, query, key, grid = self._all_tokens(images)
+        attention = self._patch_columns(self._class_row(query[:, :, :1], key))
+        return EncoderOutput(tokens[:, 0], tokens[:, self.vit.num_prefix_tokens :], attention, grid)
 
     @torch.no_grad()
     def concept_maps(
@@ -200,47 +200,52 @@ class Encoder(nn.Module):
         there); relu(-g_k) keeps the largest values that make up 80 % of its sum. An image's maps do not depend on the
         rest of the batch. Float32 from the last block's attention on, also under autocast.
 
-        Source: TransFGU, section 3.2, equations 1 to 3.
+        Raises UserError where the patch does not divide a side of the images. Source: TransFGU, section 3.2.
         """
-        x, rope, grid = self._enter_last_block(images)
-        attn, normed = self.vit.blocks[-1].attn, self.vit.blocks[-1].norm1(x)
-        query, key = _heads(attn, 0, normed[:, :1], None), _heads(attn, 1, normed, rope)
-        value = _heads(attn, 2, normed, None)
-        with _full_precision(x):
-            value, row = value.float(), _attention_row(attn, query, key)
+        x, normed, rope, grid = self._enter_last_block(images)
+        query, key = _heads(self._attn, 0, normed[:, :1], None), _heads(self._attn, 1, normed, rope)
+        value = _heads(self._attn, 2, normed, None).float()
+        with torch.autocast(images.device.type, enabled=False):
+            row = self._class_row(query, key)
+
+            def class_direction(mixed: Tensor) -> Tensor:
+                return F.normalize(self._leave(x[:, :1].float(), normed[:, :1].float(), mixed)[:, 0], dim=-1)
+
             targets = F.normalize(concepts.float(), dim=-1)
-            leave = partial(self._leave, x[:, :1].float(), normed[:, :1].float())
-            _, pull_back = torch.func.vjp(lambda mixed: F.normalize(leave(mixed)[:, 0], dim=-1), row @ value)
+            pull_back = torch.func.vjp(class_direction, row @ value)[1]
             (pulled,) = torch.func.vmap(pull_back)(targets[:, None].expand(-1, len(x), -1))  # (K, B, heads, 1, dh)
-            prefix = self.vit.num_prefix_tokens
-            # attention n mixes value n into each head, so its gradient is the pulled-back cotangent times that value
-            gain = torch.einsum("kbhie,bhne->bkn", pulled, value[:, :, prefix:]) / self.num_heads
-            return _maps(row[:, :, 0, prefix:].mean(1), gain * gradient_scale).unflatten(2, grid)
+            # Attention to patch n mixes in value n, so its gradient is the pulled-back cotangent times that value.
+            patch_value = value[:, :, self.vit.num_prefix_tokens :]
+            gain = torch.einsum("kbhie,bhne->bkn", pulled, patch_value) / self.num_heads
+            maps = _maps(self._patch_columns(row).mean(1), gain * gradient_scale)
+        return maps.reshape(*maps.shape[:2], *grid)
 
     # The transformer's parts.
 
+    @property
+    def _attn(self) -> Any:
+        return self.vit.blocks[-1].attn
+
     def _enter_last_block(
         self, images: Float[Tensor, "B 3 H W"]
-    ) -> tuple[Float[Tensor, "B n d"], Tensor | None, tuple[int, int]]:
-        """All tokens at the entrance of the last block, that block's rotary embedding if any, and the grid."""
+    ) -> tuple[Float[Tensor, "B n d"], Float[Tensor, "B n d"], Tensor | None, tuple[int, int]]:
+        """All tokens as the last block gets them, and after its first norm; its rotary embedding if any; the grid."""
         grid = patch_grid((images.shape[-2], images.shape[-1]), self.patch_size)
         x = self.vit.norm_pre(self._embed(images, grid))
         ropes = self._ropes(grid)
-        for block, rope in zip(self.vit.blocks[:-1], ropes, strict=False):
+        for block, rope in zip(self.vit.blocks[:-1], ropes, strict=False):  # the last one's is left over
             x = block(x) if rope is None else block(x, rope=rope)
-        return x, ropes[-1], grid
+        return x, self.vit.blocks[-1].norm1(x), ropes[-1], grid
 
     def _embed(self, images: Float[Tensor, "B 3 H W"], grid: tuple[int, int]) -> Float[Tensor, "B n d"]:
         vit = self.vit
         patches = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
-        prefix = torch.cat([token for token in (vit.cls_token, getattr(vit, "reg_token", None)) if token is not None], 1)
+        prefix = torch.cat([token for token in (vit.cls_token, vit.reg_token) if token is not None], 1)
         prefix = prefix.expand(len(images), -1, -1)
         if vit.pos_embed is None:
             return torch.cat([prefix, patches], 1)
         placeless = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        position = _resize_positions(
-            vit.pos_embed, vit.patch_embed.grid_size, grid, placeless, self.position_resize
-        )
+        position = _resize_positions(vit.pos_embed, vit.patch_embed.grid_size, grid, placeless, self.position_resize)
         if vit.no_embed_class:
             return torch.cat([prefix, patches + position], 1)
         return torch.cat([prefix, patches], 1) + position
@@ -253,14 +258,25 @@ class Encoder(nn.Module):
         embedding = rope.get_embed(shape=grid)
         return list(embedding) if self.vit.rope_mixed else [embedding] * self.depth
 
-    def _last_block(
-        self, x: Float[Tensor, "B n d"], rope: Tensor | None
-    ) -> tuple[Float[Tensor, "B n d"], Float[Tensor, "B heads n dh"], Float[Tensor, "B heads n dh"]]:
-        """All tokens after the last block and the final norm, and that block's queries and keys."""
-        attn, normed = self.vit.blocks[-1].attn, self.vit.blocks[-1].norm1(x)
-        query, key = _heads(attn, 0, normed, rope), _heads(attn, 1, normed, rope)
-        mixed = F.scaled_dot_product_attention(query, key, _heads(attn, 2, normed, None))
-        return self._leave(x, normed, mixed), query, key
+    def _all_tokens(
+        self, images: Float[Tensor, "B 3 H W"]
+    ) -> tuple[Float[Tensor, "B n d"], Float[Tensor, "B heads n dh"], Float[Tensor, "B heads n dh"], tuple[int, int]]:
+        """All tokens after the final norm, the last block's queries and keys, and the grid."""
+        x, normed, rope, grid = self._enter_last_block(images)
+        query, key = _heads(self._attn, 0, normed, rope), _heads(self._attn, 1, normed, rope)
+        mixed = F.scaled_dot_product_attention(query, key, _heads(self._attn, 2, normed, None))
+        return self._leave(x, normed, mixed), query, key, grid
+
+    def _class_row(
+        self, query: Float[Tensor, "B heads 1 dh"], key: Float[Tensor, "B heads n dh"]
+    ) -> Float[Tensor, "B heads 1 n"]:
+        """Attention of the class token to all tokens, in float32."""
+        with torch.autocast(query.device.type, enabled=False):
+            scale: float = self._attn.scale
+            return ((query.float() * scale) @ key.float().transpose(2, 3)).softmax(-1)
+
+    def _patch_columns(self, row: Float[Tensor, "B heads 1 n"]) -> Float[Tensor, "B heads hw"]:
+        return row[:, :, 0, self.vit.num_prefix_tokens :]
 
     def _leave(
         self,
@@ -272,17 +288,17 @@ class Encoder(nn.Module):
 
         `x` is the block's input, `normed` the same after norm1.
         """
-        block = self.vit.blocks[-1]
-        attn = block.attn
+        block, attn = self.vit.blocks[-1], self._attn
         y = attn.norm(mixed.transpose(1, 2).flatten(2))  # (B, heads, n, dh) -> (B, n, heads dh)
         if attn.gate is not None:
             y = y * attn.gate(normed).sigmoid()
         x = x + _scaled(block, 1, attn.proj(y))
         x = x + _scaled(block, 2, block.mlp(block.norm2(x)))
-        return self.vit.norm(x)
+        tokens: Tensor = self.vit.norm(x)
+        return tokens
 
 
-def _check_supported(vit: nn.Module) -> None:
+def _check_supported(vit: Any) -> None:
     if not isinstance(vit, VisionTransformer | Eva) or not isinstance(vit.patch_embed, PatchEmbed):
         reason = "not a plain vision transformer"
     elif vit.cls_token is None or vit.num_prefix_tokens != 1 + (0 if vit.reg_token is None else vit.reg_token.shape[1]):
@@ -298,48 +314,37 @@ def _check_supported(vit: nn.Module) -> None:
     raise UserError(f"this {type(vit).__name__} can't be the encoder, it is {reason}: use one like DINO's ViT")
 
 
-def _heads(
-    attn: nn.Module, part: int, normed: Float[Tensor, "B n d"], rope: Tensor | None
-) -> Float[Tensor, "B heads n dh"]:
+def _heads(attn: Any, part: int, normed: Float[Tensor, "B n d"], rope: Tensor | None) -> Float[Tensor, "B heads n dh"]:
     """Queries (part 0), keys (1) or values (2) of these tokens, by head; `rope` turns all but the prefix tokens."""
     if attn.qkv is None:
         y = (attn.q_proj, attn.k_proj, attn.v_proj)[part](normed)
     else:
         y = F.linear(normed, attn.qkv.weight.chunk(3)[part], _bias(attn, part))
-    y = y.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)  # (B, n, heads dh) -> (B, heads, n, dh)
+    y = y.reshape(*y.shape[:2], -1, attn.head_dim).transpose(1, 2)  # (B, n, heads dh) -> (B, heads, n, dh)
     y = (attn.q_norm, attn.k_norm, nn.Identity())[part](y)
     if rope is not None:
         first = attn.num_prefix_tokens
         turned = apply_rot_embed_cat(y[:, :, first:], rope, half=attn.rotate_half)
         y = torch.cat([y[:, :, :first], turned.to(y.dtype)], 2)
-    groups = attn.num_heads // y.shape[1]  # query heads that share a key's and value's head
-    return y.repeat_interleave(groups, 1) if groups > 1 else y
+    groups = attn.num_heads // y.shape[1]  # query heads that share a head of keys and values
+    heads: Tensor = y.repeat_interleave(groups, 1) if groups > 1 else y
+    return heads
 
 
-def _bias(attn: nn.Module, part: int) -> Tensor | None:
+def _bias(attn: Any, part: int) -> Tensor | None:
     if attn.qkv.bias is not None:
-        return attn.qkv.bias.chunk(3)[part]
+        bias: Tensor = attn.qkv.bias
+        return bias.chunk(3)[part]
     return getattr(attn, ("q_bias", "k_bias", "v_bias")[part], None)
 
 
-def _scaled(block: nn.Module, part: int, y: Float[Tensor, "B n d"]) -> Float[Tensor, "B n d"]:
+def _scaled(block: Any, part: int, y: Float[Tensor, "B n d"]) -> Float[Tensor, "B n d"]:
     """LayerScale of a block's attention (1) or MLP (2), by either of timm's two names for it."""
     if isinstance(block, Block):
-        return (block.ls1, block.ls2)[part - 1](y)
+        scaled: Tensor = (block.ls1, block.ls2)[part - 1](y)
+        return scaled
     gamma = (block.gamma_1, block.gamma_2)[part - 1]
     return y if gamma is None else gamma * y
-
-
-def _full_precision(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def _attention_row(
-    attn: nn.Module, query: Float[Tensor, "B heads 1 dh"], key: Float[Tensor, "B heads n dh"]
-) -> Float[Tensor, "B heads 1 n"]:
-    """Attention of one token to all, in float32."""
-    with _full_precision(query):
-        return ((query.float() * attn.scale) @ key.float().transpose(2, 3)).softmax(-1)
 
 
 def _maps(attention: Float[Tensor, "B hw"], gain: Float[Tensor, "B K hw"]) -> Float[Tensor, "B K hw"]:
@@ -363,9 +368,10 @@ def _resize_positions(
     if grid == native:
         return position
     if how == "timm":
-        return resample_abs_pos_embed(position, list(grid), list(native), num_prefix_tokens=prefix)
-    patches = position[:, prefix:].float().unflatten(1, native).permute(0, 3, 1, 2)  # (1, n, d) -> (1, d, h, w)
-    # The tenth is DINO's guard against a floor to one patch too few; it shifts the samples and so is part of the weights.
+        resized: Tensor = resample_abs_pos_embed(position, list(grid), list(native), num_prefix_tokens=prefix)
+        return resized
+    patches = position[:, prefix:].float().transpose(1, 2).reshape(1, -1, *native)  # (1, n, d) -> (1, d, h, w)
+    # The tenth is DINO's guard against a floor to one patch too few. It shifts every sample, so it has to stay.
     factor = [(side + 0.1) / side_native for side, side_native in zip(grid, native, strict=True)]
     patches = F.interpolate(patches, scale_factor=factor, mode="bicubic")
     return torch.cat([position[:, :prefix], patches.flatten(2).transpose(1, 2).to(position.dtype)], 1)
@@ -374,21 +380,19 @@ def _resize_positions(
 # Building one.
 
 
-def _create(name: str, *, pretrained: bool = False) -> nn.Module:
+def _create(name: str, *, pretrained: bool = False) -> Any:
     try:
-        return timm.create_model(
-            name, pretrained=pretrained, num_classes=0, global_pool="token", dynamic_img_size=True
-        )
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="token", dynamic_img_size=True)
     except (RuntimeError, OSError, TypeError, ValueError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         if pretrained:
-            remedy = "give encoder.weights a path or URI of the weights, or random"
+            remedy = "give --encoder.weights a path or URI, or random"
         else:
             remedy = "use a timm vision transformer, such as vit_small_patch8_224.dino"
         raise UserError(f"encoder {name} can't be had ({reason}): {remedy}") from error
 
 
-def _of_timm(vit: nn.Module, name: str, *, is_dino: bool = False) -> Encoder:
+def _of_timm(vit: Any, name: str, *, is_dino: bool = False) -> Encoder:
     _check_supported(vit)
     known = vit.pretrained_cfg
     is_dino = is_dino or known.get("tag") == "dino"
@@ -427,7 +431,9 @@ def _self_described(name: str, weights: str) -> Encoder:
     except (KeyError, ValueError):
         if name != SHIPPED:
             raise _unknown(name) from None
-        raise UserError(f"weights {uri} don't say their patch_size and num_heads: give encoder.name a timm name") from None
+        raise UserError(
+            f"weights {uri} don't say their patch_size and num_heads: give --encoder.name a timm name"
+        ) from None
     if weights != "random":
         return Encoder.from_state_dict(file.tensors, patch_size=patch_size, num_heads=num_heads)
     with torch.random.fork_rng(devices=[]):

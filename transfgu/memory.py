@@ -27,6 +27,7 @@ class HalveOnOutOfMemory:
         self._warned = False
 
     def __call__(self, batch: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "B ..."]:
+        """The function's results for the whole batch."""
         done: list[Tensor] = []
         rows = 0
         while rows < len(batch) or not done:

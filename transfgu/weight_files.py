@@ -56,8 +56,11 @@ def read_weights(uri: str) -> WeightFile:
 
 
 def unwrap(name: str, content: object) -> dict[str, Tensor]:
-    """The network's tensors in a checkpoint: out of DINO's `teacher`, `student`, `state_dict` or `model`, without
-    `module.` and `backbone.` before their names, heads left out. `name` says in the UserError what held none."""
+    """The network's tensors in a checkpoint, under their plain names.
+
+    Taken out of DINO's `teacher`, `student`, `state_dict` or `model`, without `module.` and `backbone.` before their
+    names, heads left out. `name` is what the UserError calls a content that holds none.
+    """
     while isinstance(content, Mapping):
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:

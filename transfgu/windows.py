@@ -8,7 +8,6 @@ weighted by how many pixel rows and columns of each patch the window covers.
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
@@ -17,9 +16,7 @@ from torch.nn import functional as F
 from transfgu.errors import UserError
 
 
-def sliding_windows(
-    grid: tuple[int, int], scales: Sequence[float], patch_size: int = 8
-) -> Int[ndarray, "N 4"]:
+def sliding_windows(grid: tuple[int, int], scales: Sequence[float], patch_size: int = 8) -> Int[ndarray, "N 4"]:
     """All windows over an image of `grid` = (h, w) patches: rows y0 y1 x0 x1 in pixels, half-open.
 
     A window's side is `scale` of the image's shorter side; order is scale, then top to bottom, then left to right.
@@ -69,11 +66,11 @@ def select_windows(
     min_foreground: float = 0.5,
     min_background: float = 0.8,
 ) -> tuple[Int[ndarray, " foreground"], Int[ndarray, " background"]]:
-    """Indices of the windows whose salient share is above `min_foreground`, and of those whose unsalient share is
-    above `min_background` (shares of the window's pixels, 0 to 1).
+    """Indices of the foreground windows and of the background windows; one window can be in neither.
 
-    `windows` are rows y0 y1 x0 x1 in pixels, as `sliding_windows` gives them; `saliency` says which patches are
-    salient. A window can be in neither list. Source: TransFGU, section 3.1.
+    A window is foreground where its salient share is above `min_foreground`, background where its unsalient share is
+    above `min_background` (shares of the window's pixels, 0 to 1). `windows` are rows y0 y1 x0 x1 in pixels, as
+    `sliding_windows` gives them; `saliency` says which patches are salient. Source: TransFGU, section 3.1.
     """
     h, w = saliency.shape
     rows = _pixels_by_patch(windows[:, 0], windows[:, 1], h, patch_size)
@@ -91,9 +88,8 @@ def _pixels_by_patch(
 ) -> Int[ndarray, "N patches"]:
     """How many pixels of each patch lie in [start, stop), along one axis."""
     edge = np.arange(patches) * patch_size
-    return np.clip(
-        np.minimum(stop[:, None], edge + patch_size) - np.maximum(start[:, None], edge), 0, patch_size
-    )
+    overlap: ndarray = np.minimum(stop[:, None], edge + patch_size) - np.maximum(start[:, None], edge)
+    return overlap.clip(min=0)
 
 
 def crop_windows(
