@@ -6,7 +6,6 @@ every patch, normalised over classes. It is Segmenter's decoder (Strudel et al. 
 """
 
 from collections.abc import Mapping
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -70,8 +69,8 @@ class MaskDecoder(nn.Module):
         # that same scale.
         nn.init.orthogonal_(self.cls_emb[0], gain=classes**-0.5)
 
-    @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Tensor], *, num_heads: int) -> Self:
+    @staticmethod
+    def from_state_dict(state_dict: Mapping[str, Tensor], *, num_heads: int) -> "MaskDecoder":
         """A decoder with these weights, its sizes read off the tensors, in evaluation mode.
 
         Args:
@@ -94,7 +93,9 @@ class MaskDecoder(nn.Module):
             raise UserError("these weights are not a mask decoder's: proj_dec.weight is missing")
         _, classes, width = weights["cls_emb"].shape
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        decoder = cls(width, classes, num_heads=num_heads, depth=depth, patch_width=weights["proj_dec.weight"].shape[1])
+        decoder = MaskDecoder(
+            width, classes, num_heads=num_heads, depth=depth, patch_width=weights["proj_dec.weight"].shape[1]
+        )
         try:
             decoder.load_state_dict(weights)
         except RuntimeError as error:

@@ -1,0 +1,111 @@
+"""Scores by hand on matrices small enough to add up in one's head, and what no renaming may change."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transfgu.metrics import confusion_matrix, match_clusters, scores
+
+
+def test_confusion_matrix_by_hand() -> None:
+    labels = [[0, 0, 1], [2, 2, 2]]
+    predictions = [[0, 1, 1], [0, 2, 2]]
+    confusion = confusion_matrix(labels, predictions, 3)
+    assert confusion.dtype == np.int64
+    np.testing.assert_array_equal(confusion, [[1, 1, 0], [0, 1, 0], [1, 0, 2]])
+
+
+def test_labels_outside_the_classes_are_ignored() -> None:
+    labels = np.array([0, 1, 255, 2], dtype=np.uint8)
+    np.testing.assert_array_equal(confusion_matrix(labels, np.array([0, 1, 1, 0]), 2), [[1, 0], [0, 1]])
+    # What is predicted there does not matter, even where it is no cluster.
+    np.testing.assert_array_equal(confusion_matrix([-1, 1], [99, 0], 2), [[0, 0], [1, 0]])
+
+
+def test_small_integer_types_do_not_wrap_around() -> None:
+    labels = np.full(10, 170, dtype=np.uint8)
+    confusion = confusion_matrix(labels, np.full(10, 169, dtype=np.uint8), 171)
+    assert confusion.shape == (171, 171)
+    assert confusion[170, 169] == confusion.sum() == 10
+
+
+def test_bad_predictions_are_refused() -> None:
+    with pytest.raises(ValueError, match="differ in shape"):
+        confusion_matrix([0, 1], [0], 2)
+    with pytest.raises(ValueError, match="do not fit 2 clusters"):
+        confusion_matrix([0, 1], [0, 2], 2)
+    with pytest.raises(ValueError, match="do not fit 2 clusters"):
+        confusion_matrix([0, 1], [0, -1], 2)
+
+
+def test_scores_by_hand() -> None:
+    """Class 0 is cluster 1, class 1 cluster 0: IoU 6 / (6 + 2 + 1) and 5 / (5 + 1 + 2), accuracy 11 / 14."""
+    result = scores(np.array([[2, 6], [5, 1]]))
+    np.testing.assert_array_equal(result.clusters, [1, 0])
+    np.testing.assert_allclose(result.iou, [600 / 9, 500 / 8])
+    assert result.mean_iou == pytest.approx((600 / 9 + 500 / 8) / 2)
+    assert result.pixel_accuracy == pytest.approx(1100 / 14)
+
+
+def test_matching_is_global_not_greedy() -> None:
+    """Class 0 would rather have cluster 0, but 8 + 9 pixels agree where it leaves it to class 1, and 10 + 0 not."""
+    np.testing.assert_array_equal(match_clusters(np.array([[10, 8], [9, 0]])), [1, 0])
+
+
+def test_class_absent_from_both_is_left_out() -> None:
+    result = scores(np.array([[4, 0, 0], [0, 4, 0], [0, 0, 0]]))
+    assert np.isnan(result.iou[2])
+    assert result.mean_iou == 100
+    assert result.pixel_accuracy == 100
+
+
+def test_class_never_predicted_counts_as_zero() -> None:
+    result = scores(np.array([[4, 0], [4, 0]]))
+    np.testing.assert_allclose(np.sort(result.iou), [0, 50])
+    assert result.mean_iou == 25
+
+
+def test_more_clusters_than_classes() -> None:
+    """The third cluster is matched to nothing: its 3 pixels are wrong, and enter class 0's union."""
+    result = scores(np.array([[5, 0, 3], [0, 2, 0]]))
+    np.testing.assert_array_equal(result.clusters, [0, 1])
+    np.testing.assert_allclose(result.iou, [500 / 8, 100])
+    assert result.pixel_accuracy == 70
+
+
+def test_fewer_clusters_than_classes() -> None:
+    """Class 1 gets no cluster: IoU 0, and its pixels are errors, one of them inside class 0's cluster."""
+    result = scores(np.array([[5, 0], [1, 0], [0, 4]]))
+    np.testing.assert_array_equal(result.clusters, [0, -1, 1])
+    np.testing.assert_allclose(result.iou, [500 / 6, 0, 100])
+    assert result.pixel_accuracy == 90
+
+
+def test_nothing_labelled_scores_nothing() -> None:
+    result = scores(np.zeros((2, 2), dtype=np.int64))
+    assert np.isnan(result.mean_iou)
+    assert np.isnan(result.pixel_accuracy)
+    assert np.isnan(result.iou).all()
+
+
+@given(seed=st.integers(0, 1000), classes=st.integers(1, 6), clusters=st.integers(1, 6))
+def test_names_of_clusters_and_order_of_classes_do_not_matter(seed: int, classes: int, clusters: int) -> None:
+    draw = np.random.default_rng(seed)
+    confusion = draw.integers(0, 10_000, (classes, clusters))
+    before = scores(confusion)
+    rows, columns = draw.permutation(classes), draw.permutation(clusters)
+    after = scores(confusion[rows][:, columns])
+    assert after.pixel_accuracy == pytest.approx(before.pixel_accuracy)
+    np.testing.assert_allclose(after.iou, before.iou[rows])
+
+
+@given(seed=st.integers(0, 1000), pixels=st.integers(0, 50))
+def test_matrix_is_a_sum_over_pixels(seed: int, pixels: int) -> None:
+    draw = np.random.default_rng(seed)
+    labels, predictions = draw.integers(-1, 5, pixels), draw.integers(0, 6, pixels)
+    expected = np.zeros((4, 6), dtype=np.int64)
+    for label, prediction in zip(labels, predictions, strict=True):
+        if 0 <= label < 4:
+            expected[label, prediction] += 1
+    np.testing.assert_array_equal(confusion_matrix(labels, predictions, 4, 6), expected)
