@@ -36,8 +36,8 @@ def test_logits_are_cosines_normalised_over_classes() -> None:
     # Logits do not change with the length of what is compared, which is what makes them cosines.
     longer = make_decoder()
     with torch.no_grad():
-        longer.proj_patch *= 7
-        longer.proj_classes *= 0.1
+        longer.proj_patch.mul_(7)
+        longer.proj_classes.mul_(0.1)
     torch.testing.assert_close(longer(patches())[0], logits, rtol=1e-4, atol=1e-5)
 
 

@@ -24,6 +24,8 @@ from transfgu.maps import background_map, scale_maps
 FOREGROUND = 0.1
 """A pixel is foreground, to the uncertainty, where some map scaled to [0, 1] exceeds this."""
 
+# To type checkers an int is a float; to the run-time checks of the tests it is not.
+Real = float | int
 Permutation = Int[Tensor, " C"] | Int[np.ndarray, " C"] | Sequence[int]
 
 
@@ -65,7 +67,7 @@ def worker_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def batch_shares(maps: Float[Tensor, "B K h w"], background_threshold: float | None = None) -> Shares:
+def batch_shares(maps: Float[Tensor, "B K h w"], background_threshold: Real | None = None) -> Shares:
     """Weights for every part of this worker's slice; all workers must call it, once a step.
 
     Args:
@@ -92,9 +94,9 @@ def pixel_losses(
     maps: Float[Tensor, "B K h w"],
     teacher_logits: Float[Tensor, "B C h w"] | None = None,
     *,
-    alpha: float,
+    alpha: Real,
     permutation: Permutation | None = None,
-    background_threshold: float | None = None,
+    background_threshold: Real | None = None,
 ) -> PixelLosses:
     """Peer loss, uncertainty and pseudo label of each pixel; arguments as in `bootstrapping_loss`."""
     concepts = logits.shape[1] - (background_threshold is not None)
@@ -150,11 +152,11 @@ def loss_share(
     maps: Float[Tensor, "B K h w"],
     teacher_logits: Float[Tensor, "B C h w"] | None = None,
     *,
-    omega_1: float,
-    omega_2: float,
-    alpha: float,
+    omega_1: Real,
+    omega_2: Real,
+    alpha: Real,
     permutation: Permutation | None = None,
-    background_threshold: float | None = None,
+    background_threshold: Real | None = None,
 ) -> Loss:
     """What these images add to the loss of the global batch: sum it over parts, average it over workers.
 
@@ -182,11 +184,11 @@ def bootstrapping_loss(
     maps: Float[Tensor, "B K h w"],
     teacher_logits: Float[Tensor, "B C h w"] | None = None,
     *,
-    omega_1: float,
-    omega_2: float,
-    alpha: float,
+    omega_1: Real,
+    omega_2: Real,
+    alpha: Real,
     permutation: Permutation | None = None,
-    background_threshold: float | None = None,
+    background_threshold: Real | None = None,
 ) -> Loss:
     """``L = L_peer + omega_1 L_div + omega_2 L_unc`` of a batch.
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, Optimizer
 
 from transfgu.errors import UserError
-from transfgu.losses import Loss, Permutation, batch_shares, loss_share, worker_count
+from transfgu.losses import Loss, Permutation, Real, batch_shares, loss_share, worker_count
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +66,11 @@ def training_step(
     maps: Float[Tensor, "B K h w"],
     teacher: nn.Module | None = None,
     *,
-    omega_1: float,
-    omega_2: float,
-    alpha: float,
+    omega_1: Real,
+    omega_2: Real,
+    alpha: Real,
     permutation: Permutation | None = None,
-    background_threshold: float | None = None,
+    background_threshold: Real | None = None,
     part: int | None = None,
 ) -> StepResult:
     """Forward, backward and one optimiser step; every worker must call it with its slice of the global batch.
