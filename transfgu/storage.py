@@ -88,6 +88,19 @@ def read_bytes_or_none(uri: str) -> bytes | None:
             return None
 
 
+def read_chunks(uri: str, size: int) -> Iterator[bytes]:
+    """The file's contents in pieces of at most `size` bytes, for files too large to hold.
+
+    Raises:
+        UserError: there is no such file, or it can't be read.
+    """
+    with _one_line(uri, "read"):
+        fs, path = filesystem(uri)
+        with fs.open_input_stream(path) as stream:
+            while piece := stream.read(size):
+                yield piece
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Make or replace a file in one piece: whoever reads it sees the old contents or the new, never a part.
 
@@ -121,6 +134,13 @@ def list_files(uri: str, recursive: bool = True) -> list[str]:
             return []
         prefix = uri[: len(uri) - len(path)] if uri.endswith(path) else f"{scheme(uri)}://"
         return sorted(prefix + i.path for i in infos if i.type == pafs.FileType.File and not i.path.endswith(_PARTIAL))
+
+
+def is_empty(uri: str) -> bool:
+    """Whether the folder `uri` holds no file at any depth. A missing one is empty."""
+    if is_local(uri):
+        return not any(files for _, _, files in os.walk(absolute(uri)))
+    return not exists(uri)  # an object store has no folders but those of its objects
 
 
 def delete(uri: str) -> None:

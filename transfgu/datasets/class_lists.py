@@ -1,0 +1,134 @@
+"""What a label's pixel values mean is data: one JSON file holds every benchmark's names, colours and value map.
+
+The classes of a benchmark are in the order of the published results, things first, then stuff; with a background it is
+class 0. A pixel value is a class, or is ignored, or can't occur, which tells a wrong data set from a right one.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from importlib import resources
+from typing import TypedDict
+
+import numpy as np
+from jaxtyping import Bool, Int16
+
+from transfgu.errors import UserError
+from transfgu.recipe import Recipe
+
+Colour = tuple[int, int, int]
+
+
+class _Entry(TypedDict):
+    """One class list as stored: `values` is the class of each pixel value, None where it can't occur."""
+
+    names: list[str]
+    colours: list[str] | None  # hexadecimal
+    values: list[int | None]
+    ignored: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Classes:
+    """The C classes of a data set's labels.
+
+    Args:
+        names: one a class; the background, where there is one, is class 0.
+        colours: red, green, blue of each class, 0 to 255.
+        label_map: class of each pixel value; -1 where it is ignored or can't occur.
+        known: whether a pixel value can occur in a label.
+    """
+
+    names: tuple[str, ...]
+    colours: tuple[Colour, ...]
+    label_map: Int16[np.ndarray, "256"]
+    known: Bool[np.ndarray, "256"]
+
+
+def classes(recipe: Recipe) -> Classes:
+    """The classes that a recipe's labels are read as, and that its results are named and painted by.
+
+    Raises:
+        UserError: no such class list, or the recipe's concepts are not as many as its classes.
+    """
+    name, count = recipe.dataset.classes, recipe.classes
+    if name == "auto":
+        concepts = [f"concept {i + 1}" for i in range(recipe.concepts.count)]
+        return _as_indices((["background"] if recipe.background else []) + concepts, None)
+    if name == "shapes":
+        from transfgu.datasets import shapes
+
+        found = _as_indices(list(shapes.CLASS_NAMES), shapes.CLASS_COLOURS)
+    else:
+        found = _benchmark(name)
+    if len(found.names) != count:
+        raise UserError(
+            f"the class list {name} has {len(found.names)} classes, background included, but the recipe makes {count}: "
+            "leave out --things and --stuff, or set --dataset.classes auto"
+        )
+    return found
+
+
+def class_lists() -> tuple[str, ...]:
+    """Names that `dataset.classes` may have."""
+    return (*_data(), "shapes", "auto")
+
+
+@functools.cache
+def palette(count: int) -> tuple[Colour, ...]:
+    """`count` colours, each as far from those before it as 9³ candidates allow; the first is black.
+
+    Distances are weighted as eyes weigh red, green and blue (the "redmean" formula), so that neighbours in the list
+    can be told apart; a longer palette begins with a shorter one.
+    """
+    steps = np.linspace(0, 255, 9).round()
+    candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
+    chosen = [0]
+    distance = np.full(len(candidates), np.inf)
+    while len(chosen) < min(count, len(candidates)):
+        last = candidates[chosen[-1]]
+        red = (candidates[:, 0] + last[0]) / 2
+        weights = np.stack([2 + red / 256, np.full_like(red, 4), 2 + (255 - red) / 256], -1)
+        distance = np.minimum(distance, (weights * (candidates - last) ** 2).sum(-1))
+        chosen.append(int(distance.argmax()))
+    colours = [(int(r), int(g), int(b)) for r, g, b in candidates[chosen]]
+    return tuple(colours[i % len(colours)] for i in range(count))
+
+
+def _as_indices(names: list[str], colours: tuple[Colour, ...] | None) -> Classes:
+    """Classes whose pixel values are their indices; 255 is ignored."""
+    label_map = np.full(256, -1, np.int16)
+    count = min(len(names), 255)
+    label_map[:count] = np.arange(count)
+    known = label_map >= 0
+    known[255] = True
+    # Without a background, black is left to what is ignored.
+    skip = 0 if names[0] == "background" else 1
+    return Classes(
+        names=tuple(names), colours=colours or palette(len(names) + skip)[skip:], label_map=label_map, known=known
+    )
+
+
+@functools.cache
+def _data() -> dict[str, _Entry]:
+    text = (resources.files("transfgu.datasets") / "class_lists.json").read_text()
+    tree: dict[str, _Entry] = json.loads(text)
+    return tree
+
+
+def _benchmark(name: str) -> Classes:
+    if name not in _data():
+        raise UserError(f"there is no class list {name}; choose one of {', '.join(class_lists())}")
+    entry = _data()[name]
+    names = tuple(entry["names"])
+    label_map = np.full(256, -1, np.int16)
+    known = np.zeros(256, bool)
+    for value, index in enumerate(entry["values"]):
+        if index is not None:
+            label_map[value], known[value] = index, True
+    for value in entry["ignored"]:
+        known[value] = True
+    skip = 0 if names[0] == "background" else 1
+    listed = [tuple(bytes.fromhex(c)) for c in entry["colours"] or []]
+    colours = tuple((r, g, b) for r, g, b in listed) or palette(len(names) + skip)[skip:]
+    return Classes(names=names, colours=colours, label_map=label_map, known=known)

@@ -1,0 +1,74 @@
+"""COCO 2017 with the stuffthingmaps labels; the published experiments use the images that have an instance annotation.
+
+Which those are stands in the instances JSON. It is half a gigabyte, of which only the image ids matter, so it is read
+as a stream of bytes and never parsed. Without the JSON every image of the folder is used.
+"""
+
+import functools
+import lzma
+import re
+from importlib import resources
+
+from transfgu import storage
+from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, stems
+from transfgu.errors import UserError
+from transfgu.recipe import Recipe
+
+_FOLDERS = {"train": "train2017", "validation": "val2017"}
+_CURATED = {"train": "curated_train.txt.xz", "validation": "curated_val.txt.xz"}
+_IMAGE_ID = re.compile(rb'"image_id"\s*:\s*(\d+)')
+_CHUNK = 1 << 24  # bytes
+_OVERLAP = 64  # bytes; longer than any match
+
+
+@functools.cache
+def curated_names(split: str) -> frozenset[str]:
+    """The curated COCO-Stuff subset of IIC and PiCIE: 49,628 training and 2,174 validation images."""
+    data = (resources.files("transfgu.datasets") / _CURATED[split]).read_bytes()
+    return frozenset(lzma.decompress(data).decode().split())
+
+
+def annotated_names(uri: str) -> set[str] | None:
+    """Names of the images that an instances JSON annotates; None where there is no such file.
+
+    Raises:
+        UserError: the file is cut off, or annotates nothing.
+    """
+    if not storage.is_file(uri):
+        return None
+    ids: set[int] = set()
+    rest = b""
+    for chunk in storage.read_chunks(uri, _CHUNK):
+        rest += chunk
+        # A number at the very end may go on in the next chunk: it is met again there.
+        ids.update(int(m[1]) for m in _IMAGE_ID.finditer(rest) if m.end() < len(rest))
+        rest = rest[-_OVERLAP:]
+    if not rest.rstrip().endswith(b"}") or not ids:
+        raise UserError(f"{storage.shown(uri)} is cut off or annotates no image: fetch it again, or remove it")
+    return {f"{i:012d}" for i in ids}
+
+
+def _list(recipe: Recipe, split: str) -> Listing:
+    folder = _FOLDERS[split]
+    images, labels = in_parallel(
+        lambda: stems(images_in(storage.join(recipe.data, "images", folder))),
+        lambda: stems(images_in(storage.join(recipe.data, "annotations", folder))),
+    )
+    names = annotated_names(storage.join(recipe.data, "annotations", f"instances_{folder}.json"))
+    curated = curated_names(split)
+    return pair(
+        recipe,
+        split,
+        images if names is None else names,
+        images,
+        labels,
+        curated=curated.__contains__,
+        notes={} if names is None else {"unannotated": len(images.keys() - names)},
+    )
+
+
+COCO = Layout(
+    expected="images/{train2017,val2017}/*.jpg and annotations/{train2017,val2017}/*.png (stuffthingmaps)",
+    needed=("images/train2017", "images/val2017", "annotations/val2017"),
+    listing=_list,
+)

@@ -1,0 +1,24 @@
+"""LIP (Look into Person), single persons: one list, one image folder and one label folder for each split."""
+
+from transfgu import storage
+from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, read_names, stems
+from transfgu.recipe import Recipe
+
+_PREFIXES = {"train": "train", "validation": "val"}
+
+
+def _list(recipe: Recipe, split: str) -> Listing:
+    prefix = _PREFIXES[split]
+    names = read_names(storage.join(recipe.data, f"{prefix}_id.txt"))
+    images, labels = in_parallel(
+        lambda: stems(images_in(storage.join(recipe.data, f"{prefix}_images"))),
+        lambda: stems(images_in(storage.join(recipe.data, f"{prefix}_segmentations"))),
+    )
+    return pair(recipe, split, names, images, labels)
+
+
+LIP = Layout(
+    expected="{train,val}_images/*.jpg, {train,val}_segmentations/*.png and {train,val}_id.txt",
+    needed=("train_images", "val_images", "val_segmentations", "train_id.txt", "val_id.txt"),
+    listing=_list,
+)
