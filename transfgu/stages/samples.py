@@ -1,0 +1,142 @@
+"""The list of samples is kept with the run, so that a sample's index means one image in every later stage.
+
+The embedded demonstration's scenes are drawn here, into the run's own folder, by tasks of a few scenes each: from then
+on they are files like any others. A scene depends on its number alone, so those that are there are not drawn again.
+"""
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from jaxtyping import UInt8
+from PIL import Image
+from ray.exceptions import RayTaskError
+
+from transfgu import datasets, storage
+from transfgu.artifacts import Artifact, Outcome, Run
+from transfgu.datasets.listing import Listing, table
+from transfgu.datasets.shapes import scene
+from transfgu.errors import UserError
+from transfgu.progress import Progress
+from transfgu.recipe import Recipe
+
+SCENES = {"train": 200, "validation": 100}
+_STREAMS = {"train": "train", "validation": "val"}
+_TASK_SIZE = 10  # scenes; a task takes about a second
+
+
+def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
+    """List both splits, drawing the scenes first where the layout is `shapes`.
+
+    Writes `samples/train.parquet` and `samples/validation.parquet`, rows of `datasets.SCHEMA`.
+
+    Raises:
+        UserError: the data is missing, empty or in another layout, or more of a split than `dataset.max_bad_share`
+            lacks its image or label.
+    """
+    artifact = run.artifact("samples")
+    if recipe.dataset.layout == "shapes":
+        listings = _drawn(recipe, artifact, progress)
+    else:
+        with ThreadPoolExecutor(len(datasets.SPLITS)) as pool:
+            waiting = {s: pool.submit(datasets.listing, recipe, s) for s in datasets.SPLITS}
+            listings = {split: future.result() for split, future in waiting.items()}
+    details: dict[str, Any] = {}
+    for split, listing in listings.items():
+        _check_share(recipe, split, listing)
+        storage.write_bytes(artifact.file(f"{split}.parquet"), _parquet(listing.table))
+        details[f"{split} images"] = listing.table.num_rows
+        details.update({f"{split} {what}": count for what, count in listing.notes.items() if count})
+    labels = listings["validation"].table["label"]
+    details["validation labels"] = len(labels) - labels.null_count
+    progress.note(", ".join(f"{count} {what}" for what, count in details.items()))
+    return Outcome(
+        items=sum(x.table.num_rows for x in listings.values()),
+        left_out=tuple(x for listing in listings.values() for x in listing.left_out),
+        details=details,
+    )
+
+
+def load(run: Run, split: str) -> pa.Table:
+    """The samples of a split ("train" or "validation") of a run: rows of `datasets.SCHEMA`."""
+    return pq.read_table(pa.BufferReader(storage.read_bytes(run.artifact("samples").file(f"{split}.parquet"))))
+
+
+def _check_share(recipe: Recipe, split: str, listing: Listing) -> None:
+    bad, total = listing.left_out, len(listing.left_out) + listing.table.num_rows
+    if len(bad) > recipe.dataset.max_bad_share * total:
+        raise UserError(
+            f"{len(bad)} of {total} {split} samples can't be used, such as {bad[0].name} ({bad[0].reason}): "
+            f"complete the data set, or raise --dataset.max_bad_share from {recipe.dataset.max_bad_share:g}"
+        )
+
+
+def _parquet(samples: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(samples, sink)
+    return sink.getvalue()
+
+
+def _drawn(recipe: Recipe, artifact: Artifact, progress: Progress) -> dict[str, Listing]:
+    counts = {split: min(n, recipe.limit or n) for split, n in SCENES.items()}
+    folder = artifact.file("scenes")
+    there = set(storage.list_files(folder))
+    missing = {
+        split: [
+            i
+            for i in range(count)
+            if not all(storage.absolute(_scene_file(folder, split, k, i)) in there for k in ("images", "labels"))
+        ]
+        for split, count in counts.items()
+    }
+    tasks = [
+        (split, indices[start : start + _TASK_SIZE])
+        for split, indices in missing.items()
+        for start in range(0, len(indices), _TASK_SIZE)
+    ]
+    total = sum(counts.values())
+    done = total - sum(map(len, missing.values()))
+    draw = ray.remote(_draw).options(name="draw scenes")
+    waiting = [draw.remote(recipe.seed, folder, split, indices) for split, indices in tasks]
+    while waiting:
+        finished, waiting = ray.wait(waiting)
+        try:
+            done += sum(ray.get(finished))
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise UserError(str(error.cause)) from None
+            raise
+        progress.update(done, total, "scenes")
+    return {split: Listing(table=_scenes_table(folder, split, count)) for split, count in counts.items()}
+
+
+def _scenes_table(folder: str, split: str, count: int) -> pa.Table:
+    images, labels = (
+        {f"{i:06d}": storage.absolute(_scene_file(folder, split, kind, i)) for i in range(count)}
+        for kind in ("images", "labels")
+    )
+    return table(list(images), images, labels, lambda _: True)
+
+
+def _scene_file(folder: str, split: str, kind: str, index: int) -> str:
+    return storage.join(folder, split, kind, f"{index:06d}.png")
+
+
+def _draw(seed: int, folder: str, split: str, indices: Sequence[int]) -> int:
+    """A task: draws scenes into `folder`, and returns how many."""
+    for index in indices:
+        image, label = scene(seed, _STREAMS[split], index)
+        for kind, pixels in (("images", image), ("labels", label)):
+            storage.write_bytes(_scene_file(folder, split, kind, index), _png(pixels))
+    return len(indices)
+
+
+def _png(pixels: UInt8[np.ndarray, "H W *channels"]) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG")
+    return sink.getvalue()
