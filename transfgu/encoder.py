@@ -156,7 +156,7 @@ class Encoder(nn.Module):
         row = self._class_row(_heads(self._attn, 0, normed[:, :1], None), _heads(self._attn, 1, normed, rope))
         return self._patch_columns(row).mean(1).reshape(-1, *grid)
 
-    def saliency(self, images: Float[Tensor, "B 3 H W"], *, times_mean: float = 1.0) -> Bool[Tensor, "B h w"]:
+    def saliency(self, images: Float[Tensor, "B 3 H W"], *, times_mean: float | int = 1) -> Bool[Tensor, "B h w"]:
         """Which patches are salient: attention above `times_mean` times the image's mean (1 in the paper, 3.1)."""
         attention = self.attention_map(images)
         return attention > times_mean * attention.mean((1, 2), keepdim=True)
@@ -191,7 +191,7 @@ class Encoder(nn.Module):
         images: Float[Tensor, "B 3 H W"],
         concepts: Float[Tensor, "K d"],
         *,
-        gradient_scale: float = 1.0,
+        gradient_scale: float | int = 1,
     ) -> Float[Tensor, "B K h w"]:
         """Where in each image each concept is: M_k = A / max(A) + relu(-g_k), and 0 where g_k > 0.
 

@@ -20,7 +20,7 @@ def scale_maps(maps: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
     return (maps - low) / torch.where(span > 0, span, torch.ones_like(span))
 
 
-def background_map(scaled: Float[Tensor, "B K h w"], threshold: float) -> Float[Tensor, "B 1 h w"]:
+def background_map(scaled: Float[Tensor, "B K h w"], threshold: float | int) -> Float[Tensor, "B 1 h w"]:
     """Background where no class answers: relu(threshold - max over classes of the scaled maps).
 
     `scaled` comes from `scale_maps`; `threshold` is T_bg, 0.1 in the paper.

@@ -1,0 +1,196 @@
+"""A training view is a function of (seed, epoch, sample) and of nothing else.
+
+Its parameters are drawn for each image by a generator of its own, so they do not depend on workers, batches or order.
+They are then applied to a batch at once, on whatever device holds it. Image and maps are cut by the same box: the
+image by bilinear interpolation, the maps, whose patches are much larger than a pixel, by averaging (RoIAlign).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float16, Int, UInt8
+from numpy import ndarray
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, Channels
+
+GREY = (0.2989, 0.587, 0.114)  # luma of red, green, blue (ITU-R 601)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """How each image of a batch is to be seen."""
+
+    jitter: Bool[ndarray, " B"]
+    order: Int[ndarray, "B 4"]  # in which the four are applied, as indices into the next
+    factors: Float[
+        ndarray, "B 4"
+    ]  # brightness, contrast, saturation (1 changes nothing), hue (turns; 0 changes nothing)
+    grey: Bool[ndarray, " B"]
+    blur: Bool[ndarray, " B"]
+    sigma: Float[ndarray, " B"]  # of the blur, pixels
+    boxes: Int[ndarray, "B 4"]  # crop, y0 y1 x0 x1 in pixels, half-open
+    flip: Bool[ndarray, " B"]
+
+
+def draw_views(samples: Sequence[int], size: tuple[int, int], *, seed: int, epoch: int) -> Views:
+    """Parameters of a random view of each sample, for images of `size` = (H, W) pixels.
+
+    `samples` are the images' places in the epoch. Colour jitter (0.8 0.8 0.8 0.2, in random order) is drawn with
+    probability 0.3, greyscale 0.2, a 3 x 3 blur of sigma 1 to 2 pixels 0.2, a flip 0.5; the crop is 0.4, 0.5 ... 0.9 of
+    both sides. Published code draws jitter, greyscale and blur once a batch; here all are drawn once an image.
+
+    Source: the published training scripts.
+    """
+    rows = [_draw_view(np.random.default_rng((seed, epoch, sample)), size) for sample in samples]
+    columns = zip(*rows, strict=True) if rows else ([] for _ in range(8))
+    jitter, order, factors, grey, blur, sigma, boxes, flip = columns
+    return Views(
+        jitter=np.array(jitter, bool),
+        order=np.array(order, np.int64).reshape(-1, 4),
+        factors=np.array(factors, np.float64).reshape(-1, 4),
+        grey=np.array(grey, bool),
+        blur=np.array(blur, bool),
+        sigma=np.array(sigma, np.float64),
+        boxes=np.array(boxes, np.int64).reshape(-1, 4),
+        flip=np.array(flip, bool),
+    )
+
+
+def _draw_view(
+    rng: np.random.Generator, size: tuple[int, int]
+) -> tuple[bool, ndarray, list[float], bool, bool, float, list[int], bool]:
+    # Everything is drawn, needed or not, so that one choice never shifts another.
+    jitter, grey, blur, flip = rng.random(4) < (0.3, 0.2, 0.2, 0.5)
+    factors = [*rng.uniform(0.2, 1.8, 3), rng.uniform(-0.2, 0.2)]
+    order = rng.permutation(4)
+    sigma = rng.uniform(1, 2)
+    tenths = int(rng.integers(4, 10))
+    box = []
+    for side, place in zip(size, rng.random(2), strict=True):
+        cut = side * tenths // 10
+        start = int((side - cut) * place)
+        box += [start, start + cut]
+    return jitter, order, factors, grey, blur, sigma, box, flip
+
+
+def apply_views(
+    images: UInt8[Tensor, "B 3 H W"],
+    maps: Float[Tensor, "B K h w"] | Float16[Tensor, "B K h w"],
+    views: Views,
+    patch_size: int,
+    *,
+    mean: Channels = IMAGENET_MEAN,
+    std: Channels = IMAGENET_STD,
+) -> tuple[Float[Tensor, "B 3 H2 W2"], Float[Tensor, "B K h2 w2"]]:
+    """The views of images and of their maps: (B, 3, H/2, W/2), normalised by `mean` and `std`, and the maps' part.
+
+    Maps cover the whole image, at any resolution; theirs of the view is one value a patch, and not scaled: the loss
+    scales it.
+    """
+    colours = _photometric(images.float() / 255, views)
+    size = (images.shape[2] // 2, images.shape[3] // 2)
+    colours, maps = crop_views(colours, maps, views.boxes, size, (size[0] // patch_size, size[1] // patch_size))
+    colours = (colours - colours.new_tensor(mean).view(3, 1, 1)) / colours.new_tensor(std).view(3, 1, 1)
+    flip = torch.from_numpy(views.flip).to(images.device)[:, None, None, None]
+    return torch.where(flip, colours.flip(3), colours), torch.where(flip, maps.flip(3), maps)
+
+
+def crop_views(
+    images: Float[Tensor, "B 3 H W"],
+    maps: Float[Tensor, "B K h w"],
+    boxes: Int[ndarray, "B 4"],
+    size: tuple[int, int],
+    grid: tuple[int, int],
+) -> tuple[Float[Tensor, "B 3 H2 W2"], Float[Tensor, "B K h2 w2"]]:
+    """Cut a box, y0 y1 x0 x1 in pixels, out of each image and its maps.
+
+    Images are resized to `size` (bilinear, no antialias), maps, which cover the same image, to `grid` (RoIAlign,
+    aligned, adaptive sampling).
+    """
+    rows, columns = boxes[:, :2], boxes[:, 2:]
+    crops = _resample(_resample(images, rows, size[0], 2), columns, size[1], 3)
+    scale = np.array([maps.shape[3] / images.shape[3], maps.shape[2] / images.shape[2]] * 2)
+    corners = boxes[:, [2, 0, 3, 1]] * scale  # y0 y1 x0 x1 in pixels -> x0 y0 x1 y1 in patches
+    regions = torch.from_numpy(np.column_stack([np.arange(len(boxes)), corners])).to(maps.device, torch.float32)
+    return crops, roi_align(maps.float(), regions, grid, sampling_ratio=0, aligned=True)
+
+
+def _resample(images: Float[Tensor, "B 3 H W"], spans: Int[ndarray, "B 2"], length: int, dim: int) -> Tensor:
+    """Linear interpolation of each image's own span, along one dimension, to `length` samples."""
+    cut = (spans[:, 1] - spans[:, 0])[:, None]
+    # Single precision, as torch's interpolation places its samples. Nothing lies beyond the cut.
+    place = (cut.astype(np.float32) / np.float32(length) * (np.arange(length, dtype=np.float32) + 0.5) - 0.5).clip(
+        0, cut - 1
+    )
+    low = np.floor(place).astype(np.int64)
+    shape = [len(spans), 1, 1, 1]
+    shape[dim] = length
+
+    def take(index: ndarray) -> Tensor:
+        index_ = torch.from_numpy(index + spans[:, :1]).to(images.device).view(shape)
+        return images.take_along_dim(index_, dim)
+
+    weight = torch.from_numpy(place - low).to(images.device, images.dtype).view(shape)
+    return take(low).lerp(take(np.minimum(low + 1, cut - 1)), weight)
+
+
+def _photometric(images: Float[Tensor, "B 3 H W"], views: Views) -> Float[Tensor, "B 3 H W"]:
+    """Jitter, greyscale and blur, of those images whose views have them; values 0 to 1 before and after."""
+    steps: list[tuple[ndarray, Callable[[Tensor, Tensor], Tensor], ndarray]] = [
+        (views.jitter & (views.order[:, place] == which), adjust, views.factors[:, which])
+        for place in range(4)
+        for which, adjust in enumerate((_brightness, _contrast, _saturation, _hue))
+    ]
+    steps.append((views.grey, _saturation, np.zeros(len(views.grey))))
+    steps.append((views.blur, _blur, views.sigma))
+    for chosen, adjust, factors in steps:
+        if chosen.any():
+            index = torch.from_numpy(np.flatnonzero(chosen)).to(images.device)
+            factor = torch.from_numpy(factors[chosen]).to(images.device, images.dtype).view(-1, 1, 1, 1)
+            images = images.index_copy(0, index, adjust(images[index], factor))
+    return images
+
+
+def _grey(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 H W"]:
+    return (images * images.new_tensor(GREY).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def _brightness(images: Float[Tensor, "B 3 H W"], factor: Float[Tensor, "B 1 1 1"]) -> Float[Tensor, "B 3 H W"]:
+    return (images * factor).clamp(0, 1)
+
+
+def _contrast(images: Float[Tensor, "B 3 H W"], factor: Float[Tensor, "B 1 1 1"]) -> Float[Tensor, "B 3 H W"]:
+    return _grey(images).mean((2, 3), keepdim=True).lerp(images, factor).clamp(0, 1)
+
+
+def _saturation(images: Float[Tensor, "B 3 H W"], factor: Float[Tensor, "B 1 1 1"]) -> Float[Tensor, "B 3 H W"]:
+    return _grey(images).lerp(images, factor).clamp(0, 1)
+
+
+def _hue(images: Float[Tensor, "B 3 H W"], turn: Float[Tensor, "B 1 1 1"]) -> Float[Tensor, "B 3 H W"]:
+    """Turn the hue at constant value and saturation of the HSV cone."""
+    low, value = images.aminmax(dim=1, keepdim=True)
+    chroma = value - low
+    red, green, blue = images.unbind(1)
+    at_red, at_green = red == value[:, 0], green == value[:, 0]
+    # sixths of a turn from red
+    sector = torch.where(at_red, green - blue, torch.where(at_green, blue - red, red - green)) / chroma[:, 0].clamp(
+        min=1e-12
+    ) + torch.where(at_red, 0.0, torch.where(at_green, 2.0, 4.0))
+    place = sector[:, None] + 6 * turn + images.new_tensor([5, 3, 1]).view(3, 1, 1)
+    place = place.remainder(6)
+    return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
+
+
+def _blur(images: Float[Tensor, "B 3 H W"], sigma: Float[Tensor, "B 1 1 1"]) -> Float[Tensor, "B 3 H W"]:
+    """A Gaussian of 3 x 3 pixels, mirrored at the edges."""
+    side = torch.exp(-0.5 / sigma**2)
+    side = side / (1 + 2 * side)
+    x = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    x = x[:, :, 1:-1] * (1 - 2 * side) + (x[:, :, :-2] + x[:, :, 2:]) * side
+    return x[..., 1:-1] * (1 - 2 * side) + (x[..., :-2] + x[..., 2:]) * side
