@@ -1,6 +1,7 @@
 """Fixtures that every test may use; annotations of the library are checked at run time while tests run."""
 
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,3 +44,35 @@ def ray_cluster() -> Iterator[None]:
     runtime.connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """URL of an S3 server: that of `AWS_ENDPOINT_URL_S3` (with the keys beside it), else moto's, started here."""
+    if "AWS_ENDPOINT_URL_S3" in os.environ:
+        yield os.environ["AWS_ENDPOINT_URL_S3"]
+        return
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URI of an empty S3 bucket, with the environment set to reach it."""
+    import boto3
+
+    for name, value in {
+        "AWS_ENDPOINT_URL_S3": s3_endpoint,
+        "AWS_ACCESS_KEY_ID": "key-of-the-tests",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-tests",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, os.environ.get(name, value))
+    bucket = f"transfgu-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"

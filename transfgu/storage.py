@@ -357,6 +357,8 @@ def _one_line(uri: str, verb: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and verb == "read":
+            raise UserError(f"there is no file {shown(uri)}") from None
         raise UserError(f"can't {verb} {shown(uri)}{_where(uri)}: {_reason(error)}") from None
 
 

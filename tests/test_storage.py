@@ -1,0 +1,278 @@
+"""Storage: the same behaviour on a local tree and on S3, and one line for whatever goes wrong."""
+
+import http.client
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from transfgu import storage
+from transfgu.errors import UserError
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3), "fsspec"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URI of an empty folder on each kind of storage."""
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3")) + "/folder"
+    return str(tmp_path) if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+
+
+class Faults:
+    """A proxy before an S3 server that answers the next requests with faults: a status, or 0 to hang up."""
+
+    def __init__(self, target: str) -> None:
+        self.pending: list[int] = []
+        self.met = 0
+        faults = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if faults.pending:
+                    faults.met += 1
+                    self._fail(faults.pending.pop(0))
+                    return
+                upstream = http.client.HTTPConnection(urlsplit(target).netloc)
+                upstream.request(self.command, self.path, body, dict(self.headers))
+                answer = upstream.getresponse()
+                data = answer.read()
+                self.send_response(answer.status)
+                for name, value in answer.getheaders():
+                    if name.lower() not in ("transfer-encoding", "content-length", "connection", "date", "server"):
+                        self.send_header(name, value)
+                length = answer.getheader("Content-Length") if self.command == "HEAD" else None
+                self.send_header("Content-Length", length or str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def _fail(self, status: int) -> None:
+                if not status:
+                    self.close_connection = True
+                    return
+                code = {403: "AccessDenied", 503: "SlowDown"}[status]
+                data = b"" if self.command == "HEAD" else f"<Error><Code>{code}</Code></Error>".encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any  # noqa: N815
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def faults(s3: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    proxy = Faults(s3_endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+    yield proxy
+    proxy.close()
+
+
+def test_bytes_come_back(root: str) -> None:
+    uri = storage.join(root, "a b", "c%41.bin")
+    storage.write_bytes(uri, b"one")
+    storage.write_bytes(uri, b"two")
+    assert storage.read_bytes(uri) == b"two"
+    assert list(storage.read_chunks(uri, 2)) == [b"tw", b"o"]
+    assert storage.is_file(uri)
+    assert storage.exists(uri)
+
+
+def test_absence(root: str) -> None:
+    missing = storage.join(root, "none")
+    assert storage.read_bytes_or_none(missing) is None
+    assert not storage.exists(missing)
+    assert storage.list_files(missing) == []
+    assert storage.is_empty(missing)
+    storage.delete(missing)
+    with pytest.raises(UserError, match="there is no file .*none"):
+        storage.read_bytes(missing)
+    with pytest.raises(UserError, match="there is no file"):
+        list(storage.read_chunks(missing, 1))
+
+
+def test_list_and_delete(root: str) -> None:
+    names = ["b.txt", "a/z.txt", "a/deep/er/y.txt", "a0.txt"]
+    for name in names:
+        storage.write_bytes(storage.join(root, name), b"x")
+    listed = storage.list_files(root)
+    assert listed == sorted(storage.join(root, n) for n in names)
+    assert [storage.read_bytes(u) for u in listed] == [b"x"] * 4
+    assert storage.list_files(root, recursive=False) == [storage.join(root, n) for n in ("a0.txt", "b.txt")]
+    assert not storage.is_empty(root)
+    storage.delete(storage.join(root, "a"))
+    storage.delete(storage.join(root, "b.txt"))
+    assert storage.list_files(root) == [storage.join(root, "a0.txt")]
+
+
+def test_local_forms_of_one_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage.write_bytes("x/1.txt", b"1")
+    expected = str(tmp_path / "x" / "1.txt")
+    for uri in ("x", "./x/", "~/x", f"file://{tmp_path}/x", f"{tmp_path}/y/../x"):
+        assert storage.list_files(uri) == [expected], uri
+        assert storage.is_local(uri)
+    assert storage.read_bytes(f"file://{tmp_path}/x%2F1.txt") == b"1"
+    assert storage.join("/", "a/", "/b") == "/a/b"
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "f"
+    storage.write_bytes(str(target), b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match="No space left"):
+            storage.write_bytes(str(target), b"new")
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+    (tmp_path / ".f.0.partial").write_bytes(b"ne")  # what a killed process leaves
+    assert storage.list_files(str(tmp_path)) == [str(target)]
+
+
+def test_unwritable_and_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    storage.check_writable(str(tmp_path / "new" / "run"))
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+    storage.check_readable(str(tmp_path / "file"))
+    storage.check_readable(str(tmp_path))
+    for place in (tmp_path / "file" / "run", Path("/proc/run")):
+        with pytest.raises(UserError, match=f"can't write {place}: "):
+            storage.check_writable(str(place))
+    with pytest.raises(UserError, match=r"there is no file or folder .*nowhere: check the path"):
+        storage.check_readable(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="can't read"):
+        storage.read_bytes(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("zzz://a:b@host/x", "can't open zzz://host/x: Protocol not known: zzz"),
+        ("s3://key:secret@bucket/x", "s3://bucket/x must read s3://bucket/path, without credentials in it"),
+        ("s3://", "s3:// must read s3://bucket/path, without credentials in it"),
+    ],
+)
+def test_uris_that_name_no_place(uri: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        storage.read_bytes(uri)
+    assert str(caught.value) == message
+
+
+def test_gs_uris_are_google_cloud_storage() -> None:
+    fs, path = storage.filesystem("gs://bucket/a/b")
+    assert (fs.type_name, path) == ("gcs", "bucket/a/b")
+
+
+@pytest.mark.s3
+def test_missing_bucket(s3: str) -> None:
+    for check in (storage.check_readable, storage.check_writable):
+        with pytest.raises(UserError, match="^there is no bucket no-such-bucket for s3://no-such-bucket/x at http://"):
+            check("s3://no-such-bucket/x")
+    with pytest.raises(UserError, match="there is no such bucket"):
+        storage.write_bytes("s3://no-such-bucket/x", b"")
+    storage.check_writable(f"{s3}/run")
+    assert storage.list_files(f"{s3}/run") == []
+
+
+@pytest.mark.s3
+def test_large_object_in_one_piece(s3: str) -> None:
+    data = os.urandom(1 << 16) * 200  # 13 MB: more than one part of an upload
+    storage.write_bytes(f"{s3}/large", data)
+    assert storage.read_bytes(f"{s3}/large") == data
+
+
+@pytest.mark.s3
+def test_profile_and_config_file_count(
+    s3: str, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [os.environ[f"AWS_{n}"] for n in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")]
+    for name in ("ENDPOINT_URL_S3", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"):
+        monkeypatch.delenv(f"AWS_{name}")
+    (tmp_path / "config").write_text(
+        f"[profile lab]\nregion = eu-north-1\nservices = here\n[services here]\ns3 =\n  endpoint_url = {s3_endpoint}\n"
+    )
+    (tmp_path / "credentials").write_text(f"[lab]\naws_access_key_id = {keys[0]}\naws_secret_access_key = {keys[1]}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(UserError, match="no AWS credentials found: set AWS_ACCESS_KEY_ID"):
+        storage.write_bytes(f"{s3}/x", b"1")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(UserError, match=r"the AWS configuration can't be used: .*profile \(nobody\)"):
+        storage.write_bytes(f"{s3}/x", b"1")
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    storage.write_bytes(f"{s3}/x", b"1")
+    assert storage.read_bytes(f"{s3}/x") == b"1"
+    assert storage.filesystem(f"{s3}/x")[0].region == "eu-north-1"
+
+
+@pytest.mark.s3
+def test_another_process_finds_its_own_way(s3: str) -> None:
+    storage.write_bytes(f"{s3}/x", b"from afar")
+    code = f"from transfgu import storage; print(storage.read_bytes('{s3}/x').decode())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "from afar\n"
+
+
+@pytest.mark.s3
+def test_throttled_and_dropped_requests_are_tried_again(s3: str, faults: Faults) -> None:
+    faults.pending = [503, 0, 503]
+    storage.write_bytes(f"{s3}/x", b"patience")
+    faults.pending = [0, 503]
+    assert storage.read_bytes(f"{s3}/x") == b"patience"
+    faults.pending = [503, 0]
+    assert storage.list_files(s3) == [f"{s3}/x"]
+    assert faults.met == 7
+
+
+@pytest.mark.s3
+def test_denial_is_one_line_without_a_second_try(s3: str, faults: Faults) -> None:
+    for action in (
+        lambda: storage.check_readable(f"{s3}/x"),
+        lambda: storage.check_writable(f"{s3}/x"),
+        lambda: storage.read_bytes(f"{s3}/x"),
+        lambda: storage.write_bytes(f"{s3}/x", b""),
+        lambda: storage.list_files(f"{s3}/x"),
+    ):
+        faults.met, faults.pending = 0, [403] * 9
+        with pytest.raises(UserError) as caught:
+            action()
+        message = str(caught.value)
+        assert f"{s3}/x" in message
+        assert "access is denied: check the key's permissions for this bucket" in message
+        assert "secret" not in message
+        assert faults.met <= 2
+
+
+@pytest.mark.s3
+def test_nobody_at_the_endpoint(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=f"can't read {s3}/x at http://127.0.0.1:9: the endpoint does not answer"):
+        storage.check_readable(f"{s3}/x")
+
+
+def test_messages_hide_passwords() -> None:
+    assert storage.shown("ftp://me:pass@host/x") == "ftp://host/x"
+    assert storage.shown("/a@b/c") == "/a@b/c"
