@@ -148,7 +148,7 @@ def diversity(class_embeddings: Float[Tensor, "B C d"]) -> Float[Tensor, " B"]:
 def loss_share(
     shares: Shares,
     logits: Float[Tensor, "B C h w"],
-    class_embeddings: Float[Tensor, "B C d"],
+    class_embeddings: Float[Tensor, "B _ d"],
     maps: Float[Tensor, "B K h w"],
     teacher_logits: Float[Tensor, "B C h w"] | None = None,
     *,
@@ -180,7 +180,7 @@ def loss_share(
 
 def bootstrapping_loss(
     logits: Float[Tensor, "B C h w"],
-    class_embeddings: Float[Tensor, "B C d"],
+    class_embeddings: Float[Tensor, "B _ d"],
     maps: Float[Tensor, "B K h w"],
     teacher_logits: Float[Tensor, "B C h w"] | None = None,
     *,

@@ -7,7 +7,7 @@ set's matrix, and IoU and accuracy follow from the matched cells.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
 
@@ -53,7 +53,7 @@ def confusion_matrix(
     return cells.reshape(num_classes, num_clusters)
 
 
-def match_clusters(confusion: Int[np.ndarray, "C clusters"]) -> Int[np.ndarray, " C"]:
+def match_clusters(confusion: Num[np.ndarray, "C clusters"]) -> Int[np.ndarray, " C"]:
     """For each true class its cluster, one to one, so that the most pixels agree (Hungarian matching).
 
     Where there are fewer clusters than classes, the classes left over get -1.
@@ -65,7 +65,7 @@ def match_clusters(confusion: Int[np.ndarray, "C clusters"]) -> Int[np.ndarray, 
     return matched
 
 
-def scores(confusion: Int[np.ndarray, "C clusters"]) -> Scores:
+def scores(confusion: Num[np.ndarray, "C clusters"]) -> Scores:
     """Match clusters to classes, and score; takes the raw matrix of the whole set.
 
     A cluster that is matched to no class (more clusters than classes) is an error wherever it is predicted.
