@@ -12,6 +12,8 @@ from transfgu.encoder import Encoder
 from transfgu.losses import bootstrapping_loss, pixel_losses
 from transfgu.metrics import confusion_matrix, match_clusters, scores
 from transfgu.optimisation import make_optimiser, training_step
+from transfgu.views import crop_views
+from transfgu.windows import crop_windows, select_windows, sliding_windows
 
 Reference = Callable[[str], dict[str, np.ndarray]]
 HEADS = 3
@@ -28,6 +30,72 @@ def assert_agrees(actual: Tensor | np.ndarray, expected: np.ndarray, rtol: float
     if isinstance(actual, Tensor):
         actual = actual.detach().numpy()
     np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol)
+
+
+# ---- encoder, windows, concept maps, views ----
+
+
+def encoder_of(arrays: dict[str, np.ndarray]) -> Encoder:
+    return Encoder.from_state_dict(state_of(arrays, "weights/"), patch_size=8, num_heads=HEADS)
+
+
+@pytest.mark.parametrize("case", ["native", "square", "wide", "tall"])
+def test_encoder(reference: Reference, case: str) -> None:
+    arrays = reference("encoder")
+    encoder, images = encoder_of(arrays), torch.from_numpy(arrays[f"{case}/image"])
+    output = encoder(images)
+    tokens, attention = arrays[f"{case}/tokens"], arrays[f"{case}/cls_attention"]
+    assert output.grid == (images.shape[2] // 8, images.shape[3] // 8)
+    assert_agrees(output.cls, tokens[:, 0])
+    assert_agrees(output.patches, tokens[:, 1:])
+    assert_agrees(output.cls_attention, attention)
+    assert_agrees(encoder.class_tokens(images), tokens[:, 0])
+    assert_agrees(encoder.patch_tokens(images), tokens[:, 1:])
+    assert_agrees(encoder.attention_map(images).flatten(1), attention.mean(1))
+
+
+@pytest.mark.parametrize("case", ["coco", "voc", "cityscapes", "lip", "small", "odd"])
+def test_windows(reference: Reference, case: str) -> None:
+    arrays = reference("windows")
+    height, width = arrays[f"{case}/grid"].tolist()
+    windows = sliding_windows((height, width), arrays[f"{case}/scales"].tolist(), patch_size=8)
+    np.testing.assert_array_equal(windows, arrays[f"{case}/slices_y0_y1_x0_x1"])
+
+
+@pytest.mark.parametrize("case", ["model", "blob"])
+def test_crops(reference: Reference, case: str) -> None:
+    arrays = reference("crops")
+    encoder, images, saliency = encoder_of(arrays), torch.from_numpy(arrays["image"]), arrays[f"{case}/saliency"] > 0
+    if case == "model":
+        assert_agrees(encoder.attention_map(images), arrays["attention_mean"])
+        np.testing.assert_array_equal(encoder.saliency(images)[0].numpy(), saliency)
+    windows = sliding_windows((20, 20), arrays["scales"].tolist())
+    selected = select_windows(windows, saliency, 8, min_foreground=0.5, min_background=0.8)
+    for group, indices in zip(("fg", "bg"), selected, strict=True):
+        assert len(indices) == arrays[f"{case}/n_{group}"]
+        crops = crop_windows(images[0], windows[indices], (80, 80))
+        assert_agrees(crops[:2], arrays[f"{case}/{group}_crops_first_two"])
+        assert_agrees(encoder.class_tokens(crops), arrays[f"{case}/{group}_cls"])
+
+
+@pytest.mark.parametrize("case", ["square", "wide"])
+def test_concept_maps(reference: Reference, case: str) -> None:
+    arrays = reference("concept_maps")
+    images = torch.from_numpy(arrays[f"{case}/image"])
+    maps = encoder_of(arrays).concept_maps(
+        images, torch.from_numpy(arrays["centroids"]), gradient_scale=1 / len(images)
+    )
+    assert_agrees(maps, arrays[f"{case}/maps"])
+
+
+def test_view_crop(reference: Reference) -> None:
+    arrays = reference("view_crop")
+    boxes = arrays["boxes_x1y1x2y2"][:, [1, 3, 0, 2]].astype(np.int64)  # here y0 y1 x0 x1
+    images, maps = crop_views(
+        torch.from_numpy(arrays["image"]), torch.from_numpy(arrays["pseudo_label"]), boxes, (40, 40), (5, 5)
+    )
+    assert_agrees(images, arrays["image_crop"])
+    assert_agrees(maps, arrays["pseudo_label_crop"])
 
 
 # ---- decoder, losses, the training step, metrics ----
