@@ -52,7 +52,9 @@ class Parser(argparse.ArgumentParser):
             flag = rest[0].split("=")[0]
             flags = [f for action in self._actions for f in action.option_strings]
             near = difflib.get_close_matches(flag, flags, n=3, cutoff=0.5)
-            raise UserError(f"there is no flag {flag}; {'near ones: ' + ', '.join(near) if near else '--help shows all'}")
+            raise UserError(
+                f"there is no flag {flag}; {'near ones: ' + ', '.join(near) if near else '--help shows all'}"
+            )
         return known
 
 
@@ -104,8 +106,15 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         recipe = from_yaml(storage.read_bytes(arguments.recipe).decode())
     else:
         recipe = preset(arguments.preset or "shapes")
-    given = {n.removeprefix("field:"): v for n, v in vars(arguments).items() if n.startswith("field:") and v is not None}
-    return recipe.with_fields(given)
+    return recipe.with_fields(given_fields(arguments))
+
+
+def given_fields(arguments: argparse.Namespace) -> dict[str, str]:
+    """The recipe's fields that the arguments set, by dotted name, as text."""
+    fields = {
+        name.removeprefix("field:"): value for name, value in vars(arguments).items() if name.startswith("field:")
+    }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def run_job(job: Callable[[], None]) -> NoReturn:

@@ -132,6 +132,8 @@ def _conclude(
     scores: dict[str, Any] = {}
     if "evaluation" in manifests:
         scores = json.loads(storage.read_bytes(run.artifact("evaluation").file("scores.json")))
+        for found in (scores, scores.get("last", {})):
+            found["iou"] = _by_class(recipe, found.get("iou"))
     metrics: dict[str, Any] = {
         "preset": recipe.preset,
         "mean_iou": None,
@@ -155,3 +157,52 @@ def _conclude(
             say("no labels, no scores: the report shows the predictions")
         say(f"report: {where}")
     return metrics
+
+
+def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: bool = False) -> dict[str, Any]:
+    """Score a decoder on labelled validation images, without training one.
+
+    Args:
+        recipe: of the run or of a preset; `decoder.weights`, where set, is scored in place of the run's decoder.
+        run: the run, whose list of samples is used; None: the samples are listed from `recipe.data`.
+        quiet: print no progress.
+        verbose: let Ray's messages through.
+
+    Returns:
+        `mean_iou` and `pixel_accuracy` (percent), `iou` by class, `images`, `left_out`.
+
+    Raises:
+        UserError: no decoder, no labels, or a decoder of other classes.
+    """
+    from transfgu import runtime
+    from transfgu.stages import evaluation, training
+
+    decoder = recipe.decoder.weights or (run.file(training.MODEL) if run else "")
+    if not decoder:
+        raise UserError("what should be evaluated? give --run URI, or a PRESET with --data and --decoder.weights")
+    if run:
+        rows = training.labelled_images(recipe, run)
+    else:
+        datasets.preflight(recipe)
+        rows = datasets.list_samples(recipe, "validation")
+        rows = rows.filter(rows["label"].is_valid())
+    if not len(rows):
+        raise UserError(
+            f"no validation image of {storage.shown(recipe.data) or recipe.preset} has a label to score with"
+        )
+    evaluation.check_decoder(recipe, decoder)
+    encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
+    recipe = fit_to_patch(recipe, encoder.patch_size)
+    runtime.connect(verbose=verbose)
+    counted = evaluation.evaluate(recipe, {"model": decoder}, rows, Progress("evaluation", quiet=quiet))
+    result = evaluation.scores_json(counted.scores("model"))
+    return {
+        **result,
+        "iou": _by_class(recipe, result["iou"]),
+        "images": counted.images,
+        "left_out": [dataclasses.asdict(x) for x in counted.left_out],
+    }
+
+
+def _by_class(recipe: Recipe, values: list[float | None] | None) -> dict[str, float | None] | None:
+    return None if values is None else dict(zip(datasets.classes(recipe).names, values, strict=True))

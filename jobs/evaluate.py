@@ -1,0 +1,63 @@
+"""Score a decoder on labelled images: a run's own, or any decoder file on a benchmark's validation set.
+
+`python jobs/evaluate.py --run URI` or `python jobs/evaluate.py PRESET --data URI --decoder.weights URI`.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from transfgu import storage
+from transfgu.artifacts import Run
+from transfgu.command_line import Parser, add_recipe, given_fields, recipe_of, run_job
+from transfgu.errors import UserError
+from transfgu.recipe import from_yaml
+
+
+def main() -> None:
+    """Parse the command line, evaluate, print a table."""
+    parser = Parser(__doc__ or "")
+    add_recipe(parser)
+    parser.add_argument("--run", metavar="URI", help="score this run's decoder on its validation images")
+    parser.add_argument("--out", metavar="URI", help="write the scores to this JSON file")
+    parser.add_argument("--baselines", action="store_true", help="score what a run is compared with, beside it")
+    parser.add_argument("--quiet", action="store_true", help="print the scores alone")
+    parser.add_argument("--verbose", action="store_true", help="let Ray's own messages through")
+    arguments = parser.parse()
+    run = None
+    if arguments.run:
+        if arguments.preset or arguments.recipe:
+            raise UserError("--run brings its own recipe: leave out the PRESET and --recipe")
+        run = Run(arguments.run)
+        text = storage.read_bytes_or_none(run.file("recipe.yaml"))
+        if text is None:
+            raise UserError(
+                f"{storage.shown(run.uri)} is no run folder (no recipe.yaml): give the --run of jobs/train.py"
+            )
+        recipe = from_yaml(text.decode()).with_fields(given_fields(arguments))
+    else:
+        recipe = recipe_of(arguments)
+    if arguments.baselines and run is None:
+        raise UserError("--baselines compares with a run: give --run")
+    # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
+    from transfgu import pipeline
+
+    result = pipeline.evaluate(recipe, run, quiet=arguments.quiet, verbose=arguments.verbose)
+    table = {"method": result}
+    if arguments.baselines and run is not None:
+        table |= pipeline.baselines(recipe, run)
+        result["baselines"] = {name: table[name] for name in table if name != "method"}
+    width = max(map(len, [*(result["iou"] or {}), *table]))
+    for name, value in (result["iou"] or {}).items():
+        print(f"{name:{width}}  {'absent' if value is None else f'{value:6.2f}'}")
+    print(f"{'':{width}}    mIoU  accuracy (percent, {result['images']} images)")
+    for name, row in table.items():
+        print(f"{name:{width}}  {row['mean_iou']:6.2f}  {row['pixel_accuracy']:8.2f}")
+    if arguments.out:
+        storage.write_bytes(arguments.out, json.dumps(result, indent=1).encode())
+
+
+if __name__ == "__main__":
+    run_job(main)
