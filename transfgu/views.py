@@ -46,36 +46,25 @@ def draw_views(samples: Sequence[int], size: tuple[int, int], *, seed: int, epoc
 
     Source: the published training scripts.
     """
-    rows = [_draw_view(np.random.default_rng((seed, epoch, sample)), size) for sample in samples]
-    columns = zip(*rows, strict=True) if rows else ([] for _ in range(8))
-    jitter, order, factors, grey, blur, sigma, boxes, flip = columns
-    return Views(
-        jitter=np.array(jitter, bool),
-        order=np.array(order, np.int64).reshape(-1, 4),
-        factors=np.array(factors, np.float64).reshape(-1, 4),
-        grey=np.array(grey, bool),
-        blur=np.array(blur, bool),
-        sigma=np.array(sigma, np.float64),
-        boxes=np.array(boxes, np.int64).reshape(-1, 4),
-        flip=np.array(flip, bool),
-    )
-
-
-def _draw_view(
-    rng: np.random.Generator, size: tuple[int, int]
-) -> tuple[bool, ndarray, list[float], bool, bool, float, list[int], bool]:
-    # Everything is drawn, needed or not, so that one choice never shifts another.
-    jitter, grey, blur, flip = rng.random(4) < (0.3, 0.2, 0.2, 0.5)
-    factors = [*rng.uniform(0.2, 1.8, 3), rng.uniform(-0.2, 0.2)]
-    order = rng.permutation(4)
-    sigma = rng.uniform(1, 2)
-    tenths = int(rng.integers(4, 10))
-    box = []
-    for side, place in zip(size, rng.random(2), strict=True):
+    drawn = [np.random.default_rng((seed, epoch, sample)).random(16) for sample in samples]
+    chances, factors, order, rest = np.split(np.array(drawn).reshape(-1, 16), 4, axis=1)
+    jitter, grey, blur, flip = (chances < (0.3, 0.2, 0.2, 0.5)).T
+    tenths = (4 + 6 * rest[:, 1]).astype(np.int64)
+    spans = []
+    for side, place in zip(size, rest[:, 2:].T, strict=True):
         cut = side * tenths // 10
-        start = int((side - cut) * place)
-        box += [start, start + cut]
-    return jitter, order, factors, grey, blur, sigma, box, flip
+        start = ((side - cut) * place).astype(np.int64)
+        spans += [start, start + cut]
+    return Views(
+        jitter=jitter,
+        order=order.argsort(1),
+        factors=factors * (1.6, 1.6, 1.6, 0.4) + (0.2, 0.2, 0.2, -0.2),
+        grey=grey,
+        blur=blur,
+        sigma=1 + rest[:, 0],
+        boxes=np.stack(spans, 1),
+        flip=flip,
+    )
 
 
 def apply_views(
