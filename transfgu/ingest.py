@@ -1,0 +1,187 @@
+"""Which images make up a batch depends on the seed, the epoch and the step alone, never on who reads them.
+
+So a worker needs no other to know what to read: it takes every `world`-th row of each global batch, and any number of
+workers trains on the same batches. An image's maps are read by their place in the pseudo labels' part files, one row
+group at a time, so that a shuffled order costs a request an image and nothing is searched for.
+"""
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float16, Int, Int16
+
+from transfgu import datasets, storage
+from transfgu.datasets import images
+from transfgu.errors import BadInput, UserError
+from transfgu.recipe import Recipe, Size
+
+_OPEN_FILES = 16  # part files a reading process keeps open; a footer takes some 50 KB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """In which order an epoch sees the images.
+
+    An epoch is `passes` over the images, shuffled as a whole, cut into global batches of `batch_size`; the rest that
+    fills no batch is left for another epoch's shuffle, as published. Fewer images than a batch make one batch.
+
+    A *slot* is one of the `passes * images` places of an epoch: image `slot % images`, on pass `slot // images`.
+    """
+
+    images: int
+    passes: int
+    batch_size: int
+    seed: int
+
+    @property
+    def batch(self) -> int:
+        """Images of a global batch."""
+        return min(self.batch_size, self.images * self.passes)
+
+    @property
+    def steps(self) -> int:
+        """Global batches of an epoch."""
+        return self.images * self.passes // self.batch
+
+    def epoch(self, epoch: int) -> Int[np.ndarray, "steps batch"]:
+        """The slots of every global batch of an epoch."""
+        slots = np.random.default_rng([self.seed, epoch]).permutation(self.images * self.passes)
+        return slots[: self.steps * self.batch].reshape(self.steps, self.batch)
+
+    def share(self, epoch: int, rank: int, world: int) -> Int[np.ndarray, "steps rows"]:
+        """What worker `rank` of `world` takes of every global batch; `rows` may be 0 where workers outnumber images."""
+        return self.epoch(epoch)[:, rank::world]
+
+
+def index_maps(parts: list[str]) -> pa.Table:
+    """Where each image's maps lie: `index` (of the sample) int32, `part` (URI) string, `row` (within it) int32."""
+
+    def read(part: str) -> pa.Table:
+        with _open(part) as file:
+            index = file.read(columns=["index"]).column("index").cast(pa.int32())
+        return pa.table(
+            {
+                "index": index,
+                "part": pa.array([part] * len(index), pa.string()),
+                "row": pa.array(np.arange(len(index), dtype=np.int32)),
+            }
+        )
+
+    # A part's footer and one small column: requests, not bytes, are what takes time.
+    with ThreadPoolExecutor(16) as pool:
+        return pa.concat_tables(pool.map(read, parts))
+
+
+def read_training_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
+    """Decode images and maps.
+
+    Args:
+        rows: columns `image` (URI), `part`, `row`; others are passed on.
+        size: images are resized to this, bilinear.
+
+    Returns:
+        The columns of `rows` but `part` and `row`, `image` as (n, 3, H, W) uint8, and `maps` (n, K, h, w) float16.
+
+    Raises:
+        UserError: an image that could be read when its maps were made, and now can't.
+    """
+    pixels = np.empty((len(rows), 3, *size), np.uint8)
+    for i, uri in enumerate(rows["image"].to_pylist()):
+        try:
+            pixels[i] = images.resize(images.read_image(uri), size, "bilinear")
+        except BadInput as error:
+            raise UserError(
+                f"{storage.shown(uri)} was read for its pseudo label, and now is bad ({error}): put it back"
+            ) from None
+    passed = {n: rows[n].to_numpy() for n in rows.column_names if n not in ("image", "part", "row")}
+    return {**passed, "image": pixels, "maps": read_maps(rows)}
+
+
+def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, size: Size | None) -> dict[str, Any]:
+    """Decode images and labels; what can't be used is passed on with the reason and a label that counts nothing.
+
+    Args:
+        rows: columns `image` (URI), `label` (URI or null); others are passed on.
+        recipe: says the images' size (`dataset.image_size`, bilinear) and the labels' classes.
+        size: labels are resized to this, nearest; None: they stay as they are.
+
+    Returns:
+        The columns of `rows` but `label`, `image` as (n, 3, H, W) uint8, `label` as bytes of int16 with its `height`
+        and `width`, and `reason`, empty where all is well.
+    """
+    classes = datasets.classes(recipe)
+    pixels = np.zeros((len(rows), 3, *recipe.dataset.image_size), np.uint8)
+    labels, reasons = [], []
+    for i, (image, label) in enumerate(zip(rows["image"].to_pylist(), rows["label"].to_pylist(), strict=True)):
+        try:
+            decoded = images.read_image(image)
+            truth = images.read_label(label, classes, decoded.shape[:2])
+            pixels[i] = images.resize(decoded, recipe.dataset.image_size, "bilinear")
+            labels.append(truth if size is None else images.resize_label(truth, size))
+            reasons.append("")
+        except BadInput as error:
+            labels.append(np.full((1, 1), -1, np.int16))
+            reasons.append(str(error))
+    passed = {n: rows[n].to_numpy() for n in rows.column_names if n not in ("image", "label")}
+    # As objects: an array of bytes would drop the zeros at their end.
+    content = np.array([label.tobytes() for label in labels] + [None], object)[:-1]
+    return {
+        **passed,
+        "image": pixels,
+        "label": content,
+        "height": np.array([label.shape[0] for label in labels], np.int32),
+        "width": np.array([label.shape[1] for label in labels], np.int32),
+        "reason": np.array(reasons, object),
+    }
+
+
+def label_of(content: bytes, height: int, width: int) -> Int16[np.ndarray, "H W"]:
+    """A label out of a row of :func:`read_labelled_rows`."""
+    return np.frombuffer(content, np.int16).reshape(height, width)
+
+
+def read_maps(rows: pa.Table) -> Float16[np.ndarray, "n K h w"]:
+    """Concept maps, unscaled, of the images whose places `part` and `row` say; each row group is read once."""
+    wanted: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for i, (part, row) in enumerate(zip(rows["part"].to_pylist(), rows["row"].to_pylist(), strict=True)):
+        group, offset = _place(part, row)
+        wanted.setdefault((part, group), []).append((i, offset))
+    found: dict[int, np.ndarray] = {}
+    for (part, group), places in sorted(wanted.items()):
+        table = _cached(part).read_row_group(group, columns=["maps", "h", "w"])
+        for i, offset in places:
+            h, w = table["h"][offset].as_py(), table["w"][offset].as_py()
+            found[i] = _values(table["maps"][offset]).reshape(-1, h, w)
+    return np.stack([found[i] for i in range(len(rows))])
+
+
+def _values(scalar: pa.Scalar) -> Float16[np.ndarray, " Khw"]:
+    if pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
+        return np.frombuffer(scalar.as_buffer(), np.float16)
+    values: Float16[np.ndarray, " Khw"] = scalar.values.to_numpy(zero_copy_only=False).astype(np.float16)
+    return values
+
+
+def _place(part: str, row: int) -> tuple[int, int]:
+    """The row group that holds a row, and the row's place in it."""
+    metadata = _cached(part).metadata
+    for group in range(metadata.num_row_groups):
+        if row < (rows := metadata.row_group(group).num_rows):
+            return group, row
+        row -= rows
+    raise UserError(f"{storage.shown(part)} is shorter than it was: delete the pseudo labels' folder to make them anew")
+
+
+@functools.lru_cache(maxsize=_OPEN_FILES)
+def _cached(part: str) -> pq.ParquetFile:
+    return _open(part)
+
+
+def _open(part: str) -> pq.ParquetFile:
+    fs, path = storage.filesystem(part)
+    return pq.ParquetFile(fs.open_input_file(path))

@@ -1,0 +1,207 @@
+"""All that returns from the images is counts: a small matrix a batch, summed on the driver, whatever the set's size.
+
+Tasks read and decode, actors hold the frozen encoder and every decoder that is asked for, so the best epoch's and the
+last one's share one reading and one forward pass.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import safetensors.numpy
+import torch
+from jaxtyping import Int
+from ray.data import DataContext
+
+from transfgu import ingest, runtime, storage
+from transfgu.artifacts import LeftOut, Outcome, Run
+from transfgu.decoder import MaskDecoder
+from transfgu.errors import UserError
+from transfgu.metrics import Scores, confusion_matrix, scores
+from transfgu.progress import Progress
+from transfgu.recipe import Recipe
+from transfgu.segmenter import winners
+from transfgu.stages.training import LAST, MODEL, labelled_images
+from transfgu.tokens import PatchTokens, use_cores
+from transfgu.weight_files import read_weights
+
+_BLOCK_ROWS = 32  # images that one task reads
+_NO_SCORES = {"mean_iou": None, "pixel_accuracy": None, "iou": None, "assignment": None}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """What decoders do on a set of labelled images."""
+
+    confusions: Mapping[str, Int[np.ndarray, "C C"]]
+    """Pixels, true class by predicted cluster, for each decoder by its name."""
+    images: int
+    """Images that were counted."""
+    left_out: tuple[LeftOut, ...]
+
+    def scores(self, name: str) -> Scores:
+        """The scores of a decoder."""
+        return scores(self.confusions[name])
+
+
+def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
+    """Score the run's decoder, and that of the last epoch; writes `scores.json` and `confusion.safetensors`.
+
+    Without labels there are no scores, and `scores.json` says so with nulls.
+
+    Raises:
+        UserError: no trained decoder, or one of another recipe; more bad labels than `dataset.max_bad_share`.
+    """
+    artifact, rows = run.artifact("evaluation"), labelled_images(recipe, run)
+    decoders = {"model": run.file(MODEL), "last": run.artifact("training").file(LAST)}
+    if recipe.decoder.weights:
+        decoders = {"model": recipe.decoder.weights}
+    if not len(rows):
+        storage.write_bytes(artifact.file("scores.json"), json.dumps(_NO_SCORES, indent=1).encode())
+        progress.note("no validation image has a label, so there are no scores")
+        return Outcome(items=0, details={"labels": 0})
+    evaluation = evaluate(recipe, decoders, rows, progress)
+    storage.write_bytes(artifact.file("confusion.safetensors"), safetensors.numpy.save(dict(evaluation.confusions)))
+    shown = scores_json(evaluation.scores("model"))
+    if "last" in decoders:
+        shown["last"] = scores_json(evaluation.scores("last"))
+    storage.write_bytes(artifact.file("scores.json"), json.dumps(shown, indent=1).encode())
+    return Outcome(
+        items=evaluation.images,
+        left_out=evaluation.left_out,
+        details={name: shown[name] for name in ("mean_iou", "pixel_accuracy")},
+    )
+
+
+def evaluate(
+    recipe: Recipe, decoders: Mapping[str, str], rows: pa.Table, progress: Progress | None = None
+) -> Evaluation:
+    """Count confusion matrices.
+
+    Args:
+        recipe: says the encoder, the images' size, the classes and, by `evaluation.resolution`, where it is counted:
+            at `dataset.image_size`, labels nearest to it, or at each label's own size. Logits are resized bilinear.
+        decoders: weights by a name of one's choice: ours, or published ones (`.pt`); paths or URIs.
+        rows: labelled images: `name`, `image` (URI), `label` (URI).
+        progress: told of images.
+
+    Raises:
+        UserError: weights that are missing or don't fit the recipe; more bad labels than `dataset.max_bad_share`.
+    """
+    for uri in decoders.values():
+        check_decoder(recipe, uri)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    actors = runtime.pool_size(recipe.compute)
+    size = recipe.dataset.image_size if recipe.evaluation.resolution == "recipe" else None
+    blocks = [rows.slice(start, _BLOCK_ROWS) for start in range(0, len(rows), _BLOCK_ROWS)]
+    data = (
+        ray.data.from_arrow([block.select(["name", "image", "label"]) for block in blocks])
+        .map_batches(
+            partial(ingest.read_labelled_rows, recipe=recipe, size=size), batch_size=None, batch_format="pyarrow"
+        )
+        .map_batches(
+            Count,
+            batch_size=recipe.evaluation.batch_size,
+            fn_constructor_kwargs={"recipe": recipe, "decoders": list(decoders.values()), "processes": actors},
+            **runtime.encoder_pool(recipe.compute),
+        )
+    )
+    confusions = np.zeros((len(decoders), recipe.classes, recipe.classes), np.int64)
+    images, left_out = 0, []
+    for row in data.iter_rows():
+        confusions += row["confusions"]
+        images += int(row["images"])
+        left_out += [LeftOut(**x) for x in json.loads(row["left_out"])]
+        if progress:
+            progress.update(images + len(left_out), len(rows), "images")
+    left_out.sort(key=lambda x: x.name)
+    if len(left_out) > recipe.dataset.max_bad_share * len(rows):
+        raise UserError(
+            f"{len(left_out)} of {len(rows)} validation images can't be used, such as {left_out[0].name} "
+            f"({left_out[0].reason}): mend them, or raise --dataset.max_bad_share from {recipe.dataset.max_bad_share:g}"
+        )
+    return Evaluation(confusions=dict(zip(decoders, confusions, strict=True)), images=images, left_out=tuple(left_out))
+
+
+class Count:
+    """An actor: decoded images and labels to one confusion matrix a decoder."""
+
+    def __init__(self, recipe: Recipe, decoders: list[str], processes: int) -> None:
+        self._recipe, self._device = recipe, runtime.device()
+        if self._device.type == "cpu":
+            use_cores(processes)
+        self._encode = PatchTokens(recipe.encoder, self._device)
+        encoder = self._encode.encoder
+        self._grid = tuple(side // encoder.patch_size for side in recipe.dataset.image_size)
+        self._decoders = [load_decoder(uri, encoder.num_heads).to(self._device) for uri in decoders]
+        for decoder, uri in zip(self._decoders, decoders, strict=True):
+            if decoder.proj_dec.in_features != encoder.width:
+                raise UserError(
+                    f"{storage.shown(uri)} decodes tokens of width {decoder.proj_dec.in_features}, and encoder "
+                    f"{recipe.encoder.name} has {encoder.width}: set --encoder.name to the one it was trained with"
+                )
+
+    @torch.inference_mode()
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One row: counts by decoder, images, and what was left out, as JSON."""
+        classes = self._recipe.classes
+        confusions = np.zeros((1, len(self._decoders), classes, classes), np.int64)
+        bad = np.array([reason != "" for reason in batch["reason"]])
+        labels = [
+            ingest.label_of(*row)
+            for row in zip(batch["label"][~bad], batch["height"][~bad], batch["width"][~bad], strict=True)
+        ]
+        if labels:
+            patches = self._encode(torch.as_tensor(batch["image"][~bad]))
+            for confusion, decoder in zip(confusions[0], self._decoders, strict=True):
+                logits = decoder(patches)[0].mT.unflatten(2, self._grid)  # (B, hw, C) -> (B, C, h, w)
+                for image, label in zip(logits, labels, strict=True):
+                    predicted = winners(image, (label.shape[0], label.shape[1])).cpu().numpy()
+                    confusion += confusion_matrix(label, predicted, classes)
+        left_out = [
+            {"name": name, "reason": reason}
+            for name, reason in zip(batch["name"][bad], batch["reason"][bad], strict=True)
+        ]
+        return {
+            "confusions": confusions,
+            "images": np.array([len(labels)]),
+            "left_out": np.array([json.dumps(left_out)], object),
+        }
+
+
+def load_decoder(uri: str, num_heads: int) -> MaskDecoder:
+    """A decoder in evaluation mode; no code in the file is executed."""
+    return MaskDecoder.from_state_dict(read_weights(uri).tensors, num_heads=num_heads)
+
+
+def check_decoder(recipe: Recipe, uri: str) -> None:
+    """Raises UserError unless the file at `uri` holds a decoder of as many classes as the recipe has."""
+    tensors = read_weights(uri).tensors
+    found = next((t.shape[1] for n, t in tensors.items() if n.endswith("cls_emb") and t.ndim == 3), None)
+    if found is None:
+        raise UserError(f"{storage.shown(uri)} holds no mask decoder (no tensor cls_emb): give a decoder's weights")
+    if found != recipe.classes:
+        raise UserError(
+            f"{storage.shown(uri)} tells {found} classes apart, and the recipe {recipe.preset} has {recipe.classes}: "
+            "choose the preset that it was trained for"
+        )
+
+
+def scores_json(score: Scores) -> dict[str, Any]:
+    """Scores as `scores.json` and `metrics.json` hold them; null where there is nothing to score."""
+    return {
+        "mean_iou": _number(score.mean_iou),
+        "pixel_accuracy": _number(score.pixel_accuracy),
+        "iou": [_number(x) for x in score.iou],
+        "assignment": [int(x) for x in score.clusters],
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

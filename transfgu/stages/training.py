@@ -1,0 +1,262 @@
+"""Training on Ray Train: the driver starts workers, watches a board, and publishes what the last checkpoint holds.
+
+A worker that dies, a node that goes or a driver that is killed costs the epoch in hand: whoever comes next goes on
+from the last checkpoint. What no attempt can mend (a user's mistake, a loss that is no number) goes to the board, and
+ends the training instead of being tried again.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from transfgu import ingest, runtime, storage
+from transfgu.artifacts import Outcome, Run
+from transfgu.errors import UserError
+from transfgu.progress import Progress
+from transfgu.recipe import Recipe
+from transfgu.stages import samples
+from transfgu.stages.training_loop import Job, merit, work
+
+_ATTEMPTS = 5  # in vain, at one epoch, before a fault counts as one that trying again won't mend
+_WATCH_SECONDS = 0.5
+
+MODEL = "model.safetensors"
+"""The run's decoder, in the run's folder: of the best epoch, or of the last where no validation image is labelled."""
+LAST = "last.safetensors"
+"""The decoder of the last epoch, in the training artefact."""
+
+
+def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
+    """Train the decoder on the pseudo labels; writes `model.safetensors`, `training/last.safetensors`, `history.json`.
+
+    Raises:
+        UserError: no image has a pseudo label, the loss is not finite, an image is no longer there.
+    """
+    artifact = run.artifact("training")
+    images, validation = training_images(run), labelled_images(recipe, run)
+    if not len(images):
+        raise UserError(
+            f"{run.artifact('pseudo_labels').uri} holds no pseudo label: delete that folder to make them anew"
+        )
+    for name, table in (("images", images), ("validation", validation)):
+        write_table(artifact.file(f"{name}.parquet"), table)
+    checkpoint = fit(
+        recipe,
+        images=artifact.file("images.parquet"),
+        validation=artifact.file("validation.parquet") if len(validation) else "",
+        folder=run.file("ray"),
+        progress=progress,
+    )
+    return publish(recipe, run, checkpoint, len(images))
+
+
+def training_images(run: Run) -> pa.Table:
+    """The images that have pseudo labels, in the data set's order: `image` (URI), `part` (URI), `row`."""
+    parts = [u for u in storage.list_files(run.artifact("pseudo_labels").uri) if u.endswith(".parquet")]
+    if not parts:
+        return pa.table({"image": pa.array([], pa.string())})
+    maps = ingest.index_maps(parts).sort_by("index")
+    found = samples.load(run, "train")["image"].take(maps["index"])
+    return maps.append_column("image", found).drop_columns("index")
+
+
+def labelled_images(recipe: Recipe, run: Run) -> pa.Table:
+    """The validation images that have labels: `index`, `name`, `image` (URI), `label` (URI)."""
+    found = samples.load(run, "validation")
+    wanted = pc.is_valid(found["label"])
+    if recipe.dataset.curated:
+        wanted = pc.and_(wanted, found["curated"])
+    return found.filter(wanted).select(["index", "name", "image", "label"])
+
+
+def write_table(uri: str, table: pa.Table) -> None:
+    """Write a small Parquet file in one piece."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def fit(
+    recipe: Recipe,
+    *,
+    images: str,
+    validation: str,
+    folder: str,
+    progress: Progress,
+    callbacks: Sequence[UserCallback] = (),
+) -> Checkpoint:
+    """Train on Ray Train from the last checkpoint in `folder`, if there is one of this recipe.
+
+    Args:
+        recipe: what to train; `compute` says by how many workers.
+        images: URI of the table of :func:`training_images`.
+        validation: URI of the table of :func:`labelled_images`; empty: no scores.
+        folder: URI under which Ray keeps the training's state.
+        progress: told of steps and epochs.
+        callbacks: Ray Train's own.
+
+    Returns:
+        The last checkpoint; :func:`publish` reads it.
+
+    Raises:
+        UserError: a user's mistake, or a loss that is no number.
+        RuntimeError: the training failed again and again at one epoch.
+    """
+    # Ray Train looks after its workers every two seconds, which an epoch of one second would wait for.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    resources = runtime.actor_resources(recipe.compute)
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"job": Job(recipe=recipe, images=images, validation=validation, board=board)},
+        scaling_config=ScalingConfig(
+            num_workers=runtime.training_workers(recipe.compute),
+            use_gpu=resources["num_gpus"] > 0,
+            resources_per_worker={"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]},
+        ),
+        # NCCL refuses two workers on one GPU.
+        torch_config=TorchConfig(backend="nccl" if resources["num_gpus"] >= 1 else "gloo"),
+        run_config=RunConfig(
+            # Another recipe in the same folder must not go on from this one's weights.
+            name=f"training-{recipe.digest('training')[:12]}",
+            storage_path=storage.absolute(folder),
+            failure_config=FailureConfig(max_failures=-1),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=list(callbacks),  # type: ignore[arg-type]
+        ),
+    )
+    with _watched(board, recipe.training.epochs, progress):
+        result = trainer.fit()
+    status: Status = ray.get(board.read.remote(0))
+    ray.kill(board)
+    if status.failure:
+        raise UserError(status.failure) if status.is_mistake else RuntimeError(status.failure)
+    checkpoint: Checkpoint | None = result.checkpoint
+    assert checkpoint is not None
+    return checkpoint
+
+
+def publish(recipe: Recipe, run: Run, checkpoint: Checkpoint, images: int) -> Outcome:
+    """Write the models and the history that a finished training's checkpoint holds into the run's folder."""
+    artifact = run.artifact("training")
+    with checkpoint.as_directory() as local:
+        folder = Path(local)
+        history = json.loads((folder / "history.json").read_text())
+        last = (folder / "student.safetensors").read_bytes()
+        best = folder / "best.safetensors"
+        model = best.read_bytes() if best.exists() else last
+    storage.write_bytes(artifact.file("history.json"), json.dumps(history, indent=1).encode())
+    storage.write_bytes(artifact.file(LAST), last)
+    storage.write_bytes(run.file(MODEL), model)
+    chosen = max(history, key=merit) if best.exists() else history[-1]
+    details = {"epochs": len(history), "model of epoch": chosen["epoch"]}
+    if skipped := sum(row["skipped_steps"] for row in history):
+        details["skipped steps"] = skipped
+    return Outcome(items=images, details=details)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What the board says."""
+
+    done: int
+    total: int
+    """Steps of the whole training."""
+    rows: list[dict[str, Any]]
+    """Of the history, those not read before."""
+    failure: str
+    is_mistake: bool
+    """Whether the failure is a user's mistake."""
+
+
+class Board:
+    """An actor by the driver's side: workers write on it how far they are, and what must not be tried again."""
+
+    def __init__(self) -> None:
+        self._done = self._total = 0
+        self._rows: list[dict[str, Any]] = []
+        self._failure = ""
+        self._is_mistake = False
+        self._last_error = "a worker died"
+        self._attempts: tuple[tuple[int, int], int] = ((-1, 0), 0)
+
+    def begin(self, epoch: int, workers: int) -> bool:
+        """Whether `workers` workers should go on from `epoch`; each attempt asks once."""
+        key, count = self._attempts
+        count = count + 1 if key == (epoch, workers) else 1
+        self._attempts = ((epoch, workers), count)
+        if count > _ATTEMPTS and not self._failure:
+            self._failure = f"training failed {_ATTEMPTS} times in epoch {epoch + 1}, at last with {self._last_error}"
+        return not self._failure
+
+    def step(self, done: int, total: int) -> None:
+        """So many steps of the whole training are done."""
+        self._done, self._total = done, total
+
+    def end_epoch(self, row: dict[str, Any]) -> None:
+        """An epoch is done; its row of the history."""
+        self._rows.append(row)
+
+    def fail(self, error: str, *, is_mistake: bool) -> None:
+        """An attempt ended in an error; after a user's mistake there is no other."""
+        if is_mistake:
+            self._failure, self._is_mistake = error, True
+        self._last_error = error
+
+    def read(self, rows: int) -> Status:
+        """Everything, but for the first `rows` rows."""
+        return Status(
+            done=self._done,
+            total=self._total,
+            rows=self._rows[rows:],
+            failure=self._failure,
+            is_mistake=self._is_mistake,
+        )
+
+
+@contextmanager
+def _watched(board: Any, epochs: int, progress: Progress) -> Iterator[None]:
+    """Tell the driver's `progress` what the board says, while the body runs."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        seen, done, over = 0, 0, False
+        while not over:
+            over = ended.wait(_WATCH_SECONDS)  # one more look after the end
+            status: Status = ray.get(board.read.remote(seen))
+            seen += len(status.rows)
+            if status.done > done:
+                done = status.done
+                progress.update(done, status.total, "steps")
+            for row in status.rows:
+                progress.note(_line(row, epochs))
+
+    thread = threading.Thread(target=watch, name="training progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _line(row: dict[str, Any], epochs: int) -> str:
+    score = ""
+    if row["mean_iou"] is not None:
+        score = f", mIoU {row['mean_iou']:.1f}, accuracy {row['pixel_accuracy']:.1f}"
+    teacher = ", new teacher" if row["teacher_updated"] else ""
+    return f"epoch {row['epoch']} of {epochs}: loss {row['total']:.3f}{score}{teacher}, {row['seconds']:.1f} s"

@@ -1,0 +1,391 @@
+"""One worker's training: run, epoch, step. All that is random follows from the seed and a counter.
+
+So a state is weights, moments and counters; there is no generator's state to save, and an epoch that is begun again,
+by fewer workers or by more, sees the same images in the same views, the same permutations and the same order.
+"""
+
+import copy
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.train
+import ray.train.torch
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int16
+from ray.train import Checkpoint
+from ray.train.collective import broadcast_from_rank_zero
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Adam
+
+from transfgu import ingest, schedule, storage
+from transfgu.command_line import find_user_error
+from transfgu.decoder import MaskDecoder
+from transfgu.encoder import patch_grid
+from transfgu.errors import UserError
+from transfgu.ingest import Order
+from transfgu.losses import worker_count
+from transfgu.metrics import Scores, confusion_matrix, scores
+from transfgu.optimisation import StepResult, make_optimiser, training_step
+from transfgu.recipe import Recipe
+from transfgu.segmenter import winners
+from transfgu.stages.streams import RESIDENT_BYTES, Batch, Resident, Share, Source, Streamed, load, stream
+from transfgu.tokens import PatchTokens, use_cores
+from transfgu.views import apply_views, draw_views
+
+View = Callable[[Batch, int], tuple[Tensor, Tensor]]
+"""From a batch and its epoch to patch tokens (B, hw, d) and maps (B, K, h, w) on the device."""
+
+_LOAD_BATCH = 64  # images that are encoded at a time where they are encoded once
+_TELL_SECONDS = 0.3  # between two words to the driver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every worker is told."""
+
+    recipe: Recipe
+    images: str
+    """URI of the table of training images by position: `image`, `part`, `row`."""
+    validation: str
+    """URI of the table of labelled validation images (`image`, `label`); empty where there are none."""
+    board: Any
+    """Handle of the driver's `Board`."""
+
+
+@dataclass(kw_only=True)
+class State:
+    """What a checkpoint holds, as safetensors and JSON."""
+
+    student: MaskDecoder
+    optimiser: Adam
+    teacher: MaskDecoder | None = None
+    best: dict[str, Tensor] | None = None
+    """Weights of the epoch with the highest sum of mIoU and accuracy; None where none is scored yet."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One row a finished epoch."""
+
+    def save(self, folder: Path, metadata: dict[str, str]) -> None:
+        """Write it to a folder; `metadata` goes into the weight files."""
+        moments = {
+            f"{name}:{moment}": value
+            for name, parameter in self.student.named_parameters()
+            for moment, value in self.optimiser.state.get(parameter, {}).items()
+        }
+        files = {"student": self.student.state_dict(), "moments": moments, "best": self.best}
+        files["teacher"] = self.teacher.state_dict() if self.teacher else None
+        for name, tensors in files.items():
+            if tensors:
+                tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+                safetensors.torch.save_file(tensors, folder / f"{name}.safetensors", metadata)
+        (folder / "history.json").write_text(json.dumps(self.history))
+
+    def load(self, folder: Path, device: torch.device) -> None:
+        """Take it from a folder."""
+        tensors = {
+            file.stem: safetensors.torch.load_file(file, device=str(device)) for file in folder.glob("*.safetensors")
+        }
+        self.student.load_state_dict(tensors["student"])
+        parameters = dict(self.student.named_parameters())
+        for key, value in tensors.get("moments", {}).items():
+            name, _, moment = key.rpartition(":")
+            # Adam keeps its counter of steps on the CPU.
+            self.optimiser.state[parameters[name]][moment] = value.cpu() if moment == "step" else value
+        if "teacher" in tensors:
+            self.promote()
+            assert self.teacher
+            self.teacher.load_state_dict(tensors["teacher"])
+        self.best = tensors.get("best")
+        self.history = json.loads((folder / "history.json").read_text())
+
+    def promote(self) -> None:
+        """Make the student, as it is, the teacher."""
+        self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
+
+
+def work(config: dict[str, Any]) -> None:
+    """What Ray Train runs on each worker, from the last checkpoint on.
+
+    Args:
+        config: `job`, a `Job`.
+    """
+    job: Job = config["job"]
+    try:
+        if _may_begin(job):
+            Worker(job).run()
+    except Exception as error:
+        mistake = find_user_error(error)
+        # Raised, so that workers which wait for this one are ended too; the board keeps it from being tried again.
+        ray.get(job.board.fail.remote(str(mistake or repr(error)), is_mistake=mistake is not None))
+        raise
+
+
+def _may_begin(job: Job) -> bool:
+    """Ask the board, once for all workers, whether one more attempt makes sense."""
+    context = ray.train.get_context()
+    answer = None
+    if context.get_world_rank() == 0:
+        checkpoint = ray.train.get_checkpoint()
+        epoch = 0
+        if checkpoint:
+            with checkpoint.as_directory() as folder:
+                epoch = len(json.loads((Path(folder) / "history.json").read_text()))
+        answer = ray.get(job.board.begin.remote(epoch, context.get_world_size()))
+    return bool(broadcast_from_rank_zero(answer))
+
+
+class Worker:
+    """One worker of the training, its model and its data at hand."""
+
+    def __init__(self, job: Job) -> None:
+        context = ray.train.get_context()
+        self.job, self.recipe = job, job.recipe
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":
+            use_cores(context.get_local_world_size())
+        self.encode = PatchTokens(self.recipe.encoder, self.device)
+        self.state = self._restore()
+        self.student: nn.Module = ray.train.torch.prepare_model(self.state.student)
+        rows = pq.read_table(pa.BufferReader(storage.read_bytes(job.images)))
+        training = self.recipe.training
+        self.order = Order(
+            images=len(rows), passes=training.passes, batch_size=training.batch_size, seed=self.recipe.seed
+        )
+        self.source, self.view = self._source(rows)
+        self.validation = Validation(job, self.encode, self.rank, self.world) if job.validation else None
+        self.part: int | None = None  # images the decoder takes at a time; None until memory ran out
+        self._told = 0.0
+
+    def _restore(self) -> State:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.seed)
+            decoder = MaskDecoder(
+                self.encode.encoder.width,
+                self.recipe.classes,
+                num_heads=self.encode.encoder.num_heads,
+                depth=self.recipe.decoder.depth,
+                dropout=self.recipe.decoder.dropout,
+            )
+        self.initial = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+        decoder = decoder.to(self.device)
+        training = self.recipe.training
+        state = State(student=decoder, optimiser=make_optimiser(decoder, training.lr, training.weight_decay))
+        if checkpoint := ray.train.get_checkpoint():
+            with checkpoint.as_directory() as folder:
+                state.load(Path(folder), self.device)
+        return state
+
+    def _source(self, rows: pa.Table) -> tuple[Source, View]:
+        """Where batches come from, and how they become what the decoder sees."""
+        recipe, patch = self.recipe, self.encode.encoder.patch_size
+        height, width = recipe.dataset.image_size
+        share = Share(
+            order=self.order,
+            rows=rows,
+            size=recipe.dataset.training_size,
+            maps=(recipe.concepts.count, height // patch, width // patch),
+            rank=self.rank,
+            world=self.world,
+        )
+        view = self._random_views if recipe.training.views else self._whole_images
+        if not share.fits():
+            return Streamed(share, recipe.training.epochs), view
+        if recipe.training.views:
+            return Resident(share, *load(share, lambda images: images, _LOAD_BATCH)), view
+        # Seen whole, an image has the same patch tokens in every epoch.
+        return Resident(share, *load(share, self.encode, _LOAD_BATCH)), self._known_tokens
+
+    def _random_views(self, batch: Batch, epoch: int) -> tuple[Float[Tensor, "B hw d"], Float[Tensor, "B K h w"]]:
+        encoder = self.encode.encoder
+        # By slots: an image that an epoch passes twice is seen in two views.
+        views = draw_views(batch.slots.tolist(), self.recipe.dataset.training_size, seed=self.recipe.seed, epoch=epoch)
+        images, maps = batch.inputs.to(self.device), batch.maps.to(self.device)
+        images, maps = apply_views(images, maps, views, encoder.patch_size, mean=encoder.mean, std=encoder.std)
+        return self.encode(images), maps
+
+    def _whole_images(self, batch: Batch, epoch: int) -> tuple[Float[Tensor, "B hw d"], Float[Tensor, "B K h w"]]:
+        return self._known_tokens(batch._replace(inputs=self.encode(batch.inputs)), epoch)
+
+    def _known_tokens(self, batch: Batch, epoch: int) -> tuple[Float[Tensor, "B hw d"], Float[Tensor, "B K h w"]]:
+        maps = batch.maps.to(self.device).float()
+        grid = patch_grid(self.recipe.dataset.training_size, self.encode.encoder.patch_size)
+        if maps.shape[2:] != grid:
+            maps = F.interpolate(maps, grid, mode="bilinear")
+        return batch.inputs.to(self.device), maps
+
+    def run(self) -> None:
+        """Train what epochs are left."""
+        for epoch in range(len(self.state.history), self.recipe.training.epochs):
+            self.epoch(epoch)
+
+    def epoch(self, epoch: int) -> None:
+        """One epoch, its score, its checkpoint."""
+        started = time.monotonic()
+        recipe, state = self.recipe, self.state
+        plan = schedule.plan(recipe.training, epoch)
+        if plan.updates_teacher:
+            state.promote()
+            state.student.load_state_dict(self.initial)
+        # Dropout differs from worker to worker; an epoch that is begun again draws it anew.
+        torch.manual_seed(int(np.random.SeedSequence([recipe.seed, epoch, self.rank]).generate_state(1)[0]))
+        results = []
+        for index, batch in enumerate(self.source.epoch(epoch)):
+            results.append(self.step(batch, epoch, index, plan.alpha))
+            self._tell(epoch, index + 1)
+        seconds = time.monotonic() - started
+        row = {
+            "epoch": epoch + 1,
+            **{name: float(np.mean([getattr(r, name) for r in results])) for name in _LOSSES},
+            "alpha": plan.alpha if state.teacher else None,
+            "teacher_updated": plan.updates_teacher,
+            "skipped_steps": sum(r.skipped for r in results),
+            **self._score(epoch),
+            "seconds": round(seconds, 3),
+            "images_per_second": round(self.order.steps * self.order.batch / seconds, 2),
+        }
+        state.history.append(row)
+        self._report(row)
+
+    def step(self, batch: Batch, epoch: int, index: int, alpha: float) -> StepResult:
+        """One step of the optimiser."""
+        training, state = self.recipe.training, self.state
+        patches, maps = self.view(batch, epoch)
+        permutation = np.random.default_rng([self.recipe.seed, epoch, index]).permutation(self.recipe.classes)
+        try:
+            result = training_step(
+                self.student,
+                state.optimiser,
+                patches,
+                maps,
+                state.teacher,
+                omega_1=training.omega_1,
+                omega_2=training.omega_2,
+                alpha=alpha,
+                permutation=permutation,
+                background_threshold=training.background_threshold if self.recipe.background else None,
+                part=self.part,
+            )
+        except FloatingPointError as error:
+            where = f"step {index + 1} of epoch {epoch + 1}"
+            raise UserError(f"in {where}, {error}: now {training.lr:g}, set --training.lr") from None
+        if result.part < len(patches):
+            self.part = result.part
+        return result
+
+    def _score(self, epoch: int) -> dict[str, float | None]:
+        """Scores on the validation images where they are due; the best weights so far are kept."""
+        training = self.recipe.training
+        due = (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs
+        if not (self.validation and due):
+            return {"mean_iou": None, "pixel_accuracy": None}
+        score = self.validation.score(self.state.student)
+        if math.isnan(score.pixel_accuracy):  # not one label could be read
+            return {"mean_iou": None, "pixel_accuracy": None}
+        best = max((merit(row) for row in self.state.history), default=-1.0)
+        row: dict[str, float | None] = {"mean_iou": score.mean_iou, "pixel_accuracy": score.pixel_accuracy}
+        if merit(row) > best:
+            weights = self.state.student.state_dict()
+            self.state.best = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        return row
+
+    def _report(self, row: dict[str, Any]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if self.rank == 0:
+                self.state.save(Path(folder), self._metadata())
+                checkpoint = Checkpoint.from_directory(folder)
+                self.job.board.end_epoch.remote(row)
+            ray.train.report(row, checkpoint=checkpoint)
+
+    def _metadata(self) -> dict[str, str]:
+        """What a weight file says of the decoder in it."""
+        recipe, encoder = self.recipe, self.encode.encoder
+        return {
+            "classes": str(recipe.classes),
+            "num_heads": str(encoder.num_heads),
+            "patch_size": str(encoder.patch_size),
+            "encoder": recipe.encoder.name,
+            "recipe": recipe.digest("training"),
+        }
+
+    def _tell(self, epoch: int, steps: int) -> None:
+        now = time.monotonic()
+        if self.rank == 0 and now - self._told > _TELL_SECONDS:
+            self._told = now
+            self.job.board.step.remote(epoch * self.order.steps + steps, self.recipe.training.epochs * self.order.steps)
+
+
+_LOSSES = ("total", "peer", "diversity", "uncertainty")
+
+
+def merit(row: dict[str, Any]) -> float:
+    """What the best epoch has most of; below zero without a score."""
+    return -1.0 if row["mean_iou"] is None else float(row["mean_iou"] + row["pixel_accuracy"])
+
+
+class Validation:
+    """One worker's share of the validation images, scored with all workers'."""
+
+    def __init__(self, job: Job, encode: PatchTokens, rank: int, world: int) -> None:
+        self._recipe, self._encode, self._world = job.recipe, encode, world
+        rows = pq.read_table(pa.BufferReader(storage.read_bytes(job.validation)))
+        self._rows = rows.take(np.arange(rank, len(rows), world))
+        size, patch = self._recipe.dataset.image_size, encode.encoder.patch_size
+        self._grid = (size[0] // patch, size[1] // patch)
+        # The encoder is frozen: what it makes of a small set is kept.
+        image = 4 * self._grid[0] * self._grid[1] * encode.encoder.width + 2 * size[0] * size[1]
+        self._keep = len(self._rows) * image <= RESIDENT_BYTES
+        self._kept: list[tuple[Tensor, Int16[np.ndarray, "B H W"]]] | None = None
+
+    def score(self, decoder: MaskDecoder) -> Scores:
+        """The scores of the whole validation set; every worker must call it."""
+        decoder.eval()
+        classes, size = self._recipe.classes, self._recipe.dataset.image_size
+        confusion = torch.zeros(classes, classes, dtype=torch.int64)
+        for patches, labels in self._batches():
+            with torch.inference_mode():
+                logits = decoder(patches.to(self._encode.device))[0].mT.unflatten(2, self._grid)
+            for image, label in zip(logits, labels, strict=True):
+                confusion += torch.from_numpy(confusion_matrix(label, winners(image, size).cpu().numpy(), classes))
+        decoder.train()
+        confusion = confusion.to(self._encode.device)
+        if worker_count() > 1:
+            dist.all_reduce(confusion)
+        return scores(confusion.cpu().numpy())
+
+    def _batches(self) -> Iterator[tuple[Float[Tensor, "B hw d"], Int16[np.ndarray, "B H W"]]]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept = []
+        size = self._recipe.dataset.image_size
+        read = partial(ingest.read_labelled_rows, recipe=self._recipe, size=size)
+        for columns in stream(self._rows, read, self._recipe.evaluation.batch_size, world=self._world):
+            labels = [
+                ingest.label_of(*row)
+                for row in zip(columns["label"], columns["height"], columns["width"], strict=True)
+                if row[1:] == size
+            ]
+            good = columns["reason"] == ""
+            if not good.any():
+                continue
+            batch = (self._encode(torch.as_tensor(columns["image"][good])).cpu(), np.stack(labels))
+            if self._keep:
+                kept.append(batch)
+            yield batch
+        if self._keep:
+            self._kept = kept

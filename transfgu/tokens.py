@@ -1,0 +1,53 @@
+"""The frozen encoder as training and evaluation use it: pixels in, patch tokens out, never a gradient.
+
+It runs in bfloat16 where the device has it, as fast as the device's memory allows: a batch that does not fit is halved.
+"""
+
+import os
+from contextlib import nullcontext
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from transfgu.encoder import Encoder, normalise
+from transfgu.memory import HalveOnOutOfMemory
+from transfgu.recipe import EncoderRecipe
+
+
+def use_cores(processes: int) -> None:
+    """Let torch use a machine's cores, shared by so many processes of it, where a worker has no GPU.
+
+    Ray holds a process to as many threads as the CPUs it asked for, which is less than what lies idle meanwhile.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // processes))
+
+
+class PatchTokens:
+    """Images to patch tokens on a device; the recipe says which encoder, and how precise."""
+
+    def __init__(self, recipe: EncoderRecipe, device: torch.device) -> None:
+        """Raises UserError where the encoder or its weights can't be had."""
+        self.encoder = Encoder.from_pretrained(recipe.name, recipe.weights).to(device)
+        self.device = device
+        auto = recipe.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self._half = auto or recipe.precision == "bfloat16"
+        self._encode = HalveOnOutOfMemory(self._forward, "encoder batch")
+
+    def __call__(self, images: UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B hw d"]:
+        """Patch tokens, float32, of images as they are decoded (uint8), or normalised already (float)."""
+        if not len(images):
+            patch = self.encoder.patch_size
+            hw = images.shape[2] // patch * (images.shape[3] // patch)
+            return torch.empty(0, hw, self.encoder.width, device=self.device)
+        tokens: Tensor = self._encode(images)
+        return tokens
+
+    @torch.no_grad()
+    def _forward(self, images: Tensor) -> Tensor:
+        images = images.to(self.device, non_blocking=True)
+        if not images.is_floating_point():
+            images = normalise(images, self.encoder.mean, self.encoder.std)
+        with torch.autocast(self.device.type, torch.bfloat16) if self._half else nullcontext():
+            return self.encoder.patch_tokens(images).float()
