@@ -106,7 +106,7 @@ def test_absence(root: str) -> None:
     assert storage.list_files(missing) == []
     assert storage.is_empty(missing)
     storage.delete(missing)
-    with pytest.raises(UserError, match="there is no file .*none"):
+    with pytest.raises(UserError, match=r"there is no file .*none"):
         storage.read_bytes(missing)
     with pytest.raises(UserError, match="there is no file"):
         list(storage.read_chunks(missing, 1))
@@ -188,7 +188,7 @@ def test_gs_uris_are_google_cloud_storage() -> None:
 @pytest.mark.s3
 def test_missing_bucket(s3: str) -> None:
     for check in (storage.check_readable, storage.check_writable):
-        with pytest.raises(UserError, match="^there is no bucket no-such-bucket for s3://no-such-bucket/x at http://"):
+        with pytest.raises(UserError, match=r"^there is no bucket no-such-bucket for s3://no-such-bucket/x at http://"):
             check("s3://no-such-bucket/x")
     with pytest.raises(UserError, match="there is no such bucket"):
         storage.write_bytes("s3://no-such-bucket/x", b"")

@@ -20,8 +20,8 @@ from transfgu.errors import BadInput
 Size = tuple[int, int]
 
 MAX_PIXELS = 178_956_970  # where Pillow too suspects a small file that would fill the memory
-# Pillow warns from half of that on; such images are used.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of large images, which are used, and of damage, which is told as a reason.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Formats that are decoded by a library, never by a program that runs what the file says (as PostScript would be).
 Image.init()
