@@ -38,6 +38,8 @@ def connect(*, verbose: bool = False) -> None:
         return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if not verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ core writes past Python's logging
     level = logging.INFO if verbose else logging.ERROR
     address = os.environ.get("RAY_ADDRESS")
     # Twice the cores: decoding tasks are short, and a stage's actors must fit beside them on the smallest laptop.
