@@ -53,8 +53,11 @@ def classes(recipe: Recipe) -> Classes:
     """
     name, count = recipe.dataset.classes, recipe.classes
     if name == "auto":
-        concepts = [f"concept {i + 1}" for i in range(recipe.concepts.count)]
-        return _as_indices((["background"] if recipe.background else []) + concepts, None)
+        # A label's values are bare numbers, and a name tells the index that stands in the masks.
+        word = "class" if recipe.labels else "concept"
+        first = int(recipe.background)
+        names = [f"{word} {i}" for i in range(first, recipe.classes)]
+        return _as_indices((["background"] if recipe.background else []) + names, None)
     if name == "shapes":
         from transfgu.datasets import shapes
 
