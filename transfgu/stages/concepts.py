@@ -1,0 +1,517 @@
+"""The stage "concepts": features stay with the actor that read them, and only centroids and sums travel.
+
+An actor holds a shard, which it reads by itself, so that a lost one reads its shard again and the run goes on. Each
+iteration sends it K x d centroids and takes back K x d sums, whatever the number of windows. Only one actor a node is
+started (on large nodes a few), as threads share the node's cores.
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import safetensors.numpy
+from jaxtyping import Bool, Float, Float32, Int
+from numpy import ndarray
+
+from transfgu import storage
+from transfgu.artifacts import Artifact, Outcome, Run
+from transfgu.errors import UserError
+from transfgu.kmeans import (
+    CHUNK,
+    START_NUMBERS,
+    Assignment,
+    Grid,
+    KMeansResult,
+    Shard,
+    Shards,
+    cluster,
+    cores,
+    gpu_index,
+    least,
+)
+from transfgu.progress import Progress
+from transfgu.recipe import Recipe
+
+NEAREST = 8
+"""Windows kept for each concept, to look at."""
+
+_PLACE = ("index", "y0", "y1", "x0", "x1")
+_SHARD_BYTES = 256 << 20  # below this, starting another actor costs more than it saves
+_THREADS = 8  # an actor's at most: more of them wait for each other's Python
+_SAVE_SECONDS = 30.0
+_READERS = 4  # parts read at a time, as S3 answers late
+
+
+def kmeans(features: Any, k: int, *, iterations: int = 100, seed: int = 0, workers: int = 1) -> KMeansResult:
+    """K-Means of features, with the same result on any number of workers.
+
+    Args:
+        features: (n, d) array, or a Ray Dataset with a column `feature`, or with a single column, of d numbers a row.
+        k: number of clusters.
+        iterations: updates at most; fewer where assignments stop changing.
+        seed: of the sample and the starts.
+        workers: shards; an array with one worker is clustered in this process, without Ray; else each shard has an
+            actor, on the cluster that this process is connected to or on a local one.
+
+    Raises:
+        UserError: features of another form, values that are not finite, or more clusters than features.
+
+    Source: TransFGU, section 3.1.
+    """
+    if workers < 1:
+        raise UserError(f"workers must be positive, not {workers}")
+    if _is_dataset(features):
+        _connect()
+        spread = _spread_dataset(features, workers)
+    else:
+        array = np.asarray(features)
+        if array.ndim != 2:
+            raise UserError(f"features must have two dimensions, (n, d), not shape {array.shape}")
+        if workers == 1:
+            return cluster(Shard([array], gpu=_has_gpu()), k, iterations=iterations, seed=seed)
+        _connect()
+        spread = _spread_array(array, workers)
+    with _actors(spread, restarts=0) as actors:
+        return cluster(_Spread(actors, _ALL), k, iterations=iterations, seed=seed)
+
+
+def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
+    """Cluster the windows' features into the recipe's concepts: things first, then stuff.
+
+    Reads `features/part-*.parquet`; writes `concepts.safetensors` (centroids, (K, d); counts, (K,)) and
+    `nearest.parquet`: for each concept the windows nearest to it, from different images as far as there are some.
+
+    Raises:
+        UserError: no window of a group that concepts are made from, fewer windows than concepts, or features that are
+            not finite.
+    """
+    groups = _groups(recipe)
+    parts, size = _parts(run.artifact("features"))
+    folder = run.artifact("concepts")
+    results: list[KMeansResult] = []
+    found: list[pa.Table] = []
+    sources = [functools.partial(_read_parts, p, groups) for p in _share(parts, _worker_count(size))]
+    with _actors(sources, restarts=-1) as actors:
+        shards = [_Spread(actors, group.name) for group in groups]
+        for group, shard in zip(groups, shards, strict=True):
+            _check(recipe, group, shard)
+        for group, shard in zip(groups, shards, strict=True):
+            results.append(_cluster_group(recipe, group, shard, folder, progress, done=len(results)))
+            first = sum(len(r.counts) for r in results[:-1])
+            found.append(shard.nearest(results[-1].centroids, first))
+    for group in groups:
+        storage.delete(_state_file(folder, group))
+    tensors = {
+        "centroids": np.concatenate([r.centroids for r in results]),
+        "counts": np.concatenate([r.counts for r in results]),
+    }
+    nearest = pa.BufferOutputStream()
+    pq.write_table(pa.concat_tables(found), nearest)
+    storage.write_bytes(folder.file("nearest.parquet"), nearest.getvalue().to_pybytes())
+    storage.write_bytes(folder.file("concepts.safetensors"), safetensors.numpy.save(tensors))
+    return Outcome(
+        items=sum(s.rows for s in shards),
+        details={
+            "windows": {g.windows: s.rows for g, s in zip(groups, shards, strict=True)},
+            "inertia": {g.windows: r.inertia for g, r in zip(groups, results, strict=True)},
+            "iterations": {g.windows: r.iterations for g, r in zip(groups, results, strict=True)},
+            "actors": len(actors),
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Concepts that are clustered together, and the windows that they come from."""
+
+    name: str  # "things", "stuff", or "concepts" for both in one
+    windows: str  # "foreground", "background", or "all"
+    count: int
+
+
+def _groups(recipe: Recipe) -> list[_Group]:
+    if recipe.windows.groups == "all":
+        return [_Group(name="concepts", windows="all", count=recipe.concepts.count)]
+    things = _Group(name="things", windows="foreground", count=recipe.concepts.things)
+    stuff = _Group(name="stuff", windows="background", count=recipe.concepts.stuff)
+    return [group for group in (things, stuff) if group.count]
+
+
+def _parts(features: Artifact) -> tuple[list[str], int]:
+    """URIs of the features' parts in order, and their bytes in all."""
+    uris = [u for u in storage.list_files(features.uri, recursive=False) if u.endswith(".parquet")]
+    if not uris:
+        raise UserError(f"there are no features in {storage.shown(features.uri)}: delete that folder and run again")
+    fs, path = storage.filesystem(features.uri)
+    return uris, sum(f.size or 0 for f in fs.get_file_info(pafs.FileSelector(path)))
+
+
+def _check(recipe: Recipe, group: _Group, shards: Shards) -> None:
+    encoder = f"encoder {recipe.encoder.name} (weights {recipe.encoder.weights})"
+    if shards.rows == 0 and group.windows == "foreground":
+        raise UserError(
+            f"no window is foreground: the attention of {encoder} leaves none salient; lower windows.min_foreground "
+            f"(now {recipe.windows.min_foreground:g}) or windows.saliency_factor (now "
+            f"{recipe.windows.saliency_factor:g}), or use trained encoder.weights"
+        )
+    if shards.rows == 0 and group.windows == "background":
+        raise UserError(
+            f"no window is background: the attention of {encoder} leaves all of them salient; lower "
+            f"windows.min_background (now {recipe.windows.min_background:g}), raise windows.saliency_factor (now "
+            f"{recipe.windows.saliency_factor:g}), or use trained encoder.weights"
+        )
+    if shards.rows < group.count:
+        kind = "" if group.windows == "all" else f"{group.windows} "
+        field = "concepts.things and concepts.stuff" if group.name == "concepts" else f"concepts.{group.name}"
+        raise UserError(
+            f"{group.count} concepts can't be made of {shards.rows} {kind}windows: use more images (a higher limit), "
+            f"more windows.scales, or lower {field}"
+        )
+    if not math.isfinite(shards.largest):
+        raise UserError(
+            f"features of {group.windows} windows hold NaN or infinite values: {encoder} can't do its arithmetic in "
+            f"encoder.precision {recipe.encoder.precision}; use float32, or other encoder.weights"
+        )
+
+
+def _cluster_group(
+    recipe: Recipe, group: _Group, shards: Shards, folder: Artifact, progress: Progress, done: int
+) -> KMeansResult:
+    """K-Means of one group, from where an interrupted attempt had come to."""
+    limit = recipe.concepts.iterations
+    total = limit * len(_groups(recipe))
+    resume = _saved(folder, group)
+    if resume:
+        progress.note(f"{group.name} resumed after {resume[0]} iterations")
+    saved = time.monotonic()
+
+    def after(made: int, centroids: ndarray) -> None:
+        nonlocal saved
+        progress.update(done * limit + made, total, "iterations")
+        if time.monotonic() - saved > _SAVE_SECONDS:
+            _save(folder, group, made, centroids)
+            saved = time.monotonic()
+
+    result = cluster(shards, group.count, iterations=limit, seed=recipe.seed, resume=resume, after=after)
+    _save(folder, group, result.iterations, result.centroids)
+    progress.update((done + 1) * limit, total, "iterations")
+    return result
+
+
+def _state_file(folder: Artifact, group: _Group) -> str:
+    return folder.file(f"state-{group.name}.safetensors")
+
+
+def _save(folder: Artifact, group: _Group, made: int, centroids: Float32[ndarray, "k d"]) -> None:
+    tensors = {"centroids": centroids, "iterations": np.array([made])}
+    storage.write_bytes(_state_file(folder, group), safetensors.numpy.save(tensors))
+
+
+def _saved(folder: Artifact, group: _Group) -> tuple[int, ndarray] | None:
+    data = storage.read_bytes_or_none(_state_file(folder, group))
+    if data is None:
+        return None
+    tensors = safetensors.numpy.load(data)
+    return int(tensors["iterations"][0]), tensors["centroids"]
+
+
+# What an actor holds, and where it comes from.
+
+_ALL = "all"
+
+
+@dataclass
+class _Rows:
+    """Rows of features in memory, in pieces, and for windows where they are: columns index, y0, y1, x0, x1."""
+
+    pieces: list[ndarray]
+    places: Int[ndarray, "n 5"] | None = None
+
+
+_Source = Callable[[], dict[str, _Rows]]
+
+
+class KMeansActor:
+    """One shard, read when it is first needed, in this process or, as a Ray actor, in another."""
+
+    def __init__(self, source: _Source, threads: int, gpu: bool) -> None:
+        self._source, self._threads, self._gpu = source, threads, gpu
+
+    @functools.cached_property
+    def _groups(self) -> dict[str, tuple[Shard, Int[ndarray, "n 5"] | None]]:
+        rows = self._source()
+        return {name: (Shard(r.pieces, self._threads, self._gpu), r.places) for name, r in rows.items()}
+
+    def measure(self, group: str) -> tuple[int, float]:
+        """Number of rows and their largest absolute value, which is not finite if one of theirs is not."""
+        shard, _ = self._groups[group]
+        return shard.rows, shard.largest
+
+    def take(self, group: str, rows: Int[ndarray, " n"]) -> Float32[ndarray, "n d"] | None:
+        """The rows of these numbers within the shard; None for none."""
+        return self._groups[group][0].take(rows) if len(rows) else None
+
+    def starts(
+        self, k: int, seed: int, numbers: Sequence[int], *samples: Float32[ndarray, "_ d"] | None
+    ) -> list[tuple[float, Float32[ndarray, "k d"]]]:
+        """K-Means on a sample from the starts of these numbers: inertia and centroids of each."""
+        sample = np.concatenate([s for s in samples if s is not None])
+        return Shard([sample], self._threads, self._gpu).starts(k, seed, numbers)
+
+    def assign(self, group: str, centroids: Float32[ndarray, "k d"], grid: Grid) -> Assignment:
+        """One pass over the shard."""
+        return self._groups[group][0].assign(centroids, grid)
+
+    def nearest(self, group: str, centroids: Float32[ndarray, "k d"], grid: Grid) -> pa.Table:
+        """The windows of this shard that may be among the nearest to their concept."""
+        shard, places = self._groups[group]
+        assert places is not None
+        shard.assign(centroids, grid)  # a restarted actor has no assignment yet
+        columns = {"concept": shard.labels(), **dict(zip(_PLACE, places.T, strict=True))}
+        return _nearest(pa.table({**columns, "distance": shard.distances(centroids).astype(np.float32)}))
+
+
+def _nearest(windows: pa.Table) -> pa.Table:
+    """Of each concept's windows the nearest, one an image; where images are too few, the next nearest of any image.
+
+    An image's windows are all in one shard, so what is chosen from the shards' choices is chosen from all windows.
+    """
+    concept, image, distance = (windows[name].to_numpy() for name in ("concept", "index", "distance"))
+    order = np.lexsort((distance, concept))  # stable: by concept, distance, and place in the table
+    chosen = []
+    for rows in np.split(order, np.flatnonzero(np.diff(concept[order])) + 1):
+        first = np.zeros(len(rows), bool)
+        first[np.unique(image[rows], return_index=True)[1]] = True
+        preferred = np.concatenate([rows[first], rows[~first]])[:NEAREST]
+        chosen.append(preferred[np.argsort(distance[preferred], kind="stable")])
+    return windows.take(np.concatenate(chosen))
+
+
+def _read_parts(uris: Sequence[str], groups: Sequence[_Group]) -> dict[str, _Rows]:
+    """The windows of each group in some parts; each part is a piece, so chunks are the same whoever reads it."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        parts = list(pool.map(lambda uri: _read_part(uri, groups), uris))
+    columns = zip(*parts, strict=True)
+    return {
+        group.name: _Rows([f for f, _ in part], np.concatenate([p for _, p in part]))
+        for group, part in zip(groups, columns, strict=True)
+    }
+
+
+def _read_part(uri: str, groups: Sequence[_Group]) -> list[tuple[Float32[ndarray, "_ d"], Int[ndarray, "_ 5"]]]:
+    data = storage.read_bytes(uri)
+    try:
+        table = pq.read_table(pa.BufferReader(data), columns=["group", "feature", *_PLACE])
+    except pa.ArrowException:
+        raise UserError(f"{storage.shown(uri)} is damaged: delete it and its folder's manifest.json") from None
+    features = _matrix(table["feature"])
+    places = np.stack([table[name].to_numpy().astype(np.int32) for name in _PLACE], 1)
+    masks = [_mask(table["group"], group.windows) for group in groups]
+    return [(features[mask], places[mask]) for mask in masks]
+
+
+def _mask(column: pa.ChunkedArray, windows: str) -> Bool[ndarray, " n"]:
+    if windows == "all":
+        return np.ones(len(column), bool)
+    mask: ndarray = pc.equal(column.cast(pa.string()), windows).to_numpy()
+    return mask
+
+
+def _matrix(column: pa.ChunkedArray) -> Float[ndarray, "n d"]:
+    """A column of lists or tensors of one length as a matrix, without a copy where it lies in one piece."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    width = getattr(array.type, "list_size", -1 if len(array) else 0)
+    matrix: ndarray = array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), width)
+    return matrix
+
+
+def _read_object(reference: Any) -> dict[str, _Rows]:
+    import ray
+
+    return {_ALL: _Rows([ray.get(reference)])}
+
+
+def _read_tables(references: Sequence[Any], rows: int) -> dict[str, _Rows]:
+    """One array of all the blocks, which are fetched one at a time: its chunks are those of the whole array."""
+    import ray
+
+    array, start = np.empty((rows, 0), np.float32), 0
+    for reference in references:
+        table = ray.get(reference)
+        matrix = _matrix(table[_column(table.column_names)])
+        if start == 0:
+            array = np.empty((rows, matrix.shape[1]), np.float32)
+        array[start : start + len(matrix)] = matrix
+        start += len(matrix)
+    return {_ALL: _Rows([array])}
+
+
+# Ray is imported where it is used: clustering an array in one process needs none of it.
+
+
+class _Spread:
+    """Rows of one group on several actors, which `cluster` works on as if they were one shard."""
+
+    def __init__(self, actors: Sequence[Any], group: str) -> None:
+        self._actors, self._group = actors, group
+        measures = _get([a.measure.remote(group) for a in actors])
+        self._bounds = np.cumsum([0, *(rows for rows, _ in measures)])
+        self.rows = int(self._bounds[-1])
+        self.largest = float(np.max([largest for _, largest in measures]))  # keeps NaN
+
+    def best_start(self, rows: Int[ndarray, " n"], k: int, seed: int) -> Float32[ndarray, "k d"]:
+        """The starts are shared out; the sample goes from actor to actor, not through this process."""
+        cuts = np.searchsorted(rows, self._bounds[1:-1])
+        own = [r - first for r, first in zip(np.split(rows, cuts), self._bounds[:-1], strict=True)]
+        samples = [a.take.remote(self._group, r) for a, r in zip(self._actors, own, strict=True)]
+        busy = self._actors[: len(START_NUMBERS)]
+        shares = [s.tolist() for s in np.array_split(START_NUMBERS, len(busy))]
+        found = _get([a.starts.remote(k, seed, share, *samples) for a, share in zip(busy, shares, strict=True)])
+        return least([start for several in found for start in several])
+
+    def assign(self, centroids: Float32[ndarray, "k d"], grid: Grid) -> Assignment:
+        """One pass over all rows."""
+        import ray
+
+        reference = ray.put(centroids)
+        passes: list[Assignment] = _get([a.assign.remote(self._group, reference, grid) for a in self._actors])
+        return functools.reduce(Assignment.__add__, passes)
+
+    def nearest(self, centroids: Float32[ndarray, "k d"], first_concept: int) -> pa.Table:
+        """The windows nearest to each concept, concepts numbered from `first_concept`."""
+        grid = Grid(self.rows, self.largest)
+        tables = _get([a.nearest.remote(self._group, centroids, grid) for a in self._actors])
+        table = _nearest(pa.concat_tables(tables))
+        types = {name: pa.int16() for name in _PLACE} | {"index": pa.int32()}
+        columns = {name: table[name].cast(types[name]) for name in _PLACE}
+        concept = pc.add(table["concept"], first_concept).cast(pa.int32())
+        return pa.table({"concept": concept, **columns, "distance": table["distance"]})
+
+
+@contextlib.contextmanager
+def _actors(sources: Sequence[_Source], restarts: int) -> Iterator[list[Any]]:
+    """An actor for each source, gone at the end; one that is lost is started again, and reads its source again.
+
+    Args:
+        sources: of each actor.
+        restarts: of each actor at most; -1: any number.
+    """
+    import ray
+
+    nodes = _nodes()
+    per_node = math.ceil(len(sources) / len(nodes))
+    node_cpus = min(node["CPU"] for node in nodes)
+    cpus = sum(node["CPU"] for node in nodes)
+    gpu = gpu_index() and sum(node.get("GPU", 0) for node in nodes) >= len(sources)
+    # Ray's count may be more than the cores, as in an embedded cluster, or less, as in a container.
+    threads = max(1, int(min(cores(), node_cpus)) // per_node)
+    actor = ray.remote(KMeansActor).options(
+        num_cpus=min(1.0, math.floor(100 * cpus / len(sources)) / 100),
+        num_gpus=int(gpu),
+        scheduling_strategy="SPREAD",
+        max_restarts=restarts,
+        max_task_retries=restarts,
+    )
+    actors: list[Any] = [actor.remote(source, threads, gpu) for source in sources]
+    try:
+        yield actors
+    finally:
+        for handle in actors:
+            ray.kill(handle)
+
+
+def _get(references: list[Any]) -> list[Any]:
+    """What actors answer; a user's mistake that one of them found is raised as it was there, in one line."""
+    import ray
+
+    try:
+        return list(ray.get(references))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
+
+
+def _connect() -> None:
+    import ray
+
+    if not ray.is_initialized():
+        from transfgu import runtime
+
+        runtime.connect()
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Resources of each node that has a CPU."""
+    import ray
+
+    return [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+
+
+def _worker_count(size: int) -> int:
+    """Actors for features of `size` bytes: enough to use every node's cores, as far as each has work to do."""
+    nodes = _nodes()
+    per_node = math.ceil(min(node["CPU"] for node in nodes) / _THREADS)
+    return max(1, min(math.ceil(size / _SHARD_BYTES), len(nodes) * per_node))
+
+
+def _share(parts: Sequence[str], workers: int) -> list[list[str]]:
+    return [list(p) for p in np.array_split(np.array(parts, dtype=object), min(workers, len(parts)))]
+
+
+def _has_gpu() -> bool:
+    import faiss
+
+    return bool(gpu_index() and faiss.get_num_gpus())
+
+
+def _is_dataset(features: Any) -> bool:
+    data = sys.modules.get("ray.data")  # who has made a Dataset has imported it
+    return data is not None and isinstance(features, data.Dataset)
+
+
+def _bounds(rows: int, workers: int) -> list[int]:
+    """Where to cut rows into as many shards of whole chunks."""
+    chunks = math.ceil(rows / CHUNK)
+    return sorted({min(rows, chunks * i // workers * CHUNK) for i in range(workers + 1)})
+
+
+def _spread_array(array: ndarray, workers: int) -> list[_Source]:
+    import ray
+
+    spans = itertools.pairwise(_bounds(len(array), workers))
+    return [functools.partial(_read_object, ray.put(np.asarray(array[a:b], np.float32))) for a, b in spans]
+
+
+def _spread_dataset(dataset: Any, workers: int) -> list[_Source]:
+    dataset.context.execution_options.preserve_order = True  # row numbers must not depend on which task ends first
+    dataset = dataset.materialize()
+    bounds = _bounds(dataset.count(), workers)
+    _column(dataset.columns())
+    shards = dataset.split_at_indices(bounds[1:-1]) if len(bounds) > 2 else [dataset]
+    return [
+        functools.partial(_read_tables, shard.to_arrow_refs(), b - a)
+        for shard, (a, b) in zip(shards, itertools.pairwise(bounds), strict=True)
+    ]
+
+
+def _column(names: Sequence[str]) -> str:
+    if "feature" in names:
+        return "feature"
+    if len(names) != 1:
+        raise UserError(f"features need a column `feature`, or a single column; this dataset's: {', '.join(names)}")
+    return names[0]
