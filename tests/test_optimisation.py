@@ -152,8 +152,9 @@ def test_teacher_is_not_trained_and_drops_nothing() -> None:
     batch.teacher = MaskDecoder(WIDTH, batch.classes, num_heads=3, dropout=0.9).double().train()
     before = snapshot(batch.teacher)
     results = []
-    for _ in range(2):
+    for seed in range(2):
         student = make_decoder(batch.classes)
+        torch.manual_seed(seed)
         results.append(batch.step(student, make_optimiser(student, 1e-3)))
     assert results[0] == results[1]
     assert not gradients(batch.teacher)
@@ -261,11 +262,8 @@ def test_out_of_memory_on_a_real_device() -> None:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(0.4 * torch.cuda.max_memory_allocated() / total)
         optimiser = make_optimiser(student, 1e-3)
-        torch.cuda.reset_peak_memory_stats()
         steps.append(training_step(student, optimiser, patches, maps, omega_1=1, omega_2=0.3, alpha=0.05))
-        peak = torch.cuda.max_memory_allocated()
     torch.cuda.set_per_process_memory_fraction(1.0)
-    assert peak > 0
     assert steps[0].part == 64
     assert steps[1].part < 64
     assert steps[1].total == pytest.approx(steps[0].total, rel=1e-4)
