@@ -1,0 +1,488 @@
+"""The encoder against attention written out in full, autograd one class at a time, and timm's own forward pass."""
+
+import math
+import pickle
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers.mlp import SwiGLUPacked
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from transfgu.encoder import Encoder, _maps, normalise, patch_grid
+from transfgu.errors import UserError
+
+PATCH = 8
+
+
+def random_state(width: int, depth: int, native: int, mlp: int, seed: int) -> dict[str, Tensor]:
+    """A transformer's weights under DINO's names, large enough that attention is far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    def linear(out: int, fan: int) -> tuple[Tensor, Tensor]:
+        return normal(out, fan, scale=fan**-0.5), normal(out, scale=0.1)
+
+    state = {"cls_token": normal(1, 1, width), "pos_embed": normal(1, 1 + native**2, width, scale=0.5)}
+    layers = {"patch_embed.proj": (normal(width, 3, PATCH, PATCH, scale=0.1), normal(width, scale=0.1))}
+    for i in range(depth):
+        layers |= {
+            f"blocks.{i}.norm1": (1 + normal(width, scale=0.1), normal(width, scale=0.1)),
+            f"blocks.{i}.attn.qkv": linear(3 * width, width),
+            f"blocks.{i}.attn.proj": linear(width, width),
+            f"blocks.{i}.norm2": (1 + normal(width, scale=0.1), normal(width, scale=0.1)),
+            f"blocks.{i}.mlp.fc1": linear(mlp, width),
+            f"blocks.{i}.mlp.fc2": linear(width, mlp),
+        }
+    layers["norm"] = (1 + normal(width, scale=0.1), normal(width, scale=0.1))
+    for name, (weight, bias) in layers.items():
+        state |= {f"{name}.weight": weight, f"{name}.bias": bias}
+    return state
+
+
+def literal_forward(state: dict[str, Tensor], heads: int, images: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens after the final norm, and all of the last block's attention, as DINO's paper writes them down."""
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        deviation = (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return centred / deviation * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    count, (h, w) = len(images), (images.shape[2] // PATCH, images.shape[3] // PATCH)
+    x = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=PATCH)
+    x = torch.cat([state["cls_token"].expand(count, -1, -1), x.flatten(2).transpose(1, 2)], 1)
+    position, native = state["pos_embed"], math.isqrt(state["pos_embed"].shape[1])
+    patches = position[:, 1:].reshape(1, native, native, -1).permute(0, 3, 1, 2)
+    if (h, w) != (native, native):
+        factor = ((h + 0.1) / native, (w + 0.1) / native)
+        patches = F.interpolate(patches, scale_factor=factor, mode="bicubic")
+    x = x + torch.cat([position[:, :1], patches.flatten(2).transpose(1, 2)], 1)
+    depth = sum(name.endswith("norm1.weight") for name in state)
+    for i in range(depth):
+        qkv = linear(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", x))
+        q, k, v = qkv.reshape(*x.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+        attention = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+        if attention.requires_grad:
+            attention.retain_grad()
+        x = x + linear(f"blocks.{i}.attn.proj", (attention @ v).transpose(1, 2).flatten(2))
+        x = x + linear(f"blocks.{i}.mlp.fc2", F.gelu(linear(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", x))))
+    return norm("norm", x), attention
+
+
+def literal_gradient(
+    tokens: Tensor, attention: Tensor, concepts: Tensor, prefix: int, zero_grad: Callable[[], None]
+) -> Tensor:
+    """Of 1 - cosine on the class token's attention, averaged over heads: a backward pass for each class; (B, K, hw)."""
+    gradients: list[Tensor] = []
+    for concept in concepts:
+        zero_grad()
+        attention.grad = None
+        loss = (1 - F.cosine_similarity(tokens[:, 0], concept[None])).sum()
+        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        assert attention.grad is not None
+        gradients.append(attention.grad.mean(1)[:, 0, prefix:].clone())
+    return torch.stack(gradients, 1)
+
+
+def literal_maps(attention: Tensor, gradient: Tensor) -> Tensor:
+    """M = A / max(A) + relu(-g), one image and one class at a time; attention (B, hw), gradient and maps (B, K, hw)."""
+    maps = torch.zeros_like(gradient)
+    for i, k in np.ndindex(*gradient.shape[:2]):
+        row = gradient[i, k].tolist()
+        mass, kept = 0.0, [0.0] * len(row)
+        whole = sum(-value for value in row if value < 0)
+        for place in sorted(range(len(row)), key=row.__getitem__):  # largest first, until they make up 80 %
+            if row[place] < 0 and mass < 0.8 * whole:
+                kept[place] = -row[place]
+                mass += kept[place]
+        maps[i, k] = attention[i] / attention[i].max() + torch.tensor(kept)
+        maps[i, k][gradient[i, k] > 0] = 0
+    return maps
+
+
+@st.composite
+def random_vits(draw: st.DrawFn) -> tuple[dict[str, Tensor], int, Tensor, Tensor]:
+    heads, of_head = draw(st.integers(1, 4)), draw(st.sampled_from([4, 8, 12]))
+    width, depth, native = heads * of_head, draw(st.integers(1, 4)), draw(st.integers(2, 7))
+    h, w = draw(st.integers(2, 9)), draw(st.integers(2, 9))
+    seed = draw(st.integers(0, 2**32))
+    state = random_state(width, depth, native, mlp=draw(st.integers(width, 4 * width)), seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    images = torch.randn(draw(st.integers(1, 3)), 3, h * PATCH, w * PATCH, generator=generator)
+    return state, heads, images, torch.randn(draw(st.integers(1, 6)), width, generator=generator)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(random_vits())
+def test_concept_maps_are_autograd_through_everything(vit: tuple[dict[str, Tensor], int, Tensor, Tensor]) -> None:
+    state, heads, images, concepts = vit
+    encoder = Encoder.from_state_dict(state, patch_size=PATCH, num_heads=heads)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in state.items()}
+
+    def zero_grad() -> None:
+        for leaf in leaves.values():
+            leaf.grad = None
+
+    tokens, attention = literal_forward(leaves, heads, images)
+    gradient = literal_gradient(tokens, attention, concepts, 1, zero_grad)
+    mean = attention.detach().mean(1)[:, 0, 1:]
+    for scale in (1 / len(images), 30.0):  # as published; and so that the gradient dominates
+        maps = encoder.concept_maps(images, concepts, gradient_scale=scale)
+        torch.testing.assert_close(maps.flatten(2), literal_maps(mean, scale * gradient), rtol=1e-5, atol=1e-5)
+    output = encoder(images)
+    torch.testing.assert_close(output.cls, tokens[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.patches, tokens[:, 1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.cls_attention, attention[:, :, 0, 1:], rtol=1e-4, atol=1e-6)
+
+
+# ---- other transformers, through timm's own forward pass ----
+
+TINY: dict[str, Any] = {
+    "embed_dim": 48,
+    "depth": 3,
+    "num_heads": 4,
+    "num_classes": 0,
+    "global_pool": "token",
+    "dynamic_img_size": True,
+}
+ROTARY: dict[str, Any] = {**TINY, "patch_size": 16, "img_size": 64, "use_rot_pos_emb": True, "use_abs_pos_emb": False}
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "timm": partial(VisionTransformer, img_size=64, patch_size=16, **TINY),
+    "DINOv2": partial(
+        VisionTransformer,
+        img_size=70,
+        patch_size=14,
+        reg_tokens=4,
+        no_embed_class=True,
+        init_values=1e-5,
+        **TINY,
+    ),
+    "DINOv2 giant": partial(
+        VisionTransformer,
+        img_size=70,
+        patch_size=14,
+        init_values=1e-5,
+        mlp_layer=SwiGLUPacked,  # type: ignore[arg-type]  # a partial of a module
+        act_layer=nn.SiLU,
+        **TINY,
+    ),
+    "DINOv3": partial(
+        Eva,
+        num_reg_tokens=4,
+        init_values=1e-5,
+        rope_type="dinov3",
+        rope_temperature=100,
+        rope_rotate_half=True,
+        **ROTARY,
+    ),
+    "biases apart": partial(Eva, qkv_bias=True, rope_type="dinov3", rope_rotate_half=True, **ROTARY),
+    "EVA-02": partial(
+        Eva,
+        qkv_fused=False,
+        swiglu_mlp=True,
+        scale_mlp=True,
+        scale_attn_inner=True,
+        ref_feat_shape=(4, 4),
+        **{**ROTARY, "use_abs_pos_emb": True},
+    ),
+    "rotation by head and depth": partial(
+        Eva, rope_type="mixed", attn_type="rope", init_values=1e-5, no_embed_class=True, **ROTARY
+    ),
+    "grouped keys": partial(Eva, attn_type="rope", qkv_fused=False, num_kv_heads=2, qk_norm=True, **ROTARY),
+}
+
+
+def build(family: str) -> Any:
+    torch.manual_seed(0)
+    vit = FAMILIES[family]().eval()
+    for parameter in vit.parameters():  # LayerScale and biases that matter, attention that is not uniform
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return vit
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_transformers_are_timms_and_autograds(family: str) -> None:
+    vit = build(family)
+    side = vit.patch_embed.patch_size[0]
+    images, concepts = torch.randn(2, 3, 3 * side, 5 * side), torch.randn(4, 48)
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, arguments: tuple[Any, ...], attention: Tensor) -> None:
+        attention.retain_grad()
+        caught.append(attention)
+
+    vit.blocks[-1].attn.fused_attn = False
+    handle = vit.blocks[-1].attn.attn_drop.register_forward_hook(catch)
+    tokens, prefix = vit.forward_features(images), vit.num_prefix_tokens
+    handle.remove()
+    gradient = literal_gradient(tokens, caught[0], concepts, prefix, vit.zero_grad)
+    expected = literal_maps(caught[0].detach().mean(1)[:, 0, prefix:], 5 * gradient)
+    encoder = Encoder(vit)
+    assert (encoder.patch_size, encoder.width, encoder.depth, encoder.num_heads) == (side, 48, 3, 4)
+    output = encoder(images)
+    assert output.grid == (3, 5)
+    torch.testing.assert_close(output.cls, tokens[:, 0].detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.patches, tokens[:, prefix:].detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.cls_attention, caught[0][:, :, 0, prefix:].detach(), rtol=1e-4, atol=1e-6)
+    maps = encoder.concept_maps(images, concepts, gradient_scale=5.0)
+    torch.testing.assert_close(maps.flatten(2), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(encoder.class_tokens(images), output.cls, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"class_token": False, "global_pool": "avg"}, "without a class token"),
+        ({"dynamic_img_size": False}, "built for one image size"),
+        ({"block_fn": timm.models.vision_transformer.ResPostBlock}, "made of ResPostBlocks"),
+    ],
+)
+def test_transformers_that_cant_be_taken_apart(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        Encoder(VisionTransformer(**{"img_size": 64, "patch_size": 16, **TINY, **change}))
+
+
+# ---- what one asks of it ----
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder.from_state_dict(random_state(24, 2, 4, mlp=48, seed=3), patch_size=PATCH, num_heads=3)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(3, 3, 5 * PATCH, 6 * PATCH, generator=torch.Generator().manual_seed(5))
+
+
+def test_each_question_is_answered_as_by_the_whole(encoder: Encoder, images: Tensor) -> None:
+    output = encoder(images)
+    torch.testing.assert_close(encoder.class_tokens(images), output.cls)
+    torch.testing.assert_close(encoder.patch_tokens(images), output.patches)
+    attention = output.cls_attention.mean(1).reshape(3, 5, 6)
+    torch.testing.assert_close(encoder.attention_map(images), attention)
+    mean = attention.mean((1, 2), keepdim=True)
+    assert torch.equal(encoder.saliency(images), attention > mean)
+    assert torch.equal(encoder.saliency(images, times_mean=1.5), attention > 1.5 * mean)
+
+
+def test_an_images_answers_do_not_depend_on_its_batch(encoder: Encoder, images: Tensor) -> None:
+    concepts = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
+    together = encoder.concept_maps(images, concepts, gradient_scale=8.0)
+    for i in range(3):
+        alone = encoder.concept_maps(images[i : i + 1], concepts, gradient_scale=8.0)
+        torch.testing.assert_close(together[i], alone[0], rtol=1e-4, atol=1e-6)
+    one_concept = encoder.concept_maps(images, concepts[2:3], gradient_scale=8.0)
+    torch.testing.assert_close(together[:, 2], one_concept[:, 0], rtol=1e-4, atol=1e-6)
+
+
+def test_maps_ignore_the_length_of_concepts(encoder: Encoder, images: Tensor) -> None:
+    concepts = torch.randn(4, 24, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(encoder.concept_maps(images, 9 * concepts), encoder.concept_maps(images, concepts))
+
+
+def test_maps_by_hand() -> None:
+    attention = torch.tensor([[0.1, 0.2, 0.4, 0.1, 0.2]])
+    gain = torch.tensor([[[1.0, 2.0, 3.0, 4.0, -1.0], [0.0, 0.0, -2.0, 0.0, -1.0]]])
+    # Of 10, the smallest, 1, is in the 20 % left out; 2 is not. Where nothing is gained, attention alone is left.
+    expected = torch.tensor([[[0.25, 2.5, 4.0, 4.25, 0.0], [0.25, 0.5, 0.0, 0.25, 0.0]]])
+    torch.testing.assert_close(_maps(attention, gain), expected)
+
+
+def test_half_precision_belongs_to_the_caller(encoder: Encoder, images: Tensor) -> None:
+    concepts = torch.randn(4, 24, generator=torch.Generator().manual_seed(1))
+    exact = encoder.concept_maps(images, concepts)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps, output, tokens = encoder.concept_maps(images, concepts), encoder(images), encoder.class_tokens(images)
+    assert maps.dtype == output.cls_attention.dtype == torch.float32
+    assert not torch.equal(maps, exact)  # it was used
+    # Where the sign of a gradient is in doubt a map may be 0 or A; elsewhere bfloat16 costs a few thousandths.
+    assert ((maps - exact).abs() < 0.05).float().mean() > 0.9
+    torch.testing.assert_close(tokens, output.cls, rtol=0.1, atol=0.1)
+
+
+def test_it_works_where_no_gradient_may_be_kept(encoder: Encoder, images: Tensor) -> None:
+    concepts = torch.randn(2, 24)
+    exact = encoder.concept_maps(images, concepts)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder.concept_maps(images, concepts), exact)
+    assert not encoder(images).patches.requires_grad
+
+
+def test_pixels_are_normalised_by_channel() -> None:
+    images = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1)
+    expected = torch.tensor([-0.5 / 0.25, 0.5 / 0.5, (0.2 - 0.4) / 0.1]).view(1, 3, 1, 1)
+    torch.testing.assert_close(normalise(images, (0.5, 0.5, 0.4), (0.25, 0.5, 0.1)), expected)
+
+
+def test_sides_that_the_patch_does_not_divide(encoder: Encoder) -> None:
+    assert patch_grid((320, 640), 8) == (40, 80)
+    with pytest.raises(UserError, match="image side 325 is not a multiple of the encoder's patch, 8: use 320 or 328"):
+        patch_grid((320, 325), 8)
+    with pytest.raises(UserError, match=r"image side 5 is not .* use 14 pixels"):
+        patch_grid((5, 28), 14)
+    with pytest.raises(UserError, match="image side 20"):
+        encoder(torch.zeros(1, 3, 16, 20))
+
+
+# ---- weights ----
+
+
+def test_state_dicts_that_are_no_such_transformer() -> None:
+    state = random_state(24, 2, 4, mlp=48, seed=0)
+    cases: list[tuple[dict[str, Tensor], int, int, str]] = [
+        (state, PATCH, 5, "5 heads don't divide a width of 24"),
+        (state, 16, 3, "patch_embed.proj.weight is .24, 3, 8, 8., not .24, 3, 16, 16."),
+        ({k: v for k, v in state.items() if k != "pos_embed"}, PATCH, 3, "has no pos_embed"),
+        ({k: v for k, v in state.items() if k != "norm.bias"}, PATCH, 3, "norm.bias is missing"),
+        (state | {"extra": torch.zeros(2)}, PATCH, 3, "extra has no place"),
+        ({}, PATCH, 3, "holds no network's weights"),
+    ]
+    for tensors, patch, heads, message in cases:
+        with pytest.raises(UserError, match=message):
+            Encoder.from_state_dict(tensors, patch_size=patch, num_heads=heads)
+
+
+@pytest.mark.parametrize("resize", ["dino", "timm"])
+def test_the_other_resizing_of_positions(images: Tensor, resize: Any) -> None:
+    state = random_state(24, 2, 4, mlp=48, seed=0)
+    encoder = Encoder.from_state_dict(state, patch_size=PATCH, num_heads=3, position_resize=resize)
+    timms = encoder.vit.forward_features(images)[:, 0]
+    assert torch.allclose(encoder(images).cls, timms, atol=1e-5) == (resize == "timm")
+    native = torch.randn(1, 3, 4 * PATCH, 4 * PATCH)
+    torch.testing.assert_close(encoder(native).cls, encoder.vit.forward_features(native)[:, 0])
+
+
+def test_registers_and_layer_scale_are_read_off_the_tensors() -> None:
+    vit = VisionTransformer(img_size=32, patch_size=8, reg_tokens=2, init_values=0.3, qkv_bias=False, **TINY)
+    images = torch.randn(1, 3, 32, 32)
+    encoder = Encoder.from_state_dict(vit.state_dict(), patch_size=8, num_heads=4, position_resize="timm")
+    torch.testing.assert_close(encoder(images).cls, vit.eval().forward_features(images)[:, 0].detach())
+
+
+def test_random_weights_are_the_same_at_every_call() -> None:
+    torch.manual_seed(7)
+    first = Encoder.from_pretrained("vit_tiny_patch16_224", "random")
+    drawn = torch.rand(3)
+    torch.manual_seed(8)
+    second = Encoder.from_pretrained("vit_tiny_patch16_224", "random")
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(3), drawn)  # and leave the caller's generator alone
+    assert (first.mean, first.std, first.position_resize) == ((0.5,) * 3, (0.5,) * 3, "timm")
+
+
+def test_dinos_models_resize_as_dino() -> None:
+    encoder = Encoder.from_pretrained("vit_small_patch8_224.dino", "random")
+    assert encoder.position_resize == "dino"
+    assert (encoder.patch_size, encoder.width, encoder.num_heads, encoder.depth) == (8, 384, 6, 12)
+    assert encoder.mean == (0.485, 0.456, 0.406)
+
+
+def save(path: Path, content: Any, **metadata: str) -> str:
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(content, path, metadata)
+    else:
+        torch.save(content, path)
+    return str(path)
+
+
+def assert_same_weights(encoder: Encoder, state: dict[str, Tensor]) -> None:
+    loaded = encoder.vit.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+def test_files_of_weights(tmp_path: Path) -> None:
+    name = "test_vit.r160_in1k"  # timm's small one: 160 pixels, patch 16
+    state = Encoder.from_pretrained(name, "random").vit.state_dict()
+    state = {key: tensor + 1 for key, tensor in state.items()}
+    plain = Encoder.from_pretrained(name, save(tmp_path / "plain.safetensors", state))
+    assert_same_weights(plain, state)
+    assert plain.position_resize == "timm"
+    wrapped = {
+        "student": {f"module.backbone.{key}": torch.zeros(1) for key in state},
+        "teacher": {f"backbone.{key}": tensor for key, tensor in state.items()} | {"head.mlp.weight": torch.zeros(2)},
+        "epoch": 3,
+    }
+    dinos = Encoder.from_pretrained(name, save(tmp_path / "dino.pth", wrapped))
+    assert_same_weights(dinos, state)
+    assert dinos.position_resize == "dino"
+    other_grid = state | {"pos_embed": torch.randn(1, 1 + 4 * 4, state["pos_embed"].shape[2])}
+    assert_same_weights(Encoder.from_pretrained(name, save(tmp_path / "grid.pth", {"model": other_grid})), other_grid)
+
+
+def test_a_file_that_describes_its_encoder(tmp_path: Path) -> None:
+    state = random_state(24, 2, 4, mlp=48, seed=2)
+    uri = save(tmp_path / "own.safetensors", state, patch_size="8", num_heads="3")
+    for name in ("vit_shapes", "my_own"):
+        encoder = Encoder.from_pretrained(name, uri)
+        assert_same_weights(encoder, state)
+        assert (encoder.patch_size, encoder.num_heads, encoder.position_resize) == (8, 3, "dino")
+
+
+def test_the_encoder_of_this_package() -> None:
+    taught, untaught = Encoder.from_pretrained("vit_shapes"), Encoder.from_pretrained("vit_shapes", "random")
+    assert taught.patch_size == untaught.patch_size == 8
+    weights, others = taught.vit.state_dict(), untaught.vit.state_dict()
+    assert {name: tensor.shape for name, tensor in weights.items()} == {n: t.shape for n, t in others.items()}
+    assert not torch.equal(weights["cls_token"], others["cls_token"])
+    assert taught.class_tokens(torch.zeros(1, 3, 128, 128)).shape == (1, taught.width)
+
+
+class Payload:
+    """What a hostile file would hold: loading it by pickle calls a function."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_no_code_in_weights_is_run(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    for write in (torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2))):
+        write({"pos_embed": torch.zeros(1), "x": Payload(mark)}, tmp_path / "hostile.pth")
+        with pytest.raises(UserError, match="loading them could run code"):
+            Encoder.from_pretrained("vit_tiny_patch16_224", str(tmp_path / "hostile.pth"))
+    assert not mark.exists()
+
+
+def test_mistakes_with_names_and_weights(tmp_path: Path) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+    (tmp_path / "broken.pth").write_bytes(b"")
+    small = save(tmp_path / "small.pth", random_state(24, 2, 4, mlp=48, seed=0))
+    silent = save(tmp_path / "silent.safetensors", random_state(24, 2, 4, mlp=48, seed=0))
+    tiny = "vit_tiny_patch16_224"
+    cases = [
+        ("vit_smal_patch16_224", "random", "no encoder is called vit_smal_patch16_224: try .*vit_small_patch16_224"),
+        ("vit_small_patch8_224.dine", "random", "Invalid pretrained tag"),
+        ("resnet50", "random", "encoder resnet50 can't be had"),
+        (tiny, str(tmp_path / "none.pth"), "none.pth"),
+        (tiny, str(tmp_path / "broken.safetensors"), "aren't a safetensors file"),
+        (tiny, str(tmp_path / "broken.pth"), "can't be read"),
+        (tiny, small, "small.pth for encoder vit_tiny.* don't fit: patch_embed.proj.weight is .24, 3, 8, 8."),
+        ("vit_shapes", silent, "don't say their patch_size and num_heads"),
+        ("my_own", silent, "no encoder is called my_own"),
+    ]
+    for name, weights, message in cases:
+        with pytest.raises(UserError, match=message):
+            Encoder.from_pretrained(name, weights)
