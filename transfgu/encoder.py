@@ -157,7 +157,7 @@ class Encoder(nn.Module):
         return self._patch_columns(row).mean(1).reshape(-1, *grid)
 
     def saliency(self, images: Float[Tensor, "B 3 H W"], *, times_mean: float | int = 1) -> Bool[Tensor, "B h w"]:
-        """Which patches are salient: attention above `times_mean` times the image's mean (1 in the paper, 3.1)."""
+        """Which patches are salient: attention above `times_mean` times the image's mean (the paper's is 1)."""
         attention = self.attention_map(images)
         return attention > times_mean * attention.mean((1, 2), keepdim=True)
 
@@ -200,7 +200,7 @@ class Encoder(nn.Module):
         there); relu(-g_k) keeps the largest values that make up 80 % of its sum. An image's maps do not depend on the
         rest of the batch. Float32 from the last block's attention on, also under autocast.
 
-        Raises UserError where the patch does not divide a side of the images. Source: TransFGU, section 3.2.
+        Raises UserError where the patch does not divide a side of the images. Source: TransFGU (Yin et al. 2022).
         """
         x, normed, rope, grid = self._enter_last_block(images)
         query, key = _heads(self._attn, 0, normed[:, :1], None), _heads(self._attn, 1, normed, rope)

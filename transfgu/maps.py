@@ -12,7 +12,7 @@ from torch import Tensor
 def scale_maps(maps: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
     """Scale each image's maps to [0, 1] over all its classes and places; a constant image gives zeros.
 
-    Source: TransFGU, section 3.3 (pseudo labels are normalised before argmax).
+    Source: TransFGU (Yin et al. 2022), pseudo labels in its published losses.
     """
     low, high = maps.aminmax(dim=1, keepdim=True)
     low, high = low.amin((2, 3), keepdim=True), high.amax((2, 3), keepdim=True)

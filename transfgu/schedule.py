@@ -27,7 +27,7 @@ def plan(training: TrainingRecipe, epoch: int) -> EpochPlan:
     `teacher_every` divides; the i-th value of `teacher_every` is that of epochs 10 i to 10 i + 9, the last one from
     then on. Alpha is `alpha_start` in the epoch of an update and rises by `alpha_step` an epoch to `alpha_end`.
 
-    Source: TransFGU, section 3.4, and the published training scripts.
+    Source: TransFGU (Yin et al. 2022), the published training scripts.
     """
     updated = next((past for past in range(epoch, -1, -1) if _updates(training, past)), None)
     if updated is None:

@@ -44,7 +44,7 @@ def draw_views(samples: Sequence[int], size: tuple[int, int], *, seed: int, epoc
     probability 0.3, greyscale 0.2, a 3 x 3 blur of sigma 1 to 2 pixels 0.2, a flip 0.5; the crop is 0.4, 0.5 ... 0.9 of
     both sides. Published code draws jitter, greyscale and blur once a batch; here all are drawn once an image.
 
-    Source: the published training scripts.
+    Source: TransFGU (Yin et al. 2022), the published training scripts.
     """
     drawn = [np.random.default_rng((seed, epoch, sample)).random(16) for sample in samples]
     chances, factors, order, rest = np.split(np.array(drawn).reshape(-1, 16), 4, axis=1)

@@ -23,7 +23,7 @@ def sliding_windows(grid: tuple[int, int], scales: Sequence[float], patch_size: 
     The last pixel row and column of a window's patches are left out: the published features were cut so.
 
     Raises UserError if a scale is outside (0, 1], or leaves less than one patch, or if no window fits at all.
-    Source: TransFGU, section 3.1.
+    Source: TransFGU (Yin et al. 2022).
     """
     windows = [_windows_of_scale(grid, scale, patch_size) for scale in scales]
     if sum(map(len, windows)) == 0:
@@ -70,7 +70,7 @@ def select_windows(
 
     A window is foreground where its salient share is above `min_foreground`, background where its unsalient share is
     above `min_background` (shares of the window's pixels, 0 to 1). `windows` are rows y0 y1 x0 x1 in pixels, as
-    `sliding_windows` gives them; `saliency` says which patches are salient. Source: TransFGU, section 3.1.
+    `sliding_windows` gives them; `saliency` says which patches are salient. Source: TransFGU (Yin et al. 2022).
     """
     h, w = saliency.shape
     rows = _pixels_by_patch(windows[:, 0], windows[:, 1], h, patch_size)
