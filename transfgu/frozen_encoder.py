@@ -1,0 +1,168 @@
+"""Every batch has one shape, whatever there is to encode, so nothing about a row depends on what came with it.
+
+Matrix products may round otherwise when a batch has another number of rows. Here the last batch is encoded at full size
+too, and what is not a row of it is thrown away: features and maps are the same to the last bit whoever computes them,
+in whatever company. Windows are cut into the batch itself, so a crop exists for as long as it takes to encode it.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float16, Int, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from transfgu.encoder import Encoder, normalise
+from transfgu.memory import HalveOnOutOfMemory
+from transfgu.packed_maps import pack_maps
+from transfgu.recipe import PseudoLabelsRecipe, Recipe, Size
+from transfgu.windows import crop_windows
+
+_CPU_PATCHES = 4096  # patches a batch at most on CPUs: more leave the caches, and are slower and larger
+_ROUND_TO = 8  # rows; element-wise kernels split such batches evenly among threads
+
+
+class FrozenEncoder:
+    """The recipe's encoder on a device, for saliency, window features and concept maps of decoded images.
+
+    Images are uint8 arrays; results are arrays too. A batch that the device's memory can't hold is halved, and
+    `note` then says so.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        """Raises UserError where the encoder or its weights can't be had."""
+        self.encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights).to(device)
+        self.device = device
+        auto = recipe.encoder.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self._half = auto or recipe.encoder.precision == "bfloat16"
+        self._patches = recipe.encoder.batch_size * self._grid(recipe.windows.size)[2]
+        if device.type == "cpu":
+            self._patches = min(self._patches, _CPU_PATCHES)
+        self._fitting: dict[str, int] = {}  # rows that fitted, by kind of batch, once memory ran out
+
+    @property
+    def note(self) -> str:
+        """What a person should know of the work so far, in one line; empty where all is well."""
+        return "; ".join(
+            f"out of memory: batch of {what} halved to {rows}, and on" for what, rows in sorted(self._fitting.items())
+        )
+
+    def rows(self, size: Size) -> int:
+        """How many images of `size` make a batch: as many as have the patches of the recipe's batch of windows."""
+        rows = max(1, self._patches // self._grid(size)[2])
+        return rows if rows < _ROUND_TO else rows // _ROUND_TO * _ROUND_TO
+
+    def saliency(self, images: UInt8[np.ndarray, "n 3 H W"], *, times_mean: float) -> Bool[np.ndarray, "n h w"]:
+        """Which patches are salient (see `Encoder.saliency`)."""
+
+        def salient(batch: Tensor) -> Tensor:
+            with self._precision():
+                return self.encoder.saliency(batch, times_mean=times_mean)
+
+        found: Bool[np.ndarray, "n h w"] = self._map(salient, images, self.rows(_size(images)), "images").numpy()
+        return found
+
+    @torch.no_grad()
+    def window_features(
+        self,
+        images: UInt8[np.ndarray, "n 3 H W"],
+        rows: Int[np.ndarray, " N"],
+        windows: Int[np.ndarray, "N 4"],
+        size: Size,
+    ) -> Float[np.ndarray, "N d"]:
+        """Class tokens of windows, cut from their images, resized bilinear to `size` (height, width), and encoded.
+
+        `rows` says which of `images` each window is cut from, ascending; `windows` are rows y0 y1 x0 x1, pixels.
+        """
+        at_once = self.rows(size)
+        batch = torch.zeros(at_once, 3, *size, device=self.device)
+        features = torch.empty(len(windows), self.encoder.width, device=self.device)
+        held, image = -1, torch.empty(0)
+        for start in range(0, len(windows), at_once):
+            here = rows[start : start + at_once]
+            for row in np.unique(here).tolist():
+                if row != held:
+                    held, image = row, self._normalised(images[row : row + 1])[0]
+                places = np.flatnonzero(here == row)
+                batch[places] = crop_windows(image, windows[start + places], size)
+            # Behind the last windows the batch still holds earlier ones: it keeps its shape, and they are ignored.
+            features[start : start + len(here)] = self._fitted(self._class_tokens, batch, "windows")[: len(here)]
+        array: Float[np.ndarray, "N d"] = features.cpu().numpy()
+        return array
+
+    def concept_maps(
+        self, images: UInt8[np.ndarray, "n 3 H W"], concepts: Float[Tensor, "K d"], how: PseudoLabelsRecipe
+    ) -> Float16[np.ndarray, "n planes h w"]:
+        """Packed concept maps (see `pack_maps`) on the patches of the images.
+
+        They are the sum over `how.scales` of the maps of the images resized by these (bilinear, to whole patches),
+        brought to the images' own patches by area, then averaged over squares of `how.smoothing` patches, smaller ones
+        at the border. Source of a single scale's maps: see `Encoder.concept_maps`.
+        """
+        concepts = concepts.to(self.device)
+        height, width = _size(images)
+        patch = self.encoder.patch_size
+        grid = self._grid((height, width))[:2]
+        sizes = [tuple(max(1, round(scale * side / patch)) * patch for side in (height, width)) for scale in how.scales]
+
+        def maps(batch: Tensor) -> Tensor:
+            return self.encoder.concept_maps(batch, concepts, gradient_scale=how.gradient_scale)
+
+        def summed(batch: Tensor) -> Tensor:
+            total = torch.zeros(len(batch), len(concepts), *grid, device=self.device)
+            for size in sizes:
+                resized = batch if size == (height, width) else F.interpolate(batch, size, mode="bilinear")
+                with self._precision():
+                    one = maps(resized)
+                total += one if one.shape[2:] == grid else F.interpolate(one, grid, mode="area")
+            if how.smoothing > 1:
+                total = F.avg_pool2d(total, how.smoothing, 1, how.smoothing // 2, count_include_pad=False)
+            return pack_maps(total)
+
+        rows = min(self.rows((size[0], size[1])) for size in sizes)
+        packed: Float16[np.ndarray, "n planes h w"] = self._map(summed, images, rows, "maps").numpy()
+        return packed
+
+    @torch.no_grad()
+    def _map(
+        self, function: Callable[[Tensor], Tensor], images: UInt8[np.ndarray, "n 3 H W"], rows: int, what: str
+    ) -> Tensor:
+        """`function` of all images, normalised, a batch of `rows` at a time."""
+        done = []
+        # No image at all: a blank one tells the result's shape.
+        for start in range(0, max(1, len(images)), rows):
+            batch = self._normalised(images[start : start + rows])
+            count = len(batch)
+            if count < rows:
+                batch = torch.cat([batch, batch.new_zeros(rows - count, *batch.shape[1:])])
+            done.append(self._fitted(function, batch, what)[:count].cpu())
+        return torch.cat(done)
+
+    def _fitted(self, function: Callable[[Tensor], Tensor], batch: Tensor, what: str) -> Tensor:
+        halving = HalveOnOutOfMemory(function, f"batch of {what}")
+        halving.size = self._fitting.get(what)
+        result: Tensor = halving(batch)
+        if halving.size is not None:
+            self._fitting[what] = halving.size
+        return result
+
+    def _class_tokens(self, batch: Tensor) -> Tensor:
+        with self._precision():
+            return self.encoder.class_tokens(batch).float()
+
+    def _normalised(self, images: UInt8[np.ndarray, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
+        # Arrays out of Ray's object store are read-only, which torch warns of; nothing here writes to them.
+        return normalise(torch.tensor(images, device=self.device), self.encoder.mean, self.encoder.std)
+
+    def _precision(self) -> torch.autocast | nullcontext[None]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self._half else nullcontext()
+
+    def _grid(self, size: Size) -> tuple[int, int, int]:
+        h, w = (max(1, side // self.encoder.patch_size) for side in size)
+        return h, w, h * w
+
+
+def _size(images: UInt8[np.ndarray, "n 3 H W"]) -> Size:
+    return images.shape[2], images.shape[3]

@@ -1,0 +1,157 @@
+"""What travels is images in and features out: windows exist only inside the actor that encodes them.
+
+Tasks read, decode and resize; a pool of actors finds the salient patches, cuts the windows that are kept and encodes
+them, filling its batches across the images of a part; tasks write. An image is 1.2 MB, its 60 windows 74 MB.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Int, UInt8
+from ray.data import Dataset
+
+from transfgu.artifacts import Outcome, Run
+from transfgu.progress import Progress
+from transfgu.recipe import Recipe
+from transfgu.stages import parts, samples
+
+_PLACE = ("y0", "y1", "x0", "x1")
+
+
+def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
+    """Encode the windows of all training images that the recipe keeps.
+
+    Writes parts of rows `index` int32 (of the sample), `y0 y1 x0 x1` int16 (pixels of the image of
+    `dataset.feature_size`, half-open), `group` ("foreground", "background" or "all"), `feature` (d,) float32: one a
+    window, by image, group and window.
+
+    Raises:
+        UserError: more bad images than `dataset.max_bad_share`; an encoder that can't be had.
+    """
+    folder = run.artifact("features").uri
+    listed = samples.load(run, "train")
+    summaries = parts.complete(
+        recipe,
+        listed,
+        folder,
+        parts.part_size(recipe.dataset.feature_size),
+        lambda missing: plan(recipe, missing, folder),
+        progress,
+    )
+    bad = tuple(x for summary in summaries for x in summary.left_out)
+    windows = {group: sum(s.counts[group] for s in summaries) for group in groups(recipe)}
+    without = sum(s.counts["images without windows"] for s in summaries)
+    progress.note(f"{', '.join(f'{n} {group}' for group, n in windows.items())} windows")
+    details: dict[str, Any] = {"windows": windows, "images without windows": without}
+    return Outcome(items=len(listed) - len(bad), left_out=bad, details=details)
+
+
+def groups(recipe: Recipe) -> tuple[str, ...]:
+    """The groups of windows that are kept: background ones only where stuff is to be clustered from them."""
+    if recipe.windows.groups == "both":
+        return ("foreground", "background") if recipe.concepts.stuff else ("foreground",)
+    return (recipe.windows.groups,)
+
+
+def plan(recipe: Recipe, missing: Sequence[pa.Table], folder: str) -> Dataset:
+    """Parts of the sample list to files in `folder` (URI), a row of the result for each."""
+    from transfgu import runtime
+
+    data = parts.encoded(
+        missing,
+        parts.ReadImages(size=recipe.dataset.feature_size, interpolation=recipe.dataset.interpolation),
+        EncodeWindows,
+        {"recipe": recipe, "processes": runtime.pool_size(recipe.compute)},
+        runtime.encoder_pool(recipe.compute),
+    )
+    return parts.written(data, WriteFeatures(folder=folder, groups=groups(recipe)))
+
+
+class EncodeWindows:
+    """An actor: images to the features of their windows.
+
+    Out come rows part, index, name, reason, group, y0, y1, x0, x1, feature, note: one a window, whose name and reason
+    are null, and one for each image that has none, whose group is null.
+    """
+
+    def __init__(self, recipe: Recipe, processes: int) -> None:
+        # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
+        from transfgu import runtime, tokens
+        from transfgu.frozen_encoder import FrozenEncoder
+        from transfgu.windows import sliding_windows
+
+        device = runtime.device()
+        if device.type == "cpu":
+            tokens.use_cores(processes)
+        self._recipe = recipe
+        self._frozen = FrozenEncoder(recipe, device)
+        height, width = recipe.dataset.feature_size
+        patch = self._frozen.encoder.patch_size
+        self._windows = sliding_windows((height // patch, width // patch), recipe.windows.scales, patch)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """A block of `ReadImages` to one of windows."""
+        images, pixels = parts.usable(block)
+        rows, kept, kinds = self._chosen(pixels)
+        places = self._windows[kept]
+        features = self._frozen.window_features(pixels, rows, places, self._recipe.windows.size)
+        found = images.select(["part", "index"]).take(rows)
+        for name, column in zip(_PLACE, places.T, strict=True):
+            found = found.append_column(name, pa.array(column.astype(np.int16)))
+        values = pa.array(features.ravel())
+        found = found.append_column("feature", pa.FixedSizeListArray.from_arrays(values, features.shape[1]))
+        found = found.append_column("group", pa.array(np.array(groups(self._recipe), object)[kinds], pa.string()))
+        without = block.filter(pc.invert(pc.is_in(block["index"], found["index"].combine_chunks())))
+        without = without.drop_columns("image")
+        whole = pa.concat_tables([found, without], promote_options="default")
+        return whole.append_column("note", pa.array([self._frozen.note] * len(whole), pa.string()))
+
+    def _chosen(
+        self, pixels: UInt8[np.ndarray, "n 3 H W"]
+    ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+        """The windows to keep, by image: whose image, which window, which group."""
+        from transfgu.windows import select_windows
+
+        how, kinds = self._recipe.windows, groups(self._recipe)
+        if kinds == ("all",):
+            each = np.arange(len(self._windows))
+            n = len(pixels)
+            return np.repeat(np.arange(n), len(each)), np.tile(each, n), np.zeros(n * len(each), np.int64)
+        patch = self._frozen.encoder.patch_size
+        chosen = []
+        for row, saliency in enumerate(self._frozen.saliency(pixels, times_mean=how.saliency_factor)):
+            selected = select_windows(
+                self._windows, saliency, patch, min_foreground=how.min_foreground, min_background=how.min_background
+            )
+            chosen += [(row, window, kind) for kind, windows in enumerate(selected[: len(kinds)]) for window in windows]
+        rows, kept, kind_of = np.array(chosen, np.int64).reshape(-1, 3).T
+        return rows, kept, kind_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteFeatures:
+    """A task: a part's windows to its file."""
+
+    folder: str
+    groups: tuple[str, ...]
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """A block of `EncodeWindows` to the part's row for the driver."""
+        windows = block.filter(block["group"].is_valid())
+        without = block.filter(pc.and_(block["group"].is_null(), block["reason"].is_null()))
+        counts = {group: pc.sum(pc.equal(windows["group"], group)).as_py() or 0 for group in self.groups}
+        summary = parts.Summary(
+            part=block["part"][0].as_py(),
+            images=pc.count_distinct(block["index"]).as_py(),
+            left_out=parts.left_out(block),
+            counts={**counts, "images without windows": len(without)},
+        )
+        table = windows.select(["index", *_PLACE, "group", "feature"])
+        # Features are noise to any compression.
+        return parts.write_part(
+            self.folder, summary, table, block["note"][0].as_py(), compression="none", use_dictionary=["group"]
+        )
