@@ -26,6 +26,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from transfgu import storage
 from transfgu.errors import UserError
 from transfgu.weight_files import PACKAGE, read_weights, unwrap
 
@@ -405,7 +406,7 @@ def _from_file(name: str, uri: str) -> Encoder:
     file = read_weights(uri)
     vit = _create(name)
     _check_supported(vit)
-    what = f"weights {uri} for encoder {name}"
+    what = f"weights {storage.shown(uri)} for encoder {name}"
     patch = file.tensors.get("patch_embed.proj.weight")
     if patch is not None and patch.ndim == 4 and patch.shape != vit.patch_embed.proj.weight.shape:
         raise UserError(_misfit(what, "patch_embed.proj.weight", patch, vit.patch_embed.proj.weight))
@@ -432,7 +433,7 @@ def _self_described(name: str, weights: str) -> Encoder:
         if name != SHIPPED:
             raise _unknown(name) from None
         raise UserError(
-            f"weights {uri} don't say their patch_size and num_heads: give --encoder.name a timm name"
+            f"weights {storage.shown(uri)} don't say their patch_size and num_heads: give --encoder.name a timm name"
         ) from None
     if weights != "random":
         return Encoder.from_state_dict(file.tensors, patch_size=patch_size, num_heads=num_heads)

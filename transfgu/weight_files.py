@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from transfgu import storage
 from transfgu.errors import UserError
 
 PACKAGE = "package:"
@@ -46,13 +47,15 @@ def read_weights(uri: str) -> WeightFile:
             content: object = safetensors.torch.load(data)
             metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
         except (safetensors.SafetensorError, ValueError) as error:
-            raise UserError(f"weights {uri} aren't a safetensors file ({error}): fetch them again") from None
+            raise UserError(
+                f"weights {storage.shown(uri)} aren't a safetensors file ({error}): fetch them again"
+            ) from None
     else:
         content = _unpickle(uri, data)
     is_dino = isinstance(content, Mapping) and any(
         isinstance(content.get(name), Mapping) for name in ("teacher", "student")
     )
-    return WeightFile(tensors=unwrap(uri, content), metadata=metadata, is_dino=is_dino)
+    return WeightFile(tensors=unwrap(storage.shown(uri), content), metadata=metadata, is_dino=is_dino)
 
 
 def unwrap(name: str, content: object) -> dict[str, Tensor]:
@@ -86,8 +89,6 @@ def _read(uri: str) -> bytes:
         if not file.is_file():
             raise UserError(f"weights {uri} aren't part of this installation: install transfgu again")
         return file.read_bytes()
-    from transfgu import storage  # here, so that reading packaged weights needs no pyarrow
-
     return storage.read_bytes(uri)
 
 
@@ -98,9 +99,9 @@ def _unpickle(uri: str, data: bytes) -> object:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"weights {uri} hold more than tensors, and loading them could run code: "
+            f"weights {storage.shown(uri)} aren't plain tensors, and loading anything else could run code: "
             "save the state dict alone, best as .safetensors"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"weights {uri} can't be read ({reason}): fetch them again") from None
+        raise UserError(f"weights {storage.shown(uri)} can't be read ({reason}): fetch them again") from None
