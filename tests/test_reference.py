@@ -12,6 +12,7 @@ from transfgu.encoder import Encoder
 from transfgu.losses import bootstrapping_loss, pixel_losses
 from transfgu.metrics import confusion_matrix, match_clusters, scores
 from transfgu.optimisation import make_optimiser, training_step
+from transfgu.stages.concepts import kmeans
 from transfgu.views import crop_views
 from transfgu.windows import crop_windows, select_windows, sliding_windows
 
@@ -199,3 +200,15 @@ def test_metrics(reference: Reference, case: str) -> None:
     assert_agrees(result.iou, arrays["iou"][clusters])  # theirs is in the order of predicted clusters
     assert_agrees(np.array(result.mean_iou), arrays["mean_iou"])
     assert_agrees(np.array(result.pixel_accuracy), arrays["pixel_accuracy"])
+
+
+# ---- concepts ----
+
+
+def test_kmeans(reference: Reference) -> None:
+    arrays = reference("kmeans")
+    result = kmeans(arrays["x"], int(arrays["k"]), iterations=100)
+    distances = ((arrays["x"][:, None].astype(np.float64) - result.centroids) ** 2).sum(2)
+    assert distances.min(1).sum() == pytest.approx(result.inertia, rel=1e-5)
+    assert result.inertia <= 1.001 * arrays["inertia"]
+    np.testing.assert_array_equal(result.counts, np.bincount(distances.argmin(1), minlength=len(result.counts)))

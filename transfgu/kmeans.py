@@ -7,10 +7,11 @@ error, hence in any order: over threads, over actors, over nodes.
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import faiss
 import numpy as np
@@ -91,25 +92,25 @@ class Grid:
         return shifted
 
 
-class Shards(Protocol):
+class Shards(ABC):
     """Rows, wherever they lie; their order is that of one long array."""
 
-    @property
-    def rows(self) -> int:
-        """How many there are."""
+    rows: int
+    """How many there are."""
 
-    @property
-    def largest(self) -> float:
-        """Their largest absolute value; not finite if one of theirs is not."""
+    largest: float
+    """Their largest absolute value; not finite if one of theirs is not."""
 
+    @abstractmethod
     def best_start(self, rows: Int[ndarray, " n"], k: int, seed: int) -> Float32[ndarray, "k d"]:
         """Of several starts on the rows of these numbers, the centroids of least inertia."""
 
+    @abstractmethod
     def assign(self, centroids: Float32[ndarray, "k d"], grid: Grid) -> Assignment:
         """One pass over all rows."""
 
 
-class Shard:
+class Shard(Shards):
     """Rows in the memory of one process, worked through by its threads.
 
     Args:
@@ -130,17 +131,9 @@ class Shard:
         # Chunks are shared out to Python threads, each a single OpenMP thread: a chunk's result must not depend on how
         # many there are, and no core waits for another at the end of every chunk.
         self._pool = ThreadPoolExecutor(self._threads, initializer=faiss.omp_set_num_threads, initargs=(1,))
-
-    @property
-    def rows(self) -> int:
-        """How many there are."""
-        return int(self._starts[-1])
-
-    @property
-    def largest(self) -> float:
-        """Their largest absolute value; not finite if one of theirs is not."""
+        self.rows = int(self._starts[-1])
         extremes = [x for low_high in self._pool.map(_extremes, self._chunks) for x in low_high]
-        return float(np.abs(extremes).max(initial=0))  # keeps NaN
+        self.largest = float(np.abs(extremes).max(initial=0))  # keeps NaN
 
     def take(self, rows: Int[ndarray, " n"]) -> Float32[ndarray, "n d"]:
         """The rows of these numbers, which count from 0 at this shard's first."""

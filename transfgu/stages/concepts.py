@@ -363,7 +363,7 @@ def _read_tables(references: Sequence[Any], rows: int) -> dict[str, _Rows]:
 # Ray is imported where it is used: clustering an array in one process needs none of it.
 
 
-class _Spread:
+class _Spread(Shards):
     """Rows of one group on several actors, which `cluster` works on as if they were one shard."""
 
     def __init__(self, actors: Sequence[Any], group: str) -> None:

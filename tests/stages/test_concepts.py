@@ -1,0 +1,291 @@
+"""The stage on parts small enough to look through, against K-Means of the same rows in one process."""
+
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.numpy
+from numpy import ndarray
+
+from transfgu import storage
+from transfgu.artifacts import Run
+from transfgu.errors import UserError
+from transfgu.kmeans import Shard, cluster
+from transfgu.progress import Progress
+from transfgu.recipe import Recipe, preset
+from transfgu.stages import concepts
+from transfgu.stages.concepts import kmeans
+
+D = 6
+IMAGES_A_PART = 10
+
+
+def recipe_of(**fields: object) -> Recipe:
+    return preset("shapes").with_fields({"things": 3, "stuff": 2, "iterations": 50, **fields})
+
+
+def made_windows(images: int, seed: int = 0) -> pa.Table:
+    """Six windows an image: four of three things, two of two kinds of stuff, far apart."""
+    generator = np.random.default_rng(seed)
+    n = 6 * images
+    group = np.tile(["foreground", "background", "foreground"], n // 3)
+    kind = np.where(group == "foreground", generator.integers(0, 3, n), generator.integers(3, 5, n))
+    means = 20 * np.eye(5, D)
+    feature = (means[kind] + generator.standard_normal((n, D))).astype(np.float32)
+    y0, x0 = generator.integers(0, 50, (2, n))
+    return table_of(np.repeat(np.arange(images), 6), group, feature, np.stack([y0, y0 + 40, x0, x0 + 30], 1))
+
+
+def table_of(index: ndarray, group: ndarray, feature: ndarray, place: ndarray) -> pa.Table:
+    columns = {"index": pa.array(index, pa.int32())}
+    columns |= {name: pa.array(c, pa.int16()) for name, c in zip(("y0", "y1", "x0", "x1"), place.T, strict=True)}
+    columns["group"] = pa.array(group).dictionary_encode()
+    columns["feature"] = pa.FixedSizeListArray.from_arrays(pa.array(feature.ravel()), feature.shape[1])
+    return pa.table(columns)
+
+
+def write_parts(folder: Path, windows: pa.Table) -> Run:
+    run = Run(str(folder))
+    index = windows["index"].to_numpy()
+    for first in range(0, int(index.max()) + 1, IMAGES_A_PART):
+        part = windows.filter((index >= first) & (index < first + IMAGES_A_PART))
+        buffer = pa.BufferOutputStream()
+        pq.write_table(part, buffer)
+        storage.write_bytes(run.artifact("features").file(f"part-{first:08d}.parquet"), buffer.getvalue().to_pybytes())
+    storage.write_bytes(run.artifact("features").file("manifest.json"), json.dumps({}).encode())
+    return run
+
+
+def features_of(windows: pa.Table, group: str | None = None) -> ndarray:
+    features = windows["feature"].combine_chunks().flatten().to_numpy().reshape(-1, D)
+    chosen: ndarray = features if group is None else features[np.array(windows["group"].to_pylist()) == group]
+    return chosen
+
+
+def read_tensors(run: Run) -> dict[str, ndarray]:
+    tensors: dict[str, ndarray] = safetensors.numpy.load(
+        storage.read_bytes(run.artifact("concepts").file("concepts.safetensors"))
+    )
+    return tensors
+
+
+def by_first(centroids: ndarray) -> ndarray:
+    return centroids[np.lexsort(centroids.T)]
+
+
+def quiet() -> Progress:
+    return Progress("concepts", quiet=True)
+
+
+# ---- nearest windows ----
+
+
+def nearest_of(concept: list[int], image: list[int], distance: list[float]) -> list[tuple[int, int, float]]:
+    table = pa.table(
+        {
+            "concept": pa.array(concept, pa.int32()),
+            "index": pa.array(image, pa.int32()),
+            "distance": pa.array(distance, pa.float32()),
+        }
+    )
+    chosen = concepts._nearest(table)
+    return list(zip(*(chosen[name].to_pylist() for name in ("concept", "index", "distance")), strict=True))
+
+
+def test_nearest_windows_are_of_different_images_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(concepts, "NEAREST", 3)
+    # Concept 0: image 5 has the two nearest, but only one of them is shown, as there are three images.
+    chosen = nearest_of([0, 0, 1, 0, 0, 0], [5, 5, 5, 6, 7, 8], [0.1, 0.2, 9.0, 0.4, 0.3, 0.5])
+    assert [(c, i) for c, i, _ in chosen] == [(0, 5), (0, 7), (0, 6), (1, 5)]
+    # Where two images are all there is, the nearest of the rest follows, in order of distance.
+    chosen = nearest_of([0, 0, 0, 0], [5, 5, 5, 6], [0.125, 0.25, 0.5, 1.0])
+    assert chosen == [(0, 5, 0.125), (0, 5, 0.25), (0, 6, 1.0)]
+
+
+def test_nearest_of_shards_are_the_nearest_of_all() -> None:
+    generator = np.random.default_rng(0)
+    image = np.sort(generator.integers(0, 40, 400))
+    table = pa.table(
+        {"concept": generator.integers(0, 4, 400), "index": image, "distance": generator.random(400, dtype=np.float32)}
+    )
+    for cuts in ([100, 250], [3, 6, 9]):  # the second with shards of one image or two
+        bounds = [0, *np.searchsorted(image, image[cuts]), 400]
+        shards = [concepts._nearest(table[a:b]) for a, b in itertools.pairwise(bounds) if a < b]
+        assert concepts._nearest(pa.concat_tables(shards)).equals(concepts._nearest(table))
+
+
+# ---- the actor's own work, in this process ----
+
+
+def test_an_actor_reads_its_parts_by_group(tmp_path: Path) -> None:
+    windows = made_windows(25)
+    run = write_parts(tmp_path, windows)
+    groups = concepts._groups(recipe_of())
+    parts, size = concepts._parts(run.artifact("features"))
+    assert [Path(p).name for p in parts] == [f"part-{n:08d}.parquet" for n in (0, 10, 20)]
+    assert size > windows.nbytes / 2
+    actor = concepts.KMeansActor(functools.partial(concepts._read_parts, parts, groups), threads=1, gpu=False)
+    foreground, background = features_of(windows, "foreground"), features_of(windows, "background")
+    assert actor.measure("things") == (100, float(np.abs(foreground).max()))
+    assert actor.measure("stuff") == (50, float(np.abs(background).max()))
+    rows = np.array([0, 37, 40, 99])  # of the first part, the last but one of it, the second, and the last
+    taken = actor.take("things", rows)
+    assert taken is not None
+    np.testing.assert_array_equal(taken, foreground[rows])
+    assert actor.take("stuff", rows[:0]) is None
+
+
+def test_groups_follow_the_recipe() -> None:
+    def names(recipe: Recipe) -> list[tuple[str, str, int]]:
+        return [(g.name, g.windows, g.count) for g in concepts._groups(recipe)]
+
+    assert names(preset("coco-stuff-27")) == [("things", "foreground", 12), ("stuff", "background", 15)]
+    assert names(preset("coco-80")) == [("things", "foreground", 80)]
+    assert names(preset("cityscapes")) == [("concepts", "all", 27)]
+    assert names(preset("lip-5")) == [("concepts", "all", 5)]
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    run = write_parts(tmp_path, made_windows(10))
+    uri = run.artifact("features").file("part-00000000.parquet")
+    storage.write_bytes(uri, storage.read_bytes(uri)[:-20])
+    with pytest.raises(UserError, match=r"part-00000000\.parquet is damaged: delete it"):
+        concepts._read_part(uri, concepts._groups(recipe_of()))
+
+
+def test_no_features_at_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no features in"):
+        concepts._parts(Run(str(tmp_path)).artifact("features"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows", "message"),
+    [
+        (
+            {"encoder.name": "vit_tiny_patch16_224", "encoder.weights": "random"},
+            0,
+            r"no window is foreground: .* encoder vit_tiny_patch16_224 \(weights random\) .* lower "
+            r"windows.min_foreground \(now 0.5\) or windows.saliency_factor \(now 1\), or use trained encoder.weights",
+        ),
+        ({}, 2, r"3 concepts can't be made of 2 foreground windows: use more images .* or lower concepts.things"),
+        (
+            {"windows.groups": "all"},
+            4,
+            r"5 concepts can't be made of 4 windows: .* lower concepts.things and concepts.stuff",
+        ),
+        ({"things": 0}, 0, r"no window is background: .* lower windows.min_background \(now 0.8\), raise"),
+        ({"things": 0}, 1, r"2 concepts can't be made of 1 background windows: .* lower concepts.stuff"),
+        ({}, -10, r"features of foreground windows hold NaN .* encoder.precision auto; use float32"),
+    ],
+)
+def test_what_can_not_be_clustered(fields: dict[str, object], rows: int, message: str) -> None:
+    recipe = recipe_of(**fields)
+    features = np.full((abs(rows), D), np.nan if rows < 0 else 1.0, np.float32)
+    with pytest.raises(UserError, match=message) as raised:
+        concepts._check(recipe, concepts._groups(recipe)[0], Shard([features]))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_interrupted_group_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, folder = recipe_of(things=11), Run(str(tmp_path)).artifact("concepts")
+    rows = np.random.default_rng(0).standard_normal((12_000, D), dtype=np.float32)
+    group = concepts._groups(recipe)[0]
+    whole = cluster(Shard([rows]), 11, iterations=50, seed=recipe.seed)
+    monkeypatch.setattr(concepts, "_SAVE_SECONDS", 0.0)
+
+    class Stopped(Exception):
+        pass
+
+    class StopsAfterFive(Progress):
+        def update(self, done: int, total: int, unit: str) -> None:
+            assert (total, unit) == (100, "iterations")
+            if done == 5:
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        concepts._cluster_group(recipe, group, Shard([rows]), folder, StopsAfterFive("concepts", quiet=True), done=0)
+    saved = concepts._saved(folder, group)
+    assert saved is not None
+    assert saved[0] == 4  # the fifth was under way to the disk
+    resumed = concepts._cluster_group(recipe, group, Shard([rows]), folder, quiet(), done=0)
+    np.testing.assert_array_equal(resumed.centroids, whole.centroids)
+    assert (resumed.iterations, resumed.inertia) == (whole.iterations, whole.inertia)
+
+
+# ---- the stage, on Ray ----
+
+
+@pytest.mark.ray
+def test_things_come_from_foreground_and_stuff_from_background(tmp_path: Path, ray_cluster: None) -> None:
+    windows = made_windows(25)
+    run, recipe = write_parts(tmp_path, windows), recipe_of()
+    outcome = concepts.run(recipe, run, quiet())
+    assert outcome.items == 150
+    assert outcome.details["windows"] == {"foreground": 100, "background": 50}
+    assert outcome.details["actors"] == 1  # so few windows are not worth a second
+    tensors = read_tensors(run)
+    assert tensors["centroids"].shape == (5, D)
+    assert tensors["centroids"].dtype == np.float32
+    assert tensors["counts"].sum() == 150
+    assert tensors["counts"][:3].sum() == 100
+    for group, k, own in (("foreground", 3, slice(0, 3)), ("background", 2, slice(3, 5))):
+        expected = kmeans(features_of(windows, group), k, seed=recipe.seed)
+        np.testing.assert_allclose(by_first(tensors["centroids"][own]), by_first(expected.centroids), atol=1e-5)
+
+    nearest = pq.read_table(run.artifact("concepts").file("nearest.parquet"))
+    assert nearest.schema.names == ["concept", "index", "y0", "y1", "x0", "x1", "distance"]
+    assert [str(t) for t in nearest.schema.types] == ["int32", "int32", *["int16"] * 4, "float"]
+    assert nearest["concept"].to_pylist() == sorted([*range(5)] * concepts.NEAREST)
+    features, places = features_of(windows), windows.select(["index", "y0", "y1", "x0", "x1"]).to_pylist()
+    for concept in range(5):
+        rows = nearest.filter(nearest["concept"].to_numpy() == concept)
+        assert len(set(rows["index"].to_pylist())) == concepts.NEAREST
+        distances = np.linalg.norm(features - tensors["centroids"][concept], axis=1)
+        by_distance = dict(zip((tuple(p.values()) for p in places), distances.tolist(), strict=True))
+        shown = [by_distance[tuple(p.values())] for p in rows.drop_columns(["concept", "distance"]).to_pylist()]
+        np.testing.assert_allclose(rows["distance"].to_numpy(), shown, rtol=1e-5)
+        assert shown == sorted(shown)
+        assert shown[0] == distances.min()
+    # Only what others read is left.
+    assert {Path(f).name for f in storage.list_files(run.artifact("concepts").uri)} == {
+        "concepts.safetensors",
+        "nearest.parquet",
+    }
+
+
+@pytest.mark.ray
+def test_two_actors_and_a_lost_one_make_no_difference(tmp_path: Path, ray_cluster: None) -> None:
+    import ray
+
+    windows = made_windows(25, seed=3)
+    run, recipe = write_parts(tmp_path, windows), recipe_of(**{"windows.groups": "all"})
+    group = concepts._groups(recipe)[0]
+    parts, _ = concepts._parts(run.artifact("features"))
+    shares = concepts._share(parts, 2)
+    assert [len(s) for s in shares] == [2, 1]
+    sources = [functools.partial(concepts._read_parts, share, [group]) for share in shares]
+    with concepts._actors(sources, restarts=-1) as actors:
+        spread = concepts._Spread(actors, "concepts")
+        assert spread.rows == 150
+        result = cluster(spread, 5, seed=recipe.seed)
+        nearest = spread.nearest(result.centroids, 0)
+        ray.kill(actors[0], no_restart=False)
+        assert spread.nearest(result.centroids, 0).equals(nearest)  # from an actor that has read its parts again
+        assert cluster(spread, 5, seed=recipe.seed).inertia == result.inertia
+    concepts.run(recipe, run, quiet())
+    np.testing.assert_array_equal(read_tensors(run)["centroids"], result.centroids)
+    assert pq.read_table(run.artifact("concepts").file("nearest.parquet")).equals(nearest)
+
+
+@pytest.mark.ray
+def test_an_actor_s_user_error_arrives_in_one_line(tmp_path: Path, ray_cluster: None) -> None:
+    run = write_parts(tmp_path, made_windows(10))
+    storage.write_bytes(run.artifact("features").file("part-00000010.parquet"), b"no Parquet")
+    with pytest.raises(UserError, match=r"part-00000010\.parquet is damaged") as raised:
+        concepts.run(recipe_of(), run, quiet())
+    assert "\n" not in str(raised.value)
