@@ -1,0 +1,168 @@
+"""The segmenter against encoder and decoder used by hand, and what it refuses."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import transfgu
+from tests.made_run import SIDE, MadeRun, make_run
+from transfgu.datasets import images
+from transfgu.decoder import MaskDecoder
+from transfgu.encoder import Encoder, normalise
+from transfgu.errors import UserError
+from transfgu.segmenter import Segmenter, class_table, winners
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
+    return make_run(tmp_path_factory.mktemp("labelled"))
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
+    return make_run(tmp_path_factory.mktemp("bare"), labels=False, things=4, stuff=0)
+
+
+def photograph(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_it_is_encoder_and_decoder_then_the_assignment(labelled: MadeRun) -> None:
+    image = photograph(50, 90)
+    encoder = Encoder.from_pretrained("tiny", labelled.recipe.encoder.weights)
+    weights = safetensors.torch.load_file(labelled.run.file("model.safetensors"))
+    decoder = MaskDecoder.from_state_dict(weights, num_heads=3)
+    resized = torch.from_numpy(images.resize(image, (SIDE, SIDE)))[None]
+    with torch.no_grad():
+        logits = decoder(encoder(normalise(resized)).patches)[0]
+    masks = F.interpolate(logits.mT.reshape(1, 10, 8, 8), (50, 90), mode="bilinear")
+    clusters = masks[0].argmax(dim=0).numpy()
+    assignment = json.loads(Path(labelled.run.artifact("evaluation").file("scores.json")).read_text())["assignment"]
+    assert sorted(assignment) == list(range(10))
+    assert assignment != list(range(10))  # else this test could not see it
+    expected = np.full_like(clusters, -1)
+    for true_class, cluster in enumerate(assignment):
+        expected[clusters == cluster] = true_class
+
+    np.testing.assert_array_equal(Segmenter.load(labelled.run.uri).predict(image), expected)
+
+
+def test_images_come_in_many_forms(labelled: MadeRun, tmp_path: Path) -> None:
+    image = photograph(30, 40)
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    segmenter = transfgu.Segmenter.load(Path(labelled.run.uri), device="cpu")
+    expected = segmenter.predict(image)
+    assert expected.shape == (30, 40)
+    for form in (Image.fromarray(image), tmp_path / "photo.png", f"file://{tmp_path}/photo.png"):
+        np.testing.assert_array_equal(segmenter.predict(form), expected)
+    grey = Image.fromarray(image).convert("L")
+    np.testing.assert_array_equal(segmenter.predict(grey), segmenter.predict(grey.convert("RGB")))
+
+
+def test_a_list_gives_a_list_however_long(labelled: MadeRun) -> None:
+    segmenter = Segmenter.load(labelled.run.uri)
+    photographs = [photograph(20 + i, 40) for i in range(18)]
+    predictions = segmenter.predict(photographs)
+    assert isinstance(predictions, list)
+    assert len(predictions) == 18
+    for image, prediction in zip(photographs, predictions, strict=True):
+        np.testing.assert_array_equal(prediction, segmenter.predict(image))
+    assert segmenter.predict([]) == []
+
+
+def test_classes_are_named_after_labels_where_there_were_some(labelled: MadeRun, bare: MadeRun) -> None:
+    named = Segmenter.load(labelled.run.uri)
+    assert named.classes[:2] == ("target", "quilt")
+    assert named.colours[0] == (228, 26, 28)
+    unnamed = Segmenter.load(bare.run.uri)
+    assert unnamed.classes == ("background", "concept 1", "concept 2", "concept 3", "concept 4")
+    assert len(set(unnamed.colours)) == 5
+
+
+def test_concepts_are_numbered_as_they_stand_in_a_mask(labelled: MadeRun) -> None:
+    names, class_of = class_table(labelled.recipe, None)
+    assert names == tuple(f"concept {i}" for i in range(10))
+    np.testing.assert_array_equal(class_of, np.arange(10))
+    # True class 0 was matched to cluster 3, so cluster 3 is class 0.
+    clusters = np.array([3, 0, 1, 2, 4, 5, 6, 7, 8, 9])
+    assert class_table(labelled.recipe, clusters)[1].tolist() == [1, 2, 3, 0, 4, 5, 6, 7, 8, 9]
+
+
+def test_winners_of_a_large_image_are_those_of_all_logits_at_once() -> None:
+    logits = torch.randn(5, 4, 6)
+    logits[3] = logits[1]  # a tie goes to the first
+    size = (2100, 2100)  # three clusters at a time
+    expected = F.interpolate(logits[None], size, mode="bilinear")[0].argmax(dim=0)
+    assert torch.equal(winners(logits, size), expected)
+    assert 1 in expected
+    assert 3 not in expected
+
+
+def test_no_ray_in_a_fresh_process(labelled: MadeRun) -> None:
+    program = """
+import sys
+import transfgu
+assert not {"torch", "numpy"} & set(sys.modules), "importing the package must be cheap"
+import numpy as np
+prediction = transfgu.Segmenter.load(sys.argv[1]).predict(np.zeros((20, 30, 3), np.uint8))
+assert prediction.shape == (20, 30)
+assert "ray" not in sys.modules
+print("done", transfgu.__version__)
+"""
+    ended = subprocess.run([sys.executable, "-c", program, labelled.run.uri], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split()[0] == "done"
+
+
+def test_the_version_is_the_packages() -> None:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'\nversion = "{transfgu.__version__}"\n' in project
+    with pytest.raises(AttributeError, match="nothing_here"):
+        _ = transfgu.nothing_here
+
+
+class Bomb:
+    """Marks the file system when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return (exec, (f"open({str(self.mark)!r}, 'w')",))
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    mark = tmp_path / "unpickled"
+    Path(made.run.file("model.safetensors")).write_bytes(pickle.dumps(Bomb(mark)))
+    with pytest.raises(UserError, match=r"model\.safetensors aren't a safetensors file"):
+        Segmenter.load(made.run.uri)
+    assert not mark.exists()
+
+
+def test_mistakes_are_answered_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run's folder, as it holds no recipe\.yaml"):
+        Segmenter.load(tmp_path / "nowhere")
+    made = make_run(tmp_path)
+    segmenter = Segmenter.load(made.run.uri)
+    with pytest.raises(UserError, match=r"\(H, W, 3\) array of uint8, not \(4, 4\) of float64"):
+        segmenter.predict(np.zeros((4, 4)))
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"text\.png: unreadable image"):
+        segmenter.predict(tmp_path / "text.png")
+    other = MaskDecoder(24, 7, num_heads=3)
+    safetensors.torch.save_file(other.state_dict(), made.run.file("model.safetensors"))
+    with pytest.raises(UserError, match=r"tells 7 classes apart .* wants 10"):
+        Segmenter.load(made.run.uri)
+    Path(made.run.file("model.safetensors")).unlink()
+    with pytest.raises(UserError, match="holds no model yet"):
+        Segmenter.load(made.run.uri)

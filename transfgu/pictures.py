@@ -1,0 +1,141 @@
+"""A mask is read by numbers as on a map: every region carries its class's number, so no two colours need be told apart.
+
+What a page embeds is made here: images, masks and heat maps as data URIs.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from scipy import ndimage
+
+Colour = tuple[int, int, int]
+Pixels = UInt8[np.ndarray, "H W 3"]
+Resized = UInt8[np.ndarray, "h w 3"]
+Mask = Int[np.ndarray, "H W"]
+ResizedMask = Int[np.ndarray, "h w"]
+
+_UNLABELLED = (150, 150, 150)
+_EDGE = (20, 20, 20)
+_GLOW = np.array((255, 210, 40), dtype=np.float32)
+_SMALLEST = 0.012  # share of the picture below which a region gets no number
+_EACH = 3  # regions of one class that get a number
+_GAP = 2  # px between tiles
+_ROUGH = 96  # px, the longer side of the copy in which places for numbers are sought
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """A class's number, and where it stands: percent of the picture's width and height."""
+
+    number: int
+    left: float
+    top: float
+
+
+def jpeg(image: Pixels) -> str:
+    """As a data URI."""
+    return _data_uri(Image.fromarray(image), "jpeg", quality=82)
+
+
+def png(image: Pixels) -> str:
+    """As a data URI, without loss."""
+    return _data_uri(Image.fromarray(image), "png", optimize=True)
+
+
+def shrink(image: Pixels, side: int) -> Resized:
+    """The image with its longer side `side` pixels; as it is where it is smaller."""
+    height, width = image.shape[:2]
+    factor = side / max(height, width)
+    if factor >= 1:
+        return image
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+
+
+def paint(mask: Mask, colours: Sequence[Colour], side: int) -> Resized:
+    """A mask in its classes' colours, regions outlined, the longer side `side` pixels; -1 is grey."""
+    mask = _nearest(mask, side)
+    table = np.array([*colours, _UNLABELLED], dtype=np.uint8)  # index -1 is the last
+    painted: Resized = table[mask]
+    painted[:, 1:][mask[:, 1:] != mask[:, :-1]] = _EDGE
+    painted[1:][mask[1:] != mask[:-1]] = _EDGE
+    return painted
+
+
+def keys(mask: Mask) -> list[Key]:
+    """For each class the places, in its largest regions, where a number has the most room."""
+    rough = _nearest(mask, _ROUGH)
+    found = []
+    for number in np.unique(rough[rough >= 0]):
+        regions, count = ndimage.label(rough == number)
+        sizes = np.bincount(regions.ravel(), minlength=count + 1)[1:]
+        for region in np.argsort(-sizes, kind="stable")[:_EACH]:
+            if sizes[region] < _SMALLEST * rough.size:
+                break
+            # Padded, as the picture's border leaves no more room than another region's.
+            inside = np.pad(regions == 1 + int(region), 1)
+            room = ndimage.distance_transform_edt(inside)[1:-1, 1:-1]
+            y, x = np.unravel_index(room.argmax(), room.shape)
+            height, width = rough.shape
+            found.append(Key(number=int(number), left=_percent(int(x), width), top=_percent(int(y), height)))
+    return found
+
+
+def _percent(pixel: int, side: int) -> float:
+    return round(100 * (pixel + 0.5) / side, 1)
+
+
+def describe(mask: Mask, names: Sequence[str], at_most: int = 5) -> str:
+    """A mask in words: its largest classes with their shares."""
+    counts = np.bincount(mask[mask >= 0].ravel(), minlength=1)
+    largest = [int(c) for c in np.argsort(-counts, kind="stable")[:at_most] if counts[c]]
+    words = [f"{names[c]} {100 * counts[c] / mask.size:.0f} %" for c in largest]
+    more = np.count_nonzero(counts) - len(words)
+    return ", ".join(words) + (f" and {more} more" if more else "") if words else "nothing"
+
+
+def glow(image: Pixels, heat: Float[np.ndarray, "h w"]) -> Pixels:
+    """The image in dim grey, lit in yellow where `heat`, 0 to 1, is high."""
+    height, width = image.shape[:2]
+    grey = np.asarray(Image.fromarray(image).convert("L"), dtype=np.float32)[..., None] * 0.7
+    resized = Image.fromarray(heat.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
+    share = np.clip(np.asarray(resized), 0, 1)[..., None] * 0.8
+    lit: Pixels = (grey * (1 - share) + _GLOW * share).round().astype(np.uint8)
+    return lit
+
+
+def square(picture: Pixels, side: int) -> Resized:
+    """A picture resized to a square of `side` pixels."""
+    return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BILINEAR))
+
+
+def tiles(pictures: Sequence[Pixels], side: int, columns: int) -> Resized:
+    """Pictures as squares of `side` pixels, row by row; places left over are grey."""
+    rows, step = -(-len(pictures) // columns), side + _GAP
+    sheet = np.full((rows * step - _GAP, columns * step - _GAP, 3), _UNLABELLED, dtype=np.uint8)
+    for place, picture in enumerate(pictures):
+        y, x = place // columns * step, place % columns * step
+        sheet[y : y + side, x : x + side] = square(picture, side)
+    return sheet
+
+
+def _nearest(mask: Mask, side: int) -> ResizedMask:
+    """The mask with its longer side `side` pixels, every pixel one that was there."""
+    height, width = mask.shape
+    factor = side / max(height, width)
+    rows, columns = (
+        np.minimum((np.arange(max(1, round(n * factor))) + 0.5) / factor, n - 1).astype(int) for n in (height, width)
+    )
+    taken: ResizedMask = mask[rows[:, None], columns]
+    return taken
+
+
+def _data_uri(image: Image.Image, kind: str, **options: int | bool) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
