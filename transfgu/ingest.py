@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float16, Int, Int16
+from jaxtyping import Float16, Int, Int16, UInt8
 
 from transfgu import datasets, storage
 from transfgu.datasets import images
@@ -85,7 +85,8 @@ def read_training_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
         size: images are resized to this, bilinear.
 
     Returns:
-        The columns of `rows` but `part` and `row`, `image` as (n, 3, H, W) uint8, and `maps` (n, K, h, w) float16.
+        The columns of `rows` but `part` and `row`, `image` as (n, 3, H, W) uint8, and `maps` (n, K + 1, h, w) float16,
+        packed as they are kept (see `packed_maps.unpack_maps`).
 
     Raises:
         UserError: an image that could be read when its maps were made, and now can't.
@@ -140,13 +141,15 @@ def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, size: Size | None) -> 
     }
 
 
-def label_of(content: bytes, height: int, width: int) -> Int16[np.ndarray, "H W"]:
-    """A label out of a row of :func:`read_labelled_rows`."""
-    return np.frombuffer(content, np.int16).reshape(height, width)
+def usable(columns: dict[str, Any]) -> tuple[UInt8[np.ndarray, "n 3 H W"], list[Int16[np.ndarray, "_ _"]]]:
+    """Images and labels of those rows of :func:`read_labelled_rows` that give no reason against it."""
+    good = columns["reason"] == ""
+    rows = zip(*(columns[name][good] for name in ("label", "height", "width")), strict=True)
+    return columns["image"][good], [np.frombuffer(label, np.int16).reshape(h, w) for label, h, w in rows]
 
 
-def read_maps(rows: pa.Table) -> Float16[np.ndarray, "n K h w"]:
-    """Concept maps, unscaled, of the images whose places `part` and `row` say; each row group is read once."""
+def read_maps(rows: pa.Table) -> Float16[np.ndarray, "n planes h w"]:
+    """Packed maps of the images whose places `part` and `row` say; each row group is read once."""
     wanted: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for i, (part, row) in enumerate(zip(rows["part"].to_pylist(), rows["row"].to_pylist(), strict=True)):
         group, offset = _place(part, row)
@@ -156,15 +159,8 @@ def read_maps(rows: pa.Table) -> Float16[np.ndarray, "n K h w"]:
         table = _cached(part).read_row_group(group, columns=["maps", "h", "w"])
         for i, offset in places:
             h, w = table["h"][offset].as_py(), table["w"][offset].as_py()
-            found[i] = _values(table["maps"][offset]).reshape(-1, h, w)
+            found[i] = np.frombuffer(table["maps"][offset].as_buffer(), np.float16).reshape(-1, h, w)
     return np.stack([found[i] for i in range(len(rows))])
-
-
-def _values(scalar: pa.Scalar) -> Float16[np.ndarray, " Khw"]:
-    if pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
-        return np.frombuffer(scalar.as_buffer(), np.float16)
-    values: Float16[np.ndarray, " Khw"] = scalar.values.to_numpy(zero_copy_only=False).astype(np.float16)
-    return values
 
 
 def _place(part: str, row: int) -> tuple[int, int]:

@@ -95,23 +95,26 @@ def evaluate(
     """
     for uri in decoders.values():
         check_decoder(recipe, uri)
-    context = DataContext.get_current()
+    context = DataContext.get_current().copy()
     context.enable_progress_bars = False
+    # An exception of ours should arrive as it was raised.
+    context.raise_original_map_exception = True
     actors = runtime.pool_size(recipe.compute)
     size = recipe.dataset.image_size if recipe.evaluation.resolution == "recipe" else None
     blocks = [rows.slice(start, _BLOCK_ROWS) for start in range(0, len(rows), _BLOCK_ROWS)]
-    data = (
-        ray.data.from_arrow([block.select(["name", "image", "label"]) for block in blocks])
-        .map_batches(
-            partial(ingest.read_labelled_rows, recipe=recipe, size=size), batch_size=None, batch_format="pyarrow"
+    with DataContext.current(context):
+        data = (
+            ray.data.from_arrow([block.select(["name", "image", "label"]) for block in blocks])
+            .map_batches(
+                partial(ingest.read_labelled_rows, recipe=recipe, size=size), batch_size=None, batch_format="pyarrow"
+            )
+            .map_batches(
+                Count,
+                batch_size=recipe.evaluation.batch_size,
+                fn_constructor_kwargs={"recipe": recipe, "decoders": list(decoders.values()), "processes": actors},
+                **runtime.encoder_pool(recipe.compute),
+            )
         )
-        .map_batches(
-            Count,
-            batch_size=recipe.evaluation.batch_size,
-            fn_constructor_kwargs={"recipe": recipe, "decoders": list(decoders.values()), "processes": actors},
-            **runtime.encoder_pool(recipe.compute),
-        )
-    )
     confusions = np.zeros((len(decoders), recipe.classes, recipe.classes), np.int64)
     images, left_out = 0, []
     for row in data.iter_rows():
@@ -152,13 +155,9 @@ class Count:
         """One row: counts by decoder, images, and what was left out, as JSON."""
         classes = self._recipe.classes
         confusions = np.zeros((1, len(self._decoders), classes, classes), np.int64)
-        bad = np.array([reason != "" for reason in batch["reason"]])
-        labels = [
-            ingest.label_of(*row)
-            for row in zip(batch["label"][~bad], batch["height"][~bad], batch["width"][~bad], strict=True)
-        ]
+        images, labels = ingest.usable(batch)
         if labels:
-            patches = self._encode(torch.as_tensor(batch["image"][~bad]))
+            patches = self._encode(torch.from_numpy(images))
             for confusion, decoder in zip(confusions[0], self._decoders, strict=True):
                 logits = decoder(patches)[0].mT.unflatten(2, self._grid)  # (B, hw, C) -> (B, C, h, w)
                 for image, label in zip(logits, labels, strict=True):
@@ -166,7 +165,8 @@ class Count:
                     confusion += confusion_matrix(label, predicted, classes)
         left_out = [
             {"name": name, "reason": reason}
-            for name, reason in zip(batch["name"][bad], batch["reason"][bad], strict=True)
+            for name, reason in zip(batch["name"], batch["reason"], strict=True)
+            if reason
         ]
         return {
             "confusions": confusions,

@@ -8,7 +8,7 @@ by, one stream for several epochs where epochs are short, and memory does not gr
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -36,9 +36,11 @@ class Batch(NamedTuple):
     slots: Int[np.ndarray, " B"]
     inputs: Shaped[Tensor, "B ..."]
     """Decoded images (B, 3, H, W) uint8, or what was made of them once and for all."""
-    maps: Float16[Tensor, "B K h w"]
+    maps: Float16[Tensor, "B planes h w"]
+    """As they are kept: `unpack_maps` makes K maps of K + 1 planes."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where a worker's batches come from."""
 
@@ -56,7 +58,7 @@ class Share:
     """The images by position: `image`, `part`, `row`."""
     size: Size
     maps: tuple[int, int, int]
-    """K, h, w of an image's maps."""
+    """Planes (K + 1), h, w of an image's packed maps."""
     rank: int
     world: int
 
@@ -88,14 +90,18 @@ def stream(
         batch_size: rows at a time; the last may be fewer.
         world: workers that read at the same time, and share the cluster's memory for objects.
     """
-    context = DataContext.get_current()
+    context = DataContext.get_current().copy()
     context.enable_progress_bars = False
-    options = context.execution_options
-    options.preserve_order = True
+    # An exception of ours should arrive as it was raised.
+    context.raise_original_map_exception = True
+    context.execution_options.preserve_order = True
     store = ray.cluster_resources().get("object_store_memory", _AHEAD_BYTES)  # type: ignore[no-untyped-call]
-    options.resource_limits = ExecutionResources(object_store_memory=int(min(_AHEAD_BYTES, store / (2 * world))))
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=min(_AHEAD_BYTES, store / (2 * world))
+    )
     blocks = [rows.slice(start, _BLOCK_ROWS) for start in range(0, len(rows), _BLOCK_ROWS)]
-    data = ray.data.from_arrow(blocks).map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=1)
+    with DataContext.current(context):
+        data = ray.data.from_arrow(blocks).map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=1)
     yield from data.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2)
 
 
@@ -132,7 +138,7 @@ class Streamed:
 class Resident:
     """Batches of a small data set, decoded once."""
 
-    def __init__(self, share: Share, inputs: Shaped[Tensor, "n ..."], maps: Float16[Tensor, "n K h w"]) -> None:
+    def __init__(self, share: Share, inputs: Shaped[Tensor, "n ..."], maps: Float16[Tensor, "n planes h w"]) -> None:
         """Images and maps by position, as :func:`load` gives them, or what was made of the images."""
         self._share, self._inputs, self._maps = share, inputs, maps
 
@@ -145,7 +151,7 @@ class Resident:
 
 def load(
     share: Share, transform: Callable[[Tensor], Tensor], batch_size: int
-) -> tuple[Shaped[Tensor, "n ..."], Float16[Tensor, "n K h w"]]:
+) -> tuple[Shaped[Tensor, "n ..."], Float16[Tensor, "n planes h w"]]:
     """Every image by position, through `transform` a batch at a time, and its maps."""
     inputs = torch.empty(0)
     maps = torch.empty(len(share.rows), *share.maps, dtype=torch.float16)

@@ -40,6 +40,7 @@ from transfgu.ingest import Order
 from transfgu.losses import worker_count
 from transfgu.metrics import Scores, confusion_matrix, scores
 from transfgu.optimisation import StepResult, make_optimiser, training_step
+from transfgu.packed_maps import unpack_maps
 from transfgu.recipe import Recipe
 from transfgu.segmenter import winners
 from transfgu.stages.streams import RESIDENT_BYTES, Batch, Resident, Share, Source, Streamed, load, stream
@@ -197,7 +198,7 @@ class Worker:
             order=self.order,
             rows=rows,
             size=recipe.dataset.training_size,
-            maps=(recipe.concepts.count, height // patch, width // patch),
+            maps=(recipe.concepts.count + 1, height // patch, width // patch),
             rank=self.rank,
             world=self.world,
         )
@@ -213,7 +214,7 @@ class Worker:
         encoder = self.encode.encoder
         # By slots: an image that an epoch passes twice is seen in two views.
         views = draw_views(batch.slots.tolist(), self.recipe.dataset.training_size, seed=self.recipe.seed, epoch=epoch)
-        images, maps = batch.inputs.to(self.device), batch.maps.to(self.device)
+        images, maps = batch.inputs.to(self.device), unpack_maps(batch.maps.to(self.device))
         images, maps = apply_views(images, maps, views, encoder.patch_size, mean=encoder.mean, std=encoder.std)
         return self.encode(images), maps
 
@@ -221,7 +222,7 @@ class Worker:
         return self._known_tokens(batch._replace(inputs=self.encode(batch.inputs)), epoch)
 
     def _known_tokens(self, batch: Batch, epoch: int) -> tuple[Float[Tensor, "B hw d"], Float[Tensor, "B K h w"]]:
-        maps = batch.maps.to(self.device).float()
+        maps = unpack_maps(batch.maps.to(self.device))
         grid = patch_grid(self.recipe.dataset.training_size, self.encode.encoder.patch_size)
         if maps.shape[2:] != grid:
             maps = F.interpolate(maps, grid, mode="bilinear")
@@ -375,15 +376,10 @@ class Validation:
         size = self._recipe.dataset.image_size
         read = partial(ingest.read_labelled_rows, recipe=self._recipe, size=size)
         for columns in stream(self._rows, read, self._recipe.evaluation.batch_size, world=self._world):
-            labels = [
-                ingest.label_of(*row)
-                for row in zip(columns["label"], columns["height"], columns["width"], strict=True)
-                if row[1:] == size
-            ]
-            good = columns["reason"] == ""
-            if not good.any():
+            images, labels = ingest.usable(columns)
+            if not labels:
                 continue
-            batch = (self._encode(torch.as_tensor(columns["image"][good])).cpu(), np.stack(labels))
+            batch = (self._encode(torch.from_numpy(images)).cpu(), np.stack(labels))
             if self._keep:
                 kept.append(batch)
             yield batch

@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from transfgu import ingest
+from transfgu.errors import UserError
+from transfgu.ingest import Order
+from transfgu.recipe import preset
+
+RECIPE = preset("shapes").with_fields({"image_size": (16, 16)})
+
+
+def order(images: int, passes: int = 1, batch_size: int = 4, seed: int = 0) -> Order:
+    return Order(images=images, passes=passes, batch_size=batch_size, seed=seed)
+
+
+def test_an_epoch_is_cut_into_whole_batches() -> None:
+    assert order(10).epoch(0).shape == (2, 4)  # two images wait for another epoch's shuffle
+    assert order(10, passes=3).epoch(0).shape == (7, 4)
+    assert order(3, batch_size=256).epoch(0).shape == (1, 3)
+    assert order(3, passes=2, batch_size=5).epoch(0).shape == (1, 5)
+
+
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 9), st.integers(0, 50), st.integers(1, 11))
+def test_any_number_of_workers_shares_the_same_batches(
+    images: int, passes: int, batch_size: int, epoch: int, world: int
+) -> None:
+    whole = order(images, passes, batch_size)
+    batches = whole.epoch(epoch)
+    shares = [whole.share(epoch, rank, world) for rank in range(world)]
+    for step, batch in enumerate(batches):
+        assert sorted(np.concatenate([share[step] for share in shares])) == sorted(batch)
+    rows = [share.shape[1] for share in shares]
+    assert max(rows) - min(rows) <= 1
+    assert len(np.unique(batches)) == batches.size
+    assert batches.max() < images * passes
+
+
+def test_order_follows_seed_and_epoch() -> None:
+    first = order(50).epoch(3)
+    np.testing.assert_array_equal(first, order(50).epoch(3))
+    assert (first != order(50).epoch(4)).any()
+    assert (first != order(50, seed=1).epoch(3)).any()
+
+
+def write_parts(folder: Path, maps: np.ndarray, *, group: int) -> list[str]:
+    """Maps of images 10, 11 ... in parts of three."""
+    uris = []
+    for start in range(0, len(maps), 3):
+        some = maps[start : start + 3]
+        column = pa.array([m.tobytes() for m in some], pa.binary())
+        index = pa.array(range(10 + start, 10 + start + len(some)), pa.int32())
+        sides = {n: pa.array([some.shape[axis]] * len(some), pa.int16()) for n, axis in (("h", 2), ("w", 3))}
+        uris.append(str(folder / f"part-{start:08d}.parquet"))
+        pq.write_table(pa.table({"index": index, "maps": column, **sides}), uris[-1], row_group_size=group)
+    return uris
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_maps_are_found_in_any_order(tmp_path: Path, group: int) -> None:
+    maps = np.random.default_rng(0).normal(size=(7, 2, 3, 4)).astype(np.float16)
+    places = ingest.index_maps(write_parts(tmp_path, maps, group=group))
+    assert places["index"].to_pylist() == list(range(10, 17))
+    chosen = [5, 0, 6, 5, 2]
+    np.testing.assert_array_equal(ingest.read_maps(places.take(chosen)), maps[chosen])
+
+
+def test_a_part_that_became_shorter_is_named(tmp_path: Path) -> None:
+    maps = np.zeros((2, 2, 3, 4), np.float16)
+    places = ingest.index_maps(write_parts(tmp_path, maps, group=1))
+    longer = places.set_column(2, "row", pa.array([0, 5], pa.int32()))
+    with pytest.raises(UserError, match=r"part-00000000.parquet is shorter"):
+        ingest.read_maps(longer)
+
+
+def picture(path: Path, values: np.ndarray) -> str:
+    Image.fromarray(values.astype(np.uint8)).save(path)
+    return str(path)
+
+
+def test_training_rows(tmp_path: Path) -> None:
+    maps = np.random.default_rng(0).normal(size=(2, 2, 3, 4)).astype(np.float16)
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3))
+    images = [picture(tmp_path / f"{i}.png", p) for i, p in enumerate(pixels)]
+    places = ingest.index_maps(write_parts(tmp_path, maps, group=1)).drop_columns("index")
+    rows = places.append_column("image", pa.array(images)).append_column("slot", pa.array([8, 9]))
+    columns = ingest.read_training_rows(rows.take([1, 0]), size=(16, 16))
+    assert sorted(columns) == ["image", "maps", "slot"]
+    np.testing.assert_array_equal(columns["image"], pixels[[1, 0]].transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(columns["maps"], maps[[1, 0]])
+    np.testing.assert_array_equal(columns["slot"], [9, 8])
+    Path(images[0]).write_bytes(b"gone bad")
+    with pytest.raises(UserError, match=r"0.png was read .* now is bad \(unreadable image\): put it back"):
+        ingest.read_training_rows(rows, size=(16, 16))
+
+
+def test_labelled_rows_say_why_one_is_left_out(tmp_path: Path) -> None:
+    pixels = np.zeros((3, 16, 24, 3)) + np.array([10, 20, 30])[:, None, None, None]
+    label = np.zeros((16, 24))
+    label[:, 5] = 7
+    images = [picture(tmp_path / f"{i}.png", p) for i, p in enumerate(pixels)]
+    labels = [picture(tmp_path / f"l{i}.png", np.minimum(label, 255)) for i in range(2)] + [None]
+    picture(tmp_path / "l1.png", label[:8])
+    rows = pa.table({"name": ["a", "b", "c"], "image": images, "label": pa.array(labels, pa.string())})
+    own = ingest.read_labelled_rows(rows, recipe=RECIPE, size=None)
+    assert own["reason"].tolist() == ["", "label of 8 x 24 pixels for an image of 16 x 24", "missing label"]
+    assert own["name"].tolist() == ["a", "b", "c"]
+    assert own["image"].shape == (3, 3, 16, 16)
+    assert (own["image"][0] == 10).all()
+    # A label may end in zero bytes, which an array of bytes would lose.
+    kept, (truth,) = ingest.usable(own)
+    np.testing.assert_array_equal(truth, label)
+    np.testing.assert_array_equal(kept, own["image"][:1])
+    _, (truth,) = ingest.usable(ingest.read_labelled_rows(rows, recipe=RECIPE, size=(16, 16)))
+    assert truth.shape == (16, 16)
