@@ -5,6 +5,9 @@ Everything above asks for resources in the recipe's terms; everything below is R
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -46,14 +49,28 @@ def connect(*, verbose: bool = False) -> None:
     local: dict[str, Any] = (
         {} if address else {"num_cpus": max(4, 2 * (os.cpu_count() or 1)), "include_dashboard": False}
     )
-    ray.init(
-        address=address,
-        log_to_driver=verbose,
-        logging_level=level,
-        runtime_env={"env_vars": {n: os.environ[n] for n in _ENVIRONMENT}},
-        **local,
-    )
+    with nullcontext() if verbose else _no_stderr():
+        ray.init(
+            address=address,
+            log_to_driver=verbose,
+            logging_level=level,
+            runtime_env={"env_vars": {n: os.environ[n] for n in _ENVIRONMENT}},
+            **local,
+        )
     quiet(verbose=verbose)
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Ray's core announces its log level on the file descriptor itself; what goes wrong is raised all the same."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def quiet(*, verbose: bool = False) -> None:

@@ -1,0 +1,171 @@
+"""The whole method from one call: what is wrong is said before Ray starts, and what is done is done once."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.made_run import write_encoder
+from transfgu import pipeline, runtime
+from transfgu.artifacts import Run
+from transfgu.errors import UserError
+from transfgu.pipeline import fit_to_patch
+from transfgu.recipe import STAGES, Recipe, preset
+
+SIDE = 64
+IMAGES = 6
+
+
+def photographs(folder: Path, labels: bool = True) -> None:
+    """Bright discs on noise, and where they are."""
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    for i in range(IMAGES):
+        disc = (x - random.integers(16, 48)) ** 2 + (y - random.integers(16, 48)) ** 2 < 14**2
+        image = random.integers(0, 90, (SIDE, SIDE, 3), np.uint8)
+        image[disc] += 150
+        for name, pixels in (("images", image), *([("labels", disc.astype(np.uint8))] if labels else [])):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+def small(folder: Path, **fields: object) -> Recipe:
+    """A folder's recipe of a few seconds."""
+    square = (SIDE, SIDE)
+    write_encoder(folder / "encoder.safetensors")
+    return preset("folder").with_fields(
+        {
+            "data": str(folder / "images"),
+            "labels": str(folder / "labels"),
+            "things": 0,
+            "stuff": 2,
+            "encoder.name": "tiny",
+            "encoder.weights": str(folder / "encoder.safetensors"),
+            "groups": "all",
+            "windows.size": (32, 32),
+            **{f"dataset.{kind}_size": square for kind in ("image", "feature", "training")},
+            "epochs": 2,
+            "training.batch_size": 4,
+            **fields,
+        }
+    )
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(**_: object) -> None:
+        pytest.fail("Ray was started")
+
+    monkeypatch.setattr(runtime, "connect", connect)
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"data": "EMPTY"}, "is empty: put the images there"),
+        ({"data": ""}, "preset folder needs --data"),
+        ({"dataset.layout": "coco", "labels": ""}, "expects"),
+        ({"encoder.weights": "/nowhere/vit.pth"}, "/nowhere/vit.pth"),
+        ({"encoder.name": "vit_unheard_of", "encoder.weights": "random"}, "vit_unheard_of"),
+        ({"image_size": (60, 64)}, "dataset.image_size 60x64 is no multiple of the encoder's patch, 8: use 64x64"),
+        ({"windows.size": (32, 30)}, "windows.size 32x30 is no multiple"),
+    ],
+)
+def test_mistakes_are_told_before_ray_starts(tmp_path: Path, fields: dict[str, object], message: str) -> None:
+    photographs(tmp_path)
+    (tmp_path / "empty").mkdir()
+    fields = {name: str(tmp_path / "empty") if value == "EMPTY" else value for name, value in fields.items()}
+    with pytest.raises(UserError) as caught:
+        pipeline.run_stages(small(tmp_path, **fields), Run(str(tmp_path / "run")), quiet=True)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    photographs(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="file/run"):
+        pipeline.run_stages(small(tmp_path), Run(str(tmp_path / "file" / "run")), quiet=True)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_another_recipes_run_folder(tmp_path: Path) -> None:
+    photographs(tmp_path)
+    run = Run(str(tmp_path / "run"))
+    run.artifact("features").begin(small(tmp_path))
+    with pytest.raises(UserError, match=r"another recipe's work, differing in windows\.scales"):
+        pipeline.run_stages(small(tmp_path, **{"windows.scales": (0.5,)}), run, quiet=True)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_an_unknown_stage(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no stage train; choose one of samples, features"):
+        pipeline.run_stages(preset("shapes"), Run(str(tmp_path)), until="train")
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_nothing_to_evaluate(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="what should be evaluated"):
+        pipeline.evaluate(preset("shapes"), None)
+
+
+def test_a_presets_sides_follow_the_patch() -> None:
+    recipe = fit_to_patch(preset("coco-stuff-27"), 14)
+    assert recipe.dataset.image_size == (322, 322)
+    assert recipe.dataset.feature_size == (644, 644)
+    assert recipe.windows.size == (322, 322)
+    assert fit_to_patch(recipe, 14) == recipe
+    assert fit_to_patch(preset("coco-stuff-27"), 16) == preset("coco-stuff-27")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_whole_method_and_again_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photographs(tmp_path)
+    recipe, run = small(tmp_path), Run(str(tmp_path / "run"))
+    pipeline.run_stages(recipe, run, until="concepts")
+    assert not Path(run.file("pseudo_labels")).exists()
+    metrics = pipeline.run_stages(recipe, run)
+    assert set(metrics["stages"]) == set(STAGES)
+    assert [s for s in STAGES if metrics["stages"][s]["skipped"]] == ["samples", "features", "concepts"]
+    assert 0 <= metrics["mean_iou"] <= 100
+    assert 50 <= metrics["pixel_accuracy"] <= 100  # two classes, matched
+    assert set(metrics["iou"]) == {"class 0", "class 1"}
+    assert metrics == json.loads(Path(run.file("metrics.json")).read_text())
+    for name in ("recipe.yaml", "model.safetensors", "report.html"):
+        assert Path(run.file(name)).stat().st_size > 100
+
+    def state() -> dict[str, int]:
+        kept = ("recipe.yaml", "metrics.json", "report.html")
+        return {str(p): p.stat().st_mtime_ns for p in Path(run.uri).rglob("*") if p.is_file() and p.name not in kept}
+
+    before = state()
+    capsys.readouterr()
+    again = pipeline.run_stages(recipe, run)
+    assert state() == before
+    assert capsys.readouterr().out.count("complete already") == len(STAGES)
+    assert all(stage["skipped"] for stage in again["stages"].values())
+    assert again["mean_iou"] == metrics["mean_iou"]
+
+    scored = pipeline.evaluate(recipe, run, quiet=True)
+    assert scored["mean_iou"] == metrics["mean_iou"]
+    assert scored["images"] == IMAGES
+    published = recipe.with_fields({"decoder.weights": run.file("model.safetensors")})
+    assert pipeline.evaluate(published, None, quiet=True)["iou"] == metrics["iou"]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_without_labels_there_is_a_report_and_no_score(tmp_path: Path) -> None:
+    photographs(tmp_path, labels=False)
+    recipe = small(tmp_path, labels="", stuff=3, epochs=1)
+    metrics = pipeline.run_stages(recipe, Run(str(tmp_path / "run")), quiet=True)
+    assert metrics["mean_iou"] is None
+    assert "no labels" in (tmp_path / "run" / "report.html").read_text().lower()
+    with pytest.raises(UserError, match="no validation image"):
+        pipeline.evaluate(recipe, Run(str(tmp_path / "run")), quiet=True)
