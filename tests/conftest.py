@@ -39,9 +39,10 @@ def ray_cluster() -> Iterator[None]:
     """One local cluster, shared by all tests of the session."""
     import ray
 
+    from tests import worker_coverage
     from transfgu import runtime
 
-    runtime.connect()
+    runtime.connect(setup_hook=worker_coverage.start if worker_coverage.wanted() else None)
     yield
     ray.shutdown()
 

@@ -5,7 +5,7 @@ Everything above asks for resources in the recipe's terms; everything below is R
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ _ENVIRONMENT = {
 }
 
 
-def connect(*, verbose: bool = False) -> None:
+def connect(*, verbose: bool = False, setup_hook: Callable[[], None] | None = None) -> None:
     """Join the cluster that `RAY_ADDRESS` names (as under `ray job submit`), or start an embedded one on this machine.
 
     Args:
         verbose: let Ray's own messages through.
+        setup_hook: called in every worker process before its first task.
     """
     if ray.is_initialized():
         return
@@ -49,12 +50,15 @@ def connect(*, verbose: bool = False) -> None:
     local: dict[str, Any] = (
         {} if address else {"num_cpus": max(4, 2 * (os.cpu_count() or 1)), "include_dashboard": False}
     )
+    environment: dict[str, Any] = {"env_vars": {n: os.environ[n] for n in _ENVIRONMENT}}
+    if setup_hook:
+        environment["worker_process_setup_hook"] = setup_hook
     with nullcontext() if verbose else _no_stderr():
         ray.init(
             address=address,
             log_to_driver=verbose,
             logging_level=level,
-            runtime_env={"env_vars": {n: os.environ[n] for n in _ENVIRONMENT}},
+            runtime_env=environment,
             **local,
         )
     quiet(verbose=verbose)
