@@ -1,0 +1,119 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from PIL import Image
+
+from tests.made_run import SIDE, MadeRun, make_run
+from transfgu import storage
+from transfgu.datasets import images
+from transfgu.decoder import MaskDecoder
+from transfgu.encoder import Encoder, normalise
+from transfgu.errors import UserError
+from transfgu.metrics import scores
+from transfgu.progress import Progress
+from transfgu.recipe import Recipe
+from transfgu.stages import evaluation
+
+pytestmark = pytest.mark.ray
+
+QUIET = Progress("evaluation", quiet=True)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> MadeRun:
+    made = make_run(tmp_path)
+    torch.manual_seed(7)
+    last = MaskDecoder(24, 10, num_heads=3)
+    safetensors.torch.save_file(last.state_dict(), made.run.file("training/last.safetensors"))
+    return made
+
+
+def counted(recipe: Recipe, made: MadeRun, weights: str, names: list[str], *, own_size: bool) -> np.ndarray:
+    """The confusion matrix one image and one class at a time."""
+    encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
+    decoder = MaskDecoder.from_state_dict(safetensors.torch.load_file(weights), num_heads=3)
+    matrix = np.zeros((10, 10), np.int64)
+    for row in pq.read_table(made.run.file("samples/validation.parquet")).to_pylist():
+        if row["name"] not in names:
+            continue
+        label = np.asarray(Image.open(row["label"]))
+        pixels = images.resize(np.asarray(Image.open(row["image"])), (SIDE, SIDE))
+        if not own_size:
+            label = label[np.arange(SIDE) * len(label) // SIDE]
+        with torch.no_grad():
+            logits = decoder(encoder.patch_tokens(normalise(torch.from_numpy(pixels)[None])))[0]
+        logits = logits[0].T.reshape(1, 10, SIDE // 8, SIDE // 8)
+        predicted = torch.nn.functional.interpolate(logits, label.shape, mode="bilinear")[0].argmax(0).numpy()
+        for true in range(10):
+            for cluster in range(10):
+                matrix[true, cluster] += ((label == true) & (predicted == cluster)).sum()
+    return matrix
+
+
+def test_counts_are_those_of_one_process(made: MadeRun, ray_cluster: None) -> None:
+    # One label of five can't be used: it is named, and the others are counted.
+    Path(pq.read_table(made.run.file("samples/validation.parquet"))["label"][3].as_py()).write_bytes(b"gone bad")
+    recipe = made.recipe.with_fields({"evaluation.batch_size": 2, "max_bad_share": 0.2})
+    outcome = evaluation.run(recipe, made.run, QUIET)
+    assert outcome.items == 4
+    assert [(x.name, x.reason) for x in outcome.left_out] == [("scene <3>", "unreadable label")]
+
+    confusions = safetensors.numpy.load(storage.read_bytes(made.run.file("evaluation/confusion.safetensors")))
+    names = [f"scene <{i}>" for i in (0, 1, 2, 4)]
+    model = counted(recipe, made, made.run.file("model.safetensors"), names, own_size=False)
+    last = counted(recipe, made, made.run.file("training/last.safetensors"), names, own_size=False)
+    np.testing.assert_array_equal(confusions["model"], model)
+    np.testing.assert_array_equal(confusions["last"], last)
+    assert (model != last).any()
+
+    shown = json.loads(storage.read_bytes(made.run.file("evaluation/scores.json")))
+    wanted = scores(model)
+    assert shown["mean_iou"] == pytest.approx(wanted.mean_iou)
+    assert shown["pixel_accuracy"] == pytest.approx(wanted.pixel_accuracy)
+    assert shown["assignment"] == wanted.clusters.tolist()
+    assert [np.nan if x is None else x for x in shown["iou"]] == pytest.approx(wanted.iou.tolist(), nan_ok=True)
+    assert shown["last"]["mean_iou"] == pytest.approx(scores(last).mean_iou)
+
+
+def test_labels_own_resolution(made: MadeRun, ray_cluster: None) -> None:
+    recipe = made.recipe.with_fields({"evaluation.resolution": "label"})
+    model = made.run.file("model.safetensors")
+    found = evaluation.evaluate(recipe, {"it": model}, evaluation.labelled_images(recipe, made.run))
+    names = [f"scene <{i}>" for i in range(5)]
+    np.testing.assert_array_equal(found.confusions["it"], counted(recipe, made, model, names, own_size=True))
+    assert found.confusions["it"].sum() == 4 * SIDE * SIDE + SIDE * SIDE // 2  # one is half as high
+
+
+def test_too_many_bad_labels_end_it(made: MadeRun, ray_cluster: None) -> None:
+    Path(pq.read_table(made.run.file("samples/validation.parquet"))["label"][3].as_py()).write_bytes(b"gone bad")
+    with pytest.raises(UserError, match=r"1 of 5 validation images .* scene <3> \(unreadable label\)"):
+        evaluation.run(made.recipe, made.run, QUIET)
+
+
+def test_without_labels_there_are_no_scores(tmp_path: Path) -> None:
+    made = make_run(tmp_path, labels=False)
+    assert evaluation.run(made.recipe, made.run, QUIET).items == 0
+    shown = json.loads(storage.read_bytes(made.run.file("evaluation/scores.json")))
+    assert shown == {"mean_iou": None, "pixel_accuracy": None, "iou": None, "assignment": None}
+
+
+def test_a_decoder_of_other_classes_is_refused(made: MadeRun, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file(MaskDecoder(24, 7, num_heads=3).state_dict(), other)
+    recipe = made.recipe.with_fields({"decoder.weights": str(other)})
+    with pytest.raises(UserError, match=r"other.safetensors tells 7 classes apart, and the recipe shapes has 10"):
+        evaluation.run(recipe, made.run, QUIET)
+
+
+def test_a_decoder_for_another_encoder_is_refused(made: MadeRun, tmp_path: Path, ray_cluster: None) -> None:
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file(MaskDecoder(24, 10, num_heads=3, patch_width=48).state_dict(), other)
+    recipe = made.recipe.with_fields({"decoder.weights": str(other)})
+    with pytest.raises(Exception, match=r"decodes tokens of width 48, and encoder tiny has 24"):
+        evaluation.run(recipe, made.run, QUIET)
