@@ -206,3 +206,17 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
 
 def _by_class(recipe: Recipe, values: list[float | None] | None) -> dict[str, float | None] | None:
     return None if values is None else dict(zip(datasets.classes(recipe).names, values, strict=True))
+
+
+def baselines(recipe: Recipe, run: Run) -> dict[str, dict[str, Any]]:
+    """Scores, as :func:`evaluate` has them, of what the run's decoder is compared with; see `transfgu.baselines`.
+
+    Raises:
+        UserError: the run has no concepts yet.
+    """
+    from transfgu import baselines
+    from transfgu.stages import evaluation
+
+    if run.artifact("concepts").manifest() is None:
+        raise UserError(f"{storage.shown(run.uri)} has no concepts yet: finish it with jobs/train.py")
+    return {name: evaluation.scores_json(scores) for name, scores in baselines.baselines(recipe, run).items()}
