@@ -1,16 +1,20 @@
-"""Every batch has one shape, whatever there is to encode, so nothing about a row depends on what came with it.
+"""Every batch has one shape and one thread, so nothing about a row depends on what came with it.
 
-Matrix products may round otherwise when a batch has another number of rows. Here the last batch is encoded at full size
-too, and what is not a row of it is thrown away: features and maps are the same to the last bit whoever computes them,
-in whatever company. Windows are cut into the batch itself, so a crop exists for as long as it takes to encode it.
+Matrix products may round otherwise for another number of rows, and for rows that fall to another thread. Here the last
+batch is encoded at full size too, and what is not a row of it thrown away; on CPUs each batch is one thread's, and the
+cores work on different batches, which spares them waiting for each other besides. Features and maps are the same to
+the last bit whoever computes them, in whatever company. Windows are cut into the batch itself, so a crop exists for
+as long as it takes to encode it.
 """
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float16, Int, UInt8
+from jaxtyping import Bool, Float, Float16, Int, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,8 +24,7 @@ from transfgu.packed_maps import pack_maps
 from transfgu.recipe import PseudoLabelsRecipe, Recipe, Size
 from transfgu.windows import crop_windows
 
-_CPU_PATCHES = 4096  # patches a batch at most on CPUs: more leave the caches, and are slower and larger
-_ROUND_TO = 8  # rows; element-wise kernels split such batches evenly among threads
+_CPU_PATCHES = 2048  # patches a batch at most on CPUs: more leave the caches, and are slower and larger
 
 
 class FrozenEncoder:
@@ -31,15 +34,18 @@ class FrozenEncoder:
     `note` then says so.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        """Raises UserError where the encoder or its weights can't be had."""
+    def __init__(self, recipe: Recipe, device: torch.device, *, processes: int = 1) -> None:
+        """`processes` share the machine's cores. Raises UserError where the encoder or its weights can't be had."""
         self.encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights).to(device)
         self.device = device
         auto = recipe.encoder.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
         self._half = auto or recipe.encoder.precision == "bfloat16"
         self._patches = recipe.encoder.batch_size * self._grid(recipe.windows.size)[2]
+        self._threads: ThreadPoolExecutor | None = None
         if device.type == "cpu":
             self._patches = min(self._patches, _CPU_PATCHES)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            self._threads = ThreadPoolExecutor(max(1, cores // processes), "encoder", torch.set_num_threads, (1,))
         self._fitting: dict[str, int] = {}  # rows that fitted, by kind of batch, once memory ran out
 
     @property
@@ -51,8 +57,7 @@ class FrozenEncoder:
 
     def rows(self, size: Size) -> int:
         """How many images of `size` make a batch: as many as have the patches of the recipe's batch of windows."""
-        rows = max(1, self._patches // self._grid(size)[2])
-        return rows if rows < _ROUND_TO else rows // _ROUND_TO * _ROUND_TO
+        return max(1, self._patches // self._grid(size)[2])
 
     def saliency(self, images: UInt8[np.ndarray, "n 3 H W"], *, times_mean: float) -> Bool[np.ndarray, "n h w"]:
         """Which patches are salient (see `Encoder.saliency`)."""
@@ -61,10 +66,8 @@ class FrozenEncoder:
             with self._precision():
                 return self.encoder.saliency(batch, times_mean=times_mean)
 
-        found: Bool[np.ndarray, "n h w"] = self._map(salient, images, self.rows(_size(images)), "images").numpy()
-        return found
+        return self._of_images(salient, images, self.rows(_size(images)), "images")
 
-    @torch.no_grad()
     def window_features(
         self,
         images: UInt8[np.ndarray, "n 3 H W"],
@@ -74,23 +77,19 @@ class FrozenEncoder:
     ) -> Float[np.ndarray, "N d"]:
         """Class tokens of windows, cut from their images, resized bilinear to `size` (height, width), and encoded.
 
-        `rows` says which of `images` each window is cut from, ascending; `windows` are rows y0 y1 x0 x1, pixels.
+        `rows` says which of `images` each window is cut from; `windows` are rows y0 y1 x0 x1, pixels.
         """
         at_once = self.rows(size)
-        batch = torch.zeros(at_once, 3, *size, device=self.device)
-        features = torch.empty(len(windows), self.encoder.width, device=self.device)
-        held, image = -1, torch.empty(0)
-        for start in range(0, len(windows), at_once):
-            here = rows[start : start + at_once]
-            for row in np.unique(here).tolist():
-                if row != held:
-                    held, image = row, self._normalised(images[row : row + 1])[0]
-                places = np.flatnonzero(here == row)
-                batch[places] = crop_windows(image, windows[start + places], size)
-            # Behind the last windows the batch still holds earlier ones: it keeps its shape, and they are ignored.
-            features[start : start + len(here)] = self._fitted(self._class_tokens, batch, "windows")[: len(here)]
-        array: Float[np.ndarray, "N d"] = features.cpu().numpy()
-        return array
+
+        def batch(start: int) -> Tensor:
+            here, places = rows[start : start + at_once], windows[start : start + at_once]
+            crops = torch.zeros(at_once, 3, *size, device=self.device)
+            for row in np.unique(here):
+                its = np.flatnonzero(here == row)
+                crops[its] = crop_windows(self._normalised(images[row : row + 1])[0], places[its], size)
+            return self._fitted(self._class_tokens, crops, "windows")[: len(here)]
+
+        return self._joined(batch, len(windows), at_once)
 
     def concept_maps(
         self, images: UInt8[np.ndarray, "n 3 H W"], concepts: Float[Tensor, "K d"], how: PseudoLabelsRecipe
@@ -122,23 +121,31 @@ class FrozenEncoder:
             return pack_maps(total)
 
         rows = min(self.rows((size[0], size[1])) for size in sizes)
-        packed: Float16[np.ndarray, "n planes h w"] = self._map(summed, images, rows, "maps").numpy()
-        return packed
+        return self._of_images(summed, images, rows, "maps")
 
-    @torch.no_grad()
-    def _map(
+    def _of_images(
         self, function: Callable[[Tensor], Tensor], images: UInt8[np.ndarray, "n 3 H W"], rows: int, what: str
-    ) -> Tensor:
+    ) -> Shaped[np.ndarray, "n ..."]:
         """`function` of all images, normalised, a batch of `rows` at a time."""
-        done = []
-        # No image at all: a blank one tells the result's shape.
-        for start in range(0, max(1, len(images)), rows):
-            batch = self._normalised(images[start : start + rows])
-            count = len(batch)
-            if count < rows:
-                batch = torch.cat([batch, batch.new_zeros(rows - count, *batch.shape[1:])])
-            done.append(self._fitted(function, batch, what)[:count].cpu())
-        return torch.cat(done)
+
+        def batch(start: int) -> Tensor:
+            some = self._normalised(images[start : start + rows])
+            blank = some.new_zeros(rows - len(some), *some.shape[1:])
+            return self._fitted(function, torch.cat([some, blank]), what)[: len(some)]
+
+        return self._joined(batch, len(images), rows)
+
+    def _joined(self, batch: Callable[[int], Tensor], count: int, rows: int) -> Shaped[np.ndarray, "n ..."]:
+        """What `batch` gives for the first row of every batch, joined. Nothing to do takes one batch, for the shape."""
+
+        def without_gradients(start: int) -> Tensor:
+            with torch.no_grad():  # it holds for the thread that asks
+                return batch(start)
+
+        starts = range(0, max(1, count), rows)
+        done = map(without_gradients, starts) if self._threads is None else self._threads.map(without_gradients, starts)
+        joined: Shaped[np.ndarray, "n ..."] = torch.cat(list(done)).cpu().numpy()
+        return joined
 
     def _fitted(self, function: Callable[[Tensor], Tensor], batch: Tensor, what: str) -> Tensor:
         halving = HalveOnOutOfMemory(function, f"batch of {what}")

@@ -80,15 +80,12 @@ class EncodeWindows:
 
     def __init__(self, recipe: Recipe, processes: int) -> None:
         # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
-        from transfgu import runtime, tokens
+        from transfgu import runtime
         from transfgu.frozen_encoder import FrozenEncoder
         from transfgu.windows import sliding_windows
 
-        device = runtime.device()
-        if device.type == "cpu":
-            tokens.use_cores(processes)
         self._recipe = recipe
-        self._frozen = FrozenEncoder(recipe, device)
+        self._frozen = FrozenEncoder(recipe, runtime.device(), processes=processes)
         height, width = recipe.dataset.feature_size
         patch = self._frozen.encoder.patch_size
         self._windows = sliding_windows((height // patch, width // patch), recipe.windows.scales, patch)

@@ -30,7 +30,7 @@ from transfgu.recipe import Recipe, Size
 _PART_BYTES = 20_000_000  # of decoded pixels: 16 images of 640 x 640
 _PART_IMAGES = 32
 _READ_MEMORY = 256 << 20  # bytes of heap a decoding task may need: a photograph of 12 megapixels as numbers
-_AHEAD = 6  # blocks of decoded images, for each actor, that may exist at a time
+_AHEAD = 3  # blocks of decoded images that may exist for each actor, besides one for each CPU that decodes
 _METADATA = b"transfgu"
 
 
@@ -168,10 +168,11 @@ def encoded(
     context.target_max_block_size = None
     # An exception of ours should arrive as it was raised.
     context.raise_original_map_exception = True
+    # Decoding may be faster than encoding: without a limit, decoded images would fill the object store.
     block = part_size(read.size) * 3 * read.size[0] * read.size[1]
-    # Decoding is faster than encoding: without a limit, decoded images would fill the object store.
+    cpus = ray.cluster_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
     context.execution_options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=_AHEAD * block * pool["compute"].max_size
+        object_store_memory=block * (_AHEAD * pool["compute"].max_size + cpus)
     )
     with DataContext.current(context):
         return (

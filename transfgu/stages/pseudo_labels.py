@@ -87,14 +87,12 @@ class MapConcepts:
         # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
         import torch
 
-        from transfgu import runtime, tokens
+        from transfgu import runtime
         from transfgu.frozen_encoder import FrozenEncoder
 
         device = runtime.device()
-        if device.type == "cpu":
-            tokens.use_cores(processes)
         self._how = recipe.pseudo_labels
-        self._frozen = FrozenEncoder(recipe, device)
+        self._frozen = FrozenEncoder(recipe, device, processes=processes)
         self._concepts = torch.tensor(centroids, device=device)
 
     def __call__(self, block: pa.Table) -> pa.Table:
