@@ -129,9 +129,10 @@ def work(config: dict[str, Any]) -> None:
             Worker(job).run()
     except Exception as error:
         mistake = find_user_error(error)
-        # Raised, so that workers which wait for this one are ended too; the board keeps it from being tried again.
         ray.get(job.board.fail.remote(str(mistake or repr(error)), is_mistake=mistake is not None))
-        raise
+        # Raised, so that workers which wait for this one are ended too; the board keeps it from being tried again.
+        if mistake is None or ray.train.get_context().get_world_size() > 1:
+            raise
 
 
 def _may_begin(job: Job) -> bool:

@@ -1,0 +1,262 @@
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tests.made_run import SIDE, TRAIN, MadeRun, make_run
+from transfgu import ingest, schedule, storage
+from transfgu.decoder import MaskDecoder
+from transfgu.encoder import Encoder, normalise
+from transfgu.errors import UserError
+from transfgu.ingest import Order
+from transfgu.optimisation import make_optimiser, training_step
+from transfgu.packed_maps import unpack_maps
+from transfgu.progress import Progress
+from transfgu.recipe import Recipe
+from transfgu.stages import training
+from transfgu.stages.training import Board, training_images
+from transfgu.stages.training_loop import State
+from transfgu.views import apply_views, draw_views
+
+pytestmark = pytest.mark.ray
+
+COMMON = {
+    "epochs": 3,
+    "teacher_start": 1,
+    "teacher_every": (1,),
+    "training.batch_size": 4,
+    "decoder.dropout": 0.0,
+    "lr": 1e-4,
+    "compute.workers": 2,
+    "seed": 5,
+}
+
+
+class Listener(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__("training", quiet=True)
+        self.notes: list[str] = []
+        self.steps = (0, 0)
+
+    def update(self, done: int, total: int, unit: str) -> None:
+        assert unit == "steps"
+        self.steps = (done, total)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Killer(Listener):
+    """Kills a training worker after the first epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.killed_after = -1
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        if self.killed_after < 0:
+            workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
+            if workers:
+                workers[-1].send_signal(signal.SIGKILL)
+                self.killed_after = len(self.notes)
+
+
+def one_process(recipe: Recipe, made: MadeRun) -> tuple[dict[str, Tensor], list[float]]:
+    """The same training as one loop without workers: the last student, and each epoch's mean loss."""
+    encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
+    torch.manual_seed(recipe.seed)
+    student = MaskDecoder(encoder.width, recipe.classes, num_heads=encoder.num_heads, dropout=0.0)
+    initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    optimiser = make_optimiser(student, recipe.training.lr, recipe.training.weight_decay)
+    columns = ingest.read_training_rows(training_images(made.run), size=(SIDE, SIDE))
+    images, maps = torch.from_numpy(columns["image"]), unpack_maps(torch.from_numpy(columns["maps"]))
+    order = Order(images=TRAIN, passes=recipe.training.passes, batch_size=4, seed=recipe.seed)
+    teacher, losses = None, []
+    for epoch in range(recipe.training.epochs):
+        plan = schedule.plan(recipe.training, epoch)
+        if plan.updates_teacher:
+            teacher = MaskDecoder.from_state_dict(student.state_dict(), num_heads=encoder.num_heads)
+            student.load_state_dict(initial)
+        totals = []
+        for step, slots in enumerate(order.epoch(epoch)):
+            places = torch.from_numpy(slots % TRAIN)
+            if recipe.training.views:
+                views = draw_views(slots.tolist(), (SIDE, SIDE), seed=recipe.seed, epoch=epoch)
+                pixels, seen = apply_views(images[places], maps[places], views, encoder.patch_size)
+            else:
+                pixels, seen = normalise(images[places]), maps[places]
+            result = training_step(
+                student,
+                optimiser,
+                encoder.patch_tokens(pixels),
+                seen,
+                teacher,
+                omega_1=recipe.training.omega_1,
+                omega_2=recipe.training.omega_2,
+                alpha=plan.alpha,
+                permutation=np.random.default_rng([recipe.seed, epoch, step]).permutation(recipe.classes),
+                background_threshold=0.1 if recipe.background else None,
+            )
+            totals.append(result.total)
+        losses.append(float(np.mean(totals)))
+    return student.state_dict(), losses
+
+
+def assert_same_weights(uri: str, wanted: dict[str, Tensor]) -> None:
+    found = safetensors.torch.load(storage.read_bytes(uri))
+    assert sorted(found) == sorted(wanted)
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def history_of(made: MadeRun) -> list[dict[str, Any]]:
+    history: list[dict[str, Any]] = json.loads(storage.read_bytes(made.run.file("training/history.json")))
+    return history
+
+
+def test_two_workers_train_as_one_process_does(tmp_path: Path, ray_cluster: None) -> None:
+    made = make_run(tmp_path)
+    recipe = made.recipe.with_fields({**COMMON, "passes": 2, "views": False, "lr": 1e-3})
+    listener = Listener()
+    outcome = training.run(recipe, made.run, listener)
+    weights, losses = one_process(recipe, made)
+    history = history_of(made)
+    assert_same_weights(made.run.file("training/last.safetensors"), weights)
+    assert [row["total"] for row in history] == pytest.approx(losses, abs=1e-4)
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    assert [row["teacher_updated"] for row in history] == [False, True, True]
+    assert [row["alpha"] for row in history] == [None, 0.03, 0.03]
+    merits = [row["mean_iou"] + row["pixel_accuracy"] for row in history]
+    assert outcome.details["model of epoch"] == 1 + int(np.argmax(merits))
+    assert outcome.items == TRAIN
+    model = storage.read_bytes(made.run.file("model.safetensors"))
+    best, last = (
+        safetensors.torch.load(model),
+        safetensors.torch.load(storage.read_bytes(made.run.file("training/last.safetensors"))),
+    )
+    assert all(torch.equal(best[n], last[n]) for n in last) == (outcome.details["model of epoch"] == 3)
+    metadata = json.loads(model[8 : 8 + int.from_bytes(model[:8], "little")])["__metadata__"]
+    assert metadata == {
+        "classes": "10",
+        "num_heads": "3",
+        "patch_size": "8",
+        "encoder": "tiny",
+        "recipe": recipe.digest("training"),
+    }
+    assert [note.split(":")[0] for note in listener.notes] == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]
+    assert listener.steps[1] == 9
+
+    # The command given again, as after a driver that died at the end, trains nothing and publishes the same.
+    Path(made.run.file("model.safetensors")).unlink()
+    again = Listener()
+    assert training.run(recipe, made.run, again) == outcome
+    assert storage.read_bytes(made.run.file("model.safetensors")) == model
+    assert again.notes == []
+
+
+def test_a_worker_that_dies_costs_its_epoch_alone(tmp_path: Path, ray_cluster: None) -> None:
+    made = make_run(tmp_path, labels=False, things=5, stuff=0)  # with a background, without labels
+    recipe = made.recipe.with_fields({**COMMON, "passes": 20, "training.views": True})
+    assert recipe.background
+    killer = Killer()
+    outcome = training.run(recipe, made.run, killer)
+    assert 1 <= killer.killed_after < 3  # it died before the last epoch's end
+    assert killer.notes[-1].startswith("epoch 3 of 3")
+    weights, _ = one_process(recipe, made)
+    assert_same_weights(made.run.file("training/last.safetensors"), weights)
+    assert [row["mean_iou"] for row in history_of(made)] == [None] * 3
+    assert outcome.details["model of epoch"] == 3
+
+
+def test_what_trying_again_cannot_mend_is_one_line(tmp_path: Path, ray_cluster: None) -> None:
+    made = make_run(tmp_path)
+    rows = training_images(made.run)
+    gone = Path(rows["image"][2].as_py())
+    gone.unlink()
+    recipe = made.recipe.with_fields({**COMMON, "compute.workers": 1})
+    with pytest.raises(UserError, match=rf"{gone.name} was read .*missing image.*put it back"):
+        training.run(recipe, made.run, Listener())
+
+
+def test_a_run_without_pseudo_labels_is_refused(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    for part in Path(made.run.file("pseudo_labels")).iterdir():
+        part.unlink()
+    with pytest.raises(UserError, match="holds no pseudo label"):
+        training.run(made.recipe, made.run, Listener())
+
+
+def test_the_board_ends_what_fails_again_and_again() -> None:
+    board = Board()
+    assert all(board.begin(2, 1) for _ in range(5))
+    assert board.begin(2, 3)  # other workers: not the same attempt
+    assert board.begin(3, 3)  # and here is progress
+    assert all(board.begin(3, 3) for _ in range(4))
+    board.fail("OSError()", is_mistake=False)
+    assert not board.begin(3, 3)
+    status = board.read(0)
+    assert status.failure == "training failed 5 times in epoch 4, at last with OSError()"
+    assert not status.is_mistake
+
+
+def test_the_board_takes_a_users_mistake_at_once() -> None:
+    board = Board()
+    board.end_epoch({"epoch": 1})
+    board.end_epoch({"epoch": 2})
+    board.fail("weights missing", is_mistake=True)
+    assert not board.begin(0, 1)
+    status = board.read(1)
+    assert (status.failure, status.is_mistake, status.rows) == ("weights missing", True, [{"epoch": 2}])
+
+
+def state(seed: int) -> State:
+    torch.manual_seed(seed)
+    student = MaskDecoder(12, 4, num_heads=3, dropout=0.0)
+    return State(student=student, optimiser=make_optimiser(student, 1e-2))
+
+
+def train(state: State, steps: int) -> None:
+    for step in range(steps):
+        torch.manual_seed(100 + step)
+        training_step(
+            state.student,
+            state.optimiser,
+            torch.randn(2, 9, 12),
+            torch.rand(2, 4, 3, 3),
+            state.teacher,
+            omega_1=1.0,
+            omega_2=0.3,
+            alpha=0.05,
+            permutation=[1, 0, 3, 2],
+        )
+
+
+def test_a_state_that_was_saved_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+    first = state(0)
+    train(first, 2)
+    first.promote()
+    first.best = {name: tensor.clone() for name, tensor in first.student.state_dict().items()}
+    train(first, 2)
+    first.history = [{"epoch": 1, "mean_iou": None}]
+    first.save(tmp_path, {"classes": "4"})
+    second = state(1)
+    second.load(tmp_path, torch.device("cpu"))
+    assert second.history == first.history
+    assert first.best is not None
+    assert second.best is not None
+    train(first, 3)
+    train(second, 3)
+    for a, b in ((first.student.state_dict(), second.student.state_dict()), (first.best, second.best)):
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
+    assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".json"}
