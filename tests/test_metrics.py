@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfgu.metrics import confusion_matrix, match_clusters, scores
@@ -89,10 +89,12 @@ def test_nothing_labelled_scores_nothing() -> None:
     assert np.isnan(result.iou).all()
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 1000), classes=st.integers(1, 6), clusters=st.integers(1, 6))
 def test_names_of_clusters_and_order_of_classes_do_not_matter(seed: int, classes: int, clusters: int) -> None:
     draw = np.random.default_rng(seed)
-    confusion = draw.integers(0, 10_000, (classes, clusters))
+    # Counts so large that no two matchings agree on as many pixels: of those, any would do.
+    confusion = draw.integers(0, 10**12, (classes, clusters))
     before = scores(confusion)
     rows, columns = draw.permutation(classes), draw.permutation(clusters)
     after = scores(confusion[rows][:, columns])
@@ -100,6 +102,7 @@ def test_names_of_clusters_and_order_of_classes_do_not_matter(seed: int, classes
     np.testing.assert_allclose(after.iou, before.iou[rows])
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 1000), pixels=st.integers(0, 50))
 def test_matrix_is_a_sum_over_pixels(seed: int, pixels: int) -> None:
     draw = np.random.default_rng(seed)

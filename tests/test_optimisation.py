@@ -353,7 +353,7 @@ def run_everything(rank: int, folder: Path) -> Outcome:
     # Found out before there is a process group, while losses are this process's own.
     alphas = {negative: alpha_of_opposite_signs(negative) for negative in (False, True)}
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=200)
     )
     outcome: Outcome = {}
     for background in (False, True):
