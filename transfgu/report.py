@@ -43,6 +43,7 @@ _TILE = 72  # px, a window's side
 _READERS = 8  # images read at a time
 _TABLE_CLASSES = 32  # classes up to which the confusion matrix is a table, beyond a picture
 _BARS = 12  # best and worst classes shown where there are more than twice as many
+_FREE = ("data", "seed", "encoder.batch_size", "evaluation.batch_size")  # what a benchmark's score may differ in
 _NAMED = 10  # inputs left out that are named for each reason
 
 
@@ -72,6 +73,7 @@ def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Ma
     confusion = _confusion(run)
     grid = _grid(recipe, run, segmenter)
     times = _times(stages, metrics)
+    changes = _changes(recipe)
     return _template().render(
         recipe=recipe,
         metrics=metrics,
@@ -90,7 +92,8 @@ def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Ma
         slowest=max(times, key=lambda time: time.seconds),
         total_seconds=sum(time.seconds for time in times),
         left_out=_left_out(stages),
-        changes=_changes(recipe),
+        changes=changes,
+        departures=[c["name"] for c in changes if c["name"] not in _FREE],
         yaml=recipe.to_yaml(),
         titles=_TITLES,
     )
@@ -524,9 +527,10 @@ def _shown(value: Any) -> str:
 
 
 def _confusion(run: Run) -> Int[np.ndarray, "C clusters"] | None:
-    """Pixels of the validation set, true class by cluster; None where it had no labels."""
+    """Pixels of the validation set, true class by cluster; None where not one was labelled."""
     data = storage.read_bytes_or_none(run.artifact("evaluation").file("confusion.safetensors"))
-    return None if data is None else safetensors.numpy.load(data)["model"]
+    confusion = None if data is None else safetensors.numpy.load(data)["model"]
+    return confusion if confusion is not None and confusion.any() else None
 
 
 def _parquet(uri: str) -> pa.Table:
