@@ -68,7 +68,7 @@ class PretrainingRecipe:
     clustering_full: float = 0.25  # share of the steps, from which the targets count fully
     contrast_kept: float = 0.2  # what InfoNCE still weighs from then on
     # ---- optimisation
-    steps: int = 2600
+    steps: int = 2200
     batch_size: int = 64  # images a step, over all workers
     learning_rate: float = 1e-3  # at a batch of 64
     warmup: int = 100  # steps

@@ -75,7 +75,7 @@ class PretrainingJob:
     out: str
     """URI of the weights: a `.safetensors` file. Work in hand lies beside it, in `OUT.work`."""
     recipe: PretrainingRecipe
-    count: int = 16_000
+    count: int = 12_000
     """Pictures drawn, where `images` is `SHAPES`."""
     image_size: int = shapes.OBJECT_SIZE
     """Side to which images are brought, after cutting them square about their centres; px."""
