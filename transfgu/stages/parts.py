@@ -113,7 +113,10 @@ class ReadImages:
 
 def usable(block: pa.Table) -> tuple[pa.Table, UInt8[np.ndarray, "n 3 H W"]]:
     """The rows of a block of `ReadImages` that have an image, without the images, and those (not copied if all do)."""
-    pixels = block["image"].combine_chunks().to_numpy_ndarray()
+    column = block["image"]
+    # Joining chunks copies even where there is just one, as there is in a block from Ray.
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    pixels = array.to_numpy_ndarray()
     good = np.flatnonzero(block["reason"].is_null().to_numpy())
     rows = block.drop_columns("image")
     return (rows, pixels) if len(good) == len(block) else (rows.take(good), pixels[good])
@@ -149,7 +152,7 @@ def left_out(block: pa.Table) -> tuple[LeftOut, ...]:
 def encoded(
     parts: Sequence[pa.Table],
     read: ReadImages,
-    actor: type[Callable[[pa.Table], pa.Table]],
+    actor: type[Any],
     arguments: Mapping[str, Any],
     pool: Mapping[str, Any],
 ) -> Dataset:
