@@ -22,7 +22,7 @@ ResizedMask = Int[np.ndarray, "h w"]
 _UNLABELLED = (150, 150, 150)
 _EDGE = (20, 20, 20)
 _GLOW = np.array((255, 210, 40), dtype=np.float32)
-_SMALLEST = 0.012  # share of the picture below which a region gets no number
+_SMALLEST = 0.02  # share of the picture below which a region gets no number
 _EACH = 3  # regions of one class that get a number
 _GAP = 2  # px between tiles
 _ROUGH = 96  # px, the longer side of the copy in which places for numbers are sought
