@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import timm
 import torch
 from jaxtyping import Float, Int, Int16, UInt8
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from transfgu import ingest
 from transfgu.artifacts import Run
 from transfgu.datasets.images import read_image, resize
+from transfgu.encoder import SHIPPED
 from transfgu.errors import BadInput
 from transfgu.frozen_encoder import FrozenEncoder
 from transfgu.kmeans import Shard, cluster
@@ -43,8 +45,8 @@ Predict = Callable[[Images], Tensor]
 def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
     """Scores of each baseline on the run's labelled validation images, counted and matched like the method's own.
 
-    All is computed in this process, on its GPU if it has one. The linear probe is left out where no training image has
-    a label.
+    All is computed in this process, on its GPU if it has one. Left out are the linear probe where no training image
+    has a label, and the untrained encoder where a weight file alone says what the encoder is.
 
     Args:
         recipe: the run's.
@@ -52,15 +54,16 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encode = PatchTokens(recipe.encoder, device)
-    untrained = PatchTokens(replace(recipe.encoder, weights="random"), device)
     train = samples.load(run, "train")
     labelled = train.filter(train["label"].is_valid())
     predictors = {
-        "K-Means over patch tokens, untrained encoder": _bottom_up(recipe, untrained, train, smoothing=1),
         "K-Means over patch tokens": _bottom_up(recipe, encode, train, smoothing=1),
         "K-Means over patch tokens, smoothed": _bottom_up(recipe, encode, train, smoothing=3),
         "pseudo labels alone": _pseudo_labels(recipe, run, device),
     }
+    if recipe.encoder.name == SHIPPED or timm.is_model(recipe.encoder.name):
+        untrained = PatchTokens(replace(recipe.encoder, weights="random"), device)
+        predictors["K-Means over patch tokens, untrained encoder"] = _bottom_up(recipe, untrained, train, smoothing=1)
     if len(labelled):
         predictors["linear probe, supervised"] = _linear_probe(recipe, encode, labelled)
     confusions = {name: np.zeros((recipe.classes, recipe.classes), np.int64) for name in predictors}
@@ -149,7 +152,7 @@ class _Sample:
 
 def _tokens(encode: PatchTokens, images: Images, smoothing: int = 1) -> Float[Tensor, "B d h w"]:
     height, width = (side // encode.encoder.patch_size for side in images.shape[2:])
-    tokens = encode(torch.from_numpy(images)).mT.unflatten(2, (height, width))  # (B, hw, d) -> (B, d, h, w)
+    tokens = encode(torch.from_numpy(images)).mT.reshape(len(images), -1, height, width)  # (B, hw, d) -> (B, d, h, w)
     return F.avg_pool2d(tokens, smoothing, 1, smoothing // 2, count_include_pad=False)
 
 

@@ -19,6 +19,7 @@ from transfgu.metrics import scores
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe
 from transfgu.stages import evaluation
+from transfgu.stages.training import labelled_images
 
 pytestmark = pytest.mark.ray
 
@@ -84,7 +85,7 @@ def test_counts_are_those_of_one_process(made: MadeRun, ray_cluster: None) -> No
 def test_labels_own_resolution(made: MadeRun, ray_cluster: None) -> None:
     recipe = made.recipe.with_fields({"evaluation.resolution": "label"})
     model = made.run.file("model.safetensors")
-    found = evaluation.evaluate(recipe, {"it": model}, evaluation.labelled_images(recipe, made.run))
+    found = evaluation.evaluate(recipe, {"it": model}, labelled_images(recipe, made.run))
     names = [f"scene <{i}>" for i in range(5)]
     np.testing.assert_array_equal(found.confusions["it"], counted(recipe, made, model, names, own_size=True))
     assert found.confusions["it"].sum() == 4 * SIDE * SIDE + SIDE * SIDE // 2  # one is half as high

@@ -116,7 +116,7 @@ def assert_same_weights(uri: str, wanted: dict[str, Tensor]) -> None:
     found = safetensors.torch.load(storage.read_bytes(uri))
     assert sorted(found) == sorted(wanted)
     for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=f"{name} differs")
 
 
 def history_of(made: MadeRun) -> list[dict[str, Any]]:

@@ -1,0 +1,98 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from tests.made_run import SIDE, MadeRun, make_run
+from transfgu import baselines as module
+from transfgu.baselines import baselines
+from transfgu.datasets.images import resize
+from transfgu.encoder import Encoder, normalise
+from transfgu.kmeans import Shard, cluster
+from transfgu.maps import background_map, scale_maps
+from transfgu.metrics import confusion_matrix, scores
+from transfgu.recipe import EncoderRecipe
+from transfgu.segmenter import winners
+from transfgu.tokens import PatchTokens
+
+
+def validation(made: MadeRun) -> list[tuple[np.ndarray, np.ndarray]]:
+    rows = pq.read_table(made.run.file("samples/validation.parquet")).to_pylist()
+    pairs = [(np.asarray(Image.open(row["image"])), np.asarray(Image.open(row["label"]))) for row in rows]
+    return [(resize(image, (SIDE, SIDE)), label[np.arange(SIDE) * len(label) // SIDE]) for image, label in pairs]
+
+
+def test_baselines_of_a_run(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    found = baselines(made.recipe, made.run)
+    assert sorted(found) == [
+        "K-Means over patch tokens",
+        "K-Means over patch tokens, smoothed",
+        "linear probe, supervised",
+        "pseudo labels alone",
+    ]
+    # Told the truth, even random features say more than clusters do.
+    clusters = max(found[name].pixel_accuracy for name in found if name.startswith("K-Means"))
+    assert found["linear probe, supervised"].pixel_accuracy > clusters
+
+    encoder = Encoder.from_pretrained(made.recipe.encoder.name, made.recipe.encoder.weights)
+    concepts = safetensors.torch.load_file(made.run.file("concepts/concepts.safetensors"))["centroids"]
+    confusion = np.zeros((10, 10), np.int64)
+    for image, label in validation(made):
+        maps = torch.zeros(1, 10, SIDE // 8, SIDE // 8)
+        for scale in made.recipe.pseudo_labels.scales:
+            pixels = normalise(torch.from_numpy(image)[None])
+            pixels = torch.nn.functional.interpolate(pixels, scale_factor=scale, mode="bilinear")
+            some = encoder.concept_maps(pixels, concepts)
+            maps += torch.nn.functional.adaptive_avg_pool2d(some, SIDE // 8)
+        maps = torch.nn.functional.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)
+        confusion += confusion_matrix(label, winners(scale_maps(maps)[0], (SIDE, SIDE)).numpy(), 10)
+    assert found["pseudo labels alone"].mean_iou == pytest.approx(scores(confusion).mean_iou, abs=0.5)
+
+
+def test_a_background_is_one_more_cluster(tmp_path: Path) -> None:
+    made = make_run(tmp_path, labels=False, things=5, stuff=0)
+    background = module._pseudo_labels(made.recipe, made.run, torch.device("cpu"))
+    (tmp_path / "labelled").mkdir()
+    images = np.stack([image for image, _ in validation(make_run(tmp_path / "labelled"))])
+    maps = background(images)
+    assert maps.shape == (5, 6, SIDE // 8, SIDE // 8)
+    torch.testing.assert_close(maps[:, :1], background_map(maps[:, 1:], 0.1))
+
+
+def test_a_patch_is_of_the_nearest_centroid(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    encode = PatchTokens(made.recipe.encoder, torch.device("cpu"))
+    train = pq.read_table(made.run.file("samples/train.parquet"))
+    images = np.stack([resize(np.asarray(Image.open(path)), (SIDE, SIDE)) for path in train["image"].to_pylist()])
+    tokens = encode(torch.from_numpy(images))
+    centroids = cluster(Shard([tokens.flatten(0, 1).numpy()]), 10, seed=made.recipe.seed).centroids
+    predict = module._bottom_up(made.recipe, encode, train, smoothing=1)
+    nearest = torch.cdist(tokens, torch.from_numpy(centroids)).argmin(2)
+    assert (predict(images).argmax(1).flatten(1) == nearest).float().mean() > 0.99
+
+
+def test_majority_of_a_patch(tmp_path: Path) -> None:
+    recipe = make_run(tmp_path).recipe
+    label = np.full((16, 16), -1, np.int16)
+    label[:8, :8] = 3
+    label[:3, :8] = 5  # 24 of 64 pixels
+    label[8, 8] = 2  # one pixel, and no other labelled
+    found = module._majority(recipe, [label], 8)
+    assert found.tolist() == [[[[3, -1], [-1, 2]]]]
+
+
+def test_an_untrained_encoder_is_another(tmp_path: Path) -> None:
+    recipe = EncoderRecipe(name="vit_tiny_patch16_224", weights="random")
+    encode = PatchTokens(replace(recipe, weights="random"), torch.device("cpu"))
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 48)).astype(np.uint8)
+    tokens = module._tokens(encode, images)
+    assert tokens.shape == (3, 192, 2, 3)
+    torch.testing.assert_close(tokens.flatten(2).mT, encode(torch.from_numpy(images)))
+    smooth = module._tokens(encode, images, 3)
+    torch.testing.assert_close(smooth[:, :, 0, 0], tokens[:, :, :2, :2].mean((2, 3)))
