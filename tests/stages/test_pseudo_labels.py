@@ -14,7 +14,7 @@ from tests.stages.small_run import BAD, IMAGES, SIDE, recipe_of, write_run
 from transfgu.artifacts import LeftOut, Outcome, Run
 from transfgu.datasets import images
 from transfgu.encoder import Encoder, normalise
-from transfgu.packed_maps import pack_maps, unpack_maps
+from transfgu.packed_maps import unpack_maps
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe
 from transfgu.stages import parts, pseudo_labels, samples
@@ -72,7 +72,6 @@ def test_rows_are_the_packed_maps_of_every_good_image(made: Made) -> None:
         found = planes(table.slice(row, 1))
         assert (table["h"][row].as_py(), table["w"][row].as_py()) == GRID
         torch.testing.assert_close(unpack_maps(found), expected, rtol=1e-3, atol=1e-3)
-        assert torch.equal(found, pack_maps(expected))
 
 
 @pytest.mark.ray
