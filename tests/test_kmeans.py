@@ -63,7 +63,7 @@ def test_an_empty_cluster_takes_half_of_the_largest() -> None:
     )
     # Two empty ones: the second takes from what is then the largest, three rows against twice two.
     assignment = Assignment(np.array([[8.0], [0], [0], [3]]), np.array([4, 0, 0, 3]), 0.0, 1)
-    np.testing.assert_array_equal(update(assignment)[:, 0], np.float32([2 - 2 * e, 2 + 2 * e, 1 + e, 1 - e]))
+    np.testing.assert_array_equal(update(assignment)[:, 0], np.array([2 - 2 * e, 2 + 2 * e, 1 + e, 1 - e]))
 
 
 def test_a_split_cluster_wins_rows() -> None:
@@ -145,7 +145,7 @@ def test_sums_are_the_same_bits_however_rows_are_spread(seed: int, cuts: list[in
     shard = Shard([rows], threads=3)
     whole = shard.assign(centroids, grid)
     shards = split(rows, sorted(cuts))
-    generator.shuffle(shards)  # type: ignore[arg-type]
+    generator.shuffle(shards)
     first, *others = [shard.assign(centroids, grid) for shard in shards]
     spread = sum(others, first)
     np.testing.assert_array_equal(spread.sums, whole.sums)
