@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from transfgu import pretraining
-from transfgu.encoder import Encoder
+from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from transfgu.errors import UserError
 from transfgu.pretraining import PretrainingRecipe, StepSchedule, Student, Teacher, Views
 
@@ -38,7 +39,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def small_encoder() -> pretraining.VisionTransformer:
+def small_encoder() -> VisionTransformer:
     torch.manual_seed(0)
     encoder = pretraining.new_encoder(SMALL)
     for parameter in encoder.parameters():  # far from the initial values, at which attention is all but uniform
@@ -156,7 +157,7 @@ def test_teacher_follows_by_its_momentum() -> None:
     before = {name: p.clone() for name, p in teacher.average.named_parameters()}
     with torch.no_grad():
         for parameter in student.parameters():
-            parameter += 1
+            parameter.add_(1)
     teacher.follow(student, 0.75)
     for name, parameter in teacher.average.named_parameters():
         torch.testing.assert_close(parameter, before[name] + 0.25)
@@ -181,8 +182,8 @@ def test_a_view_of_the_whole_grey_image_stays_grey() -> None:
     """Neither hue nor saturation can change grey; brightness and contrast leave a constant image constant."""
     images = torch.full((8, 3, 16, 16), 0.5)
     views = pretraining.draw_views(images, 8, (1.0, 1.0), generator())
-    mean = torch.tensor(pretraining.IMAGENET_MEAN)[:, None, None]
-    deviation = torch.tensor(pretraining.IMAGENET_STD)[:, None, None]
+    mean = torch.tensor(IMAGENET_MEAN)[:, None, None]
+    deviation = torch.tensor(IMAGENET_STD)[:, None, None]
     pixels = views * deviation + mean
     torch.testing.assert_close(pixels, pixels[:, :1, :1, :1].expand_as(pixels), atol=2e-3, rtol=0)
     assert 0.5 * 0.6 <= pixels.min() <= pixels.max() <= 0.5 * 1.4
@@ -234,8 +235,8 @@ def test_schedule_at_its_landmarks() -> None:
     assert (first.clustering_weight, middle.clustering_weight) == (0, 1)
     assert StepSchedule.at(20, recipe).clustering_weight == pytest.approx(0.5)
     assert (first.train_prototypes, middle.train_prototypes) == (False, True)
-    assert (first.teacher_momentum, last.teacher_momentum) == (pytest.approx(0.99), 1)
-    assert (first.weight_decay, last.weight_decay) == (pytest.approx(0.04), pytest.approx(0.2))
+    assert [first.teacher_momentum, last.teacher_momentum] == pytest.approx([0.99, 1])
+    assert [first.weight_decay, last.weight_decay] == pytest.approx([0.04, 0.2])
 
 
 def test_neighbours_vote() -> None:
@@ -305,7 +306,7 @@ def test_two_workers_average_gradient_is_that_of_the_whole_batch(
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
     whole = loss_and_gradients(slice(0, 4))
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]
+    mp.spawn(worker, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for number, expected in enumerate(whole):
         # Each worker's gradient concerns its own images; DistributedDataParallel halves the sum over both.

@@ -15,6 +15,7 @@ from tests.made_run import VALIDATION, MadeRun, make_run
 from transfgu import report
 from transfgu.published import TABLE_1
 from transfgu.recipe import PRESETS
+from transfgu.segmenter import Segmenter
 
 _VOID = {"meta", "link", "img", "br"}
 
@@ -172,11 +173,13 @@ def test_many_classes_and_many_inputs_left_out(tmp_path: Path) -> None:
     assert sum(" windows nearest to concept " in (image["alt"] or "") for image in found.all("img")) == 42
     confusion = np.diag(np.arange(10, 52))
     confusion[0, 1] = 7
-    segmenter = report.Segmenter.load(made.run.uri)
+    segmenter = Segmenter.load(made.run.uri)
     view = report.confusion_view(segmenter, confusion)
     assert view["rows"] == []
     assert view["picture"].startswith("data:image/png;base64,")
-    assert [(e["true"], e["predicted"], e["share"]) for e in view["errors"]] == [("concept 0", "concept 1", pytest.approx(100 * 7 / 17))]
+    assert [(e["true"], e["predicted"], e["share"]) for e in view["errors"]] == [
+        ("concept 0", "concept 1", pytest.approx(100 * 7 / 17))
+    ]
     bars = report.class_bars(segmenter, confusion)
     assert [len(bars[part]) for part in ("best", "between", "worst")] == [12, 18, 12]
     assert bars["worst"][-1].key.name == "concept 0"  # 10 of 17 pixels

@@ -88,7 +88,11 @@ def run_stages(
     stages = STAGES[: STAGES.index(until) + 1]
     complete = {stage: run.artifact(stage).check(recipe) for stage in stages}
     storage.write_bytes(run.file("recipe.yaml"), recipe.to_yaml().encode())
-    say = (lambda text: None) if quiet else (lambda text: print(text, flush=True))
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, flush=True)
+
     say(f"{recipe.preset}: {', '.join(stages)} in {run.uri}")
 
     manifests: dict[str, Manifest] = {}

@@ -18,6 +18,7 @@ from transfgu import storage
 from transfgu.errors import UserError
 from transfgu.recipe import ComputeRecipe
 
+# Threads that spin while they wait burn what other processes of a small machine need: four times the CPU for a step.
 # glibc returns large blocks to the kernel at every free; faulting them in again costs a third of a small ViT's time.
 _ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
@@ -25,6 +26,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_V2_ENABLED": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TOP_PAD_": str(1 << 26),
@@ -51,6 +53,10 @@ def connect(*, verbose: bool = False, setup_hook: Callable[[], None] | None = No
         {} if address else {"num_cpus": max(4, 2 * (os.cpu_count() or 1)), "include_dashboard": False}
     )
     environment: dict[str, Any] = {"env_vars": {n: os.environ[n] for n in _ENVIRONMENT}}
+    if not address:
+        # Workers of this machine find the package as this process did, from a clone that is not installed, too.
+        paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment["env_vars"]["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if setup_hook:
         environment["worker_process_setup_hook"] = setup_hook
     with nullcontext() if verbose else _no_stderr():

@@ -135,7 +135,7 @@ def test_plan_reads_in_tasks_encodes_in_actors_and_passes_no_crop(
 ) -> None:
     listed = parts.split(samples.load(made.run, "train"), 32)
     plan = features.plan(made.recipe, listed, "unused")
-    plan.explain()  # type: ignore[no-untyped-call]
+    plan.explain()
     physical = capsys.readouterr().out.split("Physical Plan (Optimized)")[1]
     operators = [line.strip(" +-") for line in physical.splitlines() if "[" in line]
     assert operators == [

@@ -102,7 +102,7 @@ def test_two_actors_go_on_where_one_stopped_and_end_in_the_same_bytes(made: Made
 @pytest.mark.ray
 def test_plan_reads_in_tasks_and_maps_in_actors(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     listed = parts.split(samples.load(made.run, "train"), 32)
-    pseudo_labels.plan(made.recipe, listed, pseudo_labels.load_centroids(made.run), "unused").explain()  # type: ignore[no-untyped-call]
+    pseudo_labels.plan(made.recipe, listed, pseudo_labels.load_centroids(made.run), "unused").explain()
     physical = capsys.readouterr().out.split("Physical Plan (Optimized)")[1]
     assert [line.strip(" +-") for line in physical.splitlines() if "[" in line] == [
         "TaskPoolMapOperator[MapBatches(WritePseudoLabels)]",

@@ -173,7 +173,7 @@ def encoded(
     context.raise_original_map_exception = True
     # Decoding may be faster than encoding: without a limit, decoded images would fill the object store.
     block = part_size(read.size) * 3 * read.size[0] * read.size[1]
-    cpus = ray.cluster_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
+    cpus = ray.cluster_resources().get("CPU", 1)
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=block * (_AHEAD * pool["compute"].max_size + cpus)
     )

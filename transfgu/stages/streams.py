@@ -95,7 +95,7 @@ def stream(
     # An exception of ours should arrive as it was raised.
     context.raise_original_map_exception = True
     context.execution_options.preserve_order = True
-    store = ray.cluster_resources().get("object_store_memory", _AHEAD_BYTES)  # type: ignore[no-untyped-call]
+    store = ray.cluster_resources().get("object_store_memory", _AHEAD_BYTES)
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=min(_AHEAD_BYTES, store / (2 * world))
     )
