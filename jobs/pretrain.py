@@ -21,7 +21,7 @@ def main() -> None:
     add("--images", metavar="URI", default="shapes", help="folder of images, or shapes: drawn (default: shapes)")
     add("--count", metavar="N", type=int, default=12_000, help="images drawn for shapes [images] (default: 12000)")
     add("--image_size", metavar="N", type=int, default=72, help="side of the kept images [pixels] (default: 72)")
-    add("--steps", metavar="N", type=int, default=2_200, help="optimiser steps (default: 2200)")
+    add("--steps", metavar="N", type=int, default=2_600, help="optimiser steps (default: 2600)")
     add("--batch_size", metavar="N", type=int, default=64, help="global batch [images] (default: 64)")
     add("--learning_rate", metavar="X", type=float, default=1e-3, help="at a batch of 64 (default: 0.001)")
     add("--patch_size", metavar="N", type=int, default=8, help="patch of the ViT [pixels] (default: 8)")

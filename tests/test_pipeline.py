@@ -120,6 +120,8 @@ def test_a_presets_sides_follow_the_patch() -> None:
     assert recipe.dataset.feature_size == (644, 644)
     assert recipe.windows.size == (322, 322)
     assert fit_to_patch(recipe, 14) == recipe
+    assert recipe.dataset.training_size == (308, 308)  # halves are multiples of 14, too
+    assert fit_to_patch(preset("lip-5"), 16).dataset.training_size == (480, 256)
     assert fit_to_patch(preset("coco-stuff-27"), 16) == preset("coco-stuff-27")
 
 

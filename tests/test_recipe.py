@@ -144,6 +144,11 @@ def test_where_it_runs_changes_no_digest() -> None:
         assert recipe.with_fields(fields).digest("evaluation") == recipe.digest("evaluation")
 
 
+def test_features_depend_on_whether_there_is_stuff_but_not_on_how_much() -> None:
+    digests = [preset("folder").with_fields({"stuff": n}).digest("features") for n in (0, 5, 15)]
+    assert digests[1] == digests[2] != digests[0]
+
+
 def test_the_seed_is_the_scenes_but_not_a_data_sets() -> None:
     for name, same in (("shapes", False), ("coco-stuff-27", True)):
         a, b = preset(name), preset(name).with_fields({"seed": 5})

@@ -29,12 +29,15 @@ def fit_to_patch(recipe: Recipe, patch_size: int) -> Recipe:
     flat = recipe.flat()
     changes: dict[str, Any] = {}
     for name in _SIZES:
-        near = [max(1, round(side / patch_size)) * patch_size for side in flat[name]]
+        # A training view has half the sides of what it is cropped from.
+        step = 2 * patch_size if name == "dataset.training_size" and recipe.training.views else patch_size
+        near = [max(1, round(side / step)) * step for side in flat[name]]
         if near == flat[name]:
             continue
         if flat[name] != published[name]:
             raise UserError(
-                f"{name} {'x'.join(map(str, flat[name]))} is no multiple of the encoder's patch, {patch_size}: "
+                f"{name} {'x'.join(map(str, flat[name]))} is no multiple of "
+                f"{'twice ' if step > patch_size else ''}the encoder's patch, {patch_size}: "
                 f"use {'x'.join(map(str, near))}"
             )
         changes[name] = near
@@ -190,6 +193,7 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
         datasets.preflight(recipe)
         rows = datasets.list_samples(recipe, "validation")
         rows = rows.filter(rows["label"].is_valid())
+        rows = rows.filter(rows["curated"]) if recipe.dataset.curated else rows
     if not len(rows):
         raise UserError(
             f"no validation image of {storage.shown(recipe.data) or recipe.preset} has a label to score with"

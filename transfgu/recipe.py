@@ -279,6 +279,8 @@ class Recipe:
     def stage_fields(self, stage: str) -> dict[str, Any]:
         """The fields, by dotted name, that the artefact of `stage` depends on, its predecessors' included."""
         flat = self.flat()
+        if not self.concepts.stuff and self.windows.groups == "both":
+            flat["windows.groups"] = "foreground"  # nothing is clustered from the others, so they are not kept
         names = [n for s in STAGES[: STAGES.index(stage) + 1] for n in _OWN_FIELDS[s](self)]
         return {n: flat[n] for n in FIELDS if n in names}
 
@@ -466,7 +468,7 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
             "dataset.layout": "shapes", "dataset.classes": "shapes", "things": 6, "stuff": 4,
             "image_size": (128, 128), "feature_size": (128, 128), "training_size": (128, 128),
             "encoder.name": "vit_shapes", "encoder.batch_size": 256, "windows.size": (48, 48),
-            "pseudo_labels.scales": (1.0, 1.5, 2.0), "smoothing": 3, "epochs": 12, "passes": 4, "lr": 1e-3,
+            "pseudo_labels.scales": (1.0, 1.5, 2.0), "smoothing": 3, "epochs": 4, "passes": 4, "lr": 1e-3,
             "training.batch_size": 16, "views": False,
         },
         "coco-stuff-27": _COCO_27,
