@@ -249,13 +249,15 @@ def _lloyd(
     made: int = 0,
     after: Callable[[int, ndarray], None] | None = None,
 ) -> KMeansResult:
-    assignment = assign(centroids)
-    while made < iterations and assignment.changed:
+    assignment, settled = assign(centroids), False
+    # What the first pass changed says nothing: the pass before it may have been another clustering's.
+    while made < iterations and not settled:
         centroids = update(assignment)
         made += 1
         if after:
             after(made, centroids)
         assignment = assign(centroids)
+        settled = not assignment.changed
     return KMeansResult(centroids, assignment.counts, assignment.inertia, made)
 
 
