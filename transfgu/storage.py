@@ -72,7 +72,7 @@ def read_bytes(uri: str) -> bytes:
     """
     data = read_bytes_or_none(uri)
     if data is None:
-        raise UserError(f"there is no file {shown(uri)}")
+        raise UserError(f"there is no file {shown(uri)}: check the path")
     return data
 
 
@@ -358,7 +358,7 @@ def _one_line(uri: str, verb: str) -> Iterator[None]:
         yield
     except OSError as error:
         if isinstance(error, FileNotFoundError) and verb == "read":
-            raise UserError(f"there is no file {shown(uri)}") from None
+            raise UserError(f"there is no file {shown(uri)}: check the path") from None
         raise UserError(f"can't {verb} {shown(uri)}{_where(uri)}: {_reason(error)}") from None
 
 
