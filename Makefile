@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 RUN ?= $(HOME)/transfgu/shapes
 
-.PHONY: demo test test-pure lint types setup clean
+.PHONY: demo test test-pure faults lint types setup clean
 
 setup: $(VENV)/.installed
 
@@ -27,14 +27,17 @@ types: setup
 	$(VENV)/bin/mypy
 
 test-pure: setup  ## the part that needs no Ray
-	$(PY) -m pytest -q -m "not ray"
+	$(PY) -m pytest -q -m "not ray and not long"
 
 test: lint types  ## lint, types, and the whole suite with coverage
 	$(PY) -m coverage erase
-	$(PY) -m coverage run -m pytest -q -m "not ray"
-	$(PY) -m coverage run -m pytest -q -m ray
+	$(PY) -m coverage run -m pytest -q -m "not ray and not long"
+	$(PY) -m coverage run -m pytest -q -m "ray and not long"
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report --fail-under=90
+
+faults: setup  ## what takes long: machines, servers and disks that fail in mid-run
+	$(PY) -m pytest -q -m long
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
