@@ -122,6 +122,17 @@ def test_nearest_of_shards_are_the_nearest_of_all() -> None:
 # ---- the actor's own work, in this process ----
 
 
+def test_parts_are_shared_out_in_pieces_that_do_not_depend_on_workers() -> None:
+    parts = [f"part-{n}" for n in range(100)]
+    for workers in (1, 2, 3, 4, 9):
+        shares = concepts._share(parts, workers)
+        assert len(shares) == min(workers, 4)
+        pieces = [piece for share in shares for piece in share]
+        assert [len(piece) for piece in pieces] == [32, 32, 32, 4]
+        assert [part for piece in pieces for part in piece] == parts
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
 def test_an_actor_reads_its_parts_by_group(tmp_path: Path) -> None:
     windows = made_windows(25)
     run = write_parts(tmp_path, windows)
@@ -129,11 +140,13 @@ def test_an_actor_reads_its_parts_by_group(tmp_path: Path) -> None:
     parts, size = concepts._parts(run.artifact("features"))
     assert [Path(p).name for p in parts] == [f"part-{n:08d}.parquet" for n in (0, 10, 20)]
     assert size > windows.nbytes / 2
-    actor = concepts.KMeansActor(functools.partial(concepts._read_parts, parts, groups), threads=1, gpu=False)
+    actor = concepts.KMeansActor(
+        functools.partial(concepts._read_parts, [parts[:2], parts[2:]], groups), threads=1, gpu=False
+    )
     foreground, background = features_of(windows, "foreground"), features_of(windows, "background")
     assert actor.measure("things") == (100, float(np.abs(foreground).max()))
     assert actor.measure("stuff") == (50, float(np.abs(background).max()))
-    rows = np.array([0, 37, 40, 99])  # of the first part, the last but one of it, the second, and the last
+    rows = np.array([0, 37, 40, 99])  # two of the first part, one of the second, the last of all
     taken = actor.take("things", rows)
     assert taken is not None
     np.testing.assert_array_equal(taken, foreground[rows])
@@ -259,15 +272,18 @@ def test_things_come_from_foreground_and_stuff_from_background(tmp_path: Path, r
 
 
 @pytest.mark.ray
-def test_two_actors_and_a_lost_one_make_no_difference(tmp_path: Path, ray_cluster: None) -> None:
+def test_two_actors_and_a_lost_one_make_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+) -> None:
     import ray
 
+    monkeypatch.setattr(concepts, "_PIECE_PARTS", 1)
     windows = made_windows(25, seed=3)
     run, recipe = write_parts(tmp_path, windows), recipe_of(**{"windows.groups": "all"})
     group = concepts._groups(recipe)[0]
     parts, _ = concepts._parts(run.artifact("features"))
     shares = concepts._share(parts, 2)
-    assert [len(s) for s in shares] == [2, 1]
+    assert [[len(piece) for piece in share] for share in shares] == [[1], [1, 1]]
     sources = [functools.partial(concepts._read_parts, share, [group]) for share in shares]
     with concepts._actors(sources, restarts=-1) as actors:
         spread = concepts._Spread(actors, "concepts")

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,7 @@ _SHARD_BYTES = 256 << 20  # below this, starting another actor costs more than i
 _THREADS = 8  # an actor's at most: more of them wait for each other's Python
 _SAVE_SECONDS = 30.0
 _READERS = 4  # parts read at a time, as S3 answers late
+_PIECE_PARTS = 32  # joined: a part has a few hundred windows of a group, and chunks of fewer rows than CHUNK are slow
 
 
 def kmeans(features: Any, k: int, *, iterations: int = 100, seed: int = 0, workers: int = 1) -> KMeansResult:
@@ -237,7 +238,7 @@ class _Rows:
     """Rows of features in memory, in pieces, and for windows where they are: columns index, y0, y1, x0, x1."""
 
     pieces: list[ndarray]
-    places: Int[ndarray, "n 5"] | None = None
+    places: list[ndarray] = field(default_factory=list)
 
 
 _Source = Callable[[], dict[str, _Rows]]
@@ -250,7 +251,7 @@ class KMeansActor:
         self._source, self._threads, self._gpu = source, threads, gpu
 
     @functools.cached_property
-    def _groups(self) -> dict[str, tuple[Shard, Int[ndarray, "n 5"] | None]]:
+    def _groups(self) -> dict[str, tuple[Shard, list[ndarray]]]:
         rows = self._source()
         return {name: (Shard(r.pieces, self._threads, self._gpu), r.places) for name, r in rows.items()}
 
@@ -277,9 +278,8 @@ class KMeansActor:
     def nearest(self, group: str, centroids: Float32[ndarray, "k d"], grid: Grid) -> pa.Table:
         """The windows of this shard that may be among the nearest to their concept."""
         shard, places = self._groups[group]
-        assert places is not None
         shard.assign(centroids, grid)  # a restarted actor has no assignment yet
-        columns = {"concept": shard.labels(), **dict(zip(_PLACE, places.T, strict=True))}
+        columns = {"concept": shard.labels(), **dict(zip(_PLACE, np.concatenate(places).T, strict=True))}
         return _nearest(pa.table({**columns, "distance": shard.distances(centroids).astype(np.float32)}))
 
 
@@ -299,15 +299,17 @@ def _nearest(windows: pa.Table) -> pa.Table:
     return windows.take(np.concatenate(chosen))
 
 
-def _read_parts(uris: Sequence[str], groups: Sequence[_Group]) -> dict[str, _Rows]:
-    """The windows of each group in some parts; each part is a piece, so chunks are the same whoever reads it."""
+def _read_parts(pieces: Sequence[Sequence[str]], groups: Sequence[_Group]) -> dict[str, _Rows]:
+    """The windows of each group; the parts of a piece are joined, the files of one piece being held twice at most."""
+    found = {group.name: _Rows([]) for group in groups}
     with ThreadPoolExecutor(_READERS) as pool:
-        parts = list(pool.map(lambda uri: _read_part(uri, groups), uris))
-    columns = zip(*parts, strict=True)
-    return {
-        group.name: _Rows([f for f, _ in part], np.concatenate([p for _, p in part]))
-        for group, part in zip(groups, columns, strict=True)
-    }
+        for uris in pieces:
+            parts = list(pool.map(lambda uri: _read_part(uri, groups), uris))
+            for group, windows in zip(groups, zip(*parts, strict=True), strict=True):
+                rows = found[group.name]
+                rows.pieces.append(np.concatenate([features for features, _ in windows]))
+                rows.places.append(np.concatenate([places for _, places in windows]))
+    return found
 
 
 def _read_part(uri: str, groups: Sequence[_Group]) -> list[tuple[Float32[ndarray, "_ d"], Int[ndarray, "_ 5"]]]:
@@ -469,8 +471,11 @@ def _worker_count(size: int) -> int:
     return max(1, min(math.ceil(size / _SHARD_BYTES), len(nodes) * per_node))
 
 
-def _share(parts: Sequence[str], workers: int) -> list[list[str]]:
-    return [list(p) for p in np.array_split(np.array(parts, dtype=object), min(workers, len(parts)))]
+def _share(parts: Sequence[str], workers: int) -> list[list[list[str]]]:
+    """Pieces of consecutive parts, shared out: what makes a piece, and so a chunk, is the same for any workers."""
+    pieces = [list(parts[i : i + _PIECE_PARTS]) for i in range(0, len(parts), _PIECE_PARTS)]
+    bounds = np.linspace(0, len(pieces), min(workers, len(pieces)) + 1).astype(int).tolist()
+    return [pieces[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def _has_gpu() -> bool:
