@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from transfgu.command_line import Parser, add_recipe, find_user_error, recipe_of
+from transfgu.command_line import (
+    Parser,
+    add_pretraining_recipe,
+    add_recipe,
+    find_user_error,
+    pretraining_recipe_of,
+    recipe_of,
+)
 from transfgu.errors import UserError
-from transfgu.recipe import FIELDS, Recipe, preset
+from transfgu.recipe import FIELDS, PRETRAINING_FIELDS, PretrainingRecipe, Recipe, preset
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -91,3 +98,30 @@ def test_a_users_mistake_is_found_under_wrappers() -> None:
     mistake = UserError("K is larger than the number of windows")
     assert find_user_error(Wrapped(Wrapped(mistake))) is mistake
     assert find_user_error(ValueError("another")) is None
+
+
+def test_every_field_of_the_pretraining_is_a_flag() -> None:
+    parser = Parser("")
+    add_pretraining_recipe(parser)
+    assert pretraining_recipe_of(parser.parse([])) == PretrainingRecipe()
+    given = parser.parse(["--prototypes", "32", "--local_area", "0.1,0.3"])
+    assert pretraining_recipe_of(given) == PretrainingRecipe(prototypes=32, local_area=(0.1, 0.3))
+    shown = parser.format_help()
+    assert all(f"--{name} " in shown and info.doc[:20] in shown for name, info in PRETRAINING_FIELDS.items())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "many"], "steps must be a whole number, not 'many'"),
+        (["--steps", "0"], "steps must be positive, not 0"),
+        (["--global_area", "0.5,0.2"], "global_area must be two rising shares in (0, 1], not 0.5,0.2"),
+        (["--heads", "5"], "width 96 is not a multiple of heads 5"),
+    ],
+)
+def test_mistakes_in_the_pretrainings_flags_are_one_line(words: list[str], message: str) -> None:
+    parser = Parser("")
+    add_pretraining_recipe(parser)
+    with pytest.raises(UserError) as error:
+        pretraining_recipe_of(parser.parse(words))
+    assert str(error.value) == message

@@ -16,7 +16,8 @@ from torch import Tensor
 from transfgu import pretraining
 from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from transfgu.errors import UserError
-from transfgu.pretraining import PretrainingRecipe, StepSchedule, Student, Teacher, Views
+from transfgu.pretraining import StepSchedule, Student, Teacher, Views
+from transfgu.recipe import PretrainingRecipe
 
 SMALL = PretrainingRecipe(
     width=12,

@@ -5,6 +5,7 @@ A flag is the field's dotted name (``--training.omega_1``), or its last part whe
 """
 
 import argparse
+import dataclasses
 import difflib
 import signal
 import sys
@@ -13,7 +14,19 @@ from typing import Any, NoReturn
 
 from transfgu import storage
 from transfgu.errors import UserError
-from transfgu.recipe import FIELDS, PRESETS, Recipe, from_yaml, kind_name, preset, short_names
+from transfgu.recipe import (
+    FIELDS,
+    PRESETS,
+    PRETRAINING_FIELDS,
+    FieldInfo,
+    PretrainingRecipe,
+    Recipe,
+    convert,
+    from_yaml,
+    kind_name,
+    preset,
+    short_names,
+)
 
 _GROUPS = {
     "": "data and seed",
@@ -74,18 +87,28 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         if name == "preset":
             continue
         flags = [f"--{name}", *([f"--{short[name]}"] if name in short else [])]
-        unit = f" [{info.unit}]" if info.unit else ""
-        value = defaults[name]
-        shown = ",".join(map(str, value)) if isinstance(value, list) else value
-        note = f" (default for shapes: {shown})" if shown != "" else ""
-        extra: dict[str, Any] = {"nargs": "?", "const": "true"} if info.kind is bool else {}
-        groups[name.rpartition(".")[0]].add_argument(
-            *flags,
-            dest=f"field:{name}",
-            metavar=_metavar(info.kind),
-            help=f"{info.doc}{unit}{note}".replace("%", "%%"),
-            **extra,
-        )
+        _add_field(groups[name.rpartition(".")[0]], flags, info, defaults[name], "default for shapes")
+
+
+def add_pretraining_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of the pretraining's recipe."""
+    group = parser.add_argument_group("what is learned, and how")
+    for field in dataclasses.fields(PretrainingRecipe):
+        _add_field(group, [f"--{field.name}"], PRETRAINING_FIELDS[field.name], field.default, "default")
+
+
+def _add_field(group: argparse._ArgumentGroup, flags: list[str], info: FieldInfo, default: Any, what: str) -> None:
+    unit = f" [{info.unit}]" if info.unit else ""
+    shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else default
+    note = f" ({what}: {shown})" if shown != "" else ""
+    extra: dict[str, Any] = {"nargs": "?", "const": "true"} if info.kind is bool else {}
+    group.add_argument(
+        *flags,
+        dest=f"field:{info.name}",
+        metavar=_metavar(info.kind),
+        help=f"{info.doc}{unit}{note}".replace("%", "%%"),
+        **extra,
+    )
 
 
 def _metavar(kind: Any) -> str:
@@ -107,6 +130,16 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     else:
         recipe = preset(arguments.preset or "shapes")
     return recipe.with_fields(given_fields(arguments))
+
+
+def pretraining_recipe_of(arguments: argparse.Namespace) -> PretrainingRecipe:
+    """The pretraining's recipe that the arguments ask for.
+
+    Raises:
+        UserError: a bad value.
+    """
+    given = given_fields(arguments)
+    return PretrainingRecipe(**{name: convert(name, PRETRAINING_FIELDS[name].kind, v) for name, v in given.items()})
 
 
 def given_fields(arguments: argparse.Namespace) -> dict[str, str]:

@@ -30,60 +30,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD
-from transfgu.errors import UserError
+from transfgu.recipe import PretrainingRecipe
 
 Vit = Any
 """A VisionTransformer with a class token and learned positions: timm's types leave open whether it has them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainingRecipe:
-    """Everything that decides what is learned, apart from the images."""
-
-    seed: int = 0
-    # ---- the encoder
-    patch_size: int = 8  # px
-    width: int = 96  # d
-    depth: int = 4  # blocks
-    heads: int = 3
-    # ---- views
-    global_size: int = 48  # px; the encoder's native size
-    local_size: int = 24  # px
-    local_views: int = 4  # an image; the last of them is shown in mosaics
-    global_area: tuple[float, float] = (0.25, 1.0)  # share of the image
-    local_area: tuple[float, float] = (0.08, 0.35)  # share of the image
-    # ---- localisation
-    global_mosaic: int = 2  # tiles a side
-    local_mosaic: int = 4  # tiles a side
-    forget: float = 0.5  # share of views whose class token is reset before the last block
-    # ---- objective
-    prototypes: int = 256  # fewer made windows easier to cluster, and patch tokens poorer (see docs/results.md)
-    hidden: int = 256  # width of the head
-    bottleneck: int = 64  # width of what is compared
-    contrast_temperature: float = 0.15
-    student_temperature: float = 0.1
-    teacher_temperature: float = 0.05
-    sinkhorn_iterations: int = 3
-    clustering_starts: float = 0.1  # share of the steps, without the teacher's targets
-    clustering_full: float = 0.25  # share of the steps, from which the targets count fully
-    contrast_kept: float = 0.5  # what InfoNCE still weighs from then on
-    # ---- optimisation
-    steps: int = 2600
-    batch_size: int = 64  # images a step, over all workers
-    learning_rate: float = 1e-3  # at a batch of 64
-    warmup: int = 100  # steps
-    weight_decay: tuple[float, float] = (0.04, 0.2)  # at the first and at the last step
-    teacher_momentum: float = 0.99  # at the first step; 1 at the last
-    clip: float = 3.0  # norm of the gradients
-
-    def __post_init__(self) -> None:
-        for name in ("global_size", "local_size"):
-            if getattr(self, name) % self.patch_size:
-                raise UserError(f"{name} {getattr(self, name)} is not a multiple of patch_size {self.patch_size}")
-        if self.width % self.heads:
-            raise UserError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.batch_size % self.local_mosaic**2 or self.batch_size % self.global_mosaic**2:
-            raise UserError(f"batch_size {self.batch_size} does not fill mosaics of {self.local_mosaic**2} tiles")
 
 
 # ---- the encoder

@@ -9,16 +9,15 @@ from PIL import Image
 
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
-from transfgu.pretraining import PretrainingRecipe
 from transfgu.progress import Progress
-from transfgu.recipe import ComputeRecipe
+from transfgu.recipe import ComputeRecipe, PretrainingRecipe
 from transfgu.stages import pretraining
 from transfgu.stages.pretraining import Part, PretrainingJob
 from transfgu.weight_files import read_weights
 
 TINY = PretrainingRecipe(
     width=12, depth=2, heads=3, patch_size=4, global_size=16, local_size=8, local_views=1, global_mosaic=2,
-    local_mosaic=2, prototypes=8, hidden=8, bottleneck=4, batch_size=8, steps=5, warmup=1,
+    local_mosaic=2, prototypes=8, hidden=8, bottleneck=4, batch_size=8, steps=3, warmup=1,
 )  # fmt: skip
 QUIET = Progress("pretraining", quiet=True)
 

@@ -41,7 +41,6 @@ from transfgu.datasets import images as pictures
 from transfgu.datasets import shapes
 from transfgu.errors import BadInput, UserError
 from transfgu.pretraining import (
-    PretrainingRecipe,
     StepSchedule,
     Student,
     Teacher,
@@ -52,7 +51,7 @@ from transfgu.pretraining import (
     pretraining_loss,
 )
 from transfgu.progress import Progress
-from transfgu.recipe import ComputeRecipe
+from transfgu.recipe import ComputeRecipe, PretrainingRecipe
 from transfgu.tokens import use_cores
 
 SHAPES = "shapes"
