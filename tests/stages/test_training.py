@@ -21,7 +21,7 @@ from transfgu.packed_maps import unpack_maps
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe
 from transfgu.stages import training
-from transfgu.stages.training import Board, training_images
+from transfgu.stages.training import training_images
 from transfgu.stages.training_loop import State
 from transfgu.views import apply_views, draw_views
 
@@ -194,29 +194,6 @@ def test_a_run_without_pseudo_labels_is_refused(tmp_path: Path) -> None:
         part.unlink()
     with pytest.raises(UserError, match="holds no pseudo label"):
         training.run(made.recipe, made.run, Listener())
-
-
-def test_the_board_ends_what_fails_again_and_again() -> None:
-    board = Board()
-    assert all(board.begin(2, 1) for _ in range(5))
-    assert board.begin(2, 3)  # other workers: not the same attempt
-    assert board.begin(3, 3)  # and here is progress
-    assert all(board.begin(3, 3) for _ in range(4))
-    board.fail("OSError()", is_mistake=False)
-    assert not board.begin(3, 3)
-    status = board.read(0)
-    assert status.failure == "training failed 5 times in epoch 4, at last with OSError()"
-    assert not status.is_mistake
-
-
-def test_the_board_takes_a_users_mistake_at_once() -> None:
-    board = Board()
-    board.end_epoch({"epoch": 1})
-    board.end_epoch({"epoch": 2})
-    board.fail("weights missing", is_mistake=True)
-    assert not board.begin(0, 1)
-    status = board.read(1)
-    assert (status.failure, status.is_mistake, status.rows) == ("weights missing", True, [{"epoch": 2}])
 
 
 def state(seed: int) -> State:

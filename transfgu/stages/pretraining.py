@@ -11,9 +11,7 @@ import io
 import json
 import math
 import tempfile
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +30,6 @@ from numpy import ndarray
 from ray.data import DataContext
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,6 +49,7 @@ from transfgu.pretraining import (
 )
 from transfgu.progress import Progress
 from transfgu.recipe import ComputeRecipe, PretrainingRecipe
+from transfgu.stages.board import put_up, watched
 from transfgu.tokens import use_cores
 
 SHAPES = "shapes"
@@ -60,7 +58,6 @@ SHAPES = "shapes"
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jp2", ".avif")
 _PARTS, _PART_SIZE = 64, 256  # at least so many parts (workers share them), of at most so many images
 _MAX_BAD_SHARE = 0.1
-_WATCH_SECONDS = 0.5
 _TELL_STEPS = 5
 _ATTEMPTS = 5
 
@@ -305,8 +302,7 @@ def _metadata(job: PretrainingJob, prepared: Prepared) -> dict[str, str]:
 
 
 def _fit(job: PretrainingJob, prepared: Prepared, compute: ComputeRecipe, progress: Progress) -> Checkpoint:
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board: Any = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    board = put_up()
     resources = runtime.actor_resources(compute)
     trainer = TorchTrainer(
         _work,
@@ -325,51 +321,11 @@ def _fit(job: PretrainingJob, prepared: Prepared, compute: ComputeRecipe, progre
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    with _watched(board, job.recipe.steps, progress):
+    with watched(board, progress):
         checkpoint: Checkpoint | None = trainer.fit().checkpoint
+    ray.kill(board)
     assert checkpoint is not None
     return checkpoint
-
-
-class _Board:
-    """An actor by the driver's side, on which the first worker writes how far it is."""
-
-    def __init__(self) -> None:
-        self._done, self._notes = 0, list[str]()
-
-    def step(self, done: int) -> None:
-        self._done = done
-
-    def note(self, text: str) -> None:
-        self._notes.append(text)
-
-    def read(self, notes: int) -> tuple[int, list[str]]:
-        return self._done, self._notes[notes:]
-
-
-@contextmanager
-def _watched(board: Any, steps: int, progress: Progress) -> Iterator[None]:
-    """Tell the driver's `progress` what the board says, while the body runs."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        seen, over = 0, False
-        while not over:
-            over = ended.wait(_WATCH_SECONDS)  # one more look after the end
-            done, notes = ray.get(board.read.remote(seen))
-            seen += len(notes)
-            if done:
-                progress.update(done, steps, "steps")
-            for note in notes:
-                progress.note(note)
-
-    thread = threading.Thread(target=watch, name="pretraining progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 @dataclass(kw_only=True)
@@ -441,7 +397,7 @@ def _work(config: dict[str, Any]) -> None:
         for _, images in zip(range(steps), stream, strict=False):
             losses.append(_step(state, parallel, images.to(device).float() / 255, recipe, generator))
             if rank == 0 and (state.step % _TELL_STEPS == 0 or state.step == recipe.steps):
-                config["board"].step.remote(state.step)
+                config["board"].step.remote(state.step, recipe.steps)
         state.epoch += 1
         mean = {name: float(np.mean([loss[name] for loss in losses])) for name in losses[0]}
         if rank == 0:

@@ -7,12 +7,8 @@ ends the training instead of being tried again.
 
 import json
 import os
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,7 +16,6 @@ import pyarrow.parquet as pq
 import ray
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transfgu import ingest, runtime, storage
 from transfgu.artifacts import Outcome, Run
@@ -28,10 +23,8 @@ from transfgu.errors import UserError
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe
 from transfgu.stages import samples
+from transfgu.stages.board import Status, put_up, watched
 from transfgu.stages.training_loop import Job, merit, work
-
-_ATTEMPTS = 5  # in vain, at one epoch, before a fault counts as one that trying again won't mend
-_WATCH_SECONDS = 0.5
 
 MODEL = "model.safetensors"
 """The run's decoder, in the run's folder: of the best epoch, or of the last where no validation image is labelled."""
@@ -117,8 +110,7 @@ def fit(
     """
     # Ray Train looks after its workers every two seconds, which an epoch of one second would wait for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    board = put_up()
     resources = runtime.actor_resources(recipe.compute)
     trainer = TorchTrainer(
         work,
@@ -139,7 +131,7 @@ def fit(
             callbacks=list(callbacks),  # type: ignore[arg-type]
         ),
     )
-    with _watched(board, recipe.training.epochs, progress):
+    with watched(board, progress):
         result = trainer.fit()
     status: Status = ray.get(board.read.remote(0))
     ray.kill(board)
@@ -167,96 +159,3 @@ def publish(recipe: Recipe, run: Run, checkpoint: Checkpoint, images: int) -> Ou
     if skipped := sum(row["skipped_steps"] for row in history):
         details["skipped steps"] = skipped
     return Outcome(items=images, details=details)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Status:
-    """What the board says."""
-
-    done: int
-    total: int
-    """Steps of the whole training."""
-    rows: list[dict[str, Any]]
-    """Of the history, those not read before."""
-    failure: str
-    is_mistake: bool
-    """Whether the failure is a user's mistake."""
-
-
-class Board:
-    """An actor by the driver's side: workers write on it how far they are, and what must not be tried again."""
-
-    def __init__(self) -> None:
-        self._done = self._total = 0
-        self._rows: list[dict[str, Any]] = []
-        self._failure = ""
-        self._is_mistake = False
-        self._last_error = "a worker died"
-        self._attempts: tuple[tuple[int, int], int] = ((-1, 0), 0)
-
-    def begin(self, epoch: int, workers: int) -> bool:
-        """Whether `workers` workers should go on from `epoch`; each attempt asks once."""
-        key, count = self._attempts
-        count = count + 1 if key == (epoch, workers) else 1
-        self._attempts = ((epoch, workers), count)
-        if count > _ATTEMPTS and not self._failure:
-            self._failure = f"training failed {_ATTEMPTS} times in epoch {epoch + 1}, at last with {self._last_error}"
-        return not self._failure
-
-    def step(self, done: int, total: int) -> None:
-        """So many steps of the whole training are done."""
-        self._done, self._total = done, total
-
-    def end_epoch(self, row: dict[str, Any]) -> None:
-        """An epoch is done; its row of the history."""
-        self._rows.append(row)
-
-    def fail(self, error: str, *, is_mistake: bool) -> None:
-        """An attempt ended in an error; after a user's mistake there is no other."""
-        if is_mistake:
-            self._failure, self._is_mistake = error, True
-        self._last_error = error
-
-    def read(self, rows: int) -> Status:
-        """Everything, but for the first `rows` rows."""
-        return Status(
-            done=self._done,
-            total=self._total,
-            rows=self._rows[rows:],
-            failure=self._failure,
-            is_mistake=self._is_mistake,
-        )
-
-
-@contextmanager
-def _watched(board: Any, epochs: int, progress: Progress) -> Iterator[None]:
-    """Tell the driver's `progress` what the board says, while the body runs."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        seen, done, over = 0, 0, False
-        while not over:
-            over = ended.wait(_WATCH_SECONDS)  # one more look after the end
-            status: Status = ray.get(board.read.remote(seen))
-            seen += len(status.rows)
-            if status.done > done:
-                done = status.done
-                progress.update(done, status.total, "steps")
-            for row in status.rows:
-                progress.note(_line(row, epochs))
-
-    thread = threading.Thread(target=watch, name="training progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _line(row: dict[str, Any], epochs: int) -> str:
-    score = ""
-    if row["mean_iou"] is not None:
-        score = f", mIoU {row['mean_iou']:.1f}, accuracy {row['pixel_accuracy']:.1f}"
-    teacher = ", new teacher" if row["teacher_updated"] else ""
-    return f"epoch {row['epoch']} of {epochs}: loss {row['total']:.3f}{score}{teacher}, {row['seconds']:.1f} s"

@@ -64,7 +64,7 @@ class Job:
     validation: str
     """URI of the table of labelled validation images (`image`, `label`); empty where there are none."""
     board: Any
-    """Handle of the driver's `Board`."""
+    """Handle of the driver's `board.Board`."""
 
 
 @dataclass(kw_only=True)
@@ -310,7 +310,7 @@ class Worker:
             if self.rank == 0:
                 self.state.save(Path(folder), self._metadata())
                 checkpoint = Checkpoint.from_directory(folder)
-                self.job.board.end_epoch.remote(row)
+                self.job.board.note.remote(_line(row, self.recipe.training.epochs))
             ray.train.report(row, checkpoint=checkpoint)
 
     def _metadata(self) -> dict[str, str]:
@@ -337,6 +337,15 @@ _LOSSES = ("total", "peer", "diversity", "uncertainty")
 def merit(row: dict[str, Any]) -> float:
     """What the best epoch has most of; below zero without a score."""
     return -1.0 if row["mean_iou"] is None else float(row["mean_iou"] + row["pixel_accuracy"])
+
+
+def _line(row: dict[str, Any], epochs: int) -> str:
+    """An epoch's row of the history, for the user."""
+    score = ""
+    if row["mean_iou"] is not None:
+        score = f", mIoU {row['mean_iou']:.1f}, accuracy {row['pixel_accuracy']:.1f}"
+    teacher = ", new teacher" if row["teacher_updated"] else ""
+    return f"epoch {row['epoch']} of {epochs}: loss {row['total']:.3f}{score}{teacher}, {row['seconds']:.1f} s"
 
 
 class Validation:

@@ -1,0 +1,34 @@
+"""The board by itself, without Ray; training and pretraining use it through Ray in their own tests."""
+
+import subprocess
+import sys
+
+from transfgu.stages.board import Board
+
+
+def test_the_board_ends_what_fails_again_and_again() -> None:
+    board = Board()
+    assert all(board.begin(2, 1) for _ in range(5))
+    assert board.begin(2, 3)  # other workers: not the same attempt
+    assert board.begin(3, 3)  # and here is progress
+    assert all(board.begin(3, 3) for _ in range(4))
+    board.fail("OSError()", is_mistake=False)
+    assert not board.begin(3, 3)
+    status = board.read(0)
+    assert status.failure == "training failed 5 times in epoch 4, at last with OSError()"
+    assert not status.is_mistake
+
+
+def test_the_board_takes_a_users_mistake_at_once() -> None:
+    board = Board()
+    board.note("epoch 1")
+    board.note("epoch 2")
+    board.fail("weights missing", is_mistake=True)
+    assert not board.begin(0, 1)
+    status = board.read(1)
+    assert (status.failure, status.is_mistake, status.notes) == ("weights missing", True, ["epoch 2"])
+
+
+def test_its_process_has_no_torch_to_import() -> None:
+    code = "import sys, transfgu.stages.board; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,109 @@
+"""What workers have to say goes to a board beside the driver, which reads it twice a second and never waits for them.
+
+No torch here, nor what brings it: the board is an actor, whose process should be up in a moment.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from transfgu.progress import Progress
+
+_ATTEMPTS = 5  # in vain, at one epoch, before a fault counts as one that trying again won't mend
+_WATCH_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What the board says."""
+
+    done: int
+    total: int
+    """Steps of the whole training."""
+    notes: list[str]
+    """Lines for the user that were not read before."""
+    failure: str
+    is_mistake: bool
+    """Whether the failure is a user's mistake."""
+
+
+class Board:
+    """An actor: workers write on it how far they are, and what must not be tried again."""
+
+    def __init__(self) -> None:
+        self._done = self._total = 0
+        self._notes: list[str] = []
+        self._failure = ""
+        self._is_mistake = False
+        self._last_error = "a worker died"
+        self._attempts: tuple[tuple[int, int], int] = ((-1, 0), 0)
+
+    def begin(self, epoch: int, workers: int) -> bool:
+        """Whether `workers` workers should go on from `epoch`; each attempt asks once."""
+        key, count = self._attempts
+        count = count + 1 if key == (epoch, workers) else 1
+        self._attempts = ((epoch, workers), count)
+        if count > _ATTEMPTS and not self._failure:
+            self._failure = f"training failed {_ATTEMPTS} times in epoch {epoch + 1}, at last with {self._last_error}"
+        return not self._failure
+
+    def step(self, done: int, total: int) -> None:
+        """So many steps of the whole training are done."""
+        self._done, self._total = done, total
+
+    def note(self, text: str) -> None:
+        """A line for the user."""
+        self._notes.append(text)
+
+    def fail(self, error: str, *, is_mistake: bool) -> None:
+        """An attempt ended in an error; after a user's mistake there is no other."""
+        if is_mistake:
+            self._failure, self._is_mistake = error, True
+        self._last_error = error
+
+    def read(self, notes: int) -> Status:
+        """Everything, but for the first `notes` notes."""
+        return Status(
+            done=self._done,
+            total=self._total,
+            notes=self._notes[notes:],
+            failure=self._failure,
+            is_mistake=self._is_mistake,
+        )
+
+
+def put_up() -> Any:
+    """A new board on the driver's own node: the handle of its actor."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+@contextmanager
+def watched(board: Any, progress: Progress) -> Iterator[None]:
+    """Tell the driver's `progress` what the board says, while the body runs."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        seen, done, over = 0, 0, False
+        while not over:
+            over = ended.wait(_WATCH_SECONDS)  # one more look after the end
+            status: Status = ray.get(board.read.remote(seen))
+            seen += len(status.notes)
+            if status.done > done:
+                done = status.done
+                progress.update(done, status.total, "steps")
+            for text in status.notes:
+                progress.note(text)
+
+    thread = threading.Thread(target=watch, name="training progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
