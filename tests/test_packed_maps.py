@@ -1,22 +1,24 @@
 """Packed maps against what a label is made of: the order of concepts at a place, and the image's scaled scores."""
 
+import pytest
 import torch
+from torch.nn import functional as F
 
 from transfgu.maps import scale_maps
 from transfgu.packed_maps import pack_maps, unpack_maps
 
 
-def close_maps() -> torch.Tensor:
+def close_maps(gap: float = 1e-4, images: int = 2) -> torch.Tensor:
     """Maps as encoders give them: one attention for all concepts, told apart by gradients of about 1e-4."""
     generator = torch.Generator().manual_seed(0)
-    attention = torch.rand(2, 1, 12, 10, generator=generator)
-    gain = torch.randn(2, 9, 12, 10, generator=generator) * 1e-4
+    attention = torch.rand(images, 1, 12, 10, generator=generator)
+    gain = torch.randn(images, 9, 12, 10, generator=generator) * gap
     return (attention + gain.clamp(min=0)).masked_fill(gain < 0, 0)
 
 
 def test_packs_the_top_and_the_gaps() -> None:
     maps = torch.tensor([0.5, 0.25, 0.0]).view(1, 3, 1, 1)
-    assert pack_maps(maps).flatten().tolist() == [0.5, 0.0, 0.25, 0.5]
+    assert pack_maps(maps).flatten().tolist() == [128.0, 0.0, 64.0, 128.0]  # times 256
     assert torch.equal(unpack_maps(pack_maps(maps)), maps)
 
 
@@ -32,3 +34,21 @@ def test_zeros_stay_zeros_and_scores_stay_close() -> None:
     back = unpack_maps(pack_maps(maps))
     assert torch.equal(back == 0, maps == 0)
     torch.testing.assert_close(scale_maps(back), scale_maps(maps), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("gap", [1e-2, 1e-4])
+def test_fewer_labels_than_one_in_a_thousand_change_where_planes_are_resampled(gap: float) -> None:
+    maps = close_maps(gap, images=40)
+    for size in ((24, 20), (30, 25), (6, 5)):
+        exact = F.interpolate(maps.double(), size, mode="bilinear").argmax(1)
+        planes = F.interpolate(pack_maps(maps).float(), size, mode="bilinear")
+        assert (unpack_maps(planes).argmax(1) != exact).float().mean() < 0.001
+
+
+def test_the_closest_maps_are_told_apart_as_well_as_without_packing() -> None:
+    maps = close_maps(1e-6, images=40)  # where float32 itself has no more than four digits left
+    exact = F.interpolate(maps.double(), (30, 25), mode="bilinear").argmax(1)
+    planes = F.interpolate(pack_maps(maps).float(), (30, 25), mode="bilinear")
+    unpacked = F.interpolate(maps, (30, 25), mode="bilinear")
+    assert torch.equal(unpack_maps(pack_maps(maps)).argmax(1), maps.argmax(1))
+    assert (unpack_maps(planes).argmax(1) != exact).sum() <= (unpacked.argmax(1) != exact).sum()

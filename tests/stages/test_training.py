@@ -79,7 +79,7 @@ def one_process(recipe: Recipe, made: MadeRun) -> tuple[dict[str, Tensor], list[
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     optimiser = make_optimiser(student, recipe.training.lr, recipe.training.weight_decay)
     columns = ingest.read_training_rows(training_images(made.run), size=(SIDE, SIDE))
-    images, maps = torch.from_numpy(columns["image"]), unpack_maps(torch.from_numpy(columns["maps"]))
+    images, planes = torch.from_numpy(columns["image"]), torch.from_numpy(columns["maps"])
     order = Order(images=TRAIN, passes=recipe.training.passes, batch_size=4, seed=recipe.seed)
     teacher, losses = None, []
     for epoch in range(recipe.training.epochs):
@@ -92,14 +92,14 @@ def one_process(recipe: Recipe, made: MadeRun) -> tuple[dict[str, Tensor], list[
             places = torch.from_numpy(slots % TRAIN)
             if recipe.training.views:
                 views = draw_views(slots.tolist(), (SIDE, SIDE), seed=recipe.seed, epoch=epoch)
-                pixels, seen = apply_views(images[places], maps[places], views, encoder.patch_size)
+                pixels, seen = apply_views(images[places], planes[places], views, encoder.patch_size)
             else:
-                pixels, seen = normalise(images[places]), maps[places]
+                pixels, seen = normalise(images[places]), planes[places]
             result = training_step(
                 student,
                 optimiser,
                 encoder.patch_tokens(pixels),
-                seen,
+                unpack_maps(seen),
                 teacher,
                 omega_1=recipe.training.omega_1,
                 omega_2=recipe.training.omega_2,

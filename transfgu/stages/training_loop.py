@@ -215,19 +215,19 @@ class Worker:
         encoder = self.encode.encoder
         # By slots: an image that an epoch passes twice is seen in two views.
         views = draw_views(batch.slots.tolist(), self.recipe.dataset.training_size, seed=self.recipe.seed, epoch=epoch)
-        images, maps = batch.inputs.to(self.device), unpack_maps(batch.maps.to(self.device))
-        images, maps = apply_views(images, maps, views, encoder.patch_size, mean=encoder.mean, std=encoder.std)
-        return self.encode(images), maps
+        images, planes = batch.inputs.to(self.device), batch.maps.to(self.device)
+        images, planes = apply_views(images, planes, views, encoder.patch_size, mean=encoder.mean, std=encoder.std)
+        return self.encode(images), unpack_maps(planes)
 
     def _whole_images(self, batch: Batch, epoch: int) -> tuple[Float[Tensor, "B hw d"], Float[Tensor, "B K h w"]]:
         return self._known_tokens(batch._replace(inputs=self.encode(batch.inputs)), epoch)
 
     def _known_tokens(self, batch: Batch, epoch: int) -> tuple[Float[Tensor, "B hw d"], Float[Tensor, "B K h w"]]:
-        maps = unpack_maps(batch.maps.to(self.device))
+        planes = batch.maps.to(self.device)
         grid = patch_grid(self.recipe.dataset.training_size, self.encode.encoder.patch_size)
-        if maps.shape[2:] != grid:
-            maps = F.interpolate(maps, grid, mode="bilinear")
-        return batch.inputs.to(self.device), maps
+        if planes.shape[2:] != grid:
+            planes = F.interpolate(planes.float(), grid, mode="bilinear")
+        return batch.inputs.to(self.device), unpack_maps(planes)
 
     def run(self) -> None:
         """Train what epochs are left."""
