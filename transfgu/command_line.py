@@ -76,9 +76,11 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=120)
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Add the positional preset and a flag for every field of the recipe."""
-    parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"one of {', '.join(PRESETS)} (default: shapes)")
+def add_recipe(parser: argparse.ArgumentParser, preset_flag: str = "") -> None:
+    """Add the preset, positional or by `preset_flag`, and a flag for every field of the recipe."""
+    named: dict[str, Any] = {"dest": "preset"} if preset_flag else {"nargs": "?"}
+    what = f"one of {', '.join(PRESETS)} (default: shapes)"
+    parser.add_argument(preset_flag or "preset", metavar="PRESET", help=what, **named)
     parser.add_argument("--recipe", metavar="URI", help="start from this YAML recipe instead of a preset")
     short = {full: name for name, full in short_names().items()}
     defaults = preset("shapes").flat()

@@ -39,7 +39,7 @@ class FrozenEncoder:
         self.encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights).to(device)
         self.device = device
         auto = recipe.encoder.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self._half = auto or recipe.encoder.precision == "bfloat16"
+        self.half = auto or recipe.encoder.precision == "bfloat16"
         self._patches = recipe.encoder.batch_size * self._grid(recipe.windows.size)[2]
         self._threads: ThreadPoolExecutor | None = None
         if device.type == "cpu":
@@ -63,7 +63,7 @@ class FrozenEncoder:
         """Which patches are salient (see `Encoder.saliency`)."""
 
         def salient(batch: Tensor) -> Tensor:
-            with self._precision():
+            with self.precision():
                 return self.encoder.saliency(batch, times_mean=times_mean)
 
         return self._of_images(salient, images, self.rows(_size(images)), "images")
@@ -113,7 +113,7 @@ class FrozenEncoder:
             total = torch.zeros(len(batch), len(concepts), *grid, device=self.device)
             for size in sizes:
                 resized = batch if size == (height, width) else F.interpolate(batch, size, mode="bilinear")
-                with self._precision():
+                with self.precision():
                     one = maps(resized)
                 total += one if one.shape[2:] == grid else F.interpolate(one, grid, mode="area")
             if how.smoothing > 1:
@@ -156,15 +156,16 @@ class FrozenEncoder:
         return result
 
     def _class_tokens(self, batch: Tensor) -> Tensor:
-        with self._precision():
+        with self.precision():
             return self.encoder.class_tokens(batch).float()
 
     def _normalised(self, images: UInt8[np.ndarray, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
         # Arrays out of Ray's object store are read-only, which torch warns of; nothing here writes to them.
         return normalise(torch.tensor(images, device=self.device), self.encoder.mean, self.encoder.std)
 
-    def _precision(self) -> torch.autocast | nullcontext[None]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self._half else nullcontext()
+    def precision(self) -> torch.autocast | nullcontext[None]:
+        """The context that forwards run in."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext()
 
     def _grid(self, size: Size) -> tuple[int, int, int]:
         h, w = (max(1, side // self.encoder.patch_size) for side in size)

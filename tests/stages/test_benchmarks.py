@@ -1,0 +1,65 @@
+"""The real stages are timed, at sizes where the figures mean nothing: what is tested is what they are figures of."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_benchmarks import tiny_recipe
+from transfgu import cost_plan
+from transfgu.errors import UserError
+from transfgu.measurements import Measurements
+from transfgu.stages import benchmarks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.ray
+def test_stages_are_timed_beside_their_bounds(tmp_path: Path, ray_cluster: None) -> None:
+    recipe = tiny_recipe(tmp_path).with_fields({"min_background": 0.55})
+    found = benchmarks.measure(recipe, ["features", "evaluation"], images=3, repeats=1, rows=100)
+    features, scoring = found.timings
+    assert (features.stage, features.items, scoring.stage) == ("features", 3, "evaluation")
+    windows = features.details["windows an image"] * 3
+    assert windows == round(windows) > 0
+    assert f"one a window ({windows:g})" in features.bound_is
+    for timing in found.timings:
+        assert timing.seconds > 0
+        assert timing.flops > 0
+        assert timing.peak_bytes > 50 << 20  # a process with torch in it
+    assert found.costs["file bytes"] > 1000
+    assert 0 < found.costs["training decoding"] < 1
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_from_measurements_to_a_plan(tmp_path: Path, ray_cluster: None) -> None:
+    recipe = tiny_recipe(tmp_path).with_fields({"iterations": 5})
+    found = benchmarks.measure(recipe, benchmarks.STAGES, images=2, repeats=1, rows=3000)
+    assert [t.stage for t in found.timings] == [
+        "features",
+        "concepts, one worker",
+        "concepts, two workers, their start included",
+        "concept maps",
+        "pseudo-labels",
+        "training step",
+        "training",
+        "evaluation",
+    ]
+    assert len(found.timing("training").ours) == 1  # the first epoch has no teacher
+    assert found.timing("pseudo-labels").details["bytes an image"] > 2 * 6 * 8 * 8
+    text = cost_plan.shown(recipe, Measurements.from_json(found.to_json()), cost_plan.Site(gpus=8), 118_287, 5000)
+    assert "118287 images, 8 x" in text
+
+
+def test_a_stage_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no stage speed to measure; choose one of features, concepts"):
+        benchmarks.measure(tiny_recipe(tmp_path), ["speed"], images=1, repeats=1, rows=1)
+
+
+def test_a_plan_without_measurements_says_what_to_run(tmp_path: Path) -> None:
+    words = ["plan", "lip-5", "--images", "9", "--gpus", "2", "--measured", str(tmp_path / "none.json")]
+    done = subprocess.run([sys.executable, "jobs/benchmark.py", *words], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert b"run jobs/benchmark.py all --preset lip-5" in done.stderr
