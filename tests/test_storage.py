@@ -31,6 +31,7 @@ class Faults:
     def __init__(self, target: str) -> None:
         self.pending: list[int] = []
         self.met = 0
+        self.asked: list[str] = []
         faults = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -38,6 +39,7 @@ class Faults:
 
             def handle_any(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                faults.asked.append(self.command)
                 if faults.pending:
                     faults.met += 1
                     self._fail(faults.pending.pop(0))
@@ -201,6 +203,14 @@ def test_large_object_in_one_piece(s3: str) -> None:
     data = os.urandom(1 << 16) * 200  # 13 MB: more than one part of an upload
     storage.write_bytes(f"{s3}/large", data)
     assert storage.read_bytes(f"{s3}/large") == data
+
+
+@pytest.mark.s3
+def test_an_image_takes_one_request_to_write_and_two_to_read(s3: str, faults: Faults) -> None:
+    storage.write_bytes(f"{s3}/image", os.urandom(300_000))
+    assert faults.asked == ["PUT"]
+    assert len(storage.read_bytes(f"{s3}/image")) == 300_000
+    assert faults.asked[1:] == ["HEAD", "GET"]
 
 
 @pytest.mark.s3
