@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -246,6 +247,40 @@ def test_other_transformers_are_timms_and_autograds(family: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "size", "grid", "rotary"),
+    [
+        ("vit_small_patch14_reg4_dinov2", (42, 56), (3, 4), False),
+        ("vit_small_patch16_dinov3", (48, 64), (3, 4), True),
+    ],
+)
+def test_timms_own_dinov2_and_dinov3(name: str, size: tuple[int, int], grid: tuple[int, int], rotary: bool) -> None:
+    encoder = Encoder.from_pretrained(name, "random")
+    assert (encoder.vit.num_prefix_tokens, encoder.position_resize) == (5, "timm")
+    assert (getattr(encoder.vit, "rope", None) is not None) == rotary
+    vit, prefix = encoder.vit, encoder.vit.num_prefix_tokens
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, arguments: tuple[Any, ...], attention: Tensor) -> None:
+        attention.requires_grad_().retain_grad()
+        caught.append(attention)
+
+    torch.manual_seed(0)
+    images, concepts = torch.randn(1, 3, *size), torch.randn(3, encoder.width)
+    vit.blocks[-1].attn.fused_attn = False
+    handle = vit.blocks[-1].attn.attn_drop.register_forward_hook(catch)
+    tokens = vit.forward_features(images)
+    handle.remove()
+    gradient = literal_gradient(tokens, caught[0], concepts, prefix, vit.zero_grad)
+    scale = float(1 / gradient.abs().max())  # so that the gradient counts as much as the attention
+    expected = literal_maps(caught[0].detach().mean(1)[:, 0, prefix:], scale * gradient)
+    output = encoder(images)
+    assert output.grid == grid
+    torch.testing.assert_close(output.cls, tokens[:, 0].detach(), rtol=1e-4, atol=1e-4)
+    maps = encoder.concept_maps(images, concepts, gradient_scale=scale)
+    torch.testing.assert_close(maps.flatten(2), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"class_token": False, "global_pool": "avg"}, "without a class token"),
@@ -424,9 +459,36 @@ def test_files_of_weights(tmp_path: Path) -> None:
     }
     dinos = Encoder.from_pretrained(name, save(tmp_path / "dino.pth", wrapped))
     assert_same_weights(dinos, state)
-    assert dinos.position_resize == "dino"
+    assert dinos.position_resize == "timm"  # as the name says, however the file wraps its weights
     other_grid = state | {"pos_embed": torch.randn(1, 1 + 4 * 4, state["pos_embed"].shape[2])}
     assert_same_weights(Encoder.from_pretrained(name, save(tmp_path / "grid.pth", {"model": other_grid})), other_grid)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch8_224.dino", "vit_tiny_patch16_224"])
+def test_features_are_the_same_in_whatever_file_the_weights_lie(name: str, tmp_path: Path) -> None:
+    state = Encoder.from_pretrained(name, "random").vit.state_dict()
+    files: dict[str, Any] = {
+        "dino.pth": state,  # as dino_deitsmall8_pretrain.pth
+        "timm.pth": {"state_dict": state},
+        "timm.safetensors": state,
+        "full.pth": {
+            "student": {f"module.backbone.{key}": torch.zeros(1) for key in state},
+            "teacher": {f"backbone.{key}": tensor for key, tensor in state.items()},
+            "args": Namespace(arch="vit_small"),
+        },
+        "wrapped.pth": {"teacher": {f"backbone.{key}": tensor for key, tensor in state.items()}},
+        "distributed.pth": {"model": {f"module.{key}": tensor for key, tensor in state.items()}},
+    }
+    if name.endswith(".dino"):  # large: the forms that its checkpoints have
+        files = {file: files[file] for file in ("dino.pth", "wrapped.pth")}
+    images = torch.randn(1, 3, 48, 80, generator=torch.Generator().manual_seed(0))  # not the model's own size
+    expected = Encoder.from_pretrained(name, "random")(images)
+    for file, content in files.items():
+        found = Encoder.from_pretrained(name, save(tmp_path / file, content))(images)
+        assert torch.equal(found.cls, expected.cls), file
+        assert torch.equal(found.patches, expected.patches), file
+        assert torch.equal(found.cls_attention, expected.cls_attention), file
+        (tmp_path / file).unlink()
 
 
 def test_a_file_that_describes_its_encoder(tmp_path: Path) -> None:
@@ -461,8 +523,11 @@ def test_no_code_in_weights_is_run(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     for write in (torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2))):
         write({"pos_embed": torch.zeros(1), "x": Payload(mark)}, tmp_path / "hostile.pth")
-        with pytest.raises(UserError, match="loading anything else could run code"):
+        before = (tmp_path / "hostile.pth").read_bytes()
+        with pytest.raises(UserError, match="loading anything else could run code") as caught:
             Encoder.from_pretrained("vit_tiny_patch16_224", str(tmp_path / "hostile.pth"))
+        assert "\n" not in str(caught.value)
+        assert (tmp_path / "hostile.pth").read_bytes() == before
     assert not mark.exists()
 
 

@@ -130,7 +130,8 @@ class Encoder(nn.Module):
         `weights`: "pretrained" (timm's from the hub; the shipped file), "random" (the same at every call), or a path
         or URI of a `.pth` or `.safetensors` file. A safetensors file whose metadata holds `patch_size` and
         `num_heads`, as our own pretraining writes it, describes its encoder by itself: `name` may then be any name
-        that timm does not have. Position embeddings are resized as DINO does for DINO's models, otherwise as timm does.
+        that timm does not have. Position embeddings are resized as DINO does for names that end in `.dino`, otherwise
+        as timm does.
 
         Raises UserError for an unknown name and for weights which are missing, of other shapes, or not plain tensors.
         """
@@ -144,7 +145,7 @@ class Encoder(nn.Module):
             vit = _create(name, pretrained=True)
         else:
             return _from_file(name, weights)
-        return _of_timm(vit, name)
+        return _of_timm(vit)
 
     # What one can ask of it, from least to most work.
 
@@ -393,13 +394,12 @@ def _create(name: str, *, pretrained: bool = False) -> Any:
         raise UserError(f"encoder {name} can't be had ({reason}): {remedy}") from error
 
 
-def _of_timm(vit: Any, name: str, *, is_dino: bool = False) -> Encoder:
+def _of_timm(vit: Any) -> Encoder:
     _check_supported(vit)
     known = vit.pretrained_cfg
-    is_dino = is_dino or known.get("tag") == "dino"
-    return Encoder(
-        vit, position_resize="dino" if is_dino else "timm", mean=tuple(known["mean"]), std=tuple(known["std"])
-    )
+    # The name decides, not how a file wraps the weights: the same weights are the same encoder.
+    how: PositionResize = "dino" if known.get("tag") == "dino" else "timm"
+    return Encoder(vit, position_resize=how, mean=tuple(known["mean"]), std=tuple(known["std"]))
 
 
 def _from_file(name: str, uri: str) -> Encoder:
@@ -418,7 +418,7 @@ def _from_file(name: str, uri: str) -> Encoder:
             vit.set_input_size(img_size=(side * vit.patch_embed.patch_size[0],) * 2)
     module = eva if isinstance(vit, Eva) else vision_transformer
     _load(vit, module.checkpoint_filter_fn(file.tensors, vit), what)
-    return _of_timm(vit, name, is_dino=file.is_dino)
+    return _of_timm(vit)
 
 
 def _self_described(name: str, weights: str) -> Encoder:

@@ -28,11 +28,10 @@ _HEADS = ("head.", "fc.", "dino_head.", "ibot_head.")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFile:
-    """Tensors by plain name, the file's own text metadata, and whether it is a checkpoint of DINO's training."""
+    """Tensors by plain name, and the file's own text metadata."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-    is_dino: bool
 
 
 def read_weights(uri: str) -> WeightFile:
@@ -52,10 +51,7 @@ def read_weights(uri: str) -> WeightFile:
             ) from None
     else:
         content = _unpickle(uri, data)
-    is_dino = isinstance(content, Mapping) and any(
-        isinstance(content.get(name), Mapping) for name in ("teacher", "student")
-    )
-    return WeightFile(tensors=unwrap(storage.shown(uri), content), metadata=metadata, is_dino=is_dino)
+    return WeightFile(tensors=unwrap(storage.shown(uri), content), metadata=metadata)
 
 
 def unwrap(name: str, content: object) -> dict[str, Tensor]:
