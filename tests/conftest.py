@@ -5,9 +5,16 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
+
+# Tests are tiny: more threads would only wait for each other. Before torch and FAISS are imported, here and in workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("transfgu", deadline=None)
+hypothesis.settings.load_profile("transfgu")
 
 # Shapes and types in signatures are promises: the suite runs with every one of them checked.
 install_import_hook("transfgu", "beartype.beartype")

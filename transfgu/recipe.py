@@ -314,7 +314,7 @@ class PretrainingRecipe:
     global_mosaic: int = _field(2, "tiles along a side of a mosaic of large views", "tiles")
     local_mosaic: int = _field(4, "tiles along a side of a mosaic of small views", "tiles")
     forget: float = _field(0.5, "share of views whose class token is reset before the last block", "0 to 1")
-    prototypes: int = _field(256, "prototypes of DINO's cross-entropy: the clusters that it looks for", "prototypes")
+    prototypes: int = _field(32, "prototypes of DINO's cross-entropy: the clusters that it looks for", "prototypes")
     hidden: int = _field(256, "width of the projection head", "channels")
     bottleneck: int = _field(64, "width of what is compared", "channels")
     contrast_temperature: float = _field(0.15, "temperature of InfoNCE")
@@ -532,7 +532,7 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
             "dataset.layout": "shapes", "dataset.classes": "shapes", "things": 6, "stuff": 4,
             "image_size": (128, 128), "feature_size": (128, 128), "training_size": (128, 128),
             "encoder.name": "vit_shapes", "encoder.batch_size": 256, "windows.size": (48, 48),
-            "pseudo_labels.scales": (1.0, 1.5, 2.0), "smoothing": 3, "epochs": 4, "passes": 4, "lr": 1e-3,
+            "pseudo_labels.scales": (0.75, 1.0, 1.5), "smoothing": 3, "epochs": 4, "passes": 4, "lr": 1e-3,
             "training.batch_size": 16, "views": False,
         },
         "coco-stuff-27": _COCO_27,

@@ -82,18 +82,19 @@ def scene(
     random = _random(seed, split, index)
     canvas = _Canvas.square(size)
     first, second = (int(kind) for kind in random.choice(len(STUFF), 2, replace=False))
-    pixels = _draw_stuff(first, canvas, random)
+    lens = _Lens(blur=float(random.uniform(0.2, 0.8)), contrast=float(random.uniform(0.5, 0.9)))
+    pixels = lens.beyond_focus(_draw_stuff(first, canvas, random))
     label = np.full(canvas.shape, len(THINGS) + first, np.uint8)
     if random.random() < 0.8:
         beyond = _beyond_wavy_border(canvas, size, random)
-        pixels = np.where(beyond[..., None], _draw_stuff(second, canvas, random), pixels)
+        pixels = np.where(beyond[..., None], lens.beyond_focus(_draw_stuff(second, canvas, random)), pixels)
         label[beyond] = len(THINGS) + second
     placed: list[tuple[float, float, float]] = []
     wanted = int(random.integers(1, 4))
     for _ in range(8 * wanted):  # a crowded scene may end with fewer
         if len(placed) == wanted:
             break
-        radius = size * float(random.uniform(0.17, 0.28))
+        radius = size * float(random.uniform(0.18, 0.30))
         x, y = (float(c) for c in random.uniform(0.12, 0.88, 2) * size)
         if all(np.hypot(x - x2, y - y2) > 0.85 * (radius + radius2) for x2, y2, radius2 in placed):
             placed.append((x, y, radius))
@@ -115,13 +116,11 @@ def object_image_and_class(seed: int, index: int, size: int = OBJECT_SIZE) -> tu
     canvas = _Canvas.square(size)
     background = int(random.integers(len(STUFF)))
     pixels = _draw_stuff(background, canvas, random)
-    if random.random() < 0.35:
-        return _finish(pixels, random), len(THINGS) + background
-    # A lens focused on the thing: the background is blurred and loses contrast.
-    contrast = random.uniform(0.3, 0.9)
-    pixels = (contrast * pixels + (1 - contrast) * pixels.mean((0, 1))).astype(np.float32)
-    blur = random.uniform(0, 3) * _SUPERSAMPLING
-    pixels = gaussian_filter(pixels, (blur, blur, 0))
+    if random.random() < 0.3:
+        lens = _Lens(blur=float(random.uniform(0, 1)), contrast=float(random.uniform(0.5, 1)))
+        return _finish(lens.beyond_focus(pixels), random), len(THINGS) + background
+    lens = _Lens(blur=float(random.uniform(0, 2)), contrast=float(random.uniform(0.3, 0.9)))
+    pixels = lens.beyond_focus(pixels)
     kind = int(random.integers(len(THINGS)))
     radius = size * float(random.uniform(0.3, 0.5))
     x, y = (float(c) for c in (0.5 + random.uniform(-0.12, 0.12, 2)) * size)
@@ -162,6 +161,21 @@ def _beyond_wavy_border(canvas: _Canvas, size: int, random: Random) -> Mask:
     wave = 6 * np.sin(along / 18 + random.uniform(0, 2 * np.pi))
     beyond: Mask = across + wave > random.uniform(-0.2, 0.2) * size
     return beyond
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lens:
+    """Focused on the things: what lies behind them is blurred and loses contrast, as in most photographs of things."""
+
+    blur: float  # standard deviation, pixels of the final image
+    contrast: float  # what is kept of it
+
+    def beyond_focus(self, pixels: Pixels) -> Pixels:
+        sigma = self.blur * _SUPERSAMPLING
+        blurred = gaussian_filter(pixels, (sigma, sigma, 0))
+        mean = pixels.mean((0, 1))
+        pale: Pixels = (mean + self.contrast * (blurred - mean)).astype(np.float32)
+        return pale
 
 
 # ---- stuff: (x, y) in pixels -> tones in [0, 1]
@@ -251,9 +265,9 @@ def _star(u: Plane, v: Plane) -> Drawing:
 
 
 def _ring(u: Plane, v: Plane) -> Drawing:
-    r = np.hypot(u, v)
-    across = (r - 0.68) / 0.32  # -1 at the inner rim, 1 at the outer
-    return abs(across) < 1, np.clip(1 - across**2, 0, 1)
+    # Grains of granite: a hash of the cell's place, as good as random.
+    grain = np.abs(np.sin(np.floor(u / 0.09) * 127.1 + np.floor(v / 0.09) * 311.7) * 43758.5453) % 1
+    return abs(np.hypot(u, v) - 0.66) < 0.34, grain
 
 
 def _cross(u: Plane, v: Plane) -> Drawing:
@@ -272,12 +286,12 @@ def _thing_colours(kind: int, random: Random) -> tuple[Colour, Colour]:
     black = _hsv(hue, random.uniform(0, 0.6), random.uniform(0.02, 0.15))
     opposite = _hsv(hue + random.uniform(0.4, 0.6), saturation, value)
     pairs = (
-        (white, colour),
-        (black, colour),
         (opposite, colour),
+        (black, colour),
+        (white, colour),
         (deep, white),
-        (deep, colour),
-        (colour, deep),
+        (black, white),
+        (white, colour),
     )
     return pairs[kind]
 
