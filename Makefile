@@ -27,11 +27,11 @@ types: setup
 	$(VENV)/bin/mypy
 
 test-pure: setup  ## the part that needs no Ray
-	$(PY) -m pytest -q -m "not ray and not long"
+	$(PY) -m pytest -q -n 2 --dist loadgroup -m "not ray and not long"
 
 test: lint types  ## lint, types, and the whole suite with coverage
 	$(PY) -m coverage erase
-	$(PY) -m coverage run -m pytest -q -m "not ray and not long"
+	$(PY) -m coverage run -m pytest -q -n 2 --dist loadgroup -m "not ray and not long"
 	$(PY) -m coverage run -m pytest -q -m "ray and not long"
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report --fail-under=90

@@ -1,8 +1,10 @@
 """Fixtures that every test may use; annotations of the library are checked at run time while tests run."""
 
+import multiprocessing
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import hypothesis
@@ -39,6 +41,14 @@ def reference() -> Callable[[str], Arrays]:
             return dict(file)
 
     return read
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Iterator[ProcessPoolExecutor]:
+    """Two fresh processes, for what is distributed without Ray: `torch.distributed` over the loopback device."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,13 @@
 """Pretraining's parts, each against values derived by hand or a property that must hold."""
 
 import math
-import os
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -293,22 +292,21 @@ def loss_and_gradients(part: slice) -> tuple[Tensor, Tensor]:
     return unit.grad, cosines.grad
 
 
-def worker(rank: int, folder: str) -> None:
+def gradients_of_a_worker(rank: int, folder: Path) -> tuple[Tensor, Tensor]:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     gradients = loss_and_gradients(slice(2 * rank, 2 * rank + 2))
-    torch.save(gradients, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
+    return gradients
 
 
+@pytest.mark.xdist_group("two processes")
 def test_two_workers_average_gradient_is_that_of_the_whole_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, two_processes: ProcessPoolExecutor
 ) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
     whole = loss_and_gradients(slice(0, 4))
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    parts = list(two_processes.map(gradients_of_a_worker, range(2), [tmp_path, tmp_path]))
     for number, expected in enumerate(whole):
         # Each worker's gradient concerns its own images; DistributedDataParallel halves the sum over both.
         averaged = torch.cat([part[number] for part in parts], 1) / 2

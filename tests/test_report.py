@@ -137,8 +137,8 @@ def test_the_truth_is_painted_in_its_classes_colours(page: Page) -> None:
     _, _, data = (truth["src"] or "").partition("base64,")
     painted = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
     colours = {tuple(c) for c in painted.reshape(-1, 3).tolist()}
-    # The first scene: a cross and a pennant before sky and meadow, and the outlines.
-    assert colours == {(245, 245, 245), (255, 127, 0), (160, 205, 235), (77, 160, 70), (20, 20, 20)}
+    # The first scene: a target and a quilt before a meadow, and the outlines.
+    assert colours == {(228, 26, 28), (255, 221, 51), (77, 160, 70), (20, 20, 20)}
 
 
 def test_without_labels_it_says_so(bare: Page) -> None:
