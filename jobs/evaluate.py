@@ -52,7 +52,7 @@ def main() -> None:
     width = max(map(len, [*(result["iou"] or {}), *table]))
     for name, value in (result["iou"] or {}).items():
         print(f"{name:{width}}  {'absent' if value is None else f'{value:6.2f}'}")
-    print(f"{'':{width}}    mIoU  accuracy (percent, {result['images']} images)")
+    print(f"{'':{width}}    mIoU  accuracy (percent, {result['images']} images, protocol {result['protocol']})")
     for name, row in table.items():
         print(f"{name:{width}}  {row['mean_iou']:6.2f}  {row['pixel_accuracy']:8.2f}")
     if arguments.out:

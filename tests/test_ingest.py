@@ -108,7 +108,7 @@ def test_labelled_rows_say_why_one_is_left_out(tmp_path: Path) -> None:
     labels = [picture(tmp_path / f"l{i}.png", np.minimum(label, 255)) for i in range(2)] + [None]
     picture(tmp_path / "l1.png", label[:8])
     rows = pa.table({"name": ["a", "b", "c"], "image": images, "label": pa.array(labels, pa.string())})
-    own = ingest.read_labelled_rows(rows, recipe=RECIPE, size=None)
+    own = ingest.read_labelled_rows(rows, recipe=RECIPE, protocol="label")
     assert own["reason"].tolist() == ["", "label of 8 x 24 pixels for an image of 16 x 24", "missing label"]
     assert own["name"].tolist() == ["a", "b", "c"]
     assert own["image"].shape == (3, 3, 16, 16)
@@ -117,5 +117,24 @@ def test_labelled_rows_say_why_one_is_left_out(tmp_path: Path) -> None:
     kept, (truth,) = ingest.usable(own)
     np.testing.assert_array_equal(truth, label)
     np.testing.assert_array_equal(kept, own["image"][:1])
-    _, (truth,) = ingest.usable(ingest.read_labelled_rows(rows, recipe=RECIPE, size=(16, 16)))
+    _, (truth,) = ingest.usable(ingest.read_labelled_rows(rows, recipe=RECIPE))
     assert truth.shape == (16, 16)
+
+
+def test_stego_s_centre_crop_by_hand(tmp_path: Path) -> None:
+    # 32 x 48 to sides of 16: halved to 16 x 24, and columns 4 to 20 of these kept; 48 x 32 is the same on its side.
+    ramp = np.broadcast_to(np.arange(48) * 5, (32, 48))
+    image, label = np.repeat(ramp[..., None], 3, 2), ramp // 120  # class 0 left of column 24, and 1 from there
+    rows = pa.table(
+        {
+            "name": ["wide", "high"],
+            "image": [picture(tmp_path / f"{i}.png", p) for i, p in enumerate((image, image.transpose(1, 0, 2)))],
+            "label": [picture(tmp_path / f"l{i}.png", p) for i, p in enumerate((label, label.T))],
+        }
+    )
+    kept, truths = ingest.usable(ingest.read_labelled_rows(rows, recipe=RECIPE, protocol="stego"))
+    wide = 5 * (2 * np.arange(4, 20) + 0.5)  # two neighbours' mean
+    np.testing.assert_allclose(kept[0], np.broadcast_to(wide, (3, 16, 16)), atol=0.5)
+    np.testing.assert_array_equal(kept[1], kept[0].transpose(0, 2, 1))
+    np.testing.assert_array_equal(truths[0], np.broadcast_to(np.arange(16) >= 8, (16, 16)))
+    np.testing.assert_array_equal(truths[1], truths[0].T)

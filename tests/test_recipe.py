@@ -129,7 +129,7 @@ def test_a_stage_depends_on_its_own_fields_and_earlier_ones_alone() -> None:
         "concepts.iterations": "concepts",
         "windows.scales": "features",
         "limit": "samples",
-        "evaluation.resolution": "evaluation",
+        "evaluation.protocol": "evaluation",
     }
     values = {"omega_1": 2, "gradient_scale": 1, "concepts.iterations": 5, "windows.scales": (0.5,), "limit": 3}
     for name, first in changed.items():

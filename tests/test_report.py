@@ -110,6 +110,7 @@ def test_every_section_is_there_with_labels(page: Page, labelled: MadeRun) -> No
     assert f"{labelled.metrics['mean_iou']:.2f} %" in page.text
     assert f"{labelled.metrics['pixel_accuracy']:.2f} %" in page.text
     assert "best, 6" in page.text
+    assert "Protocol (published): counted as published: image and label at 64 x 64 pixels." in page.text
     assert "54 in all" in page.text
     assert "broken & bent.png" in page.text
     assert "Samples (skipped)" in page.text

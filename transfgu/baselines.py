@@ -25,7 +25,7 @@ from transfgu.kmeans import Shard, cluster
 from transfgu.maps import background_map, scale_maps
 from transfgu.metrics import Scores, confusion_matrix, scores
 from transfgu.packed_maps import unpack_maps
-from transfgu.recipe import Recipe
+from transfgu.recipe import Protocol, Recipe
 from transfgu.segmenter import winners
 from transfgu.stages import samples
 from transfgu.stages.pseudo_labels import load_centroids
@@ -67,10 +67,10 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
     if len(labelled):
         predictors["linear probe, supervised"] = _linear_probe(recipe, encode, labelled)
     confusions = {name: np.zeros((recipe.classes, recipe.classes), np.int64) for name in predictors}
-    for images, labels in _labelled(recipe, labelled_images(recipe, run)):
+    for images, labels in _labelled(recipe, labelled_images(recipe, run), recipe.evaluation.protocol):
         for name, predict in predictors.items():
             for maps, label in zip(predict(images), labels, strict=True):
-                predicted = winners(maps, recipe.dataset.image_size).cpu().numpy()
+                predicted = winners(maps, (label.shape[0], label.shape[1])).cpu().numpy()
                 confusions[name] += confusion_matrix(label, predicted, recipe.classes)
     return {name: scores(confusion) for name, confusion in confusions.items()}
 
@@ -178,10 +178,12 @@ def _images(recipe: Recipe, rows: pa.Table) -> Iterator[Images]:
             yield np.stack(batch)
 
 
-def _labelled(recipe: Recipe, rows: pa.Table) -> Iterator[tuple[Images, list[Int16[np.ndarray, "_ _"]]]]:
-    """Decoded images and their labels at the images' size."""
+def _labelled(
+    recipe: Recipe, rows: pa.Table, protocol: Protocol = "published"
+) -> Iterator[tuple[Images, list[Int16[np.ndarray, "_ _"]]]]:
+    """Decoded images and their labels, at the images' size where the protocol does not say otherwise."""
     for start in range(0, len(rows), _AT_ONCE):
         some = rows.slice(start, _AT_ONCE)
-        images, labels = ingest.usable(ingest.read_labelled_rows(some, recipe=recipe, size=recipe.dataset.image_size))
+        images, labels = ingest.usable(ingest.read_labelled_rows(some, recipe=recipe, protocol=protocol))
         if labels:
             yield images, labels

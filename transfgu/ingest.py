@@ -18,7 +18,7 @@ from jaxtyping import Float16, Int, Int16, UInt8
 from transfgu import datasets, storage
 from transfgu.datasets import images
 from transfgu.errors import BadInput, UserError
-from transfgu.recipe import Recipe, Size
+from transfgu.recipe import Protocol, Recipe, Size
 
 _OPEN_FILES = 16  # part files a reading process keeps open; a footer takes some 50 KB
 
@@ -103,27 +103,31 @@ def read_training_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
     return {**passed, "image": pixels, "maps": read_maps(rows)}
 
 
-def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, size: Size | None) -> dict[str, Any]:
+def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, protocol: Protocol = "published") -> dict[str, Any]:
     """Decode images and labels; what can't be used is passed on with the reason and a label that counts nothing.
 
     Args:
         rows: columns `image` (URI), `label` (URI or null); others are passed on.
         recipe: says the images' size (`dataset.image_size`, bilinear) and the labels' classes.
-        size: labels are resized to this, nearest; None: they stay as they are.
+        protocol: "published": labels are resized to the same, nearest; "label": they stay as they are; "stego": both
+            are resized until they just cover that size, and what juts out is cut off evenly (for a square: shorter
+            side, centre crop).
 
     Returns:
         The columns of `rows` but `label`, `image` as (n, 3, H, W) uint8, `label` as bytes of int16 with its `height`
         and `width`, and `reason`, empty where all is well.
     """
-    classes = datasets.classes(recipe)
-    pixels = np.zeros((len(rows), 3, *recipe.dataset.image_size), np.uint8)
+    classes, size = datasets.classes(recipe), recipe.dataset.image_size
+    pixels = np.zeros((len(rows), 3, *size), np.uint8)
     labels, reasons = [], []
     for i, (image, label) in enumerate(zip(rows["image"].to_pylist(), rows["label"].to_pylist(), strict=True)):
         try:
             decoded = images.read_image(image)
             truth = images.read_label(label, classes, decoded.shape[:2])
-            pixels[i] = images.resize(decoded, recipe.dataset.image_size, "bilinear")
-            labels.append(truth if size is None else images.resize_label(truth, size))
+            if protocol == "stego":
+                decoded, truth = _centre(decoded, truth, size)
+            pixels[i] = images.resize(decoded, size, "bilinear")
+            labels.append(truth if protocol == "label" else images.resize_label(truth, size))
             reasons.append("")
         except BadInput as error:
             labels.append(np.full((1, 1), -1, np.int16))
@@ -139,6 +143,21 @@ def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, size: Size | None) -> 
         "width": np.array([label.shape[1] for label in labels], np.int32),
         "reason": np.array(reasons, object),
     }
+
+
+def _centre(
+    image: UInt8[np.ndarray, "H W 3"], label: Int16[np.ndarray, "H W"], size: Size
+) -> tuple[UInt8[np.ndarray, "h w 3"], Int16[np.ndarray, "h w"]]:
+    """Image and label resized to cover `size` (torchvision's `Resize` of a shorter side), and its centre of them."""
+    height, width = image.shape[:2]
+    if size[0] * width >= size[1] * height:  # too low for that width
+        whole = (size[0], max(size[1], width * size[0] // height))
+    else:
+        whole = (max(size[0], height * size[1] // width), size[1])
+    top, left = (round((a - b) / 2) for a, b in zip(whole, size, strict=True))
+    there = (slice(top, top + size[0]), slice(left, left + size[1]))
+    resized = images.resize(image, whole, "bilinear").transpose(1, 2, 0)
+    return np.ascontiguousarray(resized[there]), images.resize_label(label, whole)[there]
 
 
 def usable(columns: dict[str, Any]) -> tuple[UInt8[np.ndarray, "n 3 H W"], list[Int16[np.ndarray, "_ _"]]]:

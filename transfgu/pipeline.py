@@ -147,6 +147,7 @@ def _conclude(
         "pixel_accuracy": None,
         "iou": None,
         **scores,
+        "protocol": recipe.evaluation.protocol,
         "stages": {
             s: {"seconds": m.seconds, "items": m.outcome.items, "skipped": complete[s], **m.outcome.details}
             for s, m in manifests.items()
@@ -176,7 +177,7 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
         verbose: let Ray's messages through.
 
     Returns:
-        `mean_iou` and `pixel_accuracy` (percent), `iou` by class, `images`, `left_out`.
+        `mean_iou` and `pixel_accuracy` (percent), `iou` by class, `protocol`, `images`, `left_out`.
 
     Raises:
         UserError: no decoder, no labels, or a decoder of other classes.
@@ -207,6 +208,7 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
     return {
         **result,
         "iou": _by_class(recipe, result["iou"]),
+        "protocol": recipe.evaluation.protocol,
         "images": counted.images,
         "left_out": [dataclasses.asdict(x) for x in counted.left_out],
     }

@@ -21,6 +21,7 @@ import yaml
 from transfgu.errors import UserError
 
 Size = tuple[int, int]
+Protocol = Literal["published", "label", "stego"]
 
 STAGES = ("samples", "features", "concepts", "pseudo_labels", "training", "evaluation")
 
@@ -186,8 +187,10 @@ class TrainingRecipe:
 class EvaluationRecipe:
     """How the scores are counted."""
 
-    resolution: Literal["recipe", "label"] = _field(
-        "recipe", "resolution scores are counted at: dataset.image_size as published, or the label's own"
+    protocol: Protocol = _field(
+        "published",
+        "what scores are counted on; published: image and label at dataset.image_size; label: the label's own "
+        "resolution; stego: shorter side to dataset.image_size and centre crop, as others count COCO-Stuff-27 since",
     )
     batch_size: int = _field(16, "images evaluated at a time", "images")
 
@@ -506,7 +509,7 @@ _OWN_FIELDS: Mapping[str, typing.Callable[[Recipe], list[str]]] = types.MappingP
         "concepts": _component("concepts", "seed"),
         "pseudo_labels": lambda r: ["dataset.image_size", *_component("pseudo_labels")(r)],
         "training": lambda r: ["dataset.training_size", "decoder.depth", "decoder.dropout", *_component("training")(r)],
-        "evaluation": lambda r: ["decoder.weights", "evaluation.resolution"],
+        "evaluation": lambda r: ["decoder.weights", "evaluation.protocol"],
     }
 )
 # dataset.max_bad_share decides whether a run ends, not what it makes; batch sizes of frozen forwards change speed.

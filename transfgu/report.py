@@ -88,6 +88,7 @@ def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Ma
         pseudo_labels=_pseudo_labels(recipe, run, segmenter),
         curves=_curves(run),
         epochs=_epochs(run, metrics),
+        protocol=_PROTOCOLS[recipe.evaluation.protocol].format(*recipe.dataset.image_size),
         times=times,
         slowest=max(times, key=lambda time: time.seconds),
         total_seconds=sum(time.seconds for time in times),
@@ -120,6 +121,13 @@ _TITLES = {
     "pseudo_labels": "Pseudo labels",
     "training": "Training",
     "evaluation": "Evaluation",
+}
+
+
+_PROTOCOLS = {
+    "published": "as published: image and label at {} x {} pixels",
+    "label": "at the label's own resolution: the image at {} x {} pixels, its prediction enlarged to the label's size",
+    "stego": "as STEGO and later work do: image and label resized to cover {} x {} pixels, and their centre cropped",
 }
 
 

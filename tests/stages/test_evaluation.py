@@ -83,12 +83,49 @@ def test_counts_are_those_of_one_process(made: MadeRun, ray_cluster: None) -> No
 
 
 def test_labels_own_resolution(made: MadeRun, ray_cluster: None) -> None:
-    recipe = made.recipe.with_fields({"evaluation.resolution": "label"})
+    recipe = made.recipe.with_fields({"evaluation.protocol": "label"})
     model = made.run.file("model.safetensors")
     found = evaluation.evaluate(recipe, {"it": model}, labelled_images(recipe, made.run))
     names = [f"scene <{i}>" for i in range(5)]
     np.testing.assert_array_equal(found.confusions["it"], counted(recipe, made, model, names, own_size=True))
     assert found.confusions["it"].sum() == 4 * SIDE * SIDE + SIDE * SIDE // 2  # one is half as high
+
+
+def test_stego_s_protocol_counts_the_centre(made: MadeRun, ray_cluster: None) -> None:
+    recipe = made.recipe.with_fields({"evaluation.protocol": "stego"})
+    model = made.run.file("model.safetensors")
+    found = evaluation.evaluate(recipe, {"it": model}, labelled_images(recipe, made.run)).confusions["it"]
+    names = [f"scene <{i}>" for i in (0, 2, 3, 4)]
+    square = counted(recipe, made, model, names, own_size=False)  # nothing is cut off these
+    assert (found - square).min() >= 0
+    # The one that is half as high is enlarged to twice its size, and half of it is cut off.
+    row = pq.read_table(made.run.file("samples/validation.parquet")).to_pylist()[1]
+    label = np.asarray(Image.open(row["label"])).repeat(2, 0).repeat(2, 1)[:, SIDE // 2 : SIDE // 2 + SIDE]
+    np.testing.assert_array_equal((found - square).sum(1), np.bincount(label.ravel(), minlength=256)[:10])
+
+
+@pytest.mark.parametrize("form", ["bare", "module.", "model"])
+def test_a_published_decoder_file(made: MadeRun, tmp_path: Path, form: str, ray_cluster: None) -> None:
+    model = made.run.file("model.safetensors")
+    state = safetensors.torch.load_file(model)
+    if form == "module.":
+        state = {f"module.{name}": tensor for name, tensor in state.items()}
+    torch.save({"model": state} if form == "model" else state, tmp_path / "it_decoder.pt")
+    rows = labelled_images(made.recipe, made.run).slice(0, 2)
+    found = evaluation.evaluate(made.recipe, {"ours": model, "it": str(tmp_path / "it_decoder.pt")}, rows).confusions
+    np.testing.assert_array_equal(found["it"], found["ours"])
+    assert found["it"].any()
+
+
+def test_a_decoder_file_that_would_run_code_is_refused(made: MadeRun, tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"cls_emb": Payload()}, tmp_path / "it_decoder.pt")
+    with pytest.raises(UserError, match="loading anything else could run code"):
+        evaluation.check_decoder(made.recipe, str(tmp_path / "it_decoder.pt"))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_too_many_bad_labels_end_it(made: MadeRun, ray_cluster: None) -> None:

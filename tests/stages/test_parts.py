@@ -75,9 +75,10 @@ def test_complete_parts_are_not_made_again(tmp_path: Path, listed: pa.Table) -> 
     for part in (0, 2, 4):
         write(tmp_path, listed, part, 2, [bad] if part == 0 else [])
     recipe = recipe_of(tmp_path)
-    summaries = parts.complete(recipe, listed, str(tmp_path), 2, no_plan, PROGRESS)
+    summaries, work = parts.complete(recipe, listed, str(tmp_path), 2, no_plan, PROGRESS)
     assert [(s.part, s.images, s.left_out) for s in summaries] == [(0, 2, (bad,)), (2, 2, ()), (4, 1, ())]
     assert all(s.counts == {"windows": 3} for s in summaries)
+    assert work == {}
 
 
 def test_a_damaged_or_foreign_part_is_made_again(tmp_path: Path, listed: pa.Table) -> None:
@@ -109,7 +110,7 @@ def test_too_many_bad_images_end_the_run_in_one_line(tmp_path: Path, listed: pa.
         "image): mend or remove them, or raise --dataset.max_bad_share from 0.39"
     )
     at_the_limit = recipe_of(tmp_path, max_bad_share=0.4)
-    assert len(parts.complete(at_the_limit, listed, str(tmp_path), 5, no_plan, PROGRESS)) == 1
+    assert len(parts.complete(at_the_limit, listed, str(tmp_path), 5, no_plan, PROGRESS)[0]) == 1
 
 
 @pytest.mark.ray

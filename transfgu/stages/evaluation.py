@@ -6,7 +6,7 @@ last one's share one reading and one forward pass.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from transfgu.metrics import Scores, confusion_matrix, scores
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe
 from transfgu.segmenter import winners
+from transfgu.stages import bottleneck, parts
 from transfgu.stages.training import LAST, MODEL, labelled_images
 from transfgu.tokens import PatchTokens, use_cores
 from transfgu.weight_files import read_weights
@@ -43,6 +44,8 @@ class Evaluation:
     images: int
     """Images that were counted."""
     left_out: tuple[LeftOut, ...]
+    details: Mapping[str, str] = field(default_factory=dict)
+    """What Ray Data says of the work."""
 
     def scores(self, name: str) -> Scores:
         """The scores of a decoder."""
@@ -74,7 +77,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     return Outcome(
         items=evaluation.images,
         left_out=evaluation.left_out,
-        details={name: shown[name] for name in ("mean_iou", "pixel_accuracy")},
+        details={name: shown[name] for name in ("mean_iou", "pixel_accuracy")} | dict(evaluation.details),
     )
 
 
@@ -84,8 +87,8 @@ def evaluate(
     """Count confusion matrices.
 
     Args:
-        recipe: says the encoder, the images' size, the classes and, by `evaluation.resolution`, where it is counted:
-            at `dataset.image_size`, labels nearest to it, or at each label's own size. Logits are resized bilinear.
+        recipe: says the encoder, the images' size, the classes and, by `evaluation.protocol`, what is counted
+            (see `ingest.read_labelled_rows`). Logits are resized bilinear to the label.
         decoders: weights by a name of one's choice: ours, or published ones (`.pt`); paths or URIs.
         rows: labelled images: `name`, `image` (URI), `label` (URI).
         progress: told of images.
@@ -100,13 +103,16 @@ def evaluate(
     # An exception of ours should arrive as it was raised.
     context.raise_original_map_exception = True
     actors = runtime.pool_size(recipe.compute)
-    size = recipe.dataset.image_size if recipe.evaluation.resolution == "recipe" else None
     blocks = [rows.slice(start, _BLOCK_ROWS) for start in range(0, len(rows), _BLOCK_ROWS)]
     with DataContext.current(context):
         data = (
             ray.data.from_arrow([block.select(["name", "image", "label"]) for block in blocks])
             .map_batches(
-                partial(ingest.read_labelled_rows, recipe=recipe, size=size), batch_size=None, batch_format="pyarrow"
+                partial(ingest.read_labelled_rows, recipe=recipe, protocol=recipe.evaluation.protocol),
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=1,
+                memory=parts.READ_MEMORY,  # and so it is not fused into the actor
             )
             .map_batches(
                 Count,
@@ -129,7 +135,12 @@ def evaluate(
             f"{len(left_out)} of {len(rows)} validation images can't be used, such as {left_out[0].name} "
             f"({left_out[0].reason}): mend them, or raise --dataset.max_bad_share from {recipe.dataset.max_bad_share:g}"
         )
-    return Evaluation(confusions=dict(zip(decoders, confusions, strict=True)), images=images, left_out=tuple(left_out))
+    return Evaluation(
+        confusions=dict(zip(decoders, confusions, strict=True)),
+        images=images,
+        left_out=tuple(left_out),
+        details=bottleneck.details(data, recipe),
+    )
 
 
 class Count:

@@ -34,7 +34,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     """
     folder = run.artifact("features").uri
     listed = samples.load(run, "train")
-    summaries = parts.complete(
+    summaries, work = parts.complete(
         recipe,
         listed,
         folder,
@@ -46,7 +46,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     windows = {group: sum(s.counts[group] for s in summaries) for group in groups(recipe)}
     without = sum(s.counts["images without windows"] for s in summaries)
     progress.note(f"{', '.join(f'{n} {group}' for group, n in windows.items())} windows")
-    details: dict[str, Any] = {"windows": windows, "images without windows": without}
+    details: dict[str, Any] = {"windows": windows, "images without windows": without, **work}
     return Outcome(items=len(listed) - len(bad), left_out=bad, details=details)
 
 

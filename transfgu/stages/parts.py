@@ -26,10 +26,11 @@ from transfgu.datasets import images
 from transfgu.errors import BadInput, UserError
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe, Size
+from transfgu.stages.bottleneck import details
 
 _PART_BYTES = 20_000_000  # of decoded pixels: 16 images of 640 x 640
 _PART_IMAGES = 32
-_READ_MEMORY = 256 << 20  # bytes of heap a decoding task may need: a photograph of 12 megapixels as numbers
+READ_MEMORY = 256 << 20  # bytes of heap a decoding task may need: a photograph of 12 megapixels as numbers
 _AHEAD = 3  # blocks of decoded images that may exist for each actor, besides one for each CPU that decodes
 _METADATA = b"transfgu"
 
@@ -181,7 +182,7 @@ def encoded(
         return (
             ray.data.from_arrow(list(parts))
             # Asking for memory also keeps Ray from fusing the reading into the actor, where nothing would overlap.
-            .map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=1, memory=_READ_MEMORY)
+            .map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=1, memory=READ_MEMORY)
             .map_batches(actor, batch_size=None, batch_format="pyarrow", fn_constructor_kwargs=dict(arguments), **pool)
         )
 
@@ -199,7 +200,7 @@ def complete(
     size: int,
     plan: Callable[[Sequence[pa.Table]], Dataset],
     progress: Progress,
-) -> list[Summary]:
+) -> tuple[list[Summary], dict[str, Any]]:
     """Make the parts of `samples` that `folder` lacks.
 
     Args:
@@ -211,7 +212,7 @@ def complete(
         progress: told of images, and once of each note.
 
     Returns:
-        The summaries of all parts, in order.
+        The summaries of all parts, in order, and for the report what Ray Data says of the work, if there was any.
 
     Raises:
         UserError: too many bad images, or one that a task or an actor raised.
@@ -224,7 +225,8 @@ def complete(
         progress.update(done, len(samples), "images")
     _check_share(recipe, samples, summaries)
     noted = {""}
-    for summary, note in _made(plan(missing)) if missing else ():
+    data = plan(missing) if missing else None
+    for summary, note in _made(data) if data is not None else ():
         if note not in noted:
             progress.note(note)
             noted.add(note)
@@ -232,7 +234,7 @@ def complete(
         done += summary.images
         progress.update(done, len(samples), "images")
         _check_share(recipe, samples, summaries)
-    return [summaries[part] for part in parts]
+    return [summaries[part] for part in parts], {} if data is None else details(data, recipe)
 
 
 def _made(data: Dataset) -> Iterator[tuple[Summary, str]]:

@@ -35,7 +35,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     if recipe.dataset.curated:
         listed = listed.filter(listed["curated"])
     centroids = load_centroids(run)
-    summaries = parts.complete(
+    summaries, work = parts.complete(
         recipe,
         listed,
         folder,
@@ -44,7 +44,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         progress,
     )
     bad = tuple(x for summary in summaries for x in summary.left_out)
-    return Outcome(items=len(listed) - len(bad), left_out=bad, details={"concepts": len(centroids)})
+    return Outcome(items=len(listed) - len(bad), left_out=bad, details={"concepts": len(centroids), **work})
 
 
 def load_centroids(run: Run) -> Float[np.ndarray, "K d"]:

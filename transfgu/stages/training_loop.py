@@ -383,8 +383,7 @@ class Validation:
             yield from self._kept
             return
         kept = []
-        size = self._recipe.dataset.image_size
-        read = partial(ingest.read_labelled_rows, recipe=self._recipe, size=size)
+        read = partial(ingest.read_labelled_rows, recipe=self._recipe)
         for columns in stream(self._rows, read, self._recipe.evaluation.batch_size, world=self._world):
             images, labels = ingest.usable(columns)
             if not labels:
