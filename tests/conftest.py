@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -52,7 +53,7 @@ def two_processes() -> Iterator[ProcessPoolExecutor]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def ray_cluster(s3_environment: str) -> Iterator[None]:
     """One local cluster, shared by all tests of the session."""
     import ray
 
@@ -64,33 +65,63 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to start Ray fails the test."""
+    from transfgu import runtime
+
+    def connect(**_: object) -> None:
+        pytest.fail("Ray was started")
+
+    monkeypatch.setattr(runtime, "connect", connect)
+
+
+REAL_S3 = "AWS_ENDPOINT_URL_S3" in os.environ
+"""Whether the tests meet an S3 server of the caller's, rather than moto, which checks no key."""
+
+
 @pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    """URL of an S3 server: that of `AWS_ENDPOINT_URL_S3` (with the keys beside it), else moto's, started here."""
-    if "AWS_ENDPOINT_URL_S3" in os.environ:
+def s3_environment() -> Iterator[str]:
+    """URL of the S3 endpoint: that of `AWS_ENDPOINT_URL_S3` (with the keys beside it), else where moto will answer.
+
+    The environment says so before Ray starts, since its workers inherit the environment of that moment.
+    """
+    if REAL_S3:
         yield os.environ["AWS_ENDPOINT_URL_S3"]
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL_S3": url,
+            "AWS_ACCESS_KEY_ID": "key-of-the-tests",
+            "AWS_SECRET_ACCESS_KEY": "secret-of-the-tests",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            patch.setenv(name, value)
+        yield url
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(s3_environment: str) -> Iterator[str]:
+    """URL of an S3 server that answers; moto's is started here."""
+    if REAL_S3:
+        yield s3_environment
         return
     from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=int(s3_environment.rpartition(":")[2]), verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
+    yield s3_environment
     server.stop()
 
 
 @pytest.fixture
-def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URI of an empty S3 bucket, with the environment set to reach it."""
+def s3(s3_endpoint: str) -> str:
+    """URI of an empty S3 bucket, which the environment says how to reach."""
     import boto3
 
-    for name, value in {
-        "AWS_ENDPOINT_URL_S3": s3_endpoint,
-        "AWS_ACCESS_KEY_ID": "key-of-the-tests",
-        "AWS_SECRET_ACCESS_KEY": "secret-of-the-tests",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, os.environ.get(name, value))
     bucket = f"transfgu-{uuid.uuid4().hex[:12]}"
     boto3.client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}"

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.made_run import write_encoder
-from transfgu import pipeline, runtime
+from transfgu import pipeline
 from transfgu.artifacts import Run
 from transfgu.errors import UserError
 from transfgu.pipeline import fit_to_patch
@@ -51,14 +51,6 @@ def small(folder: Path, **fields: object) -> Recipe:
             **fields,
         }
     )
-
-
-@pytest.fixture
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def connect(**_: object) -> None:
-        pytest.fail("Ray was started")
-
-    monkeypatch.setattr(runtime, "connect", connect)
 
 
 @pytest.mark.usefixtures("no_ray")
