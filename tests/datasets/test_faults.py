@@ -8,10 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
-from transfgu import datasets, progress
+from tests.made_run import write_encoder
+from transfgu import datasets, ingest, pipeline, progress
 from transfgu.artifacts import Run
 from transfgu.datasets import images
 from transfgu.errors import BadInput, UserError
@@ -273,6 +277,75 @@ def test_data_set(kind: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+TREES: dict[str, tuple[str, str, str]] = {
+    # Preset, images and labels; {s} is train or val, {n} a sample's name.
+    "coco": ("coco-stuff-27", "images/{s}2017/{n}.jpg", "annotations/{s}2017/{n}.png"),
+    "voc": ("pascal-voc", "JPEGImages/{n}.jpg", "SegmentationClass/{n}.png"),
+    "cityscapes": (
+        "cityscapes",
+        "leftImg8bit/{s}/town/{n}_leftImg8bit.png",
+        "gtFine/{s}/town/{n}_gtFine_labelIds.png",
+    ),
+    "lip": ("lip-16", "{s}_images/{n}.jpg", "{s}_segmentations/{n}.png"),
+    "folder": ("folder", "{s}/{n}.jpg", "labels/{s}/{n}.png"),
+}
+LIST_FILES = {"voc": LISTS + "/{s}.txt", "lip": "{s}_id.txt"}
+
+
+def tree_of(layout: str, root: Path) -> Recipe:
+    """Four images of each split, a0 to a3 and b0 to b3, with labels."""
+    name, image, label = TREES[layout]
+    for split, letter in (("train", "a"), ("val", "b")):
+        stems = [f"{letter}{i}" for i in range(4)]
+        for stem in stems:
+            for pattern, data in ((image, JPEG), (label, encode(np.zeros((40, 30), np.uint8)))):
+                path = root / pattern.format(s=split, n=stem)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        if layout in LIST_FILES:
+            path = root / LIST_FILES[layout].format(s=split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(stems))
+    labels = {"labels": str(root / "labels")} if layout == "folder" else {}
+    return preset(name).with_fields({"data": str(root), "max_bad_share": 0.5, **labels})
+
+
+@pytest.mark.parametrize("layout", TREES)
+def test_every_layout_names_what_is_bad_and_keeps_the_rest(layout: str, tmp_path: Path) -> None:
+    recipe = tree_of(layout, tmp_path)
+    _, image, label = TREES[layout]
+    (tmp_path / image.format(s="train", n="a1")).unlink()
+    (tmp_path / image.format(s="val", n="b0")).write_bytes(JPEG[: len(JPEG) // 2])
+    (tmp_path / label.format(s="val", n="b1")).unlink()
+    (tmp_path / label.format(s="val", n="b2")).write_bytes(encode(np.full((40, 30), 77, np.uint8)))
+    train, validation = (datasets.listing(recipe, split) for split in datasets.SPLITS)
+    # Layouts with lists know what is not there; elsewhere an image is what lies in the folder.
+    assert [(x.name, x.reason) for x in train.left_out] == ([("a1", "missing image")] if layout in LIST_FILES else [])
+    assert len(train.table) == 3
+    suffix = ".jpg" if layout == "folder" else ""
+    folder = "val/" if layout == "folder" else ""
+    assert [(x.name, x.reason) for x in validation.left_out] == [(f"{folder}b1{suffix}", "missing label")]
+    found = ingest.read_labelled_rows(validation.table, recipe=recipe)
+    unknown = 77 if layout != "coco" else None  # of COCO's values, 77 is the microwave
+    assert found["reason"].tolist() == [
+        "truncated image",
+        "" if unknown is None else "label value 77, which is no class",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("layout", [layout for layout in TREES if layout != "folder"])
+def test_every_layout_says_what_it_lacks(layout: str, tmp_path: Path) -> None:
+    recipe = tree_of(layout, tmp_path)
+    for needed in datasets.LAYOUTS[layout].needed:
+        remove(needed)(tmp_path)
+        with pytest.raises(UserError) as caught:
+            datasets.preflight(recipe)
+        assert str(caught.value).startswith(f"{tmp_path} has no {needed}: preset {recipe.preset} expects ")
+        (tmp_path / f"{needed}.away").rename(tmp_path / needed)
+    datasets.preflight(recipe)
+
+
 def test_a_few_losses_are_named_and_the_rest_goes_on(tmp_path: Path) -> None:
     recipe = voc_tree(tmp_path / "data")
     remove("JPEGImages/03.jpg", "SegmentationClass/04.png", "SegmentationClass/14.png")(tmp_path / "data")
@@ -284,3 +357,76 @@ def test_a_few_losses_are_named_and_the_rest_goes_on(tmp_path: Path) -> None:
     train = stage.load(run, "train")
     assert train["name"].to_pylist() == ["00", "01", "02", "04", "05", "06", "07", "08", "09"]
     assert train["label"].null_count == 1  # 04 needs none to be learned from
+
+
+def spoilt_tree(root: Path, bad: bool) -> Recipe:
+    """VOC: twelve good training images, of every form that is usable, and between them all the bad ones of `IMAGES`."""
+    recipe = voc_tree(root)
+    good = {f"{i:02d}": encode(np.ascontiguousarray(np.roll(NOISE, i, 0)), "PNG") for i in range(9)}
+    good |= {
+        "grey": encode(NOISE[..., 0]),
+        "sixteen bits": encode(NOISE[..., 0].astype(np.uint16) * 257),
+        "cmyk": cmyk(NOISE),
+    }
+    files: dict[str, bytes | None] = {**good, **({f"bad {n}": data for n, (data, _) in IMAGES.items()} if bad else {})}
+    for name, data in files.items():
+        if data is not None:
+            (root / "JPEGImages" / f"{name.replace(' ', '_')}.jpg").write_bytes(data)
+    (root / LISTS / "train.txt").write_text("\n".join(name.replace(" ", "_") for name in files))
+    write_encoder(root / "encoder.safetensors")
+    fields = {
+        **{"encoder.name": "tiny", "encoder.weights": str(root / "encoder.safetensors"), "max_bad_share": 0.7},
+        **{"image_size": (64, 64), "feature_size": (64, 64), "training_size": (64, 64), "windows.size": (32, 32)},
+    }
+    return recipe.with_fields({**fields, "min_foreground": 0.1})
+
+
+def cmyk(pixels: np.ndarray) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(pixels).convert("CMYK").save(sink, "JPEG")
+    return sink.getvalue()
+
+
+@pytest.mark.ray
+def test_good_images_features_are_the_same_to_the_last_bit_with_every_bad_one_beside_them(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    features = []
+    for folder, bad in (("spoilt", True), ("sound", False)):
+        (tmp_path / folder).mkdir()
+        torch.manual_seed(0)
+        recipe, run = spoilt_tree(tmp_path / folder, bad), Run(str(tmp_path / folder / "run"))
+        metrics = pipeline.run_stages(recipe, run, until="features", quiet=True)
+        assert {(x["name"], x["reason"]) for x in metrics["left_out"]} == (
+            {(f"bad_{n.replace(' ', '_')}", reason) for n, (_, reason) in IMAGES.items()} if bad else set()
+        )
+        listed = stage.load(run, "train")["name"].to_pylist()
+        rows = pa.concat_tables(pq.read_table(p) for p in sorted(Path(run.file("features")).glob("*.parquet")))
+        found: dict[str, list[object]] = {}
+        for row in rows.to_pylist():
+            found.setdefault(listed[row.pop("index")], []).append(row)
+        features.append(found)
+    spoilt, sound = features
+    assert len(sound) == 12  # each has windows
+    assert spoilt == sound
+
+
+def test_good_labels_are_the_same_with_every_bad_one_beside_them(tmp_path: Path) -> None:
+    recipe = preset("pascal-voc").with_fields({"image_size": (16, 16)})
+    picture = encode(np.zeros((2, 3, 3), np.uint8))
+    rows, wanted = [], []
+    for i, (name, (data, reason)) in enumerate(LABELS.items()):
+        for kind, content in (("good", encode(GREY - (GREY == 1) * np.uint8(i % 2))), ("bad", data)):
+            (tmp_path / f"{i} {kind}.jpg").write_bytes(picture)
+            if content is not None:
+                (tmp_path / f"{i} {kind}.png").write_bytes(content)
+            where = {"image": str(tmp_path / f"{i} {kind}.jpg"), "label": str(tmp_path / f"{i} {kind}.png")}
+            rows.append({"name": f"{name} {kind}", **where})
+            wanted.append(reason if kind == "bad" else "")
+    beside = ingest.read_labelled_rows(pa.Table.from_pylist(rows), recipe=recipe)
+    alone = ingest.read_labelled_rows(pa.Table.from_pylist(rows[::2]), recipe=recipe)
+    assert beside["reason"].tolist() == wanted
+    (pixels, labels), (other_pixels, other_labels) = ingest.usable(beside), ingest.usable(alone)
+    np.testing.assert_array_equal(pixels, other_pixels)
+    np.testing.assert_array_equal(labels, other_labels)
+    assert len(labels) == len(LABELS)

@@ -50,6 +50,19 @@ def test_real_labels_counted_by_hand(name: str, samples: Path) -> None:
         assert dict(zip(found.tolist(), counts.tolist(), strict=True)) == counted
 
 
+def test_a_folders_real_labels_counted_by_hand(samples: Path) -> None:
+    voc = samples / "voc"
+    recipe = folder(voc / "JPEGImages", labels=str(voc / "SegmentationClass"), things=20, stuff=0, groups="foreground")
+    datasets.preflight(recipe)
+    rows = datasets.list_samples(recipe, "validation").to_pylist()
+    for row in (rows[0], rows[-1]):
+        with Image.open(row["label"]) as picture:
+            values = picture.histogram()[:256]
+        counted = {-1 if value == 255 else value: count for value, count in enumerate(values) if count}
+        found, counts = np.unique(images.read_label(row["label"], datasets.classes(recipe)), return_counts=True)
+        assert dict(zip(found.tolist(), counts.tolist(), strict=True)) == counted
+
+
 @pytest.mark.parametrize(
     ("name", "train", "validation", "first"),
     [
