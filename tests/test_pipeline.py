@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.made_run import write_encoder
-from transfgu import pipeline
+from transfgu import pipeline, run_lock
 from transfgu.artifacts import Run
 from transfgu.errors import UserError
 from transfgu.pipeline import fit_to_patch
@@ -92,6 +92,18 @@ def test_another_recipes_run_folder(tmp_path: Path) -> None:
     run.artifact("features").begin(small(tmp_path))
     with pytest.raises(UserError, match=r"another recipe's work, differing in windows\.scales"):
         pipeline.run_stages(small(tmp_path, **{"windows.scales": (0.5,)}), run, quiet=True)
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_a_folder_that_another_run_writes(tmp_path: Path) -> None:
+    photographs(tmp_path)
+    run = Run(str(tmp_path / "run"))
+    with (
+        run_lock.hold(run.uri, print),
+        pytest.raises(UserError, match=r"another run is writing .*run \(process \d+ on .*choose another --run"),
+    ):
+        pipeline.run_stages(small(tmp_path), run, quiet=True)
+    assert not Path(run.file("recipe.yaml")).exists()  # nothing was touched
 
 
 @pytest.mark.usefixtures("no_ray")

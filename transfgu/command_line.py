@@ -7,6 +7,7 @@ A flag is the field's dotted name (``--training.omega_1``), or its last part whe
 import argparse
 import dataclasses
 import difflib
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -179,8 +180,14 @@ def find_user_error(error: BaseException | None) -> UserError | None:
         seen.add(id(error))
         failures = getattr(error, "worker_failures", None)
         inner = next(iter(failures.values()), None) if isinstance(failures, dict) else getattr(error, "cause", None)
+        # Of what an actor's constructor raised, Ray keeps the text alone.
+        if getattr(error, "actor_init_failed", False) and (told := _TOLD.findall(str(error))):
+            return UserError(told[-1])
         error = inner if isinstance(inner, BaseException) else error.__cause__
     return None
+
+
+_TOLD = re.compile(r"^(?:transfgu\.errors\.)?UserError: (.+)$", re.MULTILINE)
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -199,4 +199,9 @@ def _cached(part: str) -> pq.ParquetFile:
 
 def _open(part: str) -> pq.ParquetFile:
     fs, path = storage.filesystem(part)
-    return pq.ParquetFile(fs.open_input_file(path))
+    try:
+        return pq.ParquetFile(fs.open_input_file(path))
+    except pa.ArrowInvalid:
+        raise UserError(
+            f"{storage.shown(part)} is damaged: delete it and its folder's manifest.json, and run again"
+        ) from None

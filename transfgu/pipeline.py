@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from transfgu import datasets, storage
+from transfgu import datasets, run_lock, storage
 from transfgu.artifacts import Manifest, Outcome, Run
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
@@ -89,38 +89,40 @@ def run_stages(
         raise UserError(f"there is no stage {until}; choose one of {', '.join(STAGES)}")
     recipe = preflight(recipe, run)
     stages = STAGES[: STAGES.index(until) + 1]
-    complete = {stage: run.artifact(stage).check(recipe) for stage in stages}
-    storage.write_bytes(run.file("recipe.yaml"), recipe.to_yaml().encode())
 
     def say(text: str) -> None:
         if not quiet:
             print(text, flush=True)
 
-    say(f"{recipe.preset}: {', '.join(stages)} in {run.uri}")
+    with run_lock.hold(run.uri, say) as lock:
+        complete = {stage: run.artifact(stage).check(recipe) for stage in stages}
+        storage.write_bytes(run.file("recipe.yaml"), recipe.to_yaml().encode())
+        say(f"{recipe.preset}: {', '.join(stages)} in {storage.shown(run.uri)}")
+        manifests: dict[str, Manifest] = {}
+        for stage in stages:
+            artifact = run.artifact(stage)
+            if complete[stage]:
+                manifest = artifact.manifest()
+                assert manifest is not None
+                at_the_time = f"{manifest.outcome.items} items, {manifest.seconds:.1f} s at the time"
+                say(f"{stage}: complete already ({at_the_time}), skipped")
+            else:
+                manifest = _run_stage(stage, recipe, run, lock, quiet=quiet, verbose=verbose)
+                say(f"{stage}: {manifest.outcome.items} items in {manifest.seconds:.1f} s{_left_out_note(manifest)}")
+            manifests[stage] = manifest
+        return _conclude(recipe, run, manifests, complete, say)
 
-    manifests: dict[str, Manifest] = {}
-    for stage in stages:
-        artifact = run.artifact(stage)
-        if complete[stage]:
-            manifest = artifact.manifest()
-            assert manifest is not None
-            at_the_time = f"{manifest.outcome.items} items, {manifest.seconds:.1f} s at the time"
-            say(f"{stage}: complete already ({at_the_time}), skipped")
-        else:
-            manifest = _run_stage(stage, recipe, run, quiet=quiet, verbose=verbose)
-            say(f"{stage}: {manifest.outcome.items} items in {manifest.seconds:.1f} s{_left_out_note(manifest)}")
-        manifests[stage] = manifest
-    return _conclude(recipe, run, manifests, complete, say)
 
-
-def _run_stage(stage: str, recipe: Recipe, run: Run, *, quiet: bool, verbose: bool) -> Manifest:
+def _run_stage(stage: str, recipe: Recipe, run: Run, lock: run_lock.Lock, *, quiet: bool, verbose: bool) -> Manifest:
     from transfgu import runtime
 
     runtime.connect(verbose=verbose)
     runtime.check_shared(run.uri)
+    runtime.check_satisfiable(recipe.compute)
     started = time.monotonic()
     run.artifact(stage).begin(recipe)
     outcome = _stage_function(stage)(recipe, run, Progress(stage, quiet=quiet))
+    lock.check()
     return run.artifact(stage).commit(recipe, outcome, started)
 
 

@@ -3,10 +3,13 @@
 Everything above asks for resources in the recipe's terms; everything below is Ray's.
 """
 
+import json
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,10 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
+
+
+NODES = "TRANSFGU_NODES"
+"""Environment variable in which a cluster that scales says what nodes it may come to have."""
 
 
 def connect(*, verbose: bool = False, setup_hook: Callable[[], None] | None = None) -> None:
@@ -92,9 +99,47 @@ def quiet(*, verbose: bool = False) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """So many nodes of one kind."""
+
+    resources: Mapping[str, float]
+    """Of one of them, as Ray names them: `CPU`, `GPU`."""
+    count: int
+
+
+def possible_nodes() -> list[Nodes]:
+    """The nodes that the cluster may come to have: those an autoscaler may add, and those of other kinds now there.
+
+    Ray keeps to itself what its autoscaler may add, so whoever defines a cluster says so in the environment of its
+    head: ``TRANSFGU_NODES='[{"count": 8, "CPU": 4, "GPU": 1}]'``.
+
+    Raises:
+        UserError: that variable can't be read.
+    """
+    there = [{r: float(n["Resources"].get(r, 0)) for r in ("CPU", "GPU")} for n in ray.nodes() if n["Alive"]]
+    told = _told_nodes(os.environ.get(NODES, ""))
+    told_kinds = [nodes.resources for nodes in told]
+    return [*told, *(Nodes(node, 1) for node in there if node not in told_kinds)]
+
+
+def _told_nodes(text: str) -> list[Nodes]:
+    try:
+        rows = json.loads(text or "[]")
+        return [
+            Nodes({r: float(row.get(r, 0)) for r in ("CPU", "GPU")}, count)
+            for row in rows
+            if (count := int(row["count"])) > 0
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(
+            f'{NODES} must read as in {NODES}=\'[{{"count": 8, "CPU": 4, "GPU": 1}}]\', not {text}'
+        ) from None
+
+
 def cluster_gpus() -> float:
-    """GPUs of the cluster as it is now."""
-    return float(ray.cluster_resources().get("GPU", 0))
+    """GPUs that the cluster may come to have."""
+    return sum(nodes.count * nodes.resources["GPU"] for nodes in possible_nodes())
 
 
 def device() -> torch.device:
@@ -103,25 +148,66 @@ def device() -> torch.device:
 
 
 def pool_size(compute: ComputeRecipe) -> int:
-    """How many encoder actors the cluster takes: as asked, else one a GPU share, else one."""
-    return compute.actors or max(1, int(cluster_gpus() / compute.gpus_per_actor))
+    """How many encoder actors at most: as asked, else one a GPU share, else one a node that can hold one."""
+    if compute.actors:
+        return compute.actors
+    gpus = cluster_gpus()
+    if gpus:
+        return max(1, int(gpus / compute.gpus_per_actor))
+    return max(1, sum(nodes.count for nodes in possible_nodes() if _fit(nodes, compute.cpus_per_actor, 0.0)))
+
+
+def actors_per_node(compute: ComputeRecipe) -> int:
+    """How many encoder actors share a node's cores, when there are as many as there may be."""
+    gpus = compute.gpus_per_actor if cluster_gpus() else 0.0
+    holding = sum(nodes.count for nodes in possible_nodes() if _fit(nodes, compute.cpus_per_actor, gpus))
+    return math.ceil(pool_size(compute) / max(1, holding))
+
+
+def _fit(nodes: Nodes, cpus: float, gpus: float) -> int:
+    """How many actors of these resources one of the nodes can hold."""
+    wanted = (("CPU", cpus), ("GPU", gpus))
+    return min(int(nodes.resources[r] / amount + 1e-9) for r, amount in wanted if amount > 0)
 
 
 def actor_resources(compute: ComputeRecipe) -> dict[str, float]:
     """What one encoder actor or training worker holds, as Ray's `num_cpus` and `num_gpus`.
 
     Raises:
-        UserError: no node of the cluster could ever hold it.
+        UserError: no node that the cluster may come to have could ever hold it.
     """
     gpus = compute.gpus_per_actor if cluster_gpus() else 0.0
-    wanted = {"CPU": compute.cpus_per_actor, "GPU": gpus}
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    if not any(all(node.get(r, 0) >= amount for r, amount in wanted.items()) for node in nodes):
+    if not any(_fit(nodes, compute.cpus_per_actor, gpus) for nodes in possible_nodes()):
         raise UserError(
-            f"no node of the cluster has {wanted['CPU']:g} CPUs and {gpus:g} GPUs, which an actor asks for: "
+            f"no node of the cluster has {compute.cpus_per_actor:g} CPUs and {gpus:g} GPUs, which an actor asks for: "
             "lower --cpus_per_actor or --gpus_per_actor"
         )
     return {"num_cpus": compute.cpus_per_actor, "num_gpus": gpus}
+
+
+def check_satisfiable(compute: ComputeRecipe) -> None:
+    """Find out before anything starts what would wait for ever: an actor, a worker or a task that no node can hold.
+
+    Raises:
+        UserError: such a one; the message says how many there may be.
+    """
+    resources = actor_resources(compute)
+    cpus, gpus = resources["num_cpus"], resources["num_gpus"]
+    nodes = possible_nodes()
+    room = sum(kind.count * _fit(kind, cpus, gpus) for kind in nodes)
+    if compute.workers > room:
+        raise UserError(
+            f"the cluster has room for {room} training workers of {cpus:g} CPUs and {gpus:g} GPUs, and "
+            f"{compute.workers} are asked for: lower --workers"
+        )
+    # An actor is of no use without the task of one CPU that feeds it.
+    least = max(1, compute.workers) * cpus + 1
+    total = sum(kind.count * kind.resources["CPU"] for kind in nodes)
+    if total < least:
+        raise UserError(
+            f"the cluster has {total:g} CPUs, and {least:g} are needed, one of them to read images: add CPUs, or lower "
+            "--cpus_per_actor or --workers"
+        )
 
 
 def encoder_pool(compute: ComputeRecipe) -> dict[str, Any]:
@@ -130,7 +216,7 @@ def encoder_pool(compute: ComputeRecipe) -> dict[str, Any]:
 
 
 def training_workers(compute: ComputeRecipe) -> int:
-    """How many workers train: as asked, else one a GPU share, else one."""
+    """How many workers train at most: as asked, else one a GPU share that the cluster may come to have, else one."""
     return compute.workers or max(1, int(cluster_gpus() / compute.gpus_per_actor))
 
 
@@ -140,8 +226,9 @@ def check_shared(uri: str) -> None:
     Raises:
         UserError: such a folder.
     """
-    nodes = sum(bool(n["Alive"]) for n in ray.nodes())
+    nodes = sum(kind.count for kind in possible_nodes())
     if nodes > 1 and storage.is_local(uri):
         raise UserError(
-            f"{uri} is a folder of one machine, and the cluster has {nodes} nodes: give --run a URI all can reach, as s3://bucket/run"
+            f"{uri} is a folder of one machine, and the cluster has {nodes} nodes: give --run a URI all can reach, "
+            "as s3://bucket/run"
         )

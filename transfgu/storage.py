@@ -1,4 +1,4 @@
-"""Everything is named by a URI that any process can open for itself: no filesystem, and so no credential, ever travels.
+"""Everything is named by a URI that any process can open for itself: no credential ever travels.
 
 A path, `file://`, `s3://`, `gs://`, or any scheme that an installed fsspec knows. pyarrow does the reading and
 writing; where S3 is and who may enter is what boto3 finds (environment, profile, configuration file, instance role),
@@ -111,6 +111,24 @@ def write_bytes(uri: str, data: bytes) -> None:
         _write(uri, data)
 
 
+def create(uri: str, data: bytes) -> bool:
+    """Make a file in one piece unless there is one; whether it was made.
+
+    Of several that try at once one succeeds, on local file systems and on S3. Where a store knows no such request,
+    they may all.
+    """
+    with _one_line(uri, "write"):
+        if is_local(uri):
+            return _create_local(Path(absolute(uri)), data)
+        if scheme(uri) == "s3":
+            return _create_s3(uri, data)
+        fs, path = filesystem(uri)
+        if fs.get_file_info(path).type is not pafs.FileType.NotFound:
+            return False
+        _write(uri, data)
+        return True
+
+
 def exists(uri: str) -> bool:
     """Whether a file or a folder is there."""
     return _kind(uri) is not pafs.FileType.NotFound
@@ -217,6 +235,39 @@ def _write_local(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _create_local(path: Path, data: bytes) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}"
+    try:
+        temporary.write_bytes(data)
+        os.link(temporary, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _create_s3(uri: str, data: bytes) -> bool:
+    # pyarrow has no conditional writes.
+    import boto3
+    import botocore.config
+    import botocore.exceptions
+
+    filesystem(uri)  # says in one line what is wrong with the credentials, and sets what other servers need
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    config = botocore.config.Config(retries={"max_attempts": _ATTEMPTS, "mode": "standard"})
+    try:
+        boto3.client("s3", config=config).put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        return True
+    except botocore.exceptions.ClientError as error:
+        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412):
+            return False
+        raise OSError(str(error)) from None
+    except botocore.exceptions.BotoCoreError as error:
+        raise OSError(str(error)) from None
 
 
 def _check_bucket(uri: str, fs: Any, path: str) -> None:

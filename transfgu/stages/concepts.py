@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+import safetensors
 import safetensors.numpy
 from jaxtyping import Bool, Float, Float32, Int
 from numpy import ndarray
@@ -224,8 +225,11 @@ def _saved(folder: Artifact, group: _Group) -> tuple[int, ndarray] | None:
     data = storage.read_bytes_or_none(_state_file(folder, group))
     if data is None:
         return None
-    tensors = safetensors.numpy.load(data)
-    return int(tensors["iterations"][0]), tensors["centroids"]
+    try:
+        tensors = safetensors.numpy.load(data)
+        return int(tensors["iterations"][0]), tensors["centroids"]
+    except (safetensors.SafetensorError, KeyError):
+        return None  # damaged since: the iterations are made again
 
 
 # What an actor holds, and where it comes from.
@@ -317,7 +321,9 @@ def _read_part(uri: str, groups: Sequence[_Group]) -> list[tuple[Float32[ndarray
     try:
         table = pq.read_table(pa.BufferReader(data), columns=["group", "feature", *_PLACE])
     except pa.ArrowException:
-        raise UserError(f"{storage.shown(uri)} is damaged: delete it and its folder's manifest.json") from None
+        raise UserError(
+            f"{storage.shown(uri)} is damaged: delete it and its folder's manifest.json, and run again"
+        ) from None
     features = _matrix(table["feature"])
     places = np.stack([table[name].to_numpy().astype(np.int32) for name in _PLACE], 1)
     masks = [_mask(table["group"], group.windows) for group in groups]
@@ -458,10 +464,15 @@ def _connect() -> None:
 
 
 def _nodes() -> list[dict[str, float]]:
-    """Resources of each node that has a CPU."""
+    """Resources of each node that has a CPU; where all are yet to come, those of one."""
     import ray
 
-    return [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    there = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    if there:
+        return there
+    from transfgu import runtime
+
+    return [dict(kind.resources) for kind in runtime.possible_nodes() if kind.resources["CPU"]][:1]
 
 
 def _worker_count(size: int) -> int:

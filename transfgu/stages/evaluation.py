@@ -102,7 +102,7 @@ def evaluate(
     context.enable_progress_bars = False
     # An exception of ours should arrive as it was raised.
     context.raise_original_map_exception = True
-    actors = runtime.pool_size(recipe.compute)
+    actors = runtime.actors_per_node(recipe.compute)
     blocks = [rows.slice(start, _BLOCK_ROWS) for start in range(0, len(rows), _BLOCK_ROWS)]
     with DataContext.current(context):
         data = (

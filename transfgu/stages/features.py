@@ -65,7 +65,7 @@ def plan(recipe: Recipe, missing: Sequence[pa.Table], folder: str) -> Dataset:
         missing,
         parts.ReadImages(size=recipe.dataset.feature_size, interpolation=recipe.dataset.interpolation),
         EncodeWindows,
-        {"recipe": recipe, "processes": runtime.pool_size(recipe.compute)},
+        {"recipe": recipe, "processes": runtime.actors_per_node(recipe.compute)},
         runtime.encoder_pool(recipe.compute),
     )
     return parts.written(data, WriteFeatures(folder=folder, groups=groups(recipe)))

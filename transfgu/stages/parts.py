@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 
 from transfgu import storage
 from transfgu.artifacts import LeftOut
+from transfgu.command_line import find_user_error
 from transfgu.datasets import images
 from transfgu.errors import BadInput, UserError
 from transfgu.progress import Progress
@@ -243,8 +244,8 @@ def _made(data: Dataset) -> Iterator[tuple[Summary, str]]:
             for row in cast(pa.Table, batch).to_pylist():
                 yield Summary.from_json(row["summary"]), row["note"]
     except RayError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, UserError):
+        cause = find_user_error(error)
+        if cause:
             raise UserError(str(cause)) from None
         raise
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import safetensors
 import safetensors.numpy
 from jaxtyping import Float
 from ray.data import Dataset
 
 from transfgu import storage
 from transfgu.artifacts import Outcome, Run
+from transfgu.errors import UserError
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe
 from transfgu.stages import parts, samples
@@ -49,8 +51,15 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
 
 def load_centroids(run: Run) -> Float[np.ndarray, "K d"]:
     """The run's target concepts."""
-    file = storage.read_bytes(run.artifact("concepts").file("concepts.safetensors"))
-    centroids: Float[np.ndarray, "K d"] = safetensors.numpy.load(file)["centroids"]
+    folder = run.artifact("concepts")
+    file = storage.read_bytes(folder.file("concepts.safetensors"))
+    try:
+        centroids: Float[np.ndarray, "K d"] = safetensors.numpy.load(file)["centroids"]
+    except (safetensors.SafetensorError, KeyError):
+        raise UserError(
+            f"{storage.shown(folder.file('concepts.safetensors'))} is damaged: delete the folder {folder.uri}, and "
+            "run again"
+        ) from None
     return centroids
 
 
@@ -75,7 +84,7 @@ def _mapped(recipe: Recipe, tables: Sequence[pa.Table], centroids: Float[np.ndar
         tables,
         parts.ReadImages(size=recipe.dataset.image_size, interpolation=recipe.dataset.interpolation),
         MapConcepts,
-        {"recipe": recipe, "centroids": centroids, "processes": runtime.pool_size(recipe.compute)},
+        {"recipe": recipe, "centroids": centroids, "processes": runtime.actors_per_node(recipe.compute)},
         runtime.encoder_pool(recipe.compute),
     )
 

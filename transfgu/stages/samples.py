@@ -64,7 +64,13 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
 
 def load(run: Run, split: str) -> pa.Table:
     """The samples of a split ("train" or "validation") of a run: rows of `datasets.SCHEMA`."""
-    return pq.read_table(pa.BufferReader(storage.read_bytes(run.artifact("samples").file(f"{split}.parquet"))))
+    file = run.artifact("samples").file(f"{split}.parquet")
+    try:
+        return pq.read_table(pa.BufferReader(storage.read_bytes(file)))
+    except pa.ArrowInvalid:
+        raise UserError(
+            f"{storage.shown(file)} is damaged: delete it and its folder's manifest.json, and run again"
+        ) from None
 
 
 def _check_share(recipe: Recipe, split: str, listing: Listing) -> None:

@@ -1,0 +1,125 @@
+"""The lock of a run: one writer, a dead one's taken over, on a disk and on S3."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from transfgu import run_lock, storage
+from transfgu.errors import UserError
+from transfgu.run_lock import Lock, hold
+
+HOLD = """
+import sys, time
+from transfgu.run_lock import Lock
+Lock(sys.argv[1]).take(print)
+print("held", flush=True)
+time.sleep(99)
+"""
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def lock_of(uri: str) -> dict[str, object]:
+    tree: dict[str, object] = json.loads(storage.read_bytes(storage.join(uri, run_lock.FILE)))
+    return tree
+
+
+def write_lock(uri: str, **fields: object) -> None:
+    """A lock as another machine's process would have left it."""
+    content = {"id": "other", "host": "elsewhere", "process": "another-boot/pid:[1]/7@1", "beats": 3, **fields}
+    storage.write_bytes(storage.join(uri, run_lock.FILE), json.dumps(content).encode())
+
+
+@pytest.mark.parametrize("kind", ["disk", pytest.param("s3", marks=pytest.mark.s3)])
+def test_a_second_run_is_refused_until_the_first_lets_go(
+    kind: str, tmp_path: Path, said: list[str], request: pytest.FixtureRequest
+) -> None:
+    uri = storage.join(request.getfixturevalue("s3") if kind == "s3" else str(tmp_path), "run")
+    with hold(uri, said.append):
+        with pytest.raises(UserError, match=rf"is writing .*run \(process {os.getpid()} on .*another --run"):
+            Lock(uri).take(said.append)
+        assert lock_of(uri)["beats"] == 0
+    assert not storage.exists(storage.join(uri, run_lock.FILE))
+    with hold(uri, said.append):
+        pass
+    assert said == []
+
+
+def test_of_many_that_try_at_once_one_holds_it(tmp_path: Path, said: list[str]) -> None:
+    made = []
+    threads = [
+        threading.Thread(target=lambda i=i: made.append(storage.create(str(tmp_path / "a" / "x"), b"%d" % i)))
+        for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == [False] * 7 + [True]
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["x"]
+
+
+def test_a_killed_runs_lock_is_taken_over_at_once(tmp_path: Path, said: list[str]) -> None:
+    root = Path(run_lock.__file__).parents[1]
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=root)
+    try:
+        assert other.stdout
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"process {other.pid} on"):
+            Lock(str(tmp_path)).take(said.append)
+    finally:
+        other.send_signal(signal.SIGKILL)
+    while Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    started = time.monotonic()
+    with hold(str(tmp_path), said.append):  # not yet waited for: a zombie
+        assert time.monotonic() - started < 5
+        assert lock_of(str(tmp_path))["process"] == run_lock._process(os.getpid())
+    other.wait()
+    assert said == ["took over the lock of a run that died"]
+
+
+def test_another_machines_lock_is_watched(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(run_lock, "_SETTLE_SECONDS", 0.01)
+    write_lock(str(tmp_path))
+    beats = threading.Timer(0.3, lambda: write_lock(str(tmp_path), beats=4))
+    beats.start()
+    with pytest.raises(UserError, match=r"process 7 on elsewhere"):
+        Lock(str(tmp_path)).take(said.append)
+    beats.join()
+    with hold(str(tmp_path), said.append):  # now it does not beat
+        assert lock_of(str(tmp_path))["id"] != "other"
+    assert said[-1] == "took over the lock of a run that died"
+    assert "elsewhere may be dead" in said[0]
+
+
+def test_a_lock_that_was_cut_short_is_a_dead_runs(tmp_path: Path, said: list[str]) -> None:
+    (tmp_path / run_lock.FILE).write_text('{"id": "oth')
+    with hold(str(tmp_path), said.append):
+        assert lock_of(str(tmp_path))["host"]
+
+
+def test_the_holder_beats_and_notices_a_loss(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "_BEAT_SECONDS", 0.05)
+    with hold(str(tmp_path), said.append) as lock:
+        deadline = time.monotonic() + 5
+        while lock_of(str(tmp_path))["beats"] == 0 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert lock_of(str(tmp_path))["beats"] != 0
+        lock.check()
+        write_lock(str(tmp_path))
+        assert lock._lost.wait(5)
+        with pytest.raises(UserError, match="another run took over"):
+            lock.check()
+    assert lock_of(str(tmp_path))["id"] == "other"  # not ours to delete

@@ -1,0 +1,85 @@
+"""What is asked of a cluster: by what it may come to have, not only by what is there."""
+
+import json
+from typing import Any
+
+import pytest
+import ray
+
+from transfgu import runtime
+from transfgu.errors import UserError
+from transfgu.recipe import ComputeRecipe
+
+
+def cluster(monkeypatch: pytest.MonkeyPatch, *there: dict[str, float], may_be: str = "") -> None:
+    """A cluster of these nodes, of which one says what may be added."""
+    nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"memory": 1e9, **node}} for node in there]
+    nodes.append({"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}})
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setenv(runtime.NODES, may_be)
+
+
+def test_pools_grow_with_what_an_autoscaler_may_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaling = json.dumps([{"count": 8, "CPU": 4, "GPU": 1}, {"count": 3, "CPU": 8}, {"count": 0, "GPU": 8}])
+    cluster(monkeypatch, {"CPU": 2}, {"CPU": 4, "GPU": 1}, may_be=scaling)
+    assert runtime.cluster_gpus() == 8  # the one that is there is one of the eight
+    assert runtime.pool_size(ComputeRecipe()) == 8
+    assert runtime.pool_size(ComputeRecipe(gpus_per_actor=0.5)) == 16
+    assert runtime.pool_size(ComputeRecipe(actors=3)) == 3
+    assert runtime.actors_per_node(ComputeRecipe(gpus_per_actor=0.5)) == 2
+    pool = runtime.encoder_pool(ComputeRecipe())
+    assert (pool["compute"].min_size, pool["compute"].max_size) == (1, 8)
+    assert (pool["num_cpus"], pool["num_gpus"]) == (1, 1)
+    assert runtime.training_workers(ComputeRecipe()) == 8
+    assert runtime.training_workers(ComputeRecipe(workers=2)) == 2
+    runtime.check_satisfiable(ComputeRecipe(workers=8))
+
+
+def test_without_gpus_there_is_an_actor_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, {"CPU": 4})
+    assert runtime.pool_size(ComputeRecipe()) == 1
+    assert runtime.training_workers(ComputeRecipe()) == 1
+    cluster(monkeypatch, {"CPU": 4}, {"CPU": 8}, {})
+    assert runtime.pool_size(ComputeRecipe()) == 2
+    assert runtime.actors_per_node(ComputeRecipe()) == 1
+    assert runtime.actors_per_node(ComputeRecipe(actors=5)) == 3
+
+
+@pytest.mark.parametrize(
+    ("compute", "message"),
+    [
+        (ComputeRecipe(gpus_per_actor=2.0), "no node of the cluster has 1 CPUs and 2 GPUs, which an actor asks for"),
+        (ComputeRecipe(cpus_per_actor=4.0), "no node of the cluster has 4 CPUs and 1 GPUs"),
+        (ComputeRecipe(workers=3), "room for 2 training workers of 1 CPUs and 1 GPUs, and 3 are asked for"),
+    ],
+)
+def test_what_no_node_can_ever_hold_is_told(
+    monkeypatch: pytest.MonkeyPatch, compute: ComputeRecipe, message: str
+) -> None:
+    cluster(monkeypatch, {"CPU": 16}, may_be='[{"count": 2, "CPU": 3, "GPU": 1}]')
+    runtime.check_satisfiable(ComputeRecipe(workers=2))
+    with pytest.raises(UserError, match=message):
+        runtime.check_satisfiable(compute)
+
+
+def test_an_actor_that_leaves_no_cpu_to_read_images_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, {"CPU": 2})
+    runtime.check_satisfiable(ComputeRecipe())
+    with pytest.raises(UserError, match=r"has 2 CPUs, and 3 are needed, one of them to read images"):
+        runtime.check_satisfiable(ComputeRecipe(workers=2))
+
+
+@pytest.mark.parametrize("text", ["8", "[8]", '[{"GPU": 1}]', "[{", '[{"count": "many"}]', '{"count": 1}'])
+def test_a_cluster_that_misspells_its_nodes(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    cluster(monkeypatch, {"CPU": 2}, may_be=text)
+    with pytest.raises(UserError, match="TRANSFGU_NODES must read as in"):
+        runtime.possible_nodes()
+
+
+def test_a_local_folder_is_refused_where_nodes_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, {"CPU": 2})
+    runtime.check_shared("/tmp/run")
+    cluster(monkeypatch, {"CPU": 2}, may_be='[{"count": 2, "CPU": 3}]')
+    with pytest.raises(UserError, match="the cluster has 3 nodes: give --run a URI"):
+        runtime.check_shared("/tmp/run")
+    runtime.check_shared("s3://bucket/run")
