@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Prepares one machine: a disk to spill to, and the project's packages in a virtual environment. May be run again.
+set -euo pipefail
+
+# The first local NVMe disk, where the machine has one: /mnt/spill is a folder of the root disk otherwise.
+disk=$(lsblk --noheadings --nodeps --output PATH,MODEL | awk '/Instance Storage/ { print $1; exit }')
+sudo mkdir -p /mnt/spill
+if [ -n "$disk" ] && ! findmnt --source "$disk" >/dev/null; then
+  sudo mkfs.ext4 -q -F "$disk"
+  sudo mount -o noatime "$disk" /mnt/spill
+fi
+sudo chown "$USER" /mnt/spill
+
+cd ~/transfgu
+if ! cmp --silent constraints.txt ~/venv/constraints.txt; then
+  sudo apt-get update --quiet=2
+  sudo DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --no-install-recommends python3-venv
+  python3 -m venv ~/venv
+  kind=cpu
+  nvidia-smi >/dev/null 2>&1 && kind=gpu
+  ~/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt ".[$kind]"
+  cp constraints.txt ~/venv/
+fi
+# A login shell, which Ray's commands run in, finds `ray` there.
+grep --quiet venv/bin ~/.bashrc || sed -i '1i export PATH="$HOME/venv/bin:$PATH"' ~/.bashrc

@@ -1,0 +1,145 @@
+"""`ray_cluster.yaml` as `ray up` takes it: schema, defaults, and the bootstrap against a mock of EC2 and IAM."""
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import boto3
+import moto
+import pytest
+import yaml
+from ray.autoscaler._private.aws import config as aws
+from ray.autoscaler._private.aws import utils
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(ROOT)  # file_mounts are relative to where `ray up` is called
+    tree: dict[str, Any] = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    return tree
+
+
+@pytest.fixture
+def amazon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """AWS in this process's memory."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # for the key pair
+    (tmp_path / ".ssh").mkdir()
+    utils.resource_cache.cache_clear()
+    with moto.mock_aws():
+        yield
+    utils.resource_cache.cache_clear()
+
+
+def roles() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("aws_roles", ROOT / "cluster" / "aws_roles.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def workers(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {n: t for n, t in config["available_node_types"].items() if n != config["head_node_type"]}
+
+
+def test_rays_own_schema_and_defaults(config: dict[str, Any]) -> None:
+    prepared = prepare_config(config)
+    validate_config(prepared)
+    for path in prepared["file_mounts"].values():
+        assert (ROOT / path).exists(), path
+    assert prepared["available_node_types"]["head"]["max_workers"] == 0
+
+
+def test_workers_are_spot_of_several_kinds_and_none_when_idle(config: dict[str, Any]) -> None:
+    for node in workers(config).values():
+        assert node["min_workers"] == 0
+        assert node["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
+        assert node["node_config"]["IamInstanceProfile"] == {"Name": "transfgu-worker"}
+    gpus = [n["node_config"]["InstanceType"] for n in workers(config).values() if "GPU" in n["resources"]]
+    cpus = [n["node_config"]["InstanceType"] for n in workers(config).values() if "GPU" not in n["resources"]]
+    assert (len(set(gpus)), len(set(cpus))) == (3, 2)
+    head = config["available_node_types"]["head"]
+    assert "GPU" not in head["resources"]
+    assert "InstanceMarketOptions" not in head["node_config"]  # a head that goes takes the run with it
+
+
+def test_the_head_tells_the_jobs_what_may_come(config: dict[str, Any]) -> None:
+    start = " ".join(config["head_start_ray_commands"])
+    found = re.search(r"TRANSFGU_NODES='([^']+)'", start)
+    assert found
+    for told in json.loads(found[1]):
+        kind = {name: told[name] for name in ("CPU", "GPU") if name in told}
+        same = [node for node in workers(config).values() if node["resources"] == kind]
+        assert same
+        assert {node["max_workers"] for node in same} == {told["count"]}
+    assert sum(told["count"] for told in json.loads(found[1])) == config["max_workers"]
+
+
+def test_no_port_is_open_and_no_key_is_in_it(config: dict[str, Any]) -> None:
+    assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
+    text = (ROOT / "ray_cluster.yaml").read_text()
+    assert not re.search(r"AKIA|secret|0\.0\.0\.0", text, re.IGNORECASE)
+    for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
+        started = " ".join(config[commands])
+        assert "--object-spilling-directory" in started
+        assert "ship_logs.sh s3://my-bucket" in started
+
+
+@pytest.mark.usefixtures("amazon")
+def test_bootstrap_and_a_node_of_each_kind(config: dict[str, Any]) -> None:
+    roles().make(["my-bucket"])
+    ec2 = boto3.client("ec2")
+    image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+    prepared = prepare_config(config)
+    boot = aws.bootstrap_aws(prepared)
+    groups = ec2.describe_security_groups()["SecurityGroups"]
+    own = next(g for g in groups if g["GroupName"] == "ray-autoscaler-transfgu")
+    public = [rule for rule in own["IpPermissions"] if any(r["CidrIp"] == "0.0.0.0/0" for r in rule["IpRanges"])]
+    assert [(rule["FromPort"], rule["ToPort"]) for rule in public] == [(22, 22)]
+    assert Path(boot["auth"]["ssh_private_key"]).stat().st_mode & 0o077 == 0
+    provider = AWSNodeProvider(boot["provider"], boot["cluster_name"])
+    for name, node in boot["available_node_types"].items():
+        settings = node["node_config"]
+        assert settings["SecurityGroupIds"] == [own["GroupId"]]
+        assert settings["SubnetIds"]
+        assert settings["ImageId"].startswith("resolve:ssm:/aws/service/deeplearning/")
+        # EC2 looks the image up by its parameter's name, which moto does not.
+        provider.create_node({**settings, "ImageId": image}, {"ray-node-name": name, "ray-node-kind": "worker"}, 1)
+    started = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
+    kinds = {i["InstanceType"]: i for i in started}
+    assert set(kinds) == {t["node_config"]["InstanceType"] for t in config["available_node_types"].values()}
+    assert kinds["m6i.xlarge"]["IamInstanceProfile"]["Arn"].endswith("/transfgu-head")
+    for kind, instance in kinds.items():
+        assert instance.get("InstanceLifecycle") == (None if kind == "m6i.xlarge" else "spot")
+
+
+@pytest.mark.usefixtures("amazon")
+def test_profiles_hold_what_is_needed_and_may_be_made_again(capsys: pytest.CaptureFixture[str]) -> None:
+    module = roles()
+    module.make(["one"])
+    module.make(["one", "two"])
+    iam = boto3.client("iam")
+    for name in (module.HEAD, module.WORKER):
+        assert [
+            r["RoleName"] for r in iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]["Roles"]
+        ] == [name]
+    document = json.dumps(iam.get_role_policy(RoleName=module.WORKER, PolicyName="transfgu")["PolicyDocument"])
+    assert "arn:aws:s3:::two/*" in document
+    assert "ec2:" not in document
+    assert "ec2:RunInstances" in json.dumps(
+        iam.get_role_policy(RoleName=module.HEAD, PolicyName="transfgu")["PolicyDocument"]
+    )
+    assert "transfgu-worker: one, two" in capsys.readouterr().out

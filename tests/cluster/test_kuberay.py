@@ -1,0 +1,85 @@
+"""The manifests against the schemas that a cluster's API server would hold them to."""
+
+import copy
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+ROOT = Path(__file__).parents[2]
+MANIFESTS = {"RayCluster": "raycluster.yaml", "RayJob": "rayjob.yaml"}
+
+
+def manifest(kind: str) -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.safe_load((ROOT / "cluster" / "kuberay" / MANIFESTS[kind]).read_text())
+    return tree
+
+
+@pytest.fixture(scope="module")
+def schemas() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(lzma.decompress((Path(__file__).parent / "kuberay_crds.json.xz").read_bytes()))
+    return found
+
+
+def groups(cluster: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {g["groupName"]: g for g in cluster["spec"]["workerGroupSpecs"]}
+
+
+def containers(tree: Any) -> list[dict[str, Any]]:
+    """Every container of a manifest."""
+    if isinstance(tree, dict):
+        return [*tree.get("containers", []), *(c for v in tree.values() for c in containers(v))]
+    return [c for v in tree for c in containers(v)] if isinstance(tree, list) else []
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_manifests_fit_their_schemas(kind: str, schemas: dict[str, Any]) -> None:
+    tree = manifest(kind)
+    assert (tree["kind"], tree["apiVersion"]) == (kind, "ray.io/v1")
+    validator = jsonschema.Draft202012Validator(schemas[kind])
+    validator.validate(tree)
+    misspelt = copy.deepcopy(tree)
+    misspelt["spec"]["idleTimeout"] = 3
+    with pytest.raises(jsonschema.ValidationError, match="idleTimeout"):
+        validator.validate(misspelt)
+
+
+def test_groups_start_at_nothing_and_the_head_knows_what_they_may_become() -> None:
+    cluster = manifest("RayCluster")
+    assert cluster["spec"]["rayVersion"] == ray.__version__
+    assert cluster["spec"]["enableInTreeAutoscaling"]
+    told = []
+    for name in ("gpu", "cpu"):
+        group = groups(cluster)[name]
+        assert (group["replicas"], group["minReplicas"]) == (0, 0)
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        row = {"count": group["maxReplicas"], "CPU": int(limits["cpu"])}
+        told.append(row | ({"GPU": int(limits["nvidia.com/gpu"])} if "nvidia.com/gpu" in limits else {}))
+    head = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert json.loads({e["name"]: e["value"] for e in head["env"]}["TRANSFGU_NODES"]) == told
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_nothing_runs_as_root_or_without_limits(kind: str) -> None:
+    found = containers(manifest(kind)["spec"])
+    assert found
+    for container in found:
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert {"cpu", "memory"} <= set(container["resources"]["limits"])
+    text = json.dumps(manifest(kind))
+    assert text.count('"runAsNonRoot": true') == (3 if kind == "RayCluster" else 1)
+
+
+def test_the_job_runs_on_that_cluster() -> None:
+    job = manifest("RayJob")["spec"]
+    assert job["clusterSelector"]["ray.io/cluster"] == manifest("RayCluster")["metadata"]["name"]
+    script = next(word for word in job["entrypoint"].split() if word.endswith(".py"))
+    assert (ROOT / "jobs" / Path(script).name).is_file()
+    assert (
+        job["submitterPodTemplate"]["spec"]["containers"][0]["image"] == containers(manifest("RayCluster"))[0]["image"]
+    )
