@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from PIL import Image
 
 import transfgu
@@ -77,6 +78,55 @@ def test_a_list_gives_a_list_however_long(labelled: MadeRun) -> None:
     for image, prediction in zip(photographs, predictions, strict=True):
         np.testing.assert_array_equal(prediction, segmenter.predict(image))
     assert segmenter.predict([]) == []
+
+
+def test_probabilities_are_the_classes_at_the_images_size(labelled: MadeRun) -> None:
+    segmenter = Segmenter.load(labelled.run.uri)
+    image = photograph(50, 90)
+    probabilities = segmenter.predict(image, probabilities=True)
+    assert probabilities.shape == (10, 50, 90)
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(axis=0), 1, atol=1e-5)
+    np.testing.assert_array_equal(probabilities.argmax(axis=0), segmenter.predict(image))
+    resized = torch.from_numpy(images.resize(image, (SIDE, SIDE)))[None]
+    logits = F.interpolate(segmenter.logits(resized), (50, 90), mode="bilinear")[0]
+    assert segmenter.class_of.tolist() != list(range(10))  # else the next line could not see it
+    for cluster, index in enumerate(segmenter.class_of):
+        expected = (logits[cluster] - logits.logsumexp(dim=0)).exp()
+        np.testing.assert_allclose(probabilities[index], expected, rtol=1e-4)
+    several = segmenter.predict([image, photograph(20, 30)], probabilities=True)
+    assert [p.shape for p in several] == [(10, 50, 90), (10, 20, 30)]
+
+
+def test_a_shared_model_is_whole_and_says_what_it_is(labelled: MadeRun, tmp_path: Path) -> None:
+    segmenter = Segmenter.load(labelled.run.uri)
+    segmenter.recipe = segmenter.recipe.with_fields({"data": "s3://private/photos"})
+    segmenter.save_pretrained(tmp_path / "shared")
+    again = Segmenter.from_pretrained(tmp_path / "shared", device="cpu")
+    image = photograph(50, 90)
+    np.testing.assert_array_equal(again.predict(image), segmenter.predict(image))
+    assert (again.classes, again.colours, again.scores) == (segmenter.classes, segmenter.colours, segmenter.scores)
+    texts = [p.read_text() for p in (tmp_path / "shared").rglob("*") if p.suffix in (".md", ".yaml", ".json")]
+    assert len(texts) == 4
+    for text in texts:  # paths of anybody's data stay at home
+        assert "private" not in text
+        assert str(labelled.run.uri) not in text
+        assert labelled.recipe.encoder.weights not in text
+    card = ModelCard.load(tmp_path / "shared" / "README.md")
+    assert card.data.library_name == "transfgu"
+    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
+    assert metrics["mean_iou"] == round(labelled.metrics["mean_iou"], 2)
+    assert f"| 1 | quilt | {labelled.metrics['iou'][1]:.1f} |" in card.text
+
+
+def test_the_card_of_a_model_without_labels(bare: MadeRun, tmp_path: Path) -> None:
+    segmenter = Segmenter.load(bare.run.uri)
+    segmenter.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.eval_results is None
+    assert "no labels to score with" in card.text
+    assert "| 4 | concept 4 |" in card.text
+    assert Segmenter.from_pretrained(tmp_path).classes == segmenter.classes
 
 
 def test_classes_are_named_after_labels_where_there_were_some(labelled: MadeRun, bare: MadeRun) -> None:

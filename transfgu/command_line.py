@@ -19,6 +19,7 @@ from transfgu.recipe import (
     FIELDS,
     PRESETS,
     PRETRAINING_FIELDS,
+    ComputeRecipe,
     FieldInfo,
     PretrainingRecipe,
     Recipe,
@@ -83,14 +84,36 @@ def add_recipe(parser: argparse.ArgumentParser, preset_flag: str = "") -> None:
     what = f"one of {', '.join(PRESETS)} (default: shapes)"
     parser.add_argument(preset_flag or "preset", metavar="PRESET", help=what, **named)
     parser.add_argument("--recipe", metavar="URI", help="start from this YAML recipe instead of a preset")
-    short = {full: name for name, full in short_names().items()}
-    defaults = preset("shapes").flat()
     groups = {c: parser.add_argument_group(title) for c, title in _GROUPS.items()}
-    for name, info in FIELDS.items():
-        if name == "preset":
-            continue
-        flags = [f"--{name}", *([f"--{short[name]}"] if name in short else [])]
-        _add_field(groups[name.rpartition(".")[0]], flags, info, defaults[name], "default for shapes")
+    for name in FIELDS:
+        if name != "preset":
+            _add_recipe_field(groups[name.rpartition(".")[0]], name)
+
+
+def add_compute(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of `compute` that counts where nothing is trained."""
+    group = parser.add_argument_group(_GROUPS["compute"])
+    for name in FIELDS:
+        if name.startswith("compute.") and name != "compute.workers":
+            _add_recipe_field(group, name)
+
+
+def compute_of(arguments: argparse.Namespace) -> ComputeRecipe:
+    """`compute` with the fields that the arguments of :func:`add_compute` set.
+
+    Raises:
+        UserError: a bad value.
+    """
+    given = given_fields(arguments).items()
+    return ComputeRecipe(
+        **{name.removeprefix("compute."): convert(name, FIELDS[name].kind, text) for name, text in given}
+    )
+
+
+def _add_recipe_field(group: argparse._ArgumentGroup, name: str) -> None:
+    short = {full: name for name, full in short_names().items()}
+    flags = [f"--{name}", *([f"--{short[name]}"] if name in short else [])]
+    _add_field(group, flags, FIELDS[name], preset("shapes").flat()[name], "default for shapes")
 
 
 def add_pretraining_recipe(parser: argparse.ArgumentParser) -> None:

@@ -106,7 +106,7 @@ class MaskDecoder(nn.Module):
         self, patches: Float[Tensor, "B hw patch_width"]
     ) -> tuple[Float[Tensor, "B hw C"], Float[Tensor, "B C d"]]:
         """Logits of every patch, and the class embeddings after they have seen the image, of unit length."""
-        tokens = torch.cat((self.proj_dec(patches), self.cls_emb.expand(len(patches), -1, -1)), dim=1)
+        tokens = torch.cat((self.proj_dec(patches), self.cls_emb.expand(patches.shape[0], -1, -1)), dim=1)
         for block in self.blocks:
             tokens = block(tokens)
         tokens = self.decoder_norm(tokens)  # (B, hw + C, d)

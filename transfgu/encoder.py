@@ -243,7 +243,7 @@ class Encoder(nn.Module):
         vit = self.vit
         patches = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
         prefix = torch.cat([token for token in (vit.cls_token, vit.reg_token) if token is not None], 1)
-        prefix = prefix.expand(len(images), -1, -1)
+        prefix = prefix.expand(images.shape[0], -1, -1)  # not len(): an export leaves this side open
         if vit.pos_embed is None:
             return torch.cat([prefix, patches], 1)
         placeless = 0 if vit.no_embed_class else vit.num_prefix_tokens

@@ -220,8 +220,8 @@ def training_workers(compute: ComputeRecipe) -> int:
     return compute.workers or max(1, int(cluster_gpus() / compute.gpus_per_actor))
 
 
-def check_shared(uri: str) -> None:
-    """Refuse a local run folder on a cluster of several nodes, whose workers could not see it.
+def check_shared(uri: str, flag: str = "--run") -> None:
+    """Refuse a local folder, given by `flag`, on a cluster of several nodes, whose workers could not see it.
 
     Raises:
         UserError: such a folder.
@@ -229,6 +229,6 @@ def check_shared(uri: str) -> None:
     nodes = sum(kind.count for kind in possible_nodes())
     if nodes > 1 and storage.is_local(uri):
         raise UserError(
-            f"{uri} is a folder of one machine, and the cluster has {nodes} nodes: give --run a URI all can reach, "
+            f"{uri} is a folder of one machine, and the cluster has {nodes} nodes: give {flag} a URI all can reach, "
             "as s3://bucket/run"
         )

@@ -1,21 +1,25 @@
 """A trained model is a frozen encoder, a small decoder and one table, so it predicts anywhere, and needs no Ray.
 
 The table takes clusters, which carry no names, to classes: where a run had labels, its Hungarian matching is the table.
+A model that is saved to be shared is a folder of the same make as a run's, with the encoder's weights beside the
+decoder's and without the paths of anybody's data.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, Literal, overload
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from jaxtyping import Float, Float32, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from transfgu import datasets, storage
+from transfgu import datasets, model_card, storage
 from transfgu.artifacts import Run
 from transfgu.datasets import images
 from transfgu.decoder import MaskDecoder
@@ -26,15 +30,28 @@ from transfgu.weight_files import read_weights
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 Classes = Int[np.ndarray, "H W"]
+Probabilities = Float32[np.ndarray, "C H W"]
 Photo = Image.Image | np.ndarray | str | Path
 
 _AT_ONCE = 16  # images that go through the encoder together
 _NUMBERS = 1 << 24  # logits held at the image's own size: 64 MiB, however large the image
+_BESIDE = "run:"  # of encoder.weights: a file in the model's own folder
+_ENCODER = "encoder.safetensors"
+_MODEL = "model.safetensors"
+_SCORES = "evaluation/scores.json"
 
 
-class Segmenter:
-    """Images to class indices. Made by :meth:`load`; runs on the device that it was loaded to."""
+class Segmenter(ModelHubMixin):
+    """Images to class indices. Made by :meth:`load`; runs on the device that it was loaded to.
 
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's: what they write and read is this
+    model's folder, on a disk or on the Hub.
+    """
+
+    recipe: Recipe
+    """The run's."""
+    scores: Mapping[str, Any] | None
+    """What the run scored, as its `evaluation/scores.json` has it; None where it was not evaluated."""
     classes: tuple[str, ...]
     """A name for each index that :meth:`predict` returns.
 
@@ -44,33 +61,29 @@ class Segmenter:
     """
     colours: tuple[tuple[int, int, int], ...]
     """A colour for each index: red, green, blue, 0 to 255."""
+    class_of: Int[np.ndarray, " clusters"]
+    """Each cluster's class index."""
+
+    _hub_mixin_config = {}  # noqa: RUF012 - the mixin's own; what it would gather is in recipe.yaml
 
     def __init__(
-        self,
-        encode: PatchTokens,
-        decoder: MaskDecoder,
-        *,
-        size: tuple[int, int],
-        classes: tuple[str, ...],
-        colours: tuple[tuple[int, int, int], ...],
-        class_of: Int[np.ndarray, " clusters"],
+        self, encode: PatchTokens, decoder: MaskDecoder, *, recipe: Recipe, scores: Mapping[str, Any] | None
     ) -> None:
         """Join the parts of a model.
 
         Args:
             encode: the frozen encoder, on its device.
             decoder: the mask decoder, on the same.
-            size: what images are resized to, (height, width), pixels.
-            classes: names of the classes.
-            colours: colours of the classes.
-            class_of: each cluster's class index.
+            recipe: of the run: the images' size, the classes.
+            scores: see :attr:`scores`.
         """
         self.encode = encode
         self.decoder = decoder
-        self.size = size
-        self.classes = classes
-        self.colours = colours
-        self.class_of = class_of
+        self.recipe = recipe
+        self.scores = scores
+        self.size = recipe.dataset.image_size
+        self.classes, self.class_of = class_table(recipe, _assignment(scores))
+        self.colours = datasets.classes(recipe).colours
 
     @staticmethod
     def load(uri: str | Path, *, device: str = "") -> "Segmenter":
@@ -85,9 +98,8 @@ class Segmenter:
                 code is ever loaded), or they are not those of its recipe's decoder.
         """
         run = Run(str(uri))
-        recipe = _recipe(run)
-        # A run that scored other weights than its own is shown, and predicts, by those.
-        model = recipe.decoder.weights or run.file("model.safetensors")
+        recipe = run_recipe(run)
+        model = model_file(run.uri)
         if not storage.exists(model):
             raise UserError(f"{run.uri} holds no model yet: finish its training, by the command that began it")
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -99,40 +111,73 @@ class Segmenter:
                 f"{model} tells {decoder.classes} classes apart from tokens of width {decoder.proj_dec.in_features}, "
                 f"and its recipe wants {recipe.classes} from width {encode.encoder.width}: it is another run's"
             )
-        classes, class_of = class_table(recipe, matching(run))
-        colours = datasets.classes(recipe).colours
-        return Segmenter(
-            encode, decoder, size=recipe.dataset.image_size, classes=classes, colours=colours, class_of=class_of
-        )
+        return Segmenter(encode, decoder, recipe=recipe, scores=_read_scores(run))
 
     @overload
-    def predict(self, image: Photo) -> Classes: ...  # type: ignore[overload-overlap]  # a path is no list of paths
+    def predict(self, image: Photo, *, probabilities: Literal[False] = False) -> Classes: ...  # type: ignore[overload-overlap]  # a path is no list of paths
     @overload
-    def predict(self, image: Sequence[Photo]) -> list[Classes]: ...
-    def predict(self, image: Photo | Sequence[Photo]) -> Classes | list[Classes]:
-        """Which class each pixel is of.
+    def predict(self, image: Sequence[Photo], *, probabilities: Literal[False] = False) -> list[Classes]: ...
+    @overload
+    def predict(self, image: Photo, *, probabilities: Literal[True]) -> Probabilities: ...  # type: ignore[overload-overlap]
+    @overload
+    def predict(self, image: Sequence[Photo], *, probabilities: Literal[True]) -> list[Probabilities]: ...
+    def predict(
+        self, image: Photo | Sequence[Photo], *, probabilities: bool = False
+    ) -> Classes | Probabilities | list[Classes] | list[Probabilities]:
+        """Which class each pixel is of, or how probable each class is there.
 
         As in evaluation, the image is resized to the recipe's size, and the logits bilinearly to the image's own.
 
         Args:
             image: a PIL image, an (H, W, 3) uint8 array, a path or URI; or a list of these.
+            probabilities: return the classes' probabilities, which take 4 C bytes a pixel, rather than the index of
+                the largest.
 
         Returns:
-            (H, W) indices into :attr:`classes`; for a list, one such array for each image.
+            (H, W) indices into :attr:`classes`, or (C, H, W) float32 that add up to 1 at each pixel; for a list, one
+            such array for each image.
 
         Raises:
             UserError: an image that can't be read.
         """
-        if isinstance(image, Image.Image | np.ndarray | str | Path):
-            return next(self._predict_all([image]))
-        return list(self._predict_all(image))
+        single = isinstance(image, Image.Image | np.ndarray | str | Path)
+        photos: Sequence[Photo] = [image] if single else image  # type: ignore[assignment, list-item]
+        found = list(self._predict_all(photos, probabilities))
+        return found[0] if single else found  # type: ignore[return-value]
 
-    def _predict_all(self, photos: Sequence[Photo]) -> Iterator[Classes]:
+    def _predict_all(self, photos: Sequence[Photo], probabilities: bool) -> Iterator[Classes | Probabilities]:
         for start in range(0, len(photos), _AT_ONCE):
             pixels = [_pixels(photo) for photo in photos[start : start + _AT_ONCE]]
             resized = np.stack([images.resize(image, self.size, "bilinear") for image in pixels])  # (B, 3, h, w)
-            for logits, image in zip(self.logits(torch.from_numpy(resized)), pixels, strict=True):
-                yield self.class_of[winners(logits, image.shape[:2]).cpu().numpy()]
+            sizes = [(image.shape[0], image.shape[1]) for image in pixels]
+            yield from self._probabilities(resized, sizes) if probabilities else self.predict_resized(resized, sizes)
+
+    def predict_resized(
+        self, resized: UInt8[np.ndarray, "n 3 h w"], sizes: Sequence[tuple[int, int]]
+    ) -> Iterator[Classes]:
+        """As :meth:`predict`, of images that are brought to the recipe's size already.
+
+        Args:
+            resized: the images.
+            sizes: height and width of each one's mask, pixels.
+        """
+        for logits, size in self._logits_of(resized, sizes):
+            yield self.class_of[winners(logits, size).cpu().numpy()]
+
+    def _probabilities(
+        self, resized: UInt8[np.ndarray, "n 3 h w"], sizes: Sequence[tuple[int, int]]
+    ) -> Iterator[Probabilities]:
+        clusters = torch.from_numpy(np.argsort(self.class_of))  # each class's
+        for logits, size in self._logits_of(resized, sizes):
+            whole = F.interpolate(logits[None, clusters.to(logits.device)].float(), size, mode="bilinear")[0]
+            yield whole.softmax(dim=0).cpu().numpy()
+
+    def _logits_of(
+        self, resized: UInt8[np.ndarray, "n 3 h w"], sizes: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[Float[Tensor, "clusters h w"], tuple[int, int]]]:
+        for start in range(0, len(resized), _AT_ONCE):
+            batch = torch.from_numpy(resized[start : start + _AT_ONCE])
+            yield from zip(self.logits(batch), sizes[start : start + _AT_ONCE], strict=True)
 
     @torch.inference_mode()
     def logits(self, batch: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B clusters h w"]:
@@ -141,6 +186,65 @@ class Segmenter:
         height, width = (side // self.encode.encoder.patch_size for side in self.size)
         maps: Tensor = logits.mT.unflatten(2, (height, width))
         return maps
+
+    def export_onnx(self, folder: str | Path, *, size: tuple[int, int] | None = None) -> tuple[Path, Path]:
+        """Write `encoder.onnx` and `decoder.onnx` into a local folder; see :mod:`transfgu.onnx_export`.
+
+        Raises:
+            UserError: the package onnx is not installed, or the encoder's patch does not divide `size`.
+        """
+        from transfgu import onnx_export
+
+        return onnx_export.export(self, Path(folder), size=size)
+
+    # What huggingface_hub's mixin asks for.
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        encoder = self.encode.encoder
+        shared = self.recipe.with_fields(
+            {
+                "data": "",
+                "labels": "not shared" if self.recipe.labels else "",  # that there were labels decides on names
+                "encoder.weights": _BESIDE + _ENCODER,
+                "decoder.weights": "",
+            }
+        )
+        (save_directory / "recipe.yaml").write_text(shared.to_yaml())
+        described = {"patch_size": str(encoder.patch_size), "num_heads": str(encoder.num_heads)}
+        tensors = {name: tensor.contiguous() for name, tensor in encoder.vit.state_dict().items()}
+        safetensors.torch.save_file(tensors, save_directory / _ENCODER, described)
+        safetensors.torch.save_file(self.decoder.state_dict(), save_directory / _MODEL)
+        if self.scores is not None:
+            (save_directory / _SCORES).parent.mkdir(exist_ok=True)
+            (save_directory / _SCORES).write_text(json.dumps(self.scores, indent=1))
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **model_kwargs: Any,
+    ) -> "Segmenter":
+        if Path(model_id).is_dir():
+            return cls.load(model_id, **model_kwargs)
+        folder = snapshot_download(
+            model_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        return cls.load(folder, **model_kwargs)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card of this model, filled from its run."""
+        return model_card.card(self.recipe, self.classes, self.scores)
 
 
 def winners(logits: Float[Tensor, "clusters h w"], size: tuple[int, int]) -> Int[Tensor, "H W"]:
@@ -175,18 +279,36 @@ def class_table(
     return (("background", *concepts[1:]) if recipe.background else concepts), np.arange(recipe.classes)
 
 
-def matching(run: Run) -> Int[np.ndarray, " C"] | None:
-    """Each true class's cluster, as the run's evaluation matched them; None where it had no labels."""
-    data = storage.read_bytes_or_none(run.artifact("evaluation").file("scores.json"))
-    assignment = None if data is None else json.loads(data)["assignment"]
-    return None if assignment is None else np.array(assignment)
+def run_recipe(run: Run) -> Recipe:
+    """The recipe of a run, or of a model's folder.
 
-
-def _recipe(run: Run) -> Recipe:
+    Raises:
+        UserError: the folder is neither.
+    """
     text = storage.read_bytes_or_none(run.file("recipe.yaml"))
     if text is None:
         raise UserError(f"{run.uri} is no run's folder, as it holds no recipe.yaml: give what --run named in training")
-    return from_yaml(text.decode())
+    recipe = from_yaml(text.decode())
+    if recipe.encoder.weights.startswith(_BESIDE):
+        recipe = recipe.with_fields({"encoder.weights": run.file(recipe.encoder.weights.removeprefix(_BESIDE))})
+    return recipe
+
+
+def model_file(uri: str) -> str:
+    """URI of the decoder that a run is shown, and predicts, by: other weights than its own where it scored such."""
+    run = Run(uri)
+    return run_recipe(run).decoder.weights or run.file(_MODEL)
+
+
+def _read_scores(run: Run) -> Mapping[str, Any] | None:
+    data = storage.read_bytes_or_none(run.file(_SCORES))
+    return None if data is None else json.loads(data)
+
+
+def _assignment(scores: Mapping[str, Any] | None) -> Int[np.ndarray, " C"] | None:
+    """Each true class's cluster, as the run's evaluation matched them; None where it had no labels."""
+    assignment = None if scores is None else scores["assignment"]
+    return None if assignment is None else np.array(assignment)
 
 
 def _pixels(photo: Photo) -> Pixels:

@@ -1,0 +1,254 @@
+"""A bucket of images to a bucket of masks: each once, the same however often it was stopped, bad ones named."""
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.made_run import MadeRun, make_run
+from tests.stages.small_run import BAD, picture, spoil
+from transfgu import storage
+from transfgu.errors import UserError
+from transfgu.progress import Progress
+from transfgu.recipe import ComputeRecipe
+from transfgu.segmenter import Segmenter
+from transfgu.stages import prediction
+from transfgu.stages.prediction import PredictionJob, predict
+
+ROOT = Path(__file__).resolve().parents[2]
+QUIET = Progress("prediction", quiet=True)
+COMPUTE = ComputeRecipe(actors=2)
+NAMES = ["a/003.png", "a/040.png", *(f"a/{n:03d}.jpg" for n in range(4, 39)), "b/001.jpg", "b/001.png", "c.bmp"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
+    return make_run(tmp_path_factory.mktemp("made"))
+
+
+def write_images(folder: Path, names: Sequence[str] = NAMES) -> Path:
+    """Pictures of several formats, two of them bad, in folders."""
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(number)).save(path)
+    for number, how in BAD.items():
+        path = folder / "a" / f"{number:03d}.png"
+        if path.exists():
+            spoil(path, "unreadable image" if how == "missing image" else how)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def job(made: MadeRun, folder: Path, **more: object) -> PredictionJob:
+    asked = {"run": made.run.uri, "images": str(folder / "images"), "out": str(folder / "out")}
+    return PredictionJob(**{**asked, **more})  # type: ignore[arg-type]
+
+
+def samples(*names: str) -> pa.Table:
+    return prediction._samples({name: f"/x/{name}" for name in names})
+
+
+def test_masks_are_named_after_images_and_never_share_a_file() -> None:
+    table = samples("b/photo.jpg", "a.jpg", "b/photo.png", "dir.v2/x.jpeg")
+    assert table["name"].to_pylist() == ["a.jpg", "b/photo.jpg", "b/photo.png", "dir.v2/x.jpeg"]
+    assert table["mask"].to_pylist() == ["a", "b/photo.jpg", "b/photo.png", "dir.v2/x"]
+
+
+def test_what_is_to_be_made() -> None:
+    table = samples(*(f"{n}.jpg" for n in range(6)))
+    done = {"0.jpg", "1.jpg", "2.jpg"}
+
+    def names(bad: dict[str, str], whole: bool) -> list[list[str]]:
+        return [t["name"].to_pylist() for t in prediction._todo(table, 2, done, bad, whole=whole)]
+
+    # A part that was stopped half way is made again whole, so that its batches are what they would have been.
+    assert names({}, True) == [["2.jpg", "3.jpg"], ["4.jpg", "5.jpg"]]
+    assert names({"3.jpg": "empty image"}, True) == [["3.jpg"], ["4.jpg", "5.jpg"]]
+    assert names({}, False) == [["3.jpg"], ["4.jpg", "5.jpg"]]
+
+
+def test_a_mask_is_an_indexed_png_in_its_classes_colours() -> None:
+    mask = np.array([[0, 1], [2, 1]], np.uint8)
+    colours = np.array([[0, 0, 0], [255, 0, 0], [1, 2, 3]], np.uint8)
+    read = Image.open(io.BytesIO(prediction.png(mask, colours)))
+    assert read.mode == "P"
+    np.testing.assert_array_equal(np.asarray(read), mask)
+    np.testing.assert_array_equal(np.asarray(read.convert("RGB")), colours[mask])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run": "/nowhere/run"}, r"no run's folder, as it holds no recipe\.yaml"),
+        ({"images": "/nowhere/images"}, "no file or folder /nowhere/images"),
+        ({"images": "IMAGES/a/004.jpg"}, "is a file: give --images the folder"),
+        ({"images": "EMPTY"}, "holds no image"),
+        ({"out": "IMAGES/masks"}, "lie in each other"),
+        ({"out": "IMAGES/a/004.jpg/out"}, "lie in each other"),
+        ({"out": "/proc/out"}, "can't write /proc/out"),
+    ],
+)
+def test_mistakes_are_told_before_ray_starts(
+    made: MadeRun, tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    write_images(tmp_path / "images", ["a/004.jpg"])
+    (tmp_path / "empty").mkdir()
+    places = {"IMAGES": str(tmp_path / "images"), "EMPTY": str(tmp_path / "empty")}
+    for short, path in places.items():
+        change = {name: value.replace(short, path) for name, value in change.items()}
+    with pytest.raises(UserError, match=message) as caught:
+        prediction.preflight(job(made, tmp_path, **change))
+    assert "\n" not in str(caught.value)
+
+
+def test_another_models_masks_stay_as_they_are(made: MadeRun, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", ["a/004.jpg"])
+    prediction.preflight(job(made, tmp_path))
+    with pytest.raises(UserError, match="holds another format: choose another --out"):
+        prediction.preflight(job(made, tmp_path, format="parquet"))
+    claim = tmp_path / "out" / "prediction.json"
+    told = json.loads(claim.read_text())
+    assert told["classes"][0] == {"index": 0, "name": "target", "colour": [228, 26, 28]}
+    claim.write_text(json.dumps({**told, "model": "0", "run": "s3://other/run"}))
+    with pytest.raises(UserError, match="holds masks of s3://other/run"):
+        prediction.preflight(job(made, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--run", "x", "--images", "y"], "--out is missing: predict needs --run URI, --images URI and --out URI"),
+        (["--run", "x", "--images", "y", "--out", "z", "--format", "jpg"], "--format must be png or parquet, not jpg"),
+        (["--run", "x", "--images", "y", "--out", "z", "--actors", "two"], "compute.actors must be a whole number"),
+    ],
+)
+def test_mistakes_on_the_command_line(words: list[str], message: str) -> None:
+    ended = subprocess.run([sys.executable, "jobs/predict.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_masks_are_the_segmenters_and_only_what_lacks_is_made(made: MadeRun, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images")
+    asked = job(made, tmp_path, overlays=True)
+    done = predict(asked, COMPUTE, QUIET)
+    assert (done.images, done.found, done.made) == (40, 0, 38)
+    assert [(x.name, x.reason) for x in done.left_out] == [
+        ("a/003.png", "truncated image"),
+        ("a/040.png", "unreadable image"),
+    ]
+    made_first = files(tmp_path / "out")
+    assert sum(name.startswith("masks/") for name in made_first) == 38
+    assert sum(name.startswith("overlays/") for name in made_first) == 38
+    segmenter = Segmenter.load(made.run.uri)
+    for name, mask in (("a/005.jpg", "a/005"), ("b/001.jpg", "b/001.jpg"), ("b/001.png", "b/001.png"), ("c.bmp", "c")):
+        found = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{mask}.png"))
+        expected = segmenter.predict(folder / name)
+        assert found.shape == expected.shape
+        assert (found == expected).mean() > 0.999  # another batch may round otherwise
+        assert Image.open(tmp_path / "out" / "overlays" / f"{mask}.jpg").size == found.shape[::-1]
+
+    # Again: bad ones are tried again, and nothing else; what is gone is made as it was; what is mended is made.
+    (tmp_path / "out" / "masks" / "c.png").unlink()
+    Image.fromarray(picture(3)).save(folder / "a" / "003.png")
+    done = predict(asked, COMPUTE, QUIET)
+    assert [x.name for x in done.left_out] == ["a/040.png"]
+    made_again = files(tmp_path / "out")
+    assert set(made_again) - set(made_first) == {"masks/a/003.png", "overlays/a/003.jpg"}
+    same = [name for name in made_first if name.startswith(("masks/", "overlays/"))]
+    assert all(made_again[name] == made_first[name] for name in same)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_parquet_holds_each_image_once(made: MadeRun, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images")
+    asked = job(made, tmp_path, format="parquet")
+    predict(asked, COMPUTE, QUIET)
+    Image.fromarray(picture(3)).save(folder / "a" / "003.png")
+    write_images(folder, ["0.jpg"])  # sorted first, so parts begin elsewhere
+    spoil(folder / "a" / "040.png", "unreadable image")
+    done = predict(asked, COMPUTE, QUIET)
+    assert (done.images, done.found, done.made, len(done.left_out)) == (41, 38, 2, 1)
+    table = pa.concat_tables(pq.read_table(p) for p in sorted((tmp_path / "out" / "masks").iterdir()))
+    assert sorted(table["name"].to_pylist()) == sorted({"0.jpg", *NAMES} - {"a/040.png"})
+    row = table.to_pylist()[7]
+    mask = np.frombuffer(row["mask"], np.uint8).reshape(row["height"], row["width"])
+    assert (mask == Segmenter.load(made.run.uri).predict(folder / row["name"])).mean() > 0.999
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_operators_have_readable_names(made: MadeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = samples("a.jpg").append_column("height", pa.array([1]))
+    prediction.plan(job(made, tmp_path), [table], (64, 64), COMPUTE).explain()
+    shown = capsys.readouterr().out
+    for name in ("ReadPhotos", "PredictMasks", "WriteMasks"):
+        assert name in shown
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+@pytest.mark.long
+@pytest.mark.usefixtures("ray_cluster")
+def test_200_images_through_s3_while_an_actor_is_killed(made: MadeRun, tmp_path: Path, s3: str) -> None:
+    names = [f"{n % 3}/{n:04d}.jpg" for n in range(200)]
+    folder = write_images(tmp_path / "images", names)
+    for name in names:
+        storage.write_bytes(storage.join(s3, "images", name), (folder / name).read_bytes())
+    shutil.rmtree(folder)
+    # The model too comes from the bucket.
+    for file, data in files(Path(made.run.uri)).items():
+        storage.write_bytes(storage.join(s3, "run", file), data)
+    jobs = {
+        how: PredictionJob(run=f"{s3}/run", images=f"{s3}/images", out=f"{s3}/{how}") for how in ("calm", "disturbed")
+    }
+    assert predict(jobs["calm"], COMPUTE, QUIET).made == 200
+
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill_one() -> None:
+        # As soon as the first masks are there, and others are not.
+        while not over.is_set() and not killed:
+            if storage.list_files(f"{s3}/disturbed/masks"):
+                actors = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in " ".join(p.cmdline())]
+                if actors:
+                    killed.append(actors[0].pid)
+                    actors[0].send_signal(signal.SIGKILL)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    done = predict(jobs["disturbed"], COMPUTE, QUIET)
+    over.set()
+    thread.join()
+    assert killed, "no actor was there to be killed"
+    assert (done.made, done.left_out) == (200, ())
+    masks = {how: storage.list_files(f"{s3}/{how}/masks") for how in jobs}
+    relative = {how: [uri.partition(f"/{how}/")[2] for uri in uris] for how, uris in masks.items()}
+    assert relative["disturbed"] == relative["calm"]
+    assert len(set(relative["disturbed"])) == 200
+    for calm, disturbed in zip(masks["calm"], masks["disturbed"], strict=True):
+        assert storage.read_bytes(calm) == storage.read_bytes(disturbed)

@@ -1,0 +1,110 @@
+"""A shared model says what it is by itself: its card is filled from the run's recipe and scores, never by hand."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from transfgu.recipe import Recipe
+
+PAPER = "https://arxiv.org/abs/2112.01515"
+
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+Divides an image into {{ classes|length }} classes. It was learned without a single label, by TransFGU
+([Yin et al., ECCV 2022]({{ paper }})): windows of unlabelled images were described by the self-supervised vision
+transformer `{{ recipe.encoder.name }}` and clustered into {{ recipe.concepts.count }} concepts; a mask decoder learned
+from maps of where each concept is, and then from its own predictions.
+
+## Use
+
+```python
+from transfgu import Segmenter
+
+segmenter = Segmenter.from_pretrained("OWNER/NAME")  # this repository's name, or a folder
+mask = segmenter.predict("photo.jpg")  # (H, W) class indices
+segmenter.classes[mask[0, 0]]
+```
+
+Images are resized to {{ recipe.dataset.image_size[0] }} x {{ recipe.dataset.image_size[1] }} pixels (height x width);
+masks come back at the image's own size.
+
+## Scores
+
+{% if scores -%}
+On the validation images of `{{ recipe.preset }}`: mIoU {{ "%.2f"|format(scores.mean_iou) }} %, pixel accuracy
+{{ "%.2f"|format(scores.pixel_accuracy) }} %. Labels scored it, matched each cluster to one class, and told the best
+epoch; nothing was learned from them.
+
+| index | class | IoU, % |
+| --- | --- | --- |
+{% for name, iou in rows -%}
+| {{ loop.index0 }} | {{ name }} | {{ "absent" if iou is none else "%.1f"|format(iou) }} |
+{% endfor %}
+{%- else -%}
+There were no labels to score with, so classes are numbered: which of them is what, one finds by looking.
+
+| index | class |
+| --- | --- |
+{% for name in classes -%}
+| {{ loop.index0 }} | {{ name }} |
+{% endfor %}
+{%- endif %}
+
+## Limits
+
+Classes are clusters of what the encoder finds similar, which may not be what their names promise. Masks have the
+resolution of the encoder's patches. The encoder's weights lie beside the decoder's, under their own licence.
+
+## Recipe
+
+```yaml
+{{ yaml }}```
+"""
+
+
+def card(recipe: Recipe, classes: Sequence[str], scores: Mapping[str, Any] | None) -> ModelCard:
+    """The card of a run's model.
+
+    Args:
+        recipe: the run's; of where its data lies the card says nothing.
+        classes: names of the classes.
+        scores: `mean_iou`, `pixel_accuracy` and `iou` by class (percent) of the run; None, or a mean_iou of None: none.
+    """
+    scored = scores if scores is not None and scores["mean_iou"] is not None else None
+    title = f"TransFGU, {recipe.preset}"
+    results = [
+        EvalResult(
+            task_type="image-segmentation",
+            dataset_type=recipe.preset,
+            dataset_name=recipe.preset,
+            dataset_split="validation",
+            metric_type=metric,
+            metric_value=round(scored[metric], 2),
+        )
+        for metric in ("mean_iou", "pixel_accuracy")
+        if scored is not None
+    ]
+    data = ModelCardData(
+        library_name="transfgu",
+        pipeline_tag="image-segmentation",
+        tags=["unsupervised-semantic-segmentation", "transfgu"],
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+    shown = recipe.with_fields({"data": "", "labels": "", "encoder.weights": "pretrained", "decoder.weights": ""})
+    return ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        title=title,
+        paper=PAPER,
+        recipe=recipe,
+        classes=classes,
+        scores=scored,
+        rows=[] if scored is None else list(zip(classes, scored["iou"], strict=True)),
+        yaml=shown.to_yaml(),
+    )

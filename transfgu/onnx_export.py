@@ -1,0 +1,110 @@
+"""Two graphs that need no Python: pixels to patch tokens, and patch tokens to class logits.
+
+The encoder's graph is for images of one size, as the resized position embeddings are numbers in it; how many images
+there are is open. It takes pixels as they are decoded, so nobody gets the normalisation wrong, and the decoder's graph
+gives classes, not clusters, so that nobody needs the table.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from transfgu.decoder import MaskDecoder
+from transfgu.encoder import Encoder, normalise, patch_grid
+from transfgu.errors import UserError
+
+if TYPE_CHECKING:
+    from transfgu.segmenter import Segmenter
+
+_OPSET = 20
+
+
+class PixelsToPatches(nn.Module):
+    """The encoder with its normalisation."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B hw d"]:
+        """Patch tokens after the final norm."""
+        return self.encoder.patch_tokens(normalise(images, self.encoder.mean, self.encoder.std))
+
+
+class PatchesToClasses(nn.Module):
+    """The decoder with its clusters in the order of the classes."""
+
+    def __init__(self, decoder: MaskDecoder, class_of: Int[np.ndarray, " clusters"]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.clusters: Tensor
+        self.register_buffer("clusters", torch.from_numpy(np.argsort(class_of)))
+
+    def forward(self, patches: Float[Tensor, "B hw d"]) -> Float[Tensor, "B hw C"]:
+        """Logits by class."""
+        return self.decoder(patches)[0][:, :, self.clusters]
+
+
+def export(segmenter: "Segmenter", folder: Path, *, size: tuple[int, int] | None = None) -> tuple[Path, Path]:
+    """Write `encoder.onnx` and `decoder.onnx`.
+
+    `encoder.onnx` takes `images`, (B, 3, H, W) uint8, and gives `patches`, (B, hw, d) float32; `decoder.onnx` takes
+    `patches`, of any number, and gives `logits`, (B, hw, C) float32, whose largest over C is the patch's class index.
+
+    Args:
+        segmenter: the model.
+        folder: where; it is made.
+        size: height and width of the images, pixels; the recipe's unless given.
+
+    Returns:
+        The two files.
+
+    Raises:
+        UserError: onnx is not installed, or the encoder's patch does not divide `size`.
+    """
+    try:
+        import onnx  # noqa: F401 - torch asks for both, in many lines
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise UserError("exporting needs the packages onnx and onnxscript: pip install 'transfgu[onnx]'") from None
+    size = size or segmenter.size
+    encoder = segmenter.encode.encoder
+    height, width = patch_grid(size, encoder.patch_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = segmenter.encode.device
+    graphs: list[tuple[str, nn.Module, Tensor, str, str, dict[int, str]]] = [
+        (
+            "encoder.onnx",
+            PixelsToPatches(encoder),
+            torch.zeros(2, 3, *size, dtype=torch.uint8, device=device),
+            "images",
+            "patches",
+            {0: "B"},
+        ),
+        (
+            "decoder.onnx",
+            PatchesToClasses(segmenter.decoder, segmenter.class_of).to(device),
+            torch.zeros(2, height * width, encoder.width, device=device),
+            "patches",
+            "logits",
+            {0: "B", 1: "hw"},
+        ),
+    ]
+    for name, module, example, taken, given, open_sides in graphs:
+        torch.onnx.export(
+            module.eval(),
+            (example,),
+            str(folder / name),
+            input_names=[taken],
+            output_names=[given],
+            dynamic_shapes=({side: torch.export.Dim(word, min=1) for side, word in open_sides.items()},),
+            opset_version=_OPSET,
+            external_data=False,
+            dynamo=True,
+            verbose=False,
+        )
+    return folder / "encoder.onnx", folder / "decoder.onnx"

@@ -1,0 +1,398 @@
+"""Whether an image is done is seen by its mask: so prediction goes on where it stopped, and takes up what was added.
+
+A bucket of images becomes a bucket of masks in parts, as the other stages make theirs: tasks decode, a pool of actors
+holds the model and grows to its limit while images wait, tasks write. A mask leaves its actor compressed, so what
+travels is small however large a photograph is; to the driver comes back one small row a part.
+"""
+
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int, UInt8
+from PIL import Image
+from ray.data import Dataset
+
+from transfgu import storage
+from transfgu.artifacts import LeftOut, Run
+from transfgu.datasets import images
+from transfgu.datasets.listing import images_in, stem
+from transfgu.errors import BadInput, UserError
+from transfgu.progress import Progress
+from transfgu.recipe import ComputeRecipe, Size
+from transfgu.stages import parts
+
+Format = Literal["png", "parquet"]
+
+CLAIM = "prediction.json"
+"""Says whose masks lie beside it, and what their indices mean."""
+SUMMARY = "summary.json"
+"""Says how the last prediction that came to its end went."""
+
+_WRITERS = 8  # files that one task writes at a time
+_SCHEMA = pa.schema([("name", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("mask", pa.large_binary())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionJob:
+    """What is asked for.
+
+    Args:
+        run: URI of a trained run's folder.
+        images: URI of a folder of images, at any depth.
+        out: URI of the folder to fill: `masks/`, `overlays/`, and two JSON files that explain them.
+        format: `png`: for each image an indexed PNG with a palette, under its name; `parquet`: rows `name`, `height`,
+            `width`, `mask` (class indices row by row, uint8 for up to 256 classes, else uint16).
+        overlays: also write each image as a JPEG, lit in its classes' colours; with PNGs.
+    """
+
+    run: str
+    images: str
+    out: str
+    format: Format = "png"
+    overlays: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """How it went."""
+
+    images: int
+    """Images in the folder."""
+    found: int
+    """Of them, those whose masks were there already."""
+    made: int
+    """Masks made now."""
+    left_out: tuple[LeftOut, ...]
+
+
+def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, verbose: bool = False) -> Prediction:
+    """Make the masks that `job.out` lacks; an image that can't be used is named, and ends nothing.
+
+    Raises:
+        UserError: before Ray starts: no model, no images, a folder that can't be written or holds another model's
+            masks, images and masks in one place.
+    """
+    names = preflight(job)
+    # What costs seconds to import, only now.
+    from transfgu import runtime
+
+    runtime.connect(verbose=verbose)
+    for uri, flag in ((job.out, "--out"), (job.images, "--images")):
+        runtime.check_shared(uri, flag)
+    samples = _samples(names)
+    done, bad = _done(job, samples), _known_bad(job)
+    size = _size(job)
+    todo = _todo(samples, parts.part_size(size), done, bad, whole=job.format == "png")
+    asked = {name for table in todo for name in table["name"].to_pylist()}
+    found = len(samples) - len(asked)
+    if found:
+        progress.update(found, len(samples), "images")
+    made, left_out = 0, list[LeftOut]()
+    for row in _rows(plan(job, todo, size, compute)) if todo else ():
+        made += row["made"]
+        left_out += [LeftOut(**x) for x in json.loads(row["left_out"])]
+        progress.update(found + made + len(left_out), len(samples), "images")
+    result = Prediction(
+        images=len(samples), found=found, made=made, left_out=tuple(sorted(left_out, key=lambda x: x.name))
+    )
+    summary = {"images": result.images, "found": found, "made": made, "left_out": [vars(x) for x in result.left_out]}
+    storage.write_bytes(storage.join(job.out, SUMMARY), json.dumps(summary, indent=1).encode())
+    return result
+
+
+def preflight(job: PredictionJob) -> dict[str, str]:
+    """Find what would fail later, without Ray, and claim the folder of masks for this model.
+
+    Returns:
+        The images: URI by path relative to `job.images`.
+
+    Raises:
+        UserError: the first thing found wrong.
+    """
+    from transfgu.segmenter import Segmenter, model_file
+
+    folder, out = (storage.absolute(uri) + "/" for uri in (job.images, job.out))
+    if out.startswith(folder) or folder.startswith(out):
+        raise UserError(
+            f"--images {storage.shown(job.images)} and --out {storage.shown(job.out)} lie in each other: masks would "
+            "be read as images, so choose two folders beside each other"
+        )
+    storage.check_readable(job.images)
+    if storage.is_file(job.images):
+        raise UserError(f"{storage.shown(job.images)} is a file: give --images the folder that it lies in")
+    segmenter = Segmenter.load(job.run, device="cpu")
+    if job.format == "png" and len(segmenter.classes) > 256:
+        raise UserError(
+            f"an indexed PNG holds 256 classes, and this run has {len(segmenter.classes)}: set --format parquet"
+        )
+    names = images_in(job.images, recursive=True)
+    if not names:
+        raise UserError(f"{storage.shown(job.images)} holds no image (.jpg, .png, .webp, ...): check --images")
+    storage.check_writable(job.out)
+    claim = {
+        "model": hashlib.sha256(storage.read_bytes(model_file(job.run))).hexdigest(),
+        "run": storage.shown(storage.absolute(job.run)),
+        "format": job.format,
+        "classes": [
+            {"index": i, "name": name, "colour": list(colour)}
+            for i, (name, colour) in enumerate(zip(segmenter.classes, segmenter.colours, strict=True))
+        ],
+    }
+    _claim(job, claim)
+    return names
+
+
+def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
+    uri = storage.join(job.out, CLAIM)
+    text = storage.read_bytes_or_none(uri)
+    try:
+        held = None if text is None else json.loads(text)
+        differing = [n for n in ("model", "format", "classes") if held is not None and held[n] != claim[n]]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{storage.shown(uri)} is damaged: delete it, and the masks beside it, or change --out"
+        ) from None
+    if differing:
+        theirs = f"masks of {held['run']}" if "model" in differing else f"another {differing[0]}"
+        raise UserError(f"{storage.shown(job.out)} holds {theirs}: choose another --out, or delete what is there")
+    if held is None:
+        storage.write_bytes(uri, json.dumps(claim, indent=1).encode())
+
+
+def _samples(names: Mapping[str, str]) -> pa.Table:
+    """Rows `name`, `image` (URI) and `mask`, the name of its mask without an extension."""
+    ordered = sorted(names)
+    stems = [stem(name) for name in ordered]
+    twice = {s for s in stems if stems.count(s) > 1} if len(set(stems)) < len(stems) else set()
+    # Of photo.jpg and photo.png the masks are photo.jpg.png and photo.png.png: neither takes the other's place.
+    masks = [name if s in twice else s for name, s in zip(ordered, stems, strict=True)]
+    return pa.table({"name": ordered, "image": [names[n] for n in ordered], "mask": masks})
+
+
+def _size(job: PredictionJob) -> Size:
+    from transfgu.segmenter import run_recipe
+
+    return run_recipe(Run(job.run)).dataset.image_size
+
+
+def _done(job: PredictionJob, samples: pa.Table) -> set[str]:
+    """Names of the images whose masks, and overlays if asked for, are there."""
+    masks = storage.join(job.out, "masks")
+    files = storage.list_files(masks)
+    if job.format == "parquet":
+        with ThreadPoolExecutor(16) as pool:
+            done = {name for names in pool.map(_names, files) for name in names}
+    else:
+        done = _named(samples, masks, files, ".png")
+    if job.overlays:
+        overlays = storage.join(job.out, "overlays")
+        done &= _named(samples, overlays, storage.list_files(overlays), ".jpg")
+    return done
+
+
+def _named(samples: pa.Table, folder: str, files: Sequence[str], suffix: str) -> set[str]:
+    there = {uri.removeprefix(storage.absolute(folder) + "/") for uri in files}
+    pairs = zip(samples["name"].to_pylist(), samples["mask"].to_pylist(), strict=True)
+    return {name for name, mask in pairs if mask + suffix in there}
+
+
+def _names(uri: str) -> list[str]:
+    fs, path = storage.filesystem(uri)
+    with fs.open_input_file(path) as file:
+        names: list[str] = pq.read_table(file, columns=["name"])["name"].to_pylist()
+    return names
+
+
+def _known_bad(job: PredictionJob) -> dict[str, str]:
+    """Images that an earlier prediction could not use, with the reason."""
+    text = storage.read_bytes_or_none(storage.join(job.out, SUMMARY))
+    return {} if text is None else {x["name"]: x["reason"] for x in json.loads(text)["left_out"]}
+
+
+def _todo(samples: pa.Table, size: int, done: set[str], bad: Mapping[str, str], *, whole: bool) -> list[pa.Table]:
+    """The parts to make.
+
+    A part's images share their batches, and another batch may round otherwise. So a part of PNGs that was stopped
+    half way is made again as a whole, and prediction that was stopped ends as if it had not been. Images that were
+    bad the last time may have been mended; they are tried again, by themselves.
+    """
+    todo = []
+    for part in parts.split(samples, size):
+        names = part["name"].to_pylist()
+        missing = [i for i, name in enumerate(names) if name not in done]
+        if not missing:
+            continue
+        mended_only = all(names[i] in bad for i in missing)
+        todo.append(part if whole and not mended_only else part.take(missing))
+    return todo
+
+
+def plan(job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: ComputeRecipe) -> Dataset:
+    """Parts of the image list to masks in `job.out`, a row of counts for each."""
+    from transfgu import runtime
+
+    data = parts.encoded(
+        tables,
+        ReadPhotos(size=size, interpolation="bilinear", keep_files=job.overlays),
+        PredictMasks,
+        {"run": job.run, "processes": runtime.pool_size(compute)},
+        runtime.encoder_pool(compute),
+    )
+    return parts.written(data, WriteMasks(job=job))
+
+
+def _rows(data: Dataset) -> Iterator[dict[str, Any]]:
+    for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from cast(pa.Table, batch).to_pylist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadPhotos(parts.ReadImages):
+    """A task: a part of the image list to decoded, resized images.
+
+    Out come rows name, mask, image (3, H, W) uint8, height and width (as stored, pixels), file (its bytes, or null),
+    reason (null, or why the image can't be used).
+    """
+
+    keep_files: bool
+
+    def __call__(self, samples: pa.Table) -> pa.Table:
+        """Raises UserError where the storage fails."""
+        pixels = np.zeros((len(samples), 3, *self.size), np.uint8)
+        rows = []
+        for place, uri in zip(pixels, samples["image"].to_pylist(), strict=True):
+            row: dict[str, Any] = {"height": 0, "width": 0, "file": None, "reason": None}
+            try:
+                data = storage.read_bytes_or_none(uri)
+                if data is None:
+                    raise BadInput("missing image")
+                image = images.decode_image(data)
+                place[:] = images.resize(image, self.size, self.interpolation)
+                row |= {"height": image.shape[0], "width": image.shape[1], "file": data if self.keep_files else None}
+            except BadInput as error:
+                row["reason"] = str(error)
+            rows.append(row)
+        kinds = {"height": pa.int32(), "width": pa.int32(), "file": pa.large_binary(), "reason": pa.string()}
+        return pa.table(
+            {
+                "name": samples["name"],
+                "mask": samples["mask"],
+                "image": pa.FixedShapeTensorArray.from_numpy_ndarray(pixels),
+                **{name: pa.array([row[name] for row in rows], kind) for name, kind in kinds.items()},
+            }
+        )
+
+
+class PredictMasks:
+    """An actor: images to class indices at their own size.
+
+    A block of `ReadPhotos` goes out without its images, with `indices`: class indices row by row, zlib-compressed,
+    uint8 or uint16; empty where there is no image.
+    """
+
+    def __init__(self, run: str, processes: int) -> None:
+        # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
+        from transfgu import runtime
+        from transfgu.segmenter import Segmenter
+        from transfgu.tokens import use_cores
+
+        device = runtime.device()
+        if device.type == "cpu":
+            use_cores(processes)
+        self._segmenter = Segmenter.load(run, device=device.type)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """See the class."""
+        rows, pixels = parts.usable(block)
+        sizes = list(zip(rows["height"].to_pylist(), rows["width"].to_pylist(), strict=True))
+        kind = index_type(len(self._segmenter.classes))
+        found = {
+            name: zlib.compress(mask.astype(kind), 1)
+            for name, mask in zip(rows["name"].to_pylist(), self._segmenter.predict_resized(pixels, sizes), strict=True)
+        }
+        indices = [found.get(name, b"") for name in block["name"].to_pylist()]
+        return block.drop_columns("image").append_column("indices", pa.array(indices, pa.large_binary()))
+
+
+def index_type(classes: int) -> type[np.uint8] | type[np.uint16]:
+    """The numbers that masks of so many classes consist of."""
+    return np.uint8 if classes <= 256 else np.uint16
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteMasks:
+    """A task: a part's masks, and overlays, to files."""
+
+    job: PredictionJob
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """A block of `PredictMasks` to the part's row for the driver: `made`, and `left_out` as JSON."""
+        claim = json.loads(storage.read_bytes(storage.join(self.job.out, CLAIM)))
+        colours = np.array([c["colour"] for c in claim["classes"]], np.uint8)
+        rows = block.filter(block["reason"].is_null())
+        kind = index_type(len(colours))
+        masks = [
+            np.frombuffer(zlib.decompress(data), kind).reshape(height, width)
+            for data, height, width in zip(*(rows[n].to_pylist() for n in ("indices", "height", "width")), strict=True)
+        ]
+        names = rows["mask"].to_pylist()
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            # Overlays first: a mask is what says that an image is done.
+            if self.job.overlays:
+                files = rows["file"].to_pylist()
+                list(
+                    pool.map(
+                        lambda n, f, m: self._write("overlays", f"{n}.jpg", overlay(f, m, colours)), names, files, masks
+                    )
+                )
+            if self.job.format == "png":
+                list(pool.map(lambda n, m: self._write("masks", f"{n}.png", png(m, colours)), names, masks))
+        if self.job.format == "parquet" and masks:
+            table = rows.select(["name", "height", "width"]).append_column(
+                "mask", pa.array([mask.tobytes() for mask in masks], pa.large_binary())
+            )
+            # A name of its own for each set of images: a task that is run twice replaces what it wrote.
+            digest = hashlib.sha256("\n".join(block["name"].to_pylist()).encode()).hexdigest()[:16]
+            self._write("masks", f"part-{digest}.parquet", _parquet(table.cast(_SCHEMA)))
+        left_out = [vars(x) for x in parts.left_out(block)]
+        return pa.table({"made": [len(masks)], "left_out": [json.dumps(left_out)]})
+
+    def _write(self, kind: str, name: str, data: bytes) -> None:
+        storage.write_bytes(storage.join(self.job.out, kind, name), data)
+
+
+def png(mask: UInt8[np.ndarray, "H W"], colours: UInt8[np.ndarray, "C 3"]) -> bytes:
+    """Class indices as an indexed PNG that shows them in their colours."""
+    picture = Image.fromarray(mask)
+    picture.putpalette(colours.tobytes(), "RGB")
+    sink = io.BytesIO()
+    picture.save(sink, "PNG")
+    return sink.getvalue()
+
+
+def overlay(
+    file: bytes, mask: Int[np.ndarray, "H W"] | UInt8[np.ndarray, "H W"], colours: UInt8[np.ndarray, "C 3"]
+) -> bytes:
+    """An image, from its file's bytes, half in its classes' colours, with dark outlines; a JPEG."""
+    image = images.decode_image(file)
+    lit = ((image.astype(np.uint16) + colours[mask]) // 2).astype(np.uint8)
+    lit[:, 1:][mask[:, 1:] != mask[:, :-1]] = 20
+    lit[1:][mask[1:] != mask[:-1]] = 20
+    sink = io.BytesIO()
+    Image.fromarray(lit).save(sink, "JPEG", quality=88)
+    return sink.getvalue()
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", row_group_size=1, use_dictionary=False)
+    return sink.getvalue()
