@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 RUN ?= $(HOME)/transfgu/shapes
 
-.PHONY: demo test test-pure faults lint types setup clean
+.PHONY: demo test test-pure faults lint types docs setup clean
 
 setup: $(VENV)/.installed
 
@@ -38,6 +38,9 @@ test: lint types  ## lint, types, and the whole suite with coverage
 
 faults: setup  ## what takes long: machines, servers and disks that fail in mid-run
 	$(PY) -m pytest -q -m long
+
+docs: setup  ## the pages that are written from the code
+	$(PY) -m transfgu.reference_page docs/recipe.md
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

@@ -146,6 +146,12 @@ def test_the_whole_method_and_again_nothing(tmp_path: Path, capsys: pytest.Captu
     for name in ("recipe.yaml", "model.safetensors", "report.html"):
         assert Path(run.file(name)).stat().st_size > 100
 
+    told = sorted(p.name for p in (tmp_path / "run" / "tensorboard").iterdir())
+    assert told == [f"events.out.tfevents.{epoch:06d}" for epoch in (1, 2)]
+    for epoch in (1, 2):
+        picture = Image.open(tmp_path / "run" / "training" / "pictures" / f"epoch-{epoch:06d}.png")
+        assert picture.size == (4 * SIDE, 3 * SIDE)  # six images with their masks, two a row
+
     def state() -> dict[str, int]:
         kept = ("recipe.yaml", "metrics.json", "report.html")
         return {str(p): p.stat().st_mtime_ns for p in Path(run.uri).rglob("*") if p.is_file() and p.name not in kept}

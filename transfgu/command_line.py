@@ -30,7 +30,7 @@ from transfgu.recipe import (
     short_names,
 )
 
-_GROUPS = {
+GROUPS = {
     "": "data and seed",
     "dataset": "images and labels",
     "encoder": "encoder (frozen, self-supervised ViT)",
@@ -40,8 +40,9 @@ _GROUPS = {
     "decoder": "mask decoder",
     "training": "bootstrapped training",
     "evaluation": "evaluation",
-    "compute": "where it runs (changes no result)",
+    "compute": "where it runs, and who is told (changes no result)",
 }
+"""Titles of the recipe's components, in the order of the method."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,7 +85,7 @@ def add_recipe(parser: argparse.ArgumentParser, preset_flag: str = "") -> None:
     what = f"one of {', '.join(PRESETS)} (default: shapes)"
     parser.add_argument(preset_flag or "preset", metavar="PRESET", help=what, **named)
     parser.add_argument("--recipe", metavar="URI", help="start from this YAML recipe instead of a preset")
-    groups = {c: parser.add_argument_group(title) for c, title in _GROUPS.items()}
+    groups = {c: parser.add_argument_group(title) for c, title in GROUPS.items()}
     for name in FIELDS:
         if name != "preset":
             _add_recipe_field(groups[name.rpartition(".")[0]], name)
@@ -92,9 +93,9 @@ def add_recipe(parser: argparse.ArgumentParser, preset_flag: str = "") -> None:
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of `compute` that counts where nothing is trained."""
-    group = parser.add_argument_group(_GROUPS["compute"])
+    group = parser.add_argument_group("where it runs (changes no result)")
     for name in FIELDS:
-        if name.startswith("compute.") and name != "compute.workers":
+        if name.startswith("compute.") and name not in ("compute.workers", "compute.track"):
             _add_recipe_field(group, name)
 
 
@@ -174,6 +175,20 @@ def given_fields(arguments: argparse.Namespace) -> dict[str, str]:
         name.removeprefix("field:"): value for name, value in vars(arguments).items() if name.startswith("field:")
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def preset_table() -> str:
+    """The presets and what sets them apart, a line each."""
+    rows = [("preset", "things", "stuff", "images (h x w)", "epochs", "batch", "lr", "layout of --data")]
+    for name in PRESETS:
+        r = preset(name)
+        size = " x ".join(map(str, r.dataset.image_size))
+        kinds = (f"{r.concepts.things}", f"{r.concepts.stuff}" if r.concepts.stuff else "background")
+        epochs = f"{r.training.epochs}" + (f" of {r.training.passes} passes" if r.training.passes > 1 else "")
+        layout = "none: drawn" if r.dataset.layout == "shapes" else r.dataset.layout
+        rows.append((name, *kinds, size, epochs, f"{r.training.batch_size}", f"{r.training.lr:g}", layout))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def run_job(job: Callable[[], None]) -> NoReturn:

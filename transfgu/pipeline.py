@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from transfgu import datasets, run_lock, storage
+from transfgu import datasets, run_lock, storage, tracking
 from transfgu.artifacts import Manifest, Outcome, Run
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
@@ -53,6 +53,7 @@ def preflight(recipe: Recipe, run: Run) -> Recipe:
     Raises:
         UserError: the first thing found wrong.
     """
+    tracking.names(recipe)
     datasets.preflight(recipe)
     storage.check_writable(run.uri)
     encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
@@ -65,6 +66,13 @@ def _stage_function(stage: str) -> Callable[..., Outcome]:
 
     function: Callable[..., Outcome] = importlib.import_module(f"transfgu.stages.{stage}").run
     return function
+
+
+def stages_until(until: str) -> tuple[str, ...]:
+    """The stages up to and including `until`; UserError where there is no such stage."""
+    if until not in STAGES:
+        raise UserError(f"there is no stage {until}; choose one of {', '.join(STAGES)}")
+    return STAGES[: STAGES.index(until) + 1]
 
 
 def run_stages(
@@ -85,10 +93,8 @@ def run_stages(
     Raises:
         UserError: a mistake of the user's, before or while the stages run.
     """
-    if until not in STAGES:
-        raise UserError(f"there is no stage {until}; choose one of {', '.join(STAGES)}")
+    stages = stages_until(until)
     recipe = preflight(recipe, run)
-    stages = STAGES[: STAGES.index(until) + 1]
 
     def say(text: str) -> None:
         if not quiet:

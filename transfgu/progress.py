@@ -30,7 +30,7 @@ class Progress:
         self._last = now
         made, spent = done - self._first_done, max(now - self._start, 1e-9)
         rate = made / spent
-        left = f", {_duration((total - done) / rate)} left" if made and done < total else ""
+        left = f", {duration((total - done) / rate)} left" if made and done < total else ""
         speed = (f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each") if made else ""
         self._write(f"{self._stage}: {done}/{total} {unit}  {speed}{left}", final=False)
 
@@ -48,7 +48,8 @@ class Progress:
         self._stream.flush()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words, such as ``3 min 20 s``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

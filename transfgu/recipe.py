@@ -200,7 +200,7 @@ class EvaluationRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeRecipe:
-    """Where it runs. No artefact depends on it, so it is in no digest."""
+    """Where it runs, and who is told. No artefact depends on it, so it is in no digest."""
 
     workers: int = _field(0, "training workers; 0: one for each GPU of the cluster, one in all without GPUs", "workers")
     actors: int = _field(
@@ -210,6 +210,9 @@ class ComputeRecipe:
         1.0, "share of a GPU that an encoder actor or a training worker holds, where there are GPUs", "GPUs"
     )
     cpus_per_actor: float = _field(1.0, "CPUs that an encoder actor or a training worker holds", "CPUs")
+    track: str = _field(
+        "tensorboard", "who is told of each epoch: any of tensorboard, mlflow, wandb, with commas between; or none"
+    )
 
     def __post_init__(self) -> None:
         _check(self.workers >= 0 and self.actors >= 0, "compute.workers and compute.actors must not be negative")

@@ -4,7 +4,7 @@ No torch here, nor what brings it: the board is an actor, whose process should b
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,8 @@ class Status:
     """Steps of the whole training."""
     notes: list[str]
     """Lines for the user that were not read before."""
+    rows: list[dict[str, Any]]
+    """Of the history of a training, those not read before."""
     failure: str
     is_mistake: bool
     """Whether the failure is a user's mistake."""
@@ -38,6 +40,7 @@ class Board:
     def __init__(self) -> None:
         self._done = self._total = 0
         self._notes: list[str] = []
+        self._rows: list[dict[str, Any]] = []
         self._failure = ""
         self._is_mistake = False
         self._last_error = "a worker died"
@@ -60,18 +63,23 @@ class Board:
         """A line for the user."""
         self._notes.append(text)
 
+    def end_epoch(self, row: dict[str, Any]) -> None:
+        """An epoch is done; its row of the history."""
+        self._rows.append(row)
+
     def fail(self, error: str, *, is_mistake: bool) -> None:
         """An attempt ended in an error; after a user's mistake there is no other."""
         if is_mistake:
             self._failure, self._is_mistake = error, True
         self._last_error = error
 
-    def read(self, notes: int) -> Status:
-        """Everything, but for the first `notes` notes."""
+    def read(self, notes: int, rows: int = 0) -> Status:
+        """Everything, but for the first `notes` notes and the first `rows` rows."""
         return Status(
             done=self._done,
             total=self._total,
             notes=self._notes[notes:],
+            rows=self._rows[rows:],
             failure=self._failure,
             is_mistake=self._is_mistake,
         )
@@ -84,21 +92,24 @@ def put_up() -> Any:
 
 
 @contextmanager
-def watched(board: Any, progress: Progress) -> Iterator[None]:
-    """Tell the driver's `progress` what the board says, while the body runs."""
+def watched(board: Any, progress: Progress, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> Iterator[None]:
+    """Tell the driver's `progress`, and `on_epoch`, what the board says, while the body runs."""
     ended = threading.Event()
 
     def watch() -> None:
-        seen, done, over = 0, 0, False
+        seen, rows, done, over = 0, 0, 0, False
         while not over:
             over = ended.wait(_WATCH_SECONDS)  # one more look after the end
-            status: Status = ray.get(board.read.remote(seen))
+            status: Status = ray.get(board.read.remote(seen, rows))
             seen += len(status.notes)
             if status.done > done:
                 done = status.done
                 progress.update(done, status.total, "steps")
             for text in status.notes:
                 progress.note(text)
+            rows += len(status.rows)
+            for row in status.rows if on_epoch else ():
+                on_epoch(row)
 
     thread = threading.Thread(target=watch, name="training progress", daemon=True)
     thread.start()

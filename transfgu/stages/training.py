@@ -7,8 +7,9 @@ ends the training instead of being tried again.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,7 +18,7 @@ import ray
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from transfgu import ingest, runtime, storage
+from transfgu import ingest, runtime, storage, tracking
 from transfgu.artifacts import Outcome, Run
 from transfgu.errors import UserError
 from transfgu.progress import Progress
@@ -46,13 +47,21 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         )
     for name, table in (("images", images), ("validation", validation)):
         write_table(artifact.file(f"{name}.parquet"), table)
+    trackers, pictures = tracking.Trackers(recipe, run, progress.note), artifact.file("pictures")
+
+    def tell(row: dict[str, Any]) -> None:
+        trackers.epoch(row, tracking.read_picture(pictures, row["epoch"]))
+
     checkpoint = fit(
         recipe,
         images=artifact.file("images.parquet"),
         validation=artifact.file("validation.parquet") if len(validation) else "",
         folder=run.file("ray"),
         progress=progress,
+        pictures=pictures if tracking.names(recipe) else "",
+        on_epoch=tell,
     )
+    trackers.close()
     return publish(recipe, run, checkpoint, len(images))
 
 
@@ -90,6 +99,8 @@ def fit(
     folder: str,
     progress: Progress,
     callbacks: Sequence[UserCallback] = (),
+    pictures: str = "",
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> Checkpoint:
     """Train on Ray Train from the last checkpoint in `folder`, if there is one of this recipe.
 
@@ -100,6 +111,8 @@ def fit(
         folder: URI under which Ray keeps the training's state.
         progress: told of steps and epochs.
         callbacks: Ray Train's own.
+        pictures: URI of a folder for a picture of each epoch, of what the student makes of a few images.
+        on_epoch: called with each epoch's row of the history, from another thread.
 
     Returns:
         The last checkpoint; :func:`publish` reads it.
@@ -114,7 +127,9 @@ def fit(
     resources = runtime.actor_resources(recipe.compute)
     trainer = TorchTrainer(
         work,
-        train_loop_config={"job": Job(recipe=recipe, images=images, validation=validation, board=board)},
+        train_loop_config={
+            "job": Job(recipe=recipe, images=images, validation=validation, board=board, pictures=pictures)
+        },
         scaling_config=ScalingConfig(
             num_workers=runtime.training_workers(recipe.compute),
             use_gpu=resources["num_gpus"] > 0,
@@ -131,7 +146,7 @@ def fit(
             callbacks=list(callbacks),  # type: ignore[arg-type]
         ),
     )
-    with watched(board, progress):
+    with watched(board, progress, on_epoch):
         result = trainer.fit()
     status: Status = ray.get(board.read.remote(0))
     ray.kill(board)

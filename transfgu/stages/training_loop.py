@@ -43,6 +43,7 @@ from transfgu.optimisation import StepResult, make_optimiser, training_step
 from transfgu.packed_maps import unpack_maps
 from transfgu.recipe import Recipe
 from transfgu.segmenter import winners
+from transfgu.stages.shown import Shown
 from transfgu.stages.streams import RESIDENT_BYTES, Batch, Resident, Share, Source, Streamed, load, stream
 from transfgu.tokens import PatchTokens, use_cores
 from transfgu.views import apply_views, draw_views
@@ -65,6 +66,8 @@ class Job:
     """URI of the table of labelled validation images (`image`, `label`); empty where there are none."""
     board: Any
     """Handle of the driver's `board.Board`."""
+    pictures: str = ""
+    """URI of a folder for a picture of each epoch; empty: none is wanted."""
 
 
 @dataclass(kw_only=True)
@@ -169,6 +172,7 @@ class Worker:
         )
         self.source, self.view = self._source(rows)
         self.validation = Validation(job, self.encode, self.rank, self.world) if job.validation else None
+        self.shown = Shown(self.recipe, rows, self.encode, job.pictures) if job.pictures and self.rank == 0 else None
         self.part: int | None = None  # images the decoder takes at a time; None until memory ran out
         self._told = 0.0
 
@@ -260,6 +264,8 @@ class Worker:
             "images_per_second": round(self.order.steps * self.order.batch / seconds, 2),
         }
         state.history.append(row)
+        if self.shown:
+            self.shown.paint(epoch + 1, state.student)
         self._report(row)
 
     def step(self, batch: Batch, epoch: int, index: int, alpha: float) -> StepResult:
@@ -311,6 +317,7 @@ class Worker:
                 self.state.save(Path(folder), self._metadata())
                 checkpoint = Checkpoint.from_directory(folder)
                 self.job.board.note.remote(_line(row, self.recipe.training.epochs))
+                self.job.board.end_epoch.remote(row)
             ray.train.report(row, checkpoint=checkpoint)
 
     def _metadata(self) -> dict[str, str]:

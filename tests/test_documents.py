@@ -1,0 +1,113 @@
+"""What is printed in the documents works: links lead somewhere, flags exist, and the tutorial runs from end to end."""
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from transfgu import reference_page
+from transfgu.datasets import shapes
+from transfgu.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TUTORIAL = ROOT / "docs" / "tutorial-images.md"
+
+
+def blocks(page: Path, language: str = "") -> list[str]:
+    """The fenced blocks of a page, those of one language if it is given."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if not language or name == language]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command line of a job."""
+    lines = [line for text in blocks(page) for line in text.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`(python jobs/[^`\n]+)`", page.read_text())
+    jobs = [line[line.index("python jobs/") :] for line in lines if "python jobs/" in line and "..." not in line]
+    return [shlex.split(line, comments=True)[1:] for line in jobs]
+
+
+COMMANDS = [
+    pytest.param(words, id=f"{page.stem}: {' '.join(words)[:60]}") for page in PAGES for words in commands(page)
+]
+
+
+def test_the_recipes_page_is_what_the_code_says() -> None:
+    written = (ROOT / "docs" / "recipe.md").read_text()
+    assert written == reference_page.page(), "docs/recipe.md is out of date: make docs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_there_are_commands_to_try() -> None:
+    assert len(COMMANDS) > 10
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_flag_in_the_documents_exists(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Unknown flags are told in their order: where the last one, which no job has, comes first, all others are known.
+    monkeypatch.setattr(sys, "argv", [*words, "--no-such-flag-anywhere"])
+    monkeypatch.setattr(sys, "path", [*sys.path])  # jobs put their clone in front
+    job = runpy.run_path(str(ROOT / words[0]))
+    with pytest.raises(UserError, match="there is no flag --no-such-flag-anywhere"):
+        job["main"]()
+
+
+# The real encoder's weights are not part of the project: with these the tutorial's long commands take moments.
+_SMALL = (
+    "--encoder.name vit_shapes --epochs 1 --dataset.image_size 64x64 --feature_size 128x128 --training_size 64x64 "
+    "--windows.size 64x64"
+)
+
+
+def photographs(home: Path) -> None:
+    for index in range(12):
+        image, label = shapes.scene(5, "train", index, 96)
+        for folder, name, pixels in (("photos/trip", f"{index}.jpg", image), ("labels/trip", f"{index}.png", label)):
+            (home / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(home / folder / name)
+    (home / "photos" / "broken.jpg").write_bytes(b"no picture")
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_the_tutorial_from_end_to_end(tmp_path: Path) -> None:
+    photographs(tmp_path)
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+
+    def run(words: list[str], folder: Path = ROOT) -> str:
+        ended = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, f"{' '.join(words)}\n{ended.stdout}\n{ended.stderr}"
+        return ended.stdout
+
+    said: dict[str, str] = {}
+    for words in commands(TUTORIAL):
+        script, *given = [word.replace("~", str(tmp_path)) for word in words]
+        if script == "jobs/train.py":
+            given += shlex.split(_SMALL)
+        if "--labels" in given:  # the scenes have ten classes
+            given += ["--things", "6", "--stuff", "4"]
+        said[" ".join(words)] = run([sys.executable, script, *given])
+    report = tmp_path / "transfgu" / "photos" / "report.html"
+    assert "unreadable image" in report.read_text()
+    assert any("checked, nothing computed" in text for text in said.values())
+    assert any("mIoU" in text for text in said.values())
+    mask = np.asarray(Image.open(tmp_path / "masks" / "masks" / "trip" / "3.png"))
+    assert mask.shape == (96, 96)
+    assert mask.max() < 20
+    (code,) = blocks(TUTORIAL, "python")
+    assert run([sys.executable, "-c", code], tmp_path).startswith("concept ")
+    assert (tmp_path / "photos-model" / "README.md").exists()
