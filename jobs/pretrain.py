@@ -31,7 +31,7 @@ def main() -> None:
     from transfgu import runtime, storage
     from transfgu.progress import Progress
     from transfgu.recipe import ComputeRecipe
-    from transfgu.stages.pretraining import PretrainingJob, pretrain
+    from transfgu.stages.pretraining import SHAPES, PretrainingJob, pretrain
 
     job = PretrainingJob(
         images=given.images,
@@ -41,6 +41,8 @@ def main() -> None:
         image_size=given.image_size,
         command=shlex.join(["python", "jobs/pretrain.py", *sys.argv[1:]]),
     )
+    if job.images != SHAPES:
+        storage.check_readable(job.images)
     storage.check_writable(job.work)
     runtime.connect(verbose=given.verbose)
     prepared = pretrain(job, ComputeRecipe(workers=given.workers), Progress("pretraining", quiet=given.quiet))

@@ -177,6 +177,42 @@ print("done", transfgu.__version__)
     assert ended.stdout.split()[0] == "done"
 
 
+@pytest.mark.long
+def test_a_photograph_costs_little_more_than_encoder_and_decoder(tmp_path: Path) -> None:
+    # ViT-S/8 and 27 classes; CPU time, as other processes come and go, each the least of four.
+    program = """
+import sys, time
+import numpy as np, safetensors.torch, torch
+from transfgu import Segmenter
+from transfgu.decoder import MaskDecoder
+from transfgu.recipe import preset
+folder = sys.argv[1]
+recipe = preset("coco-stuff-27").with_fields({"encoder.weights": "random"})
+open(folder + "/recipe.yaml", "w").write(recipe.to_yaml())
+safetensors.torch.save_file(MaskDecoder(384, 27, num_heads=6).state_dict(), folder + "/model.safetensors")
+segmenter = Segmenter.load(folder, device="cpu")
+photo = np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)
+batch = torch.zeros(1, 3, 320, 320)
+
+def bare():
+    with torch.inference_mode():
+        return segmenter.decoder(segmenter.encode.encoder.patch_tokens(batch))
+
+def cost(action):
+    started = time.process_time()
+    action()
+    return time.process_time() - started
+
+taken = [(cost(lambda: segmenter.predict(photo)), cost(bare)) for _ in range(5)][1:]
+assert "ray" not in sys.modules
+whole, alone = (min(times) for times in zip(*taken))
+print(f"{whole / alone:.3f}", f"predict {whole:.2f} s, encoder and decoder {alone:.2f} s")
+"""
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert float(ended.stdout.split()[0]) <= 1.1, ended.stdout
+
+
 def test_the_version_is_the_packages() -> None:
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert f'\nversion = "{transfgu.__version__}"\n' in project
