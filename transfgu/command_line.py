@@ -96,7 +96,7 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where it runs (changes no result)")
     for name in FIELDS:
         if name.startswith("compute.") and name not in ("compute.workers", "compute.track"):
-            _add_recipe_field(group, name)
+            _add_recipe_field(group, name, "default")
 
 
 def compute_of(arguments: argparse.Namespace) -> ComputeRecipe:
@@ -111,10 +111,10 @@ def compute_of(arguments: argparse.Namespace) -> ComputeRecipe:
     )
 
 
-def _add_recipe_field(group: argparse._ArgumentGroup, name: str) -> None:
+def _add_recipe_field(group: argparse._ArgumentGroup, name: str, what: str = "default for shapes") -> None:
     short = {full: name for name, full in short_names().items()}
     flags = [f"--{name}", *([f"--{short[name]}"] if name in short else [])]
-    _add_field(group, flags, FIELDS[name], preset("shapes").flat()[name], "default for shapes")
+    _add_field(group, flags, FIELDS[name], preset("shapes").flat()[name], what)
 
 
 def add_pretraining_recipe(parser: argparse.ArgumentParser) -> None:
