@@ -102,7 +102,7 @@ def test_pictures_are_pairs_in_rows(tmp_path: Path) -> None:
 
 def test_mlflow_finds_its_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
     monkeypatch.chdir(tmp_path)
     for epoch in (1, 2):
         trackers = tracking.Trackers(recipe_of("mlflow"), Run(str(tmp_path / "run")), pytest.fail)
