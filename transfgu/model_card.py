@@ -67,7 +67,7 @@ resolution of the encoder's patches. The encoder's weights lie beside the decode
 """
 
 
-def card(recipe: Recipe, classes: Sequence[str], scores: Mapping[str, Any] | None) -> ModelCard:
+def write_card(recipe: Recipe, classes: Sequence[str], scores: Mapping[str, Any] | None) -> ModelCard:
     """The card of a run's model.
 
     Args:
@@ -97,7 +97,7 @@ def card(recipe: Recipe, classes: Sequence[str], scores: Mapping[str, Any] | Non
         eval_results=results or None,
     )
     shown = recipe.with_fields({"data": "", "labels": "", "encoder.weights": "pretrained", "decoder.weights": ""})
-    return ModelCard.from_template(
+    made: ModelCard = ModelCard.from_template(
         data,
         template_str=_TEMPLATE,
         title=title,
@@ -108,3 +108,4 @@ def card(recipe: Recipe, classes: Sequence[str], scores: Mapping[str, Any] | Non
         rows=[] if scored is None else list(zip(classes, scored["iou"], strict=True)),
         yaml=shown.to_yaml(),
     )
+    return made

@@ -46,7 +46,8 @@ class PatchesToClasses(nn.Module):
 
     def forward(self, patches: Float[Tensor, "B hw d"]) -> Float[Tensor, "B hw C"]:
         """Logits by class."""
-        return self.decoder(patches)[0][:, :, self.clusters]
+        logits: Tensor = self.decoder(patches)[0]
+        return logits[:, :, self.clusters]
 
 
 def export(segmenter: "Segmenter", folder: Path, *, size: tuple[int, int] | None = None) -> tuple[Path, Path]:

@@ -143,7 +143,7 @@ class Segmenter(ModelHubMixin):
         single = isinstance(image, Image.Image | np.ndarray | str | Path)
         photos: Sequence[Photo] = [image] if single else image  # type: ignore[assignment, list-item]
         found = list(self._predict_all(photos, probabilities))
-        return found[0] if single else found  # type: ignore[return-value]
+        return found[0] if single else found
 
     def _predict_all(self, photos: Sequence[Photo], probabilities: bool) -> Iterator[Classes | Probabilities]:
         for start in range(0, len(photos), _AT_ONCE):
@@ -244,7 +244,7 @@ class Segmenter(ModelHubMixin):
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The card of this model, filled from its run."""
-        return model_card.card(self.recipe, self.classes, self.scores)
+        return model_card.write_card(self.recipe, self.classes, self.scores)
 
 
 def winners(logits: Float[Tensor, "clusters h w"], size: tuple[int, int]) -> Int[Tensor, "H W"]:

@@ -161,7 +161,7 @@ def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
         raise UserError(
             f"{storage.shown(uri)} is damaged: delete it, and the masks beside it, or change --out"
         ) from None
-    if differing:
+    if held is not None and differing:
         theirs = f"masks of {held['run']}" if "model" in differing else f"another {differing[0]}"
         raise UserError(f"{storage.shown(job.out)} holds {theirs}: choose another --out, or delete what is there")
     if held is None:
@@ -316,7 +316,7 @@ class PredictMasks:
         sizes = list(zip(rows["height"].to_pylist(), rows["width"].to_pylist(), strict=True))
         kind = index_type(len(self._segmenter.classes))
         found = {
-            name: zlib.compress(mask.astype(kind), 1)
+            name: zlib.compress(mask.astype(kind).tobytes(), 1)
             for name, mask in zip(rows["name"].to_pylist(), self._segmenter.predict_resized(pixels, sizes), strict=True)
         }
         indices = [found.get(name, b"") for name in block["name"].to_pylist()]
