@@ -108,8 +108,9 @@ def watched(board: Any, progress: Progress, on_epoch: Callable[[dict[str, Any]],
             for text in status.notes:
                 progress.note(text)
             rows += len(status.rows)
-            for row in status.rows if on_epoch else ():
-                on_epoch(row)
+            if on_epoch:
+                for row in status.rows:
+                    on_epoch(row)
 
     thread = threading.Thread(target=watch, name="training progress", daemon=True)
     thread.start()
