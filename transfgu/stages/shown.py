@@ -65,7 +65,7 @@ def _readable(uris: Sequence[str]) -> list[pictures.Pixels]:
     return found
 
 
-def _fitted(picture: pictures.Pixels, height: int, width: int) -> tracking.Picture:
+def _fitted(picture: pictures.Pixels, height: int, width: int) -> pictures.Resized:
     """A picture cut, or filled up in white, to a size."""
     cut = picture[:height, :width]
     missing = ((0, height - cut.shape[0]), (0, width - cut.shape[1]), (0, 0))
