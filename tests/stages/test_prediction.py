@@ -2,11 +2,9 @@
 
 import io
 import json
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -210,44 +208,42 @@ def test_operators_have_readable_names(made: MadeRun, tmp_path: Path, capsys: py
 @pytest.mark.ray
 @pytest.mark.s3
 @pytest.mark.long
-@pytest.mark.usefixtures("ray_cluster")
 def test_200_images_through_s3_while_an_actor_is_killed(made: MadeRun, tmp_path: Path, s3: str) -> None:
     names = [f"{n % 3}/{n:04d}.jpg" for n in range(200)]
     folder = write_images(tmp_path / "images", names)
     for name in names:
         storage.write_bytes(storage.join(s3, "images", name), (folder / name).read_bytes())
-    shutil.rmtree(folder)
-    # The model too comes from the bucket.
-    for file, data in files(Path(made.run.uri)).items():
+    for file, data in files(Path(made.run.uri)).items():  # the model too comes from the bucket
         storage.write_bytes(storage.join(s3, "run", file), data)
-    jobs = {
-        how: PredictionJob(run=f"{s3}/run", images=f"{s3}/images", out=f"{s3}/{how}") for how in ("calm", "disturbed")
-    }
-    assert predict(jobs["calm"], COMPUTE, QUIET).made == 200
 
-    killed: list[int] = []
-    over = threading.Event()
+    def start(out: str) -> "subprocess.Popen[str]":
+        words = ["--run", f"{s3}/run", "--images", f"{s3}/images", "--out", f"{s3}/{out}", "--actors", "2"]
+        command = [sys.executable, "jobs/predict.py", *words]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def kill_one() -> None:
+    calm = start("calm")
+    said, complained = calm.communicate(timeout=300)
+    assert calm.returncode == 0, complained
+    assert said.startswith("200 masks made: ")
+
+    disturbed, killed = start("disturbed"), 0
+    while disturbed.poll() is None and not killed:
         # As soon as the first masks are there, and others are not.
-        while not over.is_set() and not killed:
-            if storage.list_files(f"{s3}/disturbed/masks"):
-                actors = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in " ".join(p.cmdline())]
-                if actors:
-                    killed.append(actors[0].pid)
-                    actors[0].send_signal(signal.SIGKILL)
-            time.sleep(0.05)
+        if storage.list_files(f"{s3}/disturbed/masks"):
+            descendants = psutil.Process(disturbed.pid).children(recursive=True)
+            actors = [p for p in descendants if "MapWorker" in " ".join(p.cmdline())]
+            if actors:
+                actors[0].send_signal(signal.SIGKILL)
+                killed = len(storage.list_files(f"{s3}/disturbed/masks"))
+        time.sleep(0.05)
+    said, complained = disturbed.communicate(timeout=300)
+    assert disturbed.returncode == 0, complained
+    assert 0 < killed < 200, f"an actor should have been killed in the middle, not after {killed} masks"
+    assert said.startswith("200 masks made: ")
 
-    thread = threading.Thread(target=kill_one)
-    thread.start()
-    done = predict(jobs["disturbed"], COMPUTE, QUIET)
-    over.set()
-    thread.join()
-    assert killed, "no actor was there to be killed"
-    assert (done.made, done.left_out) == (200, ())
-    masks = {how: storage.list_files(f"{s3}/{how}/masks") for how in jobs}
+    masks = {how: storage.list_files(f"{s3}/{how}/masks") for how in ("calm", "disturbed")}
     relative = {how: [uri.partition(f"/{how}/")[2] for uri in uris] for how, uris in masks.items()}
     assert relative["disturbed"] == relative["calm"]
     assert len(set(relative["disturbed"])) == 200
-    for calm, disturbed in zip(masks["calm"], masks["disturbed"], strict=True):
-        assert storage.read_bytes(calm) == storage.read_bytes(disturbed)
+    for one, other in zip(masks["calm"], masks["disturbed"], strict=True):
+        assert storage.read_bytes(one) == storage.read_bytes(other)
