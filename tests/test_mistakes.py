@@ -66,6 +66,7 @@ def test_a_mistake_ends_in_one_line_before_ray_starts(
         (tmp_path / folder).mkdir(parents=True)
     for folder in ("voc/JPEGImages", "images"):
         Image.new("RGB", (32, 32)).save(tmp_path / folder / "1.jpg")
+    Image.new("L", (32, 32)).save(tmp_path / "voc" / "SegmentationClass" / "1.png")
     for split in ("train", "trainaug", "val"):
         (tmp_path / "voc" / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("1\n")
     for place in ("VOC", "IMAGES", "EMPTY", "OUT"):
