@@ -5,8 +5,11 @@ PY := $(VENV)/bin/python
 # FAISS comes for one kind of device or the other.
 EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 RUN ?= $(HOME)/transfgu/shapes
+# Two processes, each with whole files: what a file sets up once is set up once.
+PURE := -n 2 --dist loadfile -m "not ray and not long"
+ON_RAY := -m "ray and not long"
 
-.PHONY: demo test test-pure faults lint types docs setup clean
+.PHONY: demo test test-pure coverage faults lint types docs setup clean
 
 setup: $(VENV)/.installed
 
@@ -27,12 +30,15 @@ types: setup
 	$(VENV)/bin/mypy
 
 test-pure: setup  ## the part that needs no Ray
-	$(PY) -m pytest -q -n 2 --dist loadgroup -m "not ray and not long"
+	$(PY) -m pytest -q $(PURE)
 
-test: lint types  ## lint, types, and the whole suite with coverage
+test: lint types test-pure  ## lint, types, and the whole suite
+	$(PY) -m pytest -q $(ON_RAY)
+
+coverage: setup  ## the whole suite, which lines it runs, in Ray's workers too
 	$(PY) -m coverage erase
-	$(PY) -m coverage run -m pytest -q -n 2 --dist loadgroup -m "not ray and not long"
-	$(PY) -m coverage run -m pytest -q -m "ray and not long"
+	$(PY) -m coverage run -m pytest -q $(PURE)
+	$(PY) -m coverage run -m pytest -q $(ON_RAY)
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report --fail-under=90
 

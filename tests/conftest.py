@@ -46,9 +46,10 @@ def reference() -> Callable[[str], Arrays]:
 
 @pytest.fixture(scope="session")
 def two_processes() -> Iterator[ProcessPoolExecutor]:
-    """Two fresh processes, for what is distributed without Ray: `torch.distributed` over the loopback device."""
+    """Two more processes, for what is distributed without Ray: `torch.distributed` over the loopback device."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    # Forked, as PyTorch's own data loaders are: fresh ones would spend ten seconds on imports.
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
         yield pool
 
 

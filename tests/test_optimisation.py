@@ -376,7 +376,6 @@ def workers(tmp_path_factory: pytest.TempPathFactory, two_processes: ProcessPool
     return list(two_processes.map(run_everything, range(2), [folder, folder]))
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("slices", SLICES)
 def test_two_workers_average_to_one_process(workers: list[Outcome], slices: str, background: bool) -> None:
@@ -388,7 +387,6 @@ def test_two_workers_average_to_one_process(workers: list[Outcome], slices: str,
         torch.testing.assert_close(actual["gradients"], expected["gradients"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("slices", SLICES)
 def test_three_steps_on_two_workers_are_those_of_one(workers: list[Outcome], slices: str, background: bool) -> None:
@@ -397,7 +395,6 @@ def test_three_steps_on_two_workers_are_those_of_one(workers: list[Outcome], sli
         assert_same_steps(outcome["steps", slices, background], expected)
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("background", [False, True])
 def test_memory_running_out_on_one_worker_changes_nothing(workers: list[Outcome], background: bool) -> None:
     expected = three_steps(make_batch("equal", background), ALL)
@@ -406,7 +403,6 @@ def test_memory_running_out_on_one_worker_changes_nothing(workers: list[Outcome]
     assert [outcome["memory", background]["parts"] for outcome in workers] == [[2, 2, 2], [1, 1, 1]]
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("background", [False, True])
 def test_students_need_no_wrapper(workers: list[Outcome], background: bool) -> None:
     expected = three_steps(make_batch("equal", background), ALL)
@@ -414,7 +410,6 @@ def test_students_need_no_wrapper(workers: list[Outcome], background: bool) -> N
         assert_same_steps(outcome["bare", background], expected)
 
 
-@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("negative", [False, True])
 def test_all_workers_skip_or_none(workers: list[Outcome], negative: bool) -> None:
     """One worker's own total is positive and the other's is not: the batch's decides for both."""

@@ -301,7 +301,6 @@ def gradients_of_a_worker(rank: int, folder: Path) -> tuple[Tensor, Tensor]:
     return gradients
 
 
-@pytest.mark.xdist_group("two processes")
 def test_two_workers_average_gradient_is_that_of_the_whole_batch(
     tmp_path: Path, two_processes: ProcessPoolExecutor
 ) -> None:
