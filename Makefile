@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 RUN ?= $(HOME)/transfgu/shapes
 # Two processes, each with whole files: what a file sets up once is set up once.
-PURE := -n 2 --dist loadfile -m "not ray and not long"
+PURE := -n 2 --dist loadfile -m "not ray and not long and not s3_server"
 ON_RAY := -m "ray and not long"
 
 .PHONY: demo test test-pure coverage faults lint types docs setup clean
@@ -43,7 +43,7 @@ coverage: setup  ## the whole suite, which lines it runs, in Ray's workers too
 	$(PY) -m coverage report --fail-under=90
 
 faults: setup  ## what takes long: machines, servers and disks that fail in mid-run
-	$(PY) -m pytest -q -m long
+	$(PY) -m pytest -q -m "long and not s3_server"
 
 docs: setup  ## the pages that are written from the code
 	$(PY) -m transfgu.reference_page docs/recipe.md

@@ -14,8 +14,6 @@ __all__ = ["faults"]  # the fixture
 
 pytestmark = pytest.mark.s3
 
-REAL_S3 = "AWS_ENDPOINT_URL_S3" in os.environ  # else moto, which is started later
-
 ENCODER = "vit_tiny_patch16_224"
 
 
@@ -51,7 +49,7 @@ def test_a_denied_key_ends_it_at_once(s3: str, faults: Faults) -> None:
     assert faults.met <= 2
 
 
-@pytest.mark.skipif(not REAL_S3, reason="moto lets any key in: AWS_ENDPOINT_URL_S3 names no server that checks")
+@pytest.mark.s3_server
 @pytest.mark.usefixtures("no_ray")
 def test_keys_that_a_real_server_refuses(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write_bytes(f"{s3}/data/1.jpg", b"x")
