@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transfgu.metrics import confusion_matrix, match_clusters, scores
+from transfgu.metrics import confusion_matrix, invariant_information, match_clusters, merit, scores
 
 
 def test_confusion_matrix_by_hand() -> None:
@@ -112,3 +112,22 @@ def test_matrix_is_a_sum_over_pixels(seed: int, pixels: int) -> None:
         if 0 <= label < 4:
             expected[label, prediction] += 1
     np.testing.assert_array_equal(confusion_matrix(labels, predictions, 4, 6), expected)
+
+
+def test_invariant_information() -> None:
+    assert invariant_information(np.diag([5, 5, 5])) == pytest.approx(100)  # certain, and all classes alike
+    assert invariant_information(np.array([[9, 0], [0, 0]])) == 0  # one class everywhere says nothing
+    assert invariant_information(np.full((4, 4), 3)) == pytest.approx(0)  # independent
+    assert invariant_information(np.zeros((3, 3), np.int64)) == 0
+    # Two of four classes, as often: ln 2 of ln 4.
+    assert invariant_information(np.diag([7, 7, 0, 0])) == pytest.approx(50)
+    # A quarter flips: ln 2 - H(1/4) = 0.6931 - 0.5623 of 0.6931. Either order of the two images is the same.
+    joint = np.array([[3, 2], [0, 3]])
+    wanted = 100 * (np.log(2) + 0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(2)
+    assert invariant_information(joint) == pytest.approx(wanted)
+    assert invariant_information(joint.T) == pytest.approx(wanted)
+
+
+def test_merit() -> None:
+    assert merit({"mean_iou": 30.0, "pixel_accuracy": 60.0}) == 90
+    assert merit({"mean_iou": None, "pixel_accuracy": None}) < 0

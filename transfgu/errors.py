@@ -17,3 +17,13 @@ class BadInput(Exception):
     The message is the reason, such as ``truncated image``, short enough to be a row of a table: stages count
     bad inputs by reason, name them in the report, and end the run once their share passes the recipe's.
     """
+
+
+def in_words(error: BaseException) -> str:
+    """What went wrong in one line; that memory ran out is said first, whoever found it out."""
+    text = str(error) if isinstance(error, UserError) else " ".join(repr(error).split())[:300]
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    signs = ("out of memory", "can't allocate memory", "running low on memory")
+    if kinds & {"MemoryError", "OutOfMemoryError"} or any(sign in text for sign in signs):
+        return text if text.startswith("out of memory") else f"out of memory: {text}"
+    return text

@@ -160,6 +160,26 @@ def _centre(
     return np.ascontiguousarray(resized[there]), images.resize_label(label, whole)[there]
 
 
+def read_plain_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
+    """Decode images alone, bilinear to `size`; what can't be read is left out.
+
+    Args:
+        rows: column `image` (URI).
+        size: of the result, pixels.
+
+    Returns:
+        `image` as (n, 3, H, W) uint8, and `good`, whether it is one; a bad one is black.
+    """
+    pixels = np.zeros((len(rows), 3, *size), np.uint8)
+    good = np.ones(len(rows), bool)
+    for i, uri in enumerate(rows["image"].to_pylist()):
+        try:
+            pixels[i] = images.resize(images.read_image(uri), size, "bilinear")
+        except BadInput:
+            good[i] = False
+    return {"image": pixels, "good": good}
+
+
 def usable(columns: dict[str, Any]) -> tuple[UInt8[np.ndarray, "n 3 H W"], list[Int16[np.ndarray, "_ _"]]]:
     """Images and labels of those rows of :func:`read_labelled_rows` that give no reason against it."""
     good = columns["reason"] == ""

@@ -4,7 +4,9 @@ Clusters carry no names: each true class is first given its own cluster by Hunga
 set's matrix, and IoU and accuracy follow from the matched cells.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Num
@@ -87,3 +89,34 @@ def scores(confusion: Num[np.ndarray, "C clusters"]) -> Scores:
         iou=iou,
         clusters=clusters,
     )
+
+
+def merit(row: Mapping[str, Any]) -> float:
+    """What the best epoch of a training's history has most of: mIoU + accuracy; below zero without a score."""
+    return -1.0 if row["mean_iou"] is None else float(row["mean_iou"] + row["pixel_accuracy"])
+
+
+def invariant_information(joint: Int[np.ndarray, "C C"]) -> float:
+    """How much the prediction for a place says about the prediction for the same place in a changed image; no labels.
+
+    The mutual information of the two, in percent of ln C, the most that C classes can have. It is 100 where every
+    class covers as much as any other and the change moves no prediction, and 0 where the two are independent, as
+    where one class is predicted everywhere. It counts predictions, not probabilities, so a training that is rewarded
+    for certainty gains nothing.
+
+    Source: the objective of Invariant Information Clustering (Ji, Henriques and Vedaldi, ICCV 2019), used to compare
+    models in place of training them.
+
+    Args:
+        joint: places by their class before and after the change.
+    """
+    counts = (joint + joint.T) / 2  # the change back is as good as the change
+    total, classes = counts.sum(), len(counts)
+    if not total or classes < 2:
+        return 0.0
+    share = counts / total
+    alone = share.sum(axis=1)
+    independent = np.outer(alone, alone)
+    seen = share > 0
+    information = float((share[seen] * np.log(share[seen] / independent[seen])).sum())
+    return max(0.0, 100 * information / float(np.log(classes)))

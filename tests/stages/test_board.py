@@ -29,6 +29,18 @@ def test_the_board_takes_a_users_mistake_at_once() -> None:
     assert (status.failure, status.is_mistake, status.notes) == ("weights missing", True, ["epoch 2"])
 
 
+def test_an_epoch_counts_once() -> None:
+    board = Board(attempts=2)
+    board.epochs([{"epoch": 1}, {"epoch": 2}])  # of a checkpoint
+    board.epochs([{"epoch": 2}])  # begun again
+    board.epochs([{"epoch": 3}])
+    assert board.read(0, 1).rows == [{"epoch": 2}, {"epoch": 3}]
+    board.fail("out of memory: a worker was killed", is_mistake=False)
+    board.fail("a connection was reset", is_mistake=False)  # by the other worker, because the first is gone
+    assert [board.begin(3, 2) for _ in range(3)] == [True, True, False]
+    assert board.read(0).failure.endswith("2 times in epoch 4, at last with out of memory: a worker was killed")
+
+
 def test_its_process_has_no_torch_to_import() -> None:
     code = "import sys, transfgu.stages.board; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,7 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transfgu.progress import Progress
 
-_ATTEMPTS = 5  # in vain, at one epoch, before a fault counts as one that trying again won't mend
+ATTEMPTS = 5
+"""In vain, at one epoch, before a fault counts as one that trying again won't mend."""
 _WATCH_SECONDS = 0.5
 
 
@@ -28,7 +29,7 @@ class Status:
     notes: list[str]
     """Lines for the user that were not read before."""
     rows: list[dict[str, Any]]
-    """Of the history of a training, those not read before."""
+    """Of the history of epochs, those that were not read before."""
     failure: str
     is_mistake: bool
     """Whether the failure is a user's mistake."""
@@ -37,7 +38,9 @@ class Status:
 class Board:
     """An actor: workers write on it how far they are, and what must not be tried again."""
 
-    def __init__(self) -> None:
+    def __init__(self, attempts: int = ATTEMPTS) -> None:
+        """`attempts` in vain at one epoch end the training."""
+        self._limit = attempts
         self._done = self._total = 0
         self._notes: list[str] = []
         self._rows: list[dict[str, Any]] = []
@@ -51,8 +54,8 @@ class Board:
         key, count = self._attempts
         count = count + 1 if key == (epoch, workers) else 1
         self._attempts = ((epoch, workers), count)
-        if count > _ATTEMPTS and not self._failure:
-            self._failure = f"training failed {_ATTEMPTS} times in epoch {epoch + 1}, at last with {self._last_error}"
+        if count > self._limit and not self._failure:
+            self._failure = f"training failed {self._limit} times in epoch {epoch + 1}, at last with {self._last_error}"
         return not self._failure
 
     def step(self, done: int, total: int) -> None:
@@ -63,18 +66,20 @@ class Board:
         """A line for the user."""
         self._notes.append(text)
 
-    def end_epoch(self, row: dict[str, Any]) -> None:
-        """An epoch is done; its row of the history."""
-        self._rows.append(row)
+    def epochs(self, rows: list[dict[str, Any]]) -> None:
+        """Rows of the history, each with its `epoch`; an epoch that was begun again counts once."""
+        self._rows += [row for row in rows if row["epoch"] > len(self._rows)]
 
     def fail(self, error: str, *, is_mistake: bool) -> None:
         """An attempt ended in an error; after a user's mistake there is no other."""
         if is_mistake:
             self._failure, self._is_mistake = error, True
-        self._last_error = error
+        # Where one worker ran out of memory, the others fail because it is gone.
+        if not self._last_error.startswith("out of memory"):
+            self._last_error = error
 
     def read(self, notes: int, rows: int = 0) -> Status:
-        """Everything, but for the first `notes` notes and the first `rows` rows."""
+        """Everything, but for the first `notes` notes and `rows` rows."""
         return Status(
             done=self._done,
             total=self._total,
@@ -85,31 +90,31 @@ class Board:
         )
 
 
-def put_up() -> Any:
-    """A new board on the driver's own node: the handle of its actor."""
+def put_up(attempts: int = ATTEMPTS) -> Any:
+    """A new board on the driver's own node: the handle of its actor. `attempts` in vain at one epoch are the end."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote(attempts)
 
 
 @contextmanager
 def watched(board: Any, progress: Progress, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> Iterator[None]:
-    """Tell the driver's `progress`, and `on_epoch`, what the board says, while the body runs."""
+    """Tell the driver's `progress`, and `on_epoch` each epoch's row, what the board says while the body runs."""
     ended = threading.Event()
 
     def watch() -> None:
-        seen, rows, done, over = 0, 0, 0, False
+        seen, told, done, over = 0, 0, 0, False
         while not over:
             over = ended.wait(_WATCH_SECONDS)  # one more look after the end
-            status: Status = ray.get(board.read.remote(seen, rows))
+            status: Status = ray.get(board.read.remote(seen, told))
             seen += len(status.notes)
+            told += len(status.rows)
             if status.done > done:
                 done = status.done
                 progress.update(done, status.total, "steps")
             for text in status.notes:
                 progress.note(text)
-            rows += len(status.rows)
-            if on_epoch:
-                for row in status.rows:
+            for row in status.rows:
+                if on_epoch:
                     on_epoch(row)
 
     thread = threading.Thread(target=watch, name="training progress", daemon=True)

@@ -7,7 +7,7 @@ ends the training instead of being tried again.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from transfgu import ingest, runtime, storage, tracking
 from transfgu.artifacts import Outcome, Run
-from transfgu.errors import UserError
+from transfgu.errors import UserError, in_words
+from transfgu.metrics import merit
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe
 from transfgu.stages import samples
-from transfgu.stages.board import Status, put_up, watched
-from transfgu.stages.training_loop import Job, merit, work
+from transfgu.stages.board import ATTEMPTS, Status, put_up, watched
+from transfgu.stages.training_loop import Job, work
 
 MODEL = "model.safetensors"
 """The run's decoder, in the run's folder: of the best epoch, or of the last where no validation image is labelled."""
@@ -98,9 +99,11 @@ def fit(
     validation: str,
     folder: str,
     progress: Progress,
-    callbacks: Sequence[UserCallback] = (),
     pictures: str = "",
+    unlabelled: str = "",
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    attempts: int = ATTEMPTS,
+    beside: int = 1,
 ) -> Checkpoint:
     """Train on Ray Train from the last checkpoint in `folder`, if there is one of this recipe.
 
@@ -110,9 +113,12 @@ def fit(
         validation: URI of the table of :func:`labelled_images`; empty: no scores.
         folder: URI under which Ray keeps the training's state.
         progress: told of steps and epochs.
-        callbacks: Ray Train's own.
         pictures: URI of a folder for a picture of each epoch, of what the student makes of a few images.
-        on_epoch: called with each epoch's row of the history, from another thread.
+        unlabelled: URI of a table of images (`image`) on which a score without labels is taken each epoch.
+        on_epoch: called with each epoch's row of the history, from another thread; after a restart with those of
+            the checkpoint, too.
+        attempts: in vain, at one epoch, before a fault counts as one that trying again won't mend.
+        beside: trainings, this one included, that share a node's cores.
 
     Returns:
         The last checkpoint; :func:`publish` reads it.
@@ -123,12 +129,20 @@ def fit(
     """
     # Ray Train looks after its workers every two seconds, which an epoch of one second would wait for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    board = put_up()
+    board = put_up(attempts)
     resources = runtime.actor_resources(recipe.compute)
     trainer = TorchTrainer(
         work,
         train_loop_config={
-            "job": Job(recipe=recipe, images=images, validation=validation, board=board, pictures=pictures)
+            "job": Job(
+                recipe=recipe,
+                images=images,
+                validation=validation,
+                board=board,
+                pictures=pictures,
+                unlabelled=unlabelled,
+                beside=beside,
+            )
         },
         scaling_config=ScalingConfig(
             num_workers=runtime.training_workers(recipe.compute),
@@ -143,7 +157,7 @@ def fit(
             storage_path=storage.absolute(folder),
             failure_config=FailureConfig(max_failures=-1),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            callbacks=list(callbacks),  # type: ignore[arg-type]
+            callbacks=[Deaths(board)],  # type: ignore[list-item]
         ),
     )
     with watched(board, progress, on_epoch):
@@ -155,6 +169,20 @@ def fit(
     checkpoint: Checkpoint | None = result.checkpoint
     assert checkpoint is not None
     return checkpoint
+
+
+class Deaths(UserCallback):
+    """Tells the board how workers died that could not tell it themselves."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        """Ray Train's hook: `worker_exceptions` by rank."""
+        for error in worker_exceptions.values():
+            # Only how a process died; what a worker raised it has told already.
+            if died := getattr(error, "health_check_failure", None):
+                ray.get(self._board.fail.remote(in_words(died), is_mistake=False))
 
 
 def publish(recipe: Recipe, run: Run, checkpoint: Checkpoint, images: int) -> Outcome:

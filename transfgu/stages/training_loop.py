@@ -35,10 +35,10 @@ from transfgu import ingest, schedule, storage
 from transfgu.command_line import find_user_error
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import patch_grid
-from transfgu.errors import UserError
+from transfgu.errors import UserError, in_words
 from transfgu.ingest import Order
 from transfgu.losses import worker_count
-from transfgu.metrics import Scores, confusion_matrix, scores
+from transfgu.metrics import Scores, confusion_matrix, invariant_information, merit, scores
 from transfgu.optimisation import StepResult, make_optimiser, training_step
 from transfgu.packed_maps import unpack_maps
 from transfgu.recipe import Recipe
@@ -68,6 +68,10 @@ class Job:
     """Handle of the driver's `board.Board`."""
     pictures: str = ""
     """URI of a folder for a picture of each epoch; empty: none is wanted."""
+    unlabelled: str = ""
+    """URI of a table of images (`image`) that predictions are compared on without labels; empty: none."""
+    beside: int = 1
+    """Trainings, this one included, that share a machine's cores."""
 
 
 @dataclass(kw_only=True)
@@ -132,7 +136,7 @@ def work(config: dict[str, Any]) -> None:
             Worker(job).run()
     except Exception as error:
         mistake = find_user_error(error)
-        ray.get(job.board.fail.remote(str(mistake or repr(error)), is_mistake=mistake is not None))
+        ray.get(job.board.fail.remote(in_words(mistake or error), is_mistake=mistake is not None))
         # Raised, so that workers which wait for this one are ended too; the board keeps it from being tried again.
         if mistake is None or ray.train.get_context().get_world_size() > 1:
             raise
@@ -144,11 +148,12 @@ def _may_begin(job: Job) -> bool:
     answer = None
     if context.get_world_rank() == 0:
         checkpoint = ray.train.get_checkpoint()
-        epoch = 0
+        history: list[dict[str, Any]] = []
         if checkpoint:
             with checkpoint.as_directory() as folder:
-                epoch = len(json.loads((Path(folder) / "history.json").read_text()))
-        answer = ray.get(job.board.begin.remote(epoch, context.get_world_size()))
+                history = json.loads((Path(folder) / "history.json").read_text())
+            ray.get(job.board.epochs.remote(history))
+        answer = ray.get(job.board.begin.remote(len(history), context.get_world_size()))
     return bool(broadcast_from_rank_zero(answer))
 
 
@@ -161,7 +166,7 @@ class Worker:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
-            use_cores(context.get_local_world_size())
+            use_cores(context.get_local_world_size() * job.beside)
         self.encode = PatchTokens(self.recipe.encoder, self.device)
         self.state = self._restore()
         self.student: nn.Module = ray.train.torch.prepare_model(self.state.student)
@@ -173,6 +178,7 @@ class Worker:
         self.source, self.view = self._source(rows)
         self.validation = Validation(job, self.encode, self.rank, self.world) if job.validation else None
         self.shown = Shown(self.recipe, rows, self.encode, job.pictures) if job.pictures and self.rank == 0 else None
+        self.mirror = Mirror(job, self.encode, self.rank, self.world) if job.unlabelled else None
         self.part: int | None = None  # images the decoder takes at a time; None until memory ran out
         self._told = 0.0
 
@@ -260,6 +266,7 @@ class Worker:
             "teacher_updated": plan.updates_teacher,
             "skipped_steps": sum(r.skipped for r in results),
             **self._score(epoch),
+            **({"label_free": self.mirror.score(state.student)} if self.mirror else {}),
             "seconds": round(seconds, 3),
             "images_per_second": round(self.order.steps * self.order.batch / seconds, 2),
         }
@@ -317,7 +324,7 @@ class Worker:
                 self.state.save(Path(folder), self._metadata())
                 checkpoint = Checkpoint.from_directory(folder)
                 self.job.board.note.remote(_line(row, self.recipe.training.epochs))
-                self.job.board.end_epoch.remote(row)
+                self.job.board.epochs.remote([row])
             ray.train.report(row, checkpoint=checkpoint)
 
     def _metadata(self) -> dict[str, str]:
@@ -339,11 +346,6 @@ class Worker:
 
 
 _LOSSES = ("total", "peer", "diversity", "uncertainty")
-
-
-def merit(row: dict[str, Any]) -> float:
-    """What the best epoch has most of; below zero without a score."""
-    return -1.0 if row["mean_iou"] is None else float(row["mean_iou"] + row["pixel_accuracy"])
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:
@@ -399,5 +401,53 @@ class Validation:
             if self._keep:
                 kept.append(batch)
             yield batch
+        if self._keep:
+            self._kept = kept
+
+
+class Mirror:
+    """One worker's share of images and their mirror images, on which predictions are compared without labels."""
+
+    def __init__(self, job: Job, encode: PatchTokens, rank: int, world: int) -> None:
+        self._recipe, self._encode, self._world = job.recipe, encode, world
+        rows = pq.read_table(pa.BufferReader(storage.read_bytes(job.unlabelled)))
+        self._rows = rows.take(np.arange(rank, len(rows), world))
+        self._grid = patch_grid(self._recipe.dataset.image_size, encode.encoder.patch_size)
+        image = 2 * 4 * self._grid[0] * self._grid[1] * encode.encoder.width
+        self._keep = len(self._rows) * image <= RESIDENT_BYTES
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
+
+    def score(self, decoder: MaskDecoder) -> float:
+        """See :func:`transfgu.metrics.invariant_information`; every worker must call it."""
+        classes = self._recipe.classes
+        joint = torch.zeros(classes * classes, dtype=torch.int64, device=self._encode.device)
+        decoder.eval()
+        with torch.inference_mode():
+            for pair in self._batches():
+                one, other = (
+                    decoder(patches.to(self._encode.device))[0].argmax(dim=2).unflatten(1, self._grid)
+                    for patches in pair
+                )  # (B, hw, C) -> (B, h, w)
+                joint += torch.bincount((one * classes + other.flip(2)).flatten(), minlength=classes * classes)
+        decoder.train()
+        if worker_count() > 1:
+            dist.all_reduce(joint)
+        return invariant_information(joint.reshape(classes, classes).cpu().numpy())
+
+    def _batches(self) -> Iterator[tuple[Float[Tensor, "B hw d"], Float[Tensor, "B hw d"]]]:
+        """Patch tokens of images and of their mirror images."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept = []
+        read = partial(ingest.read_plain_rows, size=self._recipe.dataset.image_size)
+        for columns in stream(self._rows, read, self._recipe.evaluation.batch_size, world=self._world):
+            images = torch.from_numpy(columns["image"][columns["good"]])
+            if not len(images):
+                continue
+            pair = (self._encode(images).cpu(), self._encode(images.flip(3)).cpu())
+            if self._keep:
+                kept.append(pair)
+            yield pair
         if self._keep:
             self._kept = kept
