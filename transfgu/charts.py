@@ -59,8 +59,7 @@ def line_chart(
         return round(_HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM), 1)
 
     floor, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">')
-    parts = [head.format(_WIDTH, _HEIGHT, title)]
+    parts = [_open(title)]
     for tick in y_ticks:
         parts.append(_rule("grid", _LEFT, right, py(tick), py(tick)))
         parts.append(_text("end", _LEFT - 6, py(tick) + 4, f"{tick:g}"))
@@ -81,6 +80,123 @@ def line_chart(
         label = Markup('<text class="name s{}" x="{}" y="{}">{}</text>')
         parts.append(label.format(index, px(x) + 6, height + 4, name))
     return Markup("").join([*parts, Markup("</svg>")])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One quantity's axis: its name, its ends, and whether it is logarithmic."""
+
+    name: str
+    low: float
+    high: float
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        """Where a value lies on it, from 0 at `low` to 1 at `high`."""
+        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        return 0.5 if high == low else (value - low) / (high - low)
+
+    def ticks(self) -> list[float]:
+        """Values to write beside it: round ones that lie on it, or powers of ten."""
+        if self.log:
+            first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+            powers = [10.0**e for e in range(first, last + 1)]
+            return powers if len(powers) > 1 else [self.low, self.high]
+        if self.high == self.low:
+            return [self.low]
+        return [t for t in _ticks(self.low, self.high, 4) if self.low - 1e-9 <= t <= self.high + 1e-9]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """One trial in a chart: its coordinates, its kind (`best`, `finished` or `stopped`), and its name."""
+
+    points: Sequence[tuple[float, float]]
+    kind: str
+    name: str
+
+
+def curves_chart(title: str, marks: Sequence[Mark], *, x: Axis, y: Axis) -> Markup:
+    """An SVG chart of many curves: the best one is thick and named, stopped ones are dashed and end in a cross."""
+    return _marks_chart(title, marks, x, y, lines=True)
+
+
+def scatter_chart(title: str, marks: Sequence[Mark], *, x: Axis, y: Axis) -> Markup:
+    """An SVG chart of points: the best one is full and named, finished ones are rings, stopped ones crosses."""
+    return _marks_chart(title, marks, x, y, lines=False)
+
+
+def _marks_chart(title: str, marks: Sequence[Mark], x: Axis, y: Axis, *, lines: bool) -> Markup:
+    floor, right = _HEIGHT - _BOTTOM, _WIDTH - 0.6 * _RIGHT
+
+    def px(value: float) -> float:
+        return round(_LEFT + x.place(value) * (right - _LEFT), 1)
+
+    def py(value: float) -> float:
+        return round(floor - y.place(value) * (floor - _TOP), 1)
+
+    parts = [_open(title)]
+    for tick in y.ticks():
+        parts.append(_rule("grid", _LEFT, right, py(tick), py(tick)))
+        parts.append(_text("end", _LEFT - 6, py(tick) + 4, f"{tick:g}"))
+    parts += [_text("middle", px(tick), floor + 16, f"{tick:g}") for tick in x.ticks()]
+    parts.append(_text("middle", (_LEFT + right) / 2, _HEIGHT - 6, x.name))
+    for mark in sorted(marks, key=lambda mark: mark.kind == "best"):  # on top of the others
+        places = [(px(a), py(b)) for a, b in mark.points]
+        if lines:
+            parts.append(_path(mark.kind, places))
+        parts.append(_end(mark.kind, *places[-1]))
+        if mark.kind == "best":
+            parts.append(_name(*places[-1], mark.name))
+    return Markup("").join([*parts, Markup("</svg>")])
+
+
+def parallel_chart(title: str, axes: Sequence[Axis], marks: Sequence[Mark]) -> Markup:
+    """An SVG chart of parallel coordinates: a line a trial, from axis to axis.
+
+    Args:
+        title: what a screen reader says.
+        axes: from left to right.
+        marks: the i-th point's x is i, its y the value on the i-th axis.
+    """
+    width, floor = _WIDTH * 1.6, _HEIGHT - _BOTTOM
+    step = (width - 2 * _RIGHT) / max(1, len(axes) - 1)
+
+    def place(index: float, value: float) -> tuple[float, float]:
+        axis = axes[int(index)]
+        return round(_RIGHT + index * step, 1), round(floor - axis.place(value) * (floor - _TOP), 1)
+
+    parts = [_open(title, width)]
+    for mark in sorted(marks, key=lambda mark: mark.kind == "best"):
+        parts.append(_path(mark.kind, [place(i, value) for i, value in mark.points]))
+    for index, axis in enumerate(axes):
+        x = _RIGHT + index * step
+        parts.append(_rule("axis", x, x, _TOP, floor))
+        parts += [_text("end", x - 5, place(index, tick)[1] + 4, f"{tick:g}") for tick in axis.ticks()]
+        parts.append(_text("middle", x, _HEIGHT - 16, axis.name))
+    return Markup("").join([*parts, Markup("</svg>")])
+
+
+def _open(title: str, width: float = _WIDTH) -> Markup:
+    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">')
+    return head.format(width, _HEIGHT, title)
+
+
+def _path(kind: str, places: Sequence[tuple[float, float]]) -> Markup:
+    path = " ".join(f"{'L' if i else 'M'}{x} {y}" for i, (x, y) in enumerate(places))
+    return Markup('<path class="line {}" d="{}"/>').format(kind, path)
+
+
+def _end(kind: str, x: float, y: float) -> Markup:
+    if kind == "stopped":
+        path = f"M{x - 3:g} {y - 3:g}l6 6M{x - 3:g} {y + 3:g}l6 -6"
+        return Markup('<path class="cross" d="{}"/>').format(path)
+    radius = 4.5 if kind == "best" else 3
+    return Markup('<circle class="dot {}" cx="{}" cy="{}" r="{}"/>').format(kind, x, y, radius)
+
+
+def _name(x: float, y: float, name: str) -> Markup:
+    return Markup('<text class="name best" x="{}" y="{}">{}</text>').format(x + 8, y + 4, name)
 
 
 def _rule(kind: str, x1: float, x2: float, y1: float, y2: float) -> Markup:

@@ -15,6 +15,7 @@ from transfgu.encoder import Encoder
 from transfgu.errors import UserError
 from transfgu.progress import Progress
 from transfgu.recipe import STAGES, Recipe, preset
+from transfgu.trials import Search
 
 _SIZES = ("dataset.image_size", "dataset.feature_size", "dataset.training_size", "windows.size")
 
@@ -113,13 +114,16 @@ def run_stages(
                 at_the_time = f"{manifest.outcome.items} items, {manifest.seconds:.1f} s at the time"
                 say(f"{stage}: complete already ({at_the_time}), skipped")
             else:
-                manifest = _run_stage(stage, recipe, run, lock, quiet=quiet, verbose=verbose)
+                manifest = run_stage(stage, recipe, run, lock, quiet=quiet, verbose=verbose)
                 say(f"{stage}: {manifest.outcome.items} items in {manifest.seconds:.1f} s{_left_out_note(manifest)}")
             manifests[stage] = manifest
         return _conclude(recipe, run, manifests, complete, say)
 
 
-def _run_stage(stage: str, recipe: Recipe, run: Run, lock: run_lock.Lock, *, quiet: bool, verbose: bool) -> Manifest:
+def run_stage(
+    stage: str, recipe: Recipe, run: Run, lock: run_lock.Lock | None = None, *, quiet: bool, verbose: bool
+) -> Manifest:
+    """Run one stage, whose predecessors are complete, and commit its artefact, if `lock` is still held."""
     from transfgu import runtime
 
     runtime.connect(verbose=verbose)
@@ -128,8 +132,50 @@ def _run_stage(stage: str, recipe: Recipe, run: Run, lock: run_lock.Lock, *, qui
     started = time.monotonic()
     run.artifact(stage).begin(recipe)
     outcome = _stage_function(stage)(recipe, run, Progress(stage, quiet=quiet))
-    lock.check()
+    if lock:
+        lock.check()
     return run.artifact(stage).commit(recipe, outcome, started)
+
+
+def run_search(search: Search, *, quiet: bool = False, verbose: bool = False) -> dict[str, Any]:
+    """Search for a better recipe; writes `trials.json`, `best.yaml`, `metrics.json` and `report.html`.
+
+    Args:
+        search: what to try, and where; trials that ended there are kept, and those that did not go on.
+        quiet: print nothing.
+        verbose: let Ray's messages through.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        UserError: a mistake of the user's, before or while it runs; every trial failed.
+    """
+    from transfgu import search_report, trials
+
+    search = dataclasses.replace(search, recipe=preflight(search.recipe, Run(search.uri)))
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, flush=True)
+
+    say(f"{search.recipe.preset}: {search.count} trials of {', '.join(search.space.shown())} in {search.uri}")
+    from transfgu.stages import search as stage  # brings Ray
+
+    with run_lock.hold(search.uri, say):
+        found = stage.run(search, Progress("search", quiet=quiet), quiet=quiet, verbose=verbose)
+    metrics = trials.write_results(search, found.trials, found.stages)
+    for line in trials.table(search, found.trials):
+        say(line)
+    say(f"report: {search_report.write(search, found.trials, metrics)}")
+    failed = [trial for trial in found.trials if trial.status == "failed"]
+    if failed and len(failed) == len(found.trials):
+        raise UserError(f"every trial failed; trial {failed[0].number}: {failed[0].reason}")
+    if metrics["best"]:
+        say(f"best recipe: {search.file('best.yaml')}")
+    if left := search.count - sum(trial.status != "running" for trial in found.trials):
+        say(f"{left} trials are left: the same command goes on")
+    return metrics
 
 
 def _left_out_note(manifest: Manifest) -> str:

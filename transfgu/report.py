@@ -74,7 +74,7 @@ def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Ma
     grid = _grid(recipe, run, segmenter)
     times = _times(stages, metrics)
     changes = _changes(recipe)
-    return _template().render(
+    return template("report.html").render(
         recipe=recipe,
         metrics=metrics,
         labelled=confusion is not None,
@@ -101,7 +101,8 @@ def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Ma
 
 
 @cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page of `templates/`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("transfgu"),
         autoescape=True,
@@ -111,7 +112,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters["duration"] = duration
     environment.filters["number"] = lambda n: f"{n:,}".replace(",", "\u202f")
-    return environment.get_template("report.html")
+    return environment.get_template(name)
 
 
 _TITLES = {

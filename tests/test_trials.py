@@ -1,0 +1,256 @@
+"""What follows from the trials' records: who is stopped, what is tried next, who won. All by hand."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from transfgu import search_space, trials
+from transfgu.command_line import Parser, add_recipe, recipe_of
+from transfgu.errors import UserError
+from transfgu.recipe import from_yaml, preset
+from transfgu.trials import (
+    Ledger,
+    Search,
+    Trial,
+    best,
+    is_stopped,
+    rank_correlation,
+    ranked,
+    rungs,
+    stop_reason,
+    suggest,
+)
+
+SHAPES = preset("shapes")
+
+
+def search(
+    folder: Path | str = "/nowhere", ranges: tuple[str, ...] = ("omega_1=uniform(0,10)",), **fields: Any
+) -> Search:
+    space = search_space.parse(ranges, SHAPES)
+    return Search(**{"recipe": SHAPES, "uri": str(folder), "space": space, "trials": 20, **fields})
+
+
+def row(epoch: int, mean_iou: float | None, accuracy: float = 50.0, label_free: float | None = None) -> dict[str, Any]:
+    return {
+        "epoch": epoch,
+        "mean_iou": mean_iou,
+        "pixel_accuracy": None if mean_iou is None else accuracy,
+        "label_free": label_free,
+        "seconds": 2.0,
+    }
+
+
+def trial(number: int, *values: float, status: str = "finished", omega_1: float | None = None) -> Trial:
+    """A trial that reached these mIoUs, and label_free ten times as much."""
+    history = [row(i + 1, v, label_free=10 * v) for i, v in enumerate(values)]
+    parameters = {"training.omega_1": float(number) if omega_1 is None else omega_1}
+    return Trial(number=number, parameters=parameters, epochs=4, status=status, history=history)
+
+
+def test_rungs() -> None:
+    assert rungs(1, 3, 200) == [1, 3, 9, 27, 81]
+    assert rungs(2, 4, 8) == [2]
+    assert rungs(1, 2, 4) == [1, 2]
+    assert rungs(5, 2, 4) == []
+
+
+def test_who_goes_on_at_a_rung() -> None:
+    assert not is_stopped(1.0, [], 3)  # the first always does
+    assert is_stopped(1.0, [2.0], 3)  # of two the better one
+    assert not is_stopped(3.0, [2.0], 3)
+    assert is_stopped(2.0, [2.0], 3)  # the first of equals was first
+    five = [5.0, 4.0, 3.0, 2.0, 1.0]
+    assert not is_stopped(4.5, five, 3)  # of six the best two
+    assert is_stopped(3.5, five, 3)
+    assert not is_stopped(3.5, five, 2)  # of six the best three
+    assert not is_stopped(None, five, 3)  # nothing was scored yet
+    assert is_stopped(1.0, [None, 2.0, None], 3)
+
+
+def test_a_trial_is_stopped_from_the_records_alone() -> None:
+    asked = search(reduction=2)
+    others = [trial(0, 30, 31, 32, 33), trial(1, 10, status="stopped"), trial(2, 20, 21)]
+    late = trial(3, 15, status="running")
+    assert stop_reason(asked, others, late) == "not among the best 1/2 of 4 trials after epoch 1"
+    assert stop_reason(asked, others, trial(3, 25, status="running")) == ""
+    assert "of 3 trials after epoch 2" in stop_reason(asked, others, trial(3, 25, 20, status="running"))
+    # Trial 2's best epoch so far counts, as its decoder would be kept.
+    assert stop_reason(asked, [trial(2, 40, 1)], trial(3, 25, 30, status="running"))
+    assert stop_reason(asked, others, trial(3, 25, 26, 1, status="running")) == ""  # 3 is no rung
+
+
+def test_values() -> None:
+    found = Trial(number=0, parameters={}, epochs=4)
+    assert found.value("mean_iou") is None
+    found.history = [row(1, 40, 60, 5), row(2, 42, 50, 7), row(3, None, label_free=6)]
+    assert found.value("mean_iou") == 40  # 40 + 60 > 42 + 50: that decoder is the one a run keeps
+    assert found.value("label_free") == 6  # the last
+    assert found.value("label_free", 2) == 7
+    summary = found.summary()
+    assert (summary["mean_iou"], summary["best_epoch"], summary["last_mean_iou"]) == (40, 1, None)
+    assert (summary["status"], summary["epochs"], summary["seconds"]) == ("unfinished", 3, 6.0)
+
+
+def test_rows_come_once() -> None:
+    found = trial(0, 10, 20, status="running")
+    assert not found.add(dict(found.history[0]))  # as the checkpoint has it
+    assert found.repeated == 0
+    assert not found.add({**found.history[1], "seconds": 9.0})  # trained again
+    assert found.repeated == 1
+    assert found.add(row(3, 30))
+    assert [r["epoch"] for r in found.history] == [1, 2, 3]
+
+
+def test_records_are_read_back(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path))
+    assert ledger.trials == {}
+    for found in (trial(1, 10), trial(0, 20), trial(2, 5, status="running")):
+        ledger.save(found)
+    again = Ledger(str(tmp_path))
+    assert again.trials == {n: ledger.trials[n] for n in (0, 1, 2)}
+    assert list(again.trials) == [0, 1, 2]
+    assert [t.number for t in again.unfinished()] == [2]
+
+
+def test_random_and_grid_suggestions_need_no_history() -> None:
+    asked = search()
+    assert suggest(asked, [trial(0, 1), trial(1, 2)]) == asked.space.draw(SHAPES.seed, 2)
+    grid = search(ranges=("omega_1=grid(1,2,3)",), searcher="grid")
+    assert grid.count == 3
+    assert suggest(grid, [trial(0, 1)]) == {"training.omega_1": 2}
+
+
+def test_tpe_goes_where_trials_did_well_and_depends_on_the_records_alone() -> None:
+    asked = search(searcher="tpe", ranges=("omega_1=uniform(0,10)", "passes=randint(1,3)", "lr=choice(0.1,0.2)"))
+    known = []
+    for number in range(24):
+        parameters = asked.space.draw(3, number)
+        found = trial(number, 50 - 4 * abs(parameters["training.omega_1"] - 2), status="finished")
+        found.parameters = parameters
+        known.append(found)
+    known[3].status, known[4].status, known[5].status = "failed", "stopped", "running"
+    known[6].history = []  # finished, and never scored
+    drawn = []
+    for extra in range(6):
+        asked_now = suggest(asked, [*known, *known[: extra % 2]])
+        assert asked_now == suggest(asked, [*known, *known[: extra % 2]])
+        drawn.append(asked_now["training.omega_1"])
+        assert set(asked_now) == set(asked.space.names)
+        assert type(asked_now["training.passes"]) is int
+        known.append(
+            replace(known[0], number=len(known), parameters=asked_now, history=[row(1, 50 - 4 * abs(drawn[-1] - 2))])
+        )
+    assert sum(abs(value - 2) < 2.5 for value in drawn) >= 4  # a uniform draw hits that half of the time
+
+
+def test_the_winner() -> None:
+    finished, stopped, failed = trial(0, 10, 11, 12, 13), trial(1, 90, status="stopped"), trial(2, 99, status="failed")
+    assert best([stopped, finished, failed], "mean_iou") is finished
+    assert best([stopped, failed], "mean_iou") is stopped
+    assert best([failed], "mean_iou") is None
+    assert [t.number for t in ranked([failed, stopped, finished, trial(3, 50)], "mean_iou")] == [3, 0, 1, 2]
+
+
+def test_rank_correlation() -> None:
+    # Ranks of label_free 1 2 3 4 against mIoU 1 3 2 4: 1 - 6 * 2 / (4 * 15) = 0.8
+    found = [Trial(number=i, parameters={}, epochs=1, status="finished") for i in range(4)]
+    for t, label_free, mean_iou in zip(found, (1.0, 2.0, 3.0, 4.0), (10.0, 30.0, 20.0, 40.0), strict=True):
+        t.history = [row(1, mean_iou, label_free=label_free)]
+    assert rank_correlation(found) == (pytest.approx(0.8), 4)
+    found[3].status = "stopped"
+    assert rank_correlation(found)[1] == 3
+    assert rank_correlation(found, 1) == (pytest.approx(0.8), 4)
+    assert rank_correlation(found[:2]) == (None, 2)
+    assert rank_correlation([trial(i, 7) for i in range(5)]) == (None, 5)  # all alike
+
+
+def test_what_a_search_leaves(tmp_path: Path) -> None:
+    asked = search(tmp_path, ("omega_1=uniform(0,10)", "alpha=uniform(0,1)"))
+    found = [
+        trial(0, 30, 31, 32, 33),
+        trial(1, 10, status="stopped"),
+        trial(2, 20, status="running"),
+        trial(3, status="failed"),
+    ]
+    for t in found:
+        t.parameters["alpha"] = 0.25
+    found[1].reason, found[3].reason, found[3].stages = "late", "out of memory: x", ["features", "concepts"]
+    metrics = trials.write_results(asked, found, {"samples": {"skipped": False}})
+    rows = json.loads((tmp_path / "trials.json").read_text())
+    assert [r["status"] for r in rows] == ["finished", "stopped", "unfinished", "failed"]
+    assert rows[0]["parameters"] == {"training.omega_1": 0.0, "alpha": 0.25}
+    assert [r["epochs"] for r in rows] == [4, 1, 1, 0]
+    assert rows[3]["reason"] == "out of memory: x"
+    assert rows[3]["mean_iou"] is None
+    recipe = from_yaml((tmp_path / "best.yaml").read_text())
+    assert recipe == SHAPES.with_fields({"omega_1": 0.0, "alpha_start": 0.25, "alpha_step": 0.0, "alpha_end": 0.25})
+    parser = Parser("as jobs/train.py reads it")
+    add_recipe(parser)
+    assert recipe_of(parser.parse(["--recipe", str(tmp_path / "best.yaml")])) == recipe
+    assert metrics["epochs"] == {"trained": 6, "asked": 16}
+    assert metrics["trials"] == {"finished": 1, "stopped": 1, "failed": 1, "running": 1}
+    assert metrics["stages_of_single_trials"] == {"features": 1, "concepts": 1}
+    lines = trials.table(asked, found)
+    assert len(lines) == 5
+    assert lines[0].split() == ["trial", "omega_1", "alpha", "mIoU", "label_free", "epochs", "status"]
+    assert lines[1].split() == ["0", "0", "0.25", "33.00", "330.00", "4", "finished"]
+    assert lines[-1].endswith("failed: out of memory: x")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"trials": 0}, "--trials must be positive, not 0"),
+        ({"trials": -3}, "--trials must be positive, not -3"),
+        ({"workers_per_trial": 0}, "--workers-per-trial must be positive"),
+        ({"grace": 0}, "--grace must be positive"),
+        ({"reduction": 1}, "--reduction must be at least 2"),
+        ({"concurrent": -1}, "--concurrent must not be negative"),
+        ({"gpus_per_trial": -0.5}, "--gpus-per-trial must not be negative, not -0.5"),
+        ({"hours": -1.0}, "--hours must not be negative"),
+        ({"hours": float("nan")}, "--hours must not be negative"),
+        ({"objective": "loss"}, "--objective must be one of mean_iou, label_free, not loss"),
+        ({"searcher": "bayes"}, "--searcher must be one of random, grid, tpe, not bayes"),
+        ({"scheduler": "pbt"}, "--scheduler must be one of asha, none, not pbt"),
+        ({"searcher": "grid"}, "a grid needs values"),
+        ({"ranges": ("omega_1=grid(1,2)",)}, "needs --searcher grid"),
+        ({"recipe": preset("folder")}, "--objective mean_iou needs labels, and there are none"),
+    ],
+)
+def test_bad_requests_are_one_line(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        search(**fields)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["shapes", "--trials", "0"], "--trials must be positive, not 0"),
+        (["shapes"], "the following arguments are required: --trials (--help shows every flag)"),
+        (["--trials", "2", "--search", "omega_9=uniform(0,1)"], "the recipe has no field omega_9; near ones: "),
+    ],
+)
+def test_the_command_answers_mistakes_before_ray_starts(words: list[str], message: str) -> None:
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "jobs/tune.py", *words],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert imported.isdisjoint({"ray", "torch"})
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert len(said) == 1
+    assert said[0].startswith(message)
