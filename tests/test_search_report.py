@@ -44,6 +44,7 @@ def test_axes() -> None:
     assert Axis(name="x", low=2.0, high=5.0, log=True).ticks() == [2, 5]
     assert Axis(name="x", low=0, high=4).ticks() == [0, 1, 2, 3, 4]
     assert Axis(name="x", low=0.5, high=3.5).ticks() == [1, 2, 3]
+    assert Axis(name="epoch", low=1, high=2, whole=True).ticks() == [1, 2]
 
 
 def test_curves_end_in_a_cross_where_they_were_stopped() -> None:

@@ -33,7 +33,8 @@ def search(
     folder: Path | str = "/nowhere", ranges: tuple[str, ...] = ("omega_1=uniform(0,10)",), **fields: Any
 ) -> Search:
     space = search_space.parse(ranges, SHAPES)
-    return Search(**{"recipe": SHAPES, "uri": str(folder), "space": space, "trials": 20, **fields})
+    given: dict[str, Any] = {"recipe": SHAPES, "uri": str(folder), "space": space, "trials": 20, **fields}
+    return Search(**given)
 
 
 def row(epoch: int, mean_iou: float | None, accuracy: float = 50.0, label_free: float | None = None) -> dict[str, Any]:

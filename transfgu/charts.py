@@ -84,12 +84,13 @@ def line_chart(
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One quantity's axis: its name, its ends, and whether it is logarithmic."""
+    """One quantity's axis: its name, its ends, whether it is logarithmic, and whether it counts something."""
 
     name: str
     low: float
     high: float
     log: bool = False
+    whole: bool = False
 
     def place(self, value: float) -> float:
         """Where a value lies on it, from 0 at `low` to 1 at `high`."""
@@ -104,7 +105,8 @@ class Axis:
             return powers if len(powers) > 1 else [self.low, self.high]
         if self.high == self.low:
             return [self.low]
-        return [t for t in _ticks(self.low, self.high, 4) if self.low - 1e-9 <= t <= self.high + 1e-9]
+        inside = [t for t in _ticks(self.low, self.high, 4) if self.low - 1e-9 <= t <= self.high + 1e-9]
+        return [t for t in inside if t == round(t)] if self.whole else inside
 
 
 @dataclass(frozen=True, kw_only=True)

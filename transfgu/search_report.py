@@ -174,7 +174,7 @@ def _curves(search: Search, trials: Sequence[Trial], winner: Trial) -> Markup:
     ]
     flat = [point for found in points.values() for point in found]
     last = max(trial.epochs for trial in trials)
-    x = Axis(name="epoch", low=1.0, high=float(max(last, 2)))
+    x = Axis(name="epoch", low=1.0, high=float(max(last, 2)), whole=True)
     y = _axis(_OBJECTIVE[search.objective], [value for _, value in flat])
     return charts.curves_chart(f"{_OBJECTIVE[search.objective]} by epoch, a line a trial", marks, x=x, y=y)
 

@@ -31,14 +31,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def search(folder: Path, *ranges: str, **fields: Any) -> Search:
     """A search over a folder of six small photographs."""
-    own = {name: fields.pop(name) for name in list(fields) if name not in Search.__dataclass_fields__}
+    own: dict[str, Any] = {name: fields.pop(name) for name in list(fields) if name not in Search.__dataclass_fields__}
     if not (folder / "images").exists():
         photographs(folder)
-    recipe = small(folder, **{"teacher_start": 1, "teacher_every": (1,), **own})
+    own = {"teacher_start": 1, "teacher_every": (1,), **own}
+    recipe = small(folder, **own)
     space = search_space.parse(ranges, recipe)
-    return Search(
-        **{"recipe": recipe, "uri": str(folder / "search"), "space": space, "trials": 3, "concurrent": 2, **fields}
-    )
+    given: dict[str, Any] = {"recipe": recipe, "uri": str(folder / "search"), "space": space, "trials": 3}
+    return Search(**{**given, "concurrent": 2, **fields})
 
 
 def asked(trials: int = 20, **fields: Any) -> Search:
@@ -50,7 +50,7 @@ def asked(trials: int = 20, **fields: Any) -> Search:
 def test_a_whole_cpu_stays_free_for_decoding() -> None:
     two = allot([{"CPU": 4.0}], asked())
     assert (two.concurrent, two.compute.workers, two.compute.cpus_per_actor) == (2, 1, 1.0)
-    for count in (1, 2, 3, 4, 7, 20):
+    for count in (1, 2, 3, 4, 7):
         for workers in (1, 2):
             for nodes in ([{"CPU": 4.0}], [{"CPU": 2.0}], [{"CPU": 8.0}, {"CPU": 4.0}, {"CPU": 2.0}]):
                 found = allot(nodes, asked(concurrent=count, workers_per_trial=workers))

@@ -352,7 +352,7 @@ def run_trial(config: Mapping[str, Any], plan: _Plan) -> None:
     tune.report({"end": json.dumps({"reason": reason, "stages": stages})})
 
 
-class _Proposals(Searcher):  # type: ignore[misc]
+class _Proposals(Searcher):
     """Ray Tune's searcher: trials that were begun and not ended, then new ones; the records are its state."""
 
     def __init__(self, search: Search, ledger: Ledger) -> None:
@@ -394,7 +394,7 @@ class _Proposals(Searcher):  # type: ignore[misc]
         return {}
 
 
-class _Recorder(FIFOScheduler):  # type: ignore[misc]
+class _Recorder(FIFOScheduler):
     """Ray Tune's scheduler: writes every epoch into the trial's record, and ends the trials that ASHA ends."""
 
     def __init__(self, search: Search, ledger: Ledger, progress: Progress) -> None:
