@@ -163,10 +163,10 @@ def test_rank_correlation() -> None:
     found = [Trial(number=i, parameters={}, epochs=1, status="finished") for i in range(4)]
     for t, label_free, mean_iou in zip(found, (1.0, 2.0, 3.0, 4.0), (10.0, 30.0, 20.0, 40.0), strict=True):
         t.history = [row(1, mean_iou, label_free=label_free)]
-    assert rank_correlation(found) == (pytest.approx(0.8), 4)
+    assert rank_correlation(found) == pytest.approx((0.8, 4))
     found[3].status = "stopped"
     assert rank_correlation(found)[1] == 3
-    assert rank_correlation(found, 1) == (pytest.approx(0.8), 4)
+    assert rank_correlation(found, 1) == pytest.approx((0.8, 4))
     assert rank_correlation(found[:2]) == (None, 2)
     assert rank_correlation([trial(i, 7) for i in range(5)]) == (None, 5)  # all alike
 

@@ -16,6 +16,9 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 118.0, 14.0, 40.0
 _MANY_MARKS = 24
 _LINE_HEIGHT = 15.0
 
+# To type checkers an int is a float; to the run-time checks of the tests it is not.
+Real = float | int
+
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
@@ -87,12 +90,12 @@ class Axis:
     """One quantity's axis: its name, its ends, whether it is logarithmic, and whether it counts something."""
 
     name: str
-    low: float
-    high: float
+    low: Real
+    high: Real
     log: bool = False
     whole: bool = False
 
-    def place(self, value: float) -> float:
+    def place(self, value: Real) -> float:
         """Where a value lies on it, from 0 at `low` to 1 at `high`."""
         low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return 0.5 if high == low else (value - low) / (high - low)
@@ -102,9 +105,9 @@ class Axis:
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
             powers = [10.0**e for e in range(first, last + 1)]
-            return powers if len(powers) > 1 else [self.low, self.high]
+            return powers if len(powers) > 1 else [float(self.low), float(self.high)]
         if self.high == self.low:
-            return [self.low]
+            return [float(self.low)]
         inside = [t for t in _ticks(self.low, self.high, 4) if self.low - 1e-9 <= t <= self.high + 1e-9]
         return [t for t in inside if t == round(t)] if self.whole else inside
 
@@ -113,7 +116,7 @@ class Axis:
 class Mark:
     """One trial in a chart: its coordinates, its kind (`best`, `finished` or `stopped`), and its name."""
 
-    points: Sequence[tuple[float, float]]
+    points: Sequence[tuple[Real, Real]]
     kind: str
     name: str
 
@@ -131,10 +134,10 @@ def scatter_chart(title: str, marks: Sequence[Mark], *, x: Axis, y: Axis) -> Mar
 def _marks_chart(title: str, marks: Sequence[Mark], x: Axis, y: Axis, *, lines: bool) -> Markup:
     floor, right = _HEIGHT - _BOTTOM, _WIDTH - 0.6 * _RIGHT
 
-    def px(value: float) -> float:
+    def px(value: Real) -> float:
         return round(_LEFT + x.place(value) * (right - _LEFT), 1)
 
-    def py(value: float) -> float:
+    def py(value: Real) -> float:
         return round(floor - y.place(value) * (floor - _TOP), 1)
 
     parts = [_open(title)]
@@ -164,7 +167,7 @@ def parallel_chart(title: str, axes: Sequence[Axis], marks: Sequence[Mark]) -> M
     width, floor = _WIDTH * 1.6, _HEIGHT - _BOTTOM
     step = (width - 2 * _RIGHT) / max(1, len(axes) - 1)
 
-    def place(index: float, value: float) -> tuple[float, float]:
+    def place(index: Real, value: Real) -> tuple[float, float]:
         axis = axes[int(index)]
         return round(_RIGHT + index * step, 1), round(floor - axis.place(value) * (floor - _TOP), 1)
 

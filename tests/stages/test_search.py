@@ -19,7 +19,7 @@ from tests.test_pipeline import photographs, small
 from transfgu import pipeline, search_space
 from transfgu.errors import UserError
 from transfgu.progress import Progress
-from transfgu.recipe import from_yaml, preset
+from transfgu.recipe import STAGES, from_yaml, preset
 from transfgu.stages import search as stage
 from transfgu.stages.search import SharedRun, allot
 from transfgu.trials import Ledger, Search
@@ -81,7 +81,7 @@ def test_recipes_share_what_they_have_in_common(tmp_path: Path) -> None:
     recipe = preset("shapes")
     one = SharedRun(str(tmp_path), recipe)
     other = SharedRun(str(tmp_path), recipe.with_fields({"omega_1": 7.0, "smoothing": 5}))
-    same = [s for s in pipeline.STAGES if one.artifact(s) == other.artifact(s)]
+    same = [s for s in STAGES if one.artifact(s) == other.artifact(s)]
     assert same == ["samples", "features", "concepts"]
 
 

@@ -283,13 +283,14 @@ def _tune(
     # The records are all that is read again: Tune need not write tables of its own, nor its state but seldom.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "600")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one speaks at any verbosity
     # Ctrl-C ends the search; the records are whole at any instant.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     budget = None
     if search.hours:
         budget = max(1.0, 3600 * search.hours - (time.monotonic() - started))
-    name = f"tune-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = storage.join(search.uri, "ray")
+    storage.delete(storage.join(folder, "tune"))  # of a driver that was killed
 
     def trial(config: dict[str, Any]) -> None:
         run_trial(config, plan)
@@ -305,14 +306,14 @@ def _tune(
             trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}",
         ),
         run_config=tune.RunConfig(
-            name=name,
+            name="tune",
             storage_path=storage.absolute(folder),
             failure_config=tune.FailureConfig(max_failures=_LOST),
             verbose=2 if verbose else 0,
         ),
     )
     tuner.fit()
-    storage.delete(storage.join(folder, name))
+    storage.delete(storage.join(folder, "tune"))
 
 
 def run_trial(config: Mapping[str, Any], plan: _Plan) -> None:
@@ -398,7 +399,7 @@ class _Recorder(FIFOScheduler):
     """Ray Tune's scheduler: writes every epoch into the trial's record, and ends the trials that ASHA ends."""
 
     def __init__(self, search: Search, ledger: Ledger, progress: Progress) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._search, self._ledger, self._progress = search, ledger, progress
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
