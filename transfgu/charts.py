@@ -108,7 +108,7 @@ class Axis:
             return powers if len(powers) > 1 else [float(self.low), float(self.high)]
         if self.high == self.low:
             return [float(self.low)]
-        inside = [t for t in _ticks(self.low, self.high, 4) if self.low - 1e-9 <= t <= self.high + 1e-9]
+        inside = [t for t in _ticks(float(self.low), float(self.high), 4) if self.low - 1e-9 <= t <= self.high + 1e-9]
         return [t for t in inside if t == round(t)] if self.whole else inside
 
 
