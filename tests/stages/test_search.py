@@ -85,6 +85,7 @@ def test_recipes_share_what_they_have_in_common(tmp_path: Path) -> None:
     assert same == ["samples", "features", "concepts"]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_small_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = search(tmp_path, "omega_1=loguniform(0.1,10)", "alpha=uniform(0,0.1)", epochs=2, searcher="tpe")

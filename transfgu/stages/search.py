@@ -292,11 +292,8 @@ def _tune(
     folder = storage.join(search.uri, "ray")
     storage.delete(storage.join(folder, "tune"))  # of a driver that was killed
 
-    def trial(config: dict[str, Any]) -> None:
-        run_trial(config, plan)
-
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": _TRIAL_CPUS}),
+        tune.with_resources(tune.with_parameters(run_trial, plan=plan), {"CPU": _TRIAL_CPUS}),
         tune_config=tune.TuneConfig(
             num_samples=left,
             search_alg=_Proposals(search, ledger),
