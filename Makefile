@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 RUN ?= $(HOME)/transfgu/shapes
 # Two processes, each with whole files: what a file sets up once is set up once.
-PURE := -n 2 --dist loadfile -m "not ray and not long and not s3_server"
+PURE := -n 2 --dist loadfile -m "not ray and not long and not s3_server and not trackers"
 ON_RAY := -m "ray and not long"
 
 .PHONY: demo test test-pure coverage faults lint types docs setup clean
