@@ -112,7 +112,9 @@ def test_mlflow_finds_its_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         trackers.epoch({**ROW, "epoch": epoch}, PICTURE)
         trackers.close()
     client = mlflow.MlflowClient()
-    (run,) = client.search_runs([client.get_experiment_by_name("transfgu").experiment_id])
+    experiment = client.get_experiment_by_name("transfgu")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
     assert run.data.metrics["loss/total"] == 2.5
     assert run.data.params["training.epochs"] == "4"
     assert [m.step for m in client.get_metric_history(run.info.run_id, "score/mean_iou")] == [1, 2]
