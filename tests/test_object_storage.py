@@ -1,20 +1,80 @@
-"""What is wrong with object storage is said before work starts."""
+"""Whole runs from object storage to object storage, and what is wrong with it, said before work starts."""
 
+import io
+import json
 import os
+from pathlib import Path
 
 import pytest
+import torch
 
 from tests.test_storage import Faults, faults
 from transfgu import pipeline, storage
 from transfgu.artifacts import Run
+from transfgu.encoder import Encoder
 from transfgu.errors import UserError
-from transfgu.recipe import Recipe, preset
+from transfgu.recipe import STAGES, Recipe, preset
+from transfgu.segmenter import Segmenter
 
 __all__ = ["faults"]  # the fixture
 
 pytestmark = pytest.mark.s3
 
 ENCODER = "vit_tiny_patch16_224"
+# The samples' images and labels, the official folders of each preset; JSONs of instances would name many more.
+FILES = {
+    "coco-stuff-27": [
+        f"coco/{kind}/{split}2017/*.*g" for split in ("train", "val") for kind in ("images", "annotations")
+    ],
+    "cityscapes": [
+        f"cityscapes/{kind}.png"
+        for split in ("train", "val")
+        for kind in (f"leftImg8bit/{split}/*/*", f"gtFine/{split}/*/*_labelIds")
+    ],
+}
+IMAGES = {"coco-stuff-27": 4, "cityscapes": 2}
+
+
+def upload(name: str, samples: Path, uri: str) -> str:
+    """A preset's first images and labels of each split."""
+    for pattern in FILES[name]:
+        for path in sorted(samples.glob(pattern))[: IMAGES[name]]:
+            storage.write_bytes(storage.join(uri, str(path.relative_to(samples))), path.read_bytes())
+    return storage.join(uri, FILES[name][0].partition("/")[0])
+
+
+def small(name: str, data: str, weights: str) -> Recipe:
+    """A preset on small images, so that a run takes little more than its processes' start."""
+    sizes = {"image_size": (64, 64), "feature_size": (128, 128), "training_size": (64, 64), "windows.size": (64, 64)}
+    if name == "cityscapes":
+        sizes |= {"image_size": (64, 128), "feature_size": (128, 256), "training_size": (64, 128)}
+    fields = {"data": data, "encoder.name": ENCODER, "encoder.weights": weights, "epochs": 1, "passes": 1, "limit": 4}
+    return preset(name).with_fields({**fields, **sizes, "windows.scales": (0.5,), "min_background": 0.3})
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", FILES)
+def test_data_weights_and_run_lie_on_s3(name: str, samples: Path, s3: str, ray_cluster: None) -> None:
+    data = upload(name, samples, f"{s3}/data")
+    sink = io.BytesIO()
+    state = Encoder.from_pretrained(ENCODER, "random").vit.state_dict()
+    torch.save({"teacher": {f"backbone.{key}": tensor for key, tensor in state.items()}}, sink)
+    storage.write_bytes(f"{s3}/weights/vit.pth", sink.getvalue())
+    recipe, run = small(name, data, f"{s3}/weights/vit.pth"), Run(f"{s3}/runs/one")
+
+    metrics = pipeline.run_stages(recipe, run, quiet=True)
+
+    assert metrics == json.loads(storage.read_bytes(run.file("metrics.json")))
+    assert set(metrics["stages"]) == set(STAGES)
+    assert metrics["stages"]["features"]["items"] == IMAGES[name]
+    assert 0 < metrics["pixel_accuracy"] <= 100
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"].encode()
+    for file in storage.list_files(run.uri):
+        assert secret not in storage.read_bytes(file), file
+    again = pipeline.run_stages(recipe, run, quiet=True)
+    assert all(stage["skipped"] for stage in again["stages"].values())
+    image = next(samples.glob(FILES[name][0]))
+    assert Segmenter.load(run.uri).predict(str(image)).ndim == 2
 
 
 def refusal(recipe: Recipe, run: str) -> str:
