@@ -1,6 +1,5 @@
 """Ten times the images take no more memory, locally and through S3; and what a very long list takes."""
 
-import os
 import subprocess
 import sys
 import time
@@ -95,7 +94,7 @@ assert datasets.list_samples(preset("folder").with_fields({"data": sys.argv[1]})
 
 @pytest.mark.long
 @pytest.mark.s3
-@pytest.mark.skipif("AWS_ENDPOINT_URL_S3" not in os.environ, reason="moto takes hours to be filled with so many names")
+@pytest.mark.s3_server
 def test_a_list_of_200_000_names(s3: str) -> None:
     data = f"{s3}/many"
     write_all((storage.join(data, f"{i:06d}.jpg"), b"") for i in range(NAMES))
