@@ -9,6 +9,9 @@ RUN ?= $(HOME)/transfgu/shapes
 PURE := -n 2 --dist loadfile -m "not ray and not long and not s3_server and not trackers"
 ON_RAY := -m "ray and not long"
 
+# The package is imported by many short processes, and compiled for the first of them alone.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-pure coverage faults lint types docs setup clean
 
 setup: $(VENV)/.installed

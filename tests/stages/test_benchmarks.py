@@ -15,6 +15,7 @@ from transfgu.stages import benchmarks
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_stages_are_timed_beside_their_bounds(tmp_path: Path, ray_cluster: None) -> None:
     recipe = tiny_recipe(tmp_path).with_fields({"min_background": 0.55})

@@ -33,7 +33,7 @@ def folder_of_images(folder: Path, count: int) -> str:
 
 
 @pytest.mark.ray
-def test_two_workers_learn_from_a_folder_and_go_on_after_an_interruption(ray_cluster: None, tmp_path: Path) -> None:
+def test_two_workers_learn_from_a_folder(ray_cluster: None, tmp_path: Path) -> None:
     uri = folder_of_images(tmp_path / "images", 20)
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     job = PretrainingJob(images=uri, out=str(tmp_path / "vit.safetensors"), recipe=TINY, image_size=16, command="x")
@@ -49,12 +49,18 @@ def test_two_workers_learn_from_a_folder_and_go_on_after_an_interruption(ray_clu
     encoder = Encoder.from_pretrained("mine", job.out)
     assert (encoder.width, encoder.depth, encoder.patch_size) == (12, 2, 4)
 
-    # Run again: nothing is left to do, and the weights are the same.
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_what_was_learned_is_not_learned_again(ray_cluster: None, tmp_path: Path) -> None:
+    uri = folder_of_images(tmp_path / "images", 10)
+    job = PretrainingJob(images=uri, out=str(tmp_path / "vit.safetensors"), recipe=TINY, image_size=16)
+    pretraining.pretrain(job, ComputeRecipe(workers=1), QUIET)
     first = read_weights(job.out).tensors
     parts = sorted(Path(job.work).glob("images-*/*.parquet"))
     written = [part.stat().st_mtime_ns for part in parts]
     Path(job.out).unlink()
-    pretraining.pretrain(job, ComputeRecipe(workers=2), QUIET)
+    pretraining.pretrain(job, ComputeRecipe(workers=1), QUIET)
     again = read_weights(job.out).tensors
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
     assert [part.stat().st_mtime_ns for part in parts] == written
