@@ -44,11 +44,11 @@ class Work:
 
     what: str
     """In words."""
-    stored: float = 0
+    stored: int = 0
     """Bytes that it would write, at most."""
-    forwards: float = 0
+    forwards: int = 0
     """Passes through the encoder, each as long as `seconds`, at most; divided among `processes`."""
-    seconds: float = 0
+    seconds: float = 0.0
     processes: int = 1
 
     @property
@@ -152,6 +152,7 @@ def _works(recipe: Recipe, counts: Counts, encode: PatchTokens, timed: bool) -> 
     # Images that are seen whole are encoded once; views of them are new in every epoch.
     seen = order.steps * order.batch * training.epochs if training.views else counts.train
     scored = counts.labelled * (training.epochs // training.evaluate_every)
+    every = "epoch" if training.evaluate_every == 1 else f"{training.evaluate_every} epochs"
     actors, workers = runtime.pool_size(recipe.compute), runtime.training_workers(recipe.compute)
     decoder = 4 * (encoder.width**2 * (12 * recipe.decoder.depth + 3) + encoder.width * recipe.classes)
     return {
@@ -177,8 +178,7 @@ def _works(recipe: Recipe, counts: Counts, encode: PatchTokens, timed: bool) -> 
         ),
         "training": Work(
             what=f"{training.epochs} epochs of {order.steps} steps of {order.batch} images, "
-            f"{training.epochs * order.steps} steps in all; a score of {counts.labelled} images every "
-            f"{training.evaluate_every} epochs",
+            f"{training.epochs * order.steps} steps in all; a score of {counts.labelled} images every {every}",
             stored=2 * decoder,
             forwards=seen,
             seconds=seconds((view[0], view[1])),
@@ -235,9 +235,9 @@ def _left_out(left_out: Sequence[LeftOut]) -> str:
     return f"; {len(left_out)} left out ({left_out[0].name}: {left_out[0].reason}, ...)" if left_out else ""
 
 
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "bytes" or count >= 10 else f"{count:.1f} {unit}"
+def _bytes(count: int) -> str:
+    shown, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
+    while shown >= 1000 and len(units) > 1:
+        shown /= 1000
+        units.pop(0)
+    return f"{shown:.0f} {units[0]}" if count < 1000 or shown >= 10 else f"{shown:.1f} {units[0]}"
