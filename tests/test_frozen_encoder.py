@@ -107,8 +107,8 @@ def test_no_image_gives_no_row(frozen: FrozenEncoder, pixels: np.ndarray) -> Non
     assert frozen.saliency(nothing, times_mean=1.0).shape == (0, 4, 3)
     assert frozen.window_features(nothing, np.zeros(0, np.int64), WINDOWS[:0], (16, 16)).shape == (0, 24)
     maps = frozen.concept_maps(nothing, torch.ones(2, 24), PseudoLabelsRecipe())
-    assert maps.shape == (0, 3, 4, 3)
-    assert maps.dtype == np.float16
+    assert maps.shape == (0, 4, 4, 3)
+    assert maps.dtype == np.int16
 
 
 def test_too_little_memory_is_said_once_and_changes_nothing(

@@ -64,7 +64,7 @@ def write_parts(folder: Path, maps: np.ndarray, *, group: int) -> list[str]:
 
 @pytest.mark.parametrize("group", [1, 2, 3])
 def test_maps_are_found_in_any_order(tmp_path: Path, group: int) -> None:
-    maps = np.random.default_rng(0).normal(size=(7, 2, 3, 4)).astype(np.float16)
+    maps = np.random.default_rng(0).integers(-9, 9, (7, 2, 3, 4), np.int16)
     places = ingest.index_maps(write_parts(tmp_path, maps, group=group))
     assert places["index"].to_pylist() == list(range(10, 17))
     chosen = [5, 0, 6, 5, 2]
@@ -72,7 +72,7 @@ def test_maps_are_found_in_any_order(tmp_path: Path, group: int) -> None:
 
 
 def test_a_part_that_became_shorter_is_named(tmp_path: Path) -> None:
-    maps = np.zeros((2, 2, 3, 4), np.float16)
+    maps = np.zeros((2, 2, 3, 4), np.int16)
     places = ingest.index_maps(write_parts(tmp_path, maps, group=1))
     longer = places.set_column(2, "row", pa.array([0, 5], pa.int32()))
     with pytest.raises(UserError, match=r"part-00000000.parquet is shorter"):
@@ -85,7 +85,7 @@ def picture(path: Path, values: np.ndarray) -> str:
 
 
 def test_training_rows(tmp_path: Path) -> None:
-    maps = np.random.default_rng(0).normal(size=(2, 2, 3, 4)).astype(np.float16)
+    maps = np.random.default_rng(0).integers(-9, 9, (2, 2, 3, 4), np.int16)
     pixels = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3))
     images = [picture(tmp_path / f"{i}.png", p) for i, p in enumerate(pixels)]
     places = ingest.index_maps(write_parts(tmp_path, maps, group=1)).drop_columns("index")

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float16, Int, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Int16, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -93,7 +93,7 @@ class FrozenEncoder:
 
     def concept_maps(
         self, images: UInt8[np.ndarray, "n 3 H W"], concepts: Float[Tensor, "K d"], how: PseudoLabelsRecipe
-    ) -> Float16[np.ndarray, "n planes h w"]:
+    ) -> Int16[np.ndarray, "n planes h w"]:
         """Packed concept maps (see `pack_maps`) on the patches of the images.
 
         They are the sum over `how.scales` of the maps of the images resized by these (bilinear, to whole patches),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float16, Int, Int16, UInt8
+from jaxtyping import Int, Int16, UInt8
 
 from transfgu import datasets, storage
 from transfgu.datasets import images
@@ -85,7 +85,7 @@ def read_training_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
         size: images are resized to this, bilinear.
 
     Returns:
-        The columns of `rows` but `part` and `row`, `image` as (n, 3, H, W) uint8, and `maps` (n, K + 1, h, w) float16,
+        The columns of `rows` but `part` and `row`, `image` as (n, 3, H, W) uint8, and `maps` (n, K + 2, h, w) int16,
         packed as they are kept (see `packed_maps.unpack_maps`).
 
     Raises:
@@ -187,7 +187,7 @@ def usable(columns: dict[str, Any]) -> tuple[UInt8[np.ndarray, "n 3 H W"], list[
     return columns["image"][good], [np.frombuffer(label, np.int16).reshape(h, w) for label, h, w in rows]
 
 
-def read_maps(rows: pa.Table) -> Float16[np.ndarray, "n planes h w"]:
+def read_maps(rows: pa.Table) -> Int16[np.ndarray, "n planes h w"]:
     """Packed maps of the images whose places `part` and `row` say; each row group is read once."""
     wanted: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for i, (part, row) in enumerate(zip(rows["part"].to_pylist(), rows["row"].to_pylist(), strict=True)):
@@ -198,7 +198,7 @@ def read_maps(rows: pa.Table) -> Float16[np.ndarray, "n planes h w"]:
         table = _cached(part).read_row_group(group, columns=["maps", "h", "w"])
         for i, offset in places:
             h, w = table["h"][offset].as_py(), table["w"][offset].as_py()
-            found[i] = np.frombuffer(table["maps"][offset].as_buffer(), np.float16).reshape(-1, h, w)
+            found[i] = np.frombuffer(table["maps"][offset].as_buffer(), np.int16).reshape(-1, h, w)
     return np.stack([found[i] for i in range(len(rows))])
 
 

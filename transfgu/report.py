@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
 import torch
-from jaxtyping import Float, Float16, Int
+from jaxtyping import Float, Int, Int16
 from markupsafe import Markup
 
 from transfgu import charts, datasets, ingest, pictures, storage
@@ -369,7 +369,7 @@ def _pseudo_labels(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
     places = places.take(_evenly(range(len(places)), _MAPS_SHOWN))
     samples = _samples(run, "train").select(["name", "image"])
 
-    def read(place: tuple[int, Float16[np.ndarray, "K h w"]]) -> tuple[Any, str, pictures.Pixels]:
+    def read(place: tuple[int, Int16[np.ndarray, "K h w"]]) -> tuple[Any, str, pictures.Pixels]:
         index, maps = place
         sample = samples.slice(index, 1).to_pylist()[0]
         return maps, sample["name"], images.read_image(sample["image"])
@@ -396,7 +396,7 @@ def _pseudo_labels(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
 
 
 def _pseudo_label(
-    recipe: Recipe, maps: Float16[np.ndarray, "planes h w"]
+    recipe: Recipe, maps: Int16[np.ndarray, "planes h w"]
 ) -> tuple[Float[np.ndarray, "K h w"], Int[np.ndarray, "h w"]]:
     """An image's maps scaled to [0, 1], and the cluster that is largest at each patch, as training begins from them."""
     scaled = scale_maps(unpack_maps(torch.from_numpy(maps)[None]))

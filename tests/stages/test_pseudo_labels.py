@@ -52,7 +52,7 @@ def write_concepts(run: Run) -> None:
 
 
 def planes(rows: pa.Table) -> torch.Tensor:
-    return torch.tensor(np.stack([np.frombuffer(m, np.float16).reshape(-1, *GRID) for m in rows["maps"].to_pylist()]))
+    return torch.tensor(np.stack([np.frombuffer(m, np.int16).reshape(-1, *GRID) for m in rows["maps"].to_pylist()]))
 
 
 @pytest.mark.ray

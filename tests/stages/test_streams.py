@@ -21,7 +21,7 @@ def share(made: MadeRun, rank: int, world: int, batch_size: int = 4) -> Share:
         order=Order(images=TRAIN, passes=2, batch_size=batch_size, seed=3),
         rows=training_images(made.run),
         size=(SIDE, SIDE),
-        maps=(11, SIDE // 8, SIDE // 8),
+        maps=(12, SIDE // 8, SIDE // 8),
         rank=rank,
         world=world,
     )
@@ -55,7 +55,7 @@ def test_a_worker_without_images_takes_part(made: MadeRun) -> None:
     batches = list(Streamed(share(made, 2, 3, batch_size=2), epochs=2).epoch(0))
     assert len(batches) == 6
     assert {tuple(batch.inputs.shape) for batch in batches} == {(0, 3, SIDE, SIDE)}
-    assert {tuple(batch.maps.shape) for batch in batches} == {(0, 11, SIDE // 8, SIDE // 8)}
+    assert {tuple(batch.maps.shape) for batch in batches} == {(0, 12, SIDE // 8, SIDE // 8)}
 
 
 def test_what_stays_in_memory_is_bounded(made: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from transfgu.encoder import Encoder, normalise
 from transfgu.errors import UserError
 from transfgu.ingest import Order
 from transfgu.optimisation import make_optimiser, training_step
-from transfgu.packed_maps import unpack_maps
+from transfgu.packed_maps import maps_of_planes, unpack_planes
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe
 from transfgu.stages import training
@@ -79,7 +79,7 @@ def one_process(recipe: Recipe, made: MadeRun) -> tuple[dict[str, Tensor], list[
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     optimiser = make_optimiser(student, recipe.training.lr, recipe.training.weight_decay)
     columns = ingest.read_training_rows(training_images(made.run), size=(SIDE, SIDE))
-    images, planes = torch.from_numpy(columns["image"]), torch.from_numpy(columns["maps"])
+    images, planes = torch.from_numpy(columns["image"]), unpack_planes(torch.from_numpy(columns["maps"]))
     order = Order(images=TRAIN, passes=recipe.training.passes, batch_size=4, seed=recipe.seed)
     teacher, losses = None, []
     for epoch in range(recipe.training.epochs):
@@ -99,7 +99,7 @@ def one_process(recipe: Recipe, made: MadeRun) -> tuple[dict[str, Tensor], list[
                 student,
                 optimiser,
                 encoder.patch_tokens(pixels),
-                unpack_maps(seen),
+                maps_of_planes(seen),
                 teacher,
                 omega_1=recipe.training.omega_1,
                 omega_2=recipe.training.omega_2,

@@ -31,6 +31,7 @@ from transfgu.encoder import patch_grid
 from transfgu.errors import UserError
 from transfgu.ingest import Order
 from transfgu.measurements import Measurements, Timing, in_turns
+from transfgu.packed_maps import packed_planes
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe, Size
 from transfgu.stages import concepts, evaluation, features, parts, pseudo_labels, samples, training
@@ -268,7 +269,7 @@ class _Bench:
             order=Order(images=len(table), passes=1, batch_size=self._images, seed=0),
             rows=table,
             size=how.dataset.training_size,
-            maps=(how.concepts.count + 1, h, w),
+            maps=(packed_planes(how.concepts.count), h, w),
             rank=0,
             world=1,
         )

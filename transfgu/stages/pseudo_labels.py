@@ -1,6 +1,6 @@
 """The same plan as the features': read in tasks, encode in actors, write in tasks; here a row an image.
 
-The maps of the training images are made once and kept, packed to half precision; the decoder's training reads them in
+The maps of the training images are made once and kept, packed to sixteen bits; the decoder's training reads them in
 any order. The actor serves any list of samples, so what the maps alone are worth can be scored on validation images.
 """
 
@@ -25,7 +25,7 @@ from transfgu.stages import parts, samples
 def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     """Make the concept maps of the training images (of the curated ones alone, where the recipe says so).
 
-    Writes parts of rows `index` int32 (of the sample), `maps` (K + 1 planes of h x w float16, row-major, as
+    Writes parts of rows `index` int32 (of the sample), `maps` (K + 2 planes of h x w int16, row-major, as
     `packed_maps.pack_maps` packs them: `unpack_maps` gives the K unscaled maps), `h` and `w` int16, in row groups of
     one row, so that a reader fetches one image's maps with one request.
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from jaxtyping import Float16, Int, Shaped
+from jaxtyping import Int, Int16, Shaped
 from ray.data import DataContext, ExecutionResources
 from torch import Tensor
 
@@ -36,8 +36,8 @@ class Batch(NamedTuple):
     slots: Int[np.ndarray, " B"]
     inputs: Shaped[Tensor, "B ..."]
     """Decoded images (B, 3, H, W) uint8, or what was made of them once and for all."""
-    maps: Float16[Tensor, "B planes h w"]
-    """As they are kept: `unpack_maps` makes K maps of K + 1 planes."""
+    maps: Int16[Tensor, "B planes h w"]
+    """As they are kept: `unpack_maps` makes K maps of K + 2 planes."""
 
 
 @runtime_checkable
@@ -58,7 +58,7 @@ class Share:
     """The images by position: `image`, `part`, `row`."""
     size: Size
     maps: tuple[int, int, int]
-    """Planes (K + 1), h, w of an image's packed maps."""
+    """Planes (K + 2), h, w of an image's packed maps."""
     rank: int
     world: int
 
@@ -138,7 +138,7 @@ class Streamed:
 class Resident:
     """Batches of a small data set, decoded once."""
 
-    def __init__(self, share: Share, inputs: Shaped[Tensor, "n ..."], maps: Float16[Tensor, "n planes h w"]) -> None:
+    def __init__(self, share: Share, inputs: Shaped[Tensor, "n ..."], maps: Int16[Tensor, "n planes h w"]) -> None:
         """Images and maps by position, as :func:`load` gives them, or what was made of the images."""
         self._share, self._inputs, self._maps = share, inputs, maps
 
@@ -151,10 +151,10 @@ class Resident:
 
 def load(
     share: Share, transform: Callable[[Tensor], Tensor], batch_size: int
-) -> tuple[Shaped[Tensor, "n ..."], Float16[Tensor, "n planes h w"]]:
+) -> tuple[Shaped[Tensor, "n ..."], Int16[Tensor, "n planes h w"]]:
     """Every image by position, through `transform` a batch at a time, and its maps."""
     inputs = torch.empty(0)
-    maps = torch.empty(len(share.rows), *share.maps, dtype=torch.float16)
+    maps = torch.empty(len(share.rows), *share.maps, dtype=torch.int16)
     for batch in share.read(np.arange(len(share.rows)), batch_size):
         made = transform(batch.inputs)
         if not len(inputs):
@@ -168,5 +168,5 @@ def _nothing(share: Share) -> Batch:
     return Batch(
         np.empty(0, np.int64),
         torch.empty(0, 3, *share.size, dtype=torch.uint8),
-        torch.empty(0, *share.maps, dtype=torch.float16),
+        torch.empty(0, *share.maps, dtype=torch.int16),
     )

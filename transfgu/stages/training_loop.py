@@ -40,7 +40,7 @@ from transfgu.ingest import Order
 from transfgu.losses import worker_count
 from transfgu.metrics import Scores, confusion_matrix, invariant_information, merit, scores
 from transfgu.optimisation import StepResult, make_optimiser, training_step
-from transfgu.packed_maps import unpack_maps
+from transfgu.packed_maps import maps_of_planes, packed_planes, unpack_planes
 from transfgu.recipe import Recipe
 from transfgu.segmenter import winners
 from transfgu.stages.shown import Shown
@@ -209,7 +209,7 @@ class Worker:
             order=self.order,
             rows=rows,
             size=recipe.dataset.training_size,
-            maps=(recipe.concepts.count + 1, height // patch, width // patch),
+            maps=(packed_planes(recipe.concepts.count), height // patch, width // patch),
             rank=self.rank,
             world=self.world,
         )
@@ -225,19 +225,19 @@ class Worker:
         encoder = self.encode.encoder
         # By slots: an image that an epoch passes twice is seen in two views.
         views = draw_views(batch.slots.tolist(), self.recipe.dataset.training_size, seed=self.recipe.seed, epoch=epoch)
-        images, planes = batch.inputs.to(self.device), batch.maps.to(self.device)
+        images, planes = batch.inputs.to(self.device), unpack_planes(batch.maps.to(self.device))
         images, planes = apply_views(images, planes, views, encoder.patch_size, mean=encoder.mean, std=encoder.std)
-        return self.encode(images), unpack_maps(planes)
+        return self.encode(images), maps_of_planes(planes)
 
     def _whole_images(self, batch: Batch, epoch: int) -> tuple[Float[Tensor, "B hw d"], Float[Tensor, "B K h w"]]:
         return self._known_tokens(batch._replace(inputs=self.encode(batch.inputs)), epoch)
 
     def _known_tokens(self, batch: Batch, epoch: int) -> tuple[Float[Tensor, "B hw d"], Float[Tensor, "B K h w"]]:
-        planes = batch.maps.to(self.device)
+        planes = unpack_planes(batch.maps.to(self.device))
         grid = patch_grid(self.recipe.dataset.training_size, self.encode.encoder.patch_size)
         if planes.shape[2:] != grid:
-            planes = F.interpolate(planes.float(), grid, mode="bilinear")
-        return batch.inputs.to(self.device), unpack_maps(planes)
+            planes = F.interpolate(planes, grid, mode="bilinear")
+        return batch.inputs.to(self.device), maps_of_planes(planes)
 
     def run(self) -> None:
         """Train what epochs are left."""
