@@ -305,8 +305,8 @@ def _fit(job: PretrainingJob, prepared: Prepared, compute: ComputeRecipe, progre
     board = put_up()
     resources = runtime.actor_resources(compute)
     trainer = TorchTrainer(
-        _work,
-        train_loop_config={"job": job, "parts": prepared.parts, "board": board},
+        # Bound, not a config: Ray Train's controller would unpickle that, and import all that training needs.
+        partial(_work, job, prepared.parts, board),
         scaling_config=ScalingConfig(
             num_workers=runtime.training_workers(compute),
             use_gpu=resources["num_gpus"] > 0,
@@ -370,10 +370,8 @@ class _State:
         self.step, self.epoch = counters["step"], counters["epoch"]
 
 
-def _work(config: dict[str, Any]) -> None:
+def _work(job: PretrainingJob, parts: tuple[Part, ...], board: Any) -> None:
     """One worker: run, epoch, step."""
-    job: PretrainingJob = config["job"]
-    parts: tuple[Part, ...] = config["parts"]
     recipe, context = job.recipe, ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -397,12 +395,12 @@ def _work(config: dict[str, Any]) -> None:
         for _, images in zip(range(steps), stream, strict=False):
             losses.append(_step(state, parallel, images.to(device).float() / 255, recipe, generator))
             if rank == 0 and (state.step % _TELL_STEPS == 0 or state.step == recipe.steps):
-                config["board"].step.remote(state.step, recipe.steps)
+                board.step.remote(state.step, recipe.steps)
         state.epoch += 1
         mean = {name: float(np.mean([loss[name] for loss in losses])) for name in losses[0]}
         if rank == 0:
             terms = ", ".join(f"{name} {value:.3f}" for name, value in mean.items())
-            config["board"].note.remote(f"step {state.step} of {recipe.steps}: {terms}")
+            board.note.remote(f"step {state.step} of {recipe.steps}: {terms}")
         _report(state, mean, rank)
 
 

@@ -7,7 +7,8 @@ ends the training instead of being tried again.
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from transfgu import ingest, runtime, storage, tracking
 from transfgu.artifacts import Outcome, Run
-from transfgu.errors import UserError, in_words
+from transfgu.errors import UserError
 from transfgu.metrics import merit
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe
 from transfgu.stages import samples
 from transfgu.stages.board import ATTEMPTS, Status, put_up, watched
+from transfgu.stages.deaths import Deaths
 from transfgu.stages.training_loop import Job, work
 
 MODEL = "model.safetensors"
@@ -132,9 +134,10 @@ def fit(
     board = put_up(attempts)
     resources = runtime.actor_resources(recipe.compute)
     trainer = TorchTrainer(
-        work,
-        train_loop_config={
-            "job": Job(
+        # Bound, not a config: Ray Train's controller would unpickle that, and import all that training needs.
+        partial(
+            work,
+            Job(
                 recipe=recipe,
                 images=images,
                 validation=validation,
@@ -142,8 +145,8 @@ def fit(
                 pictures=pictures,
                 unlabelled=unlabelled,
                 beside=beside,
-            )
-        },
+            ),
+        ),
         scaling_config=ScalingConfig(
             num_workers=runtime.training_workers(recipe.compute),
             use_gpu=resources["num_gpus"] > 0,
@@ -169,20 +172,6 @@ def fit(
     checkpoint: Checkpoint | None = result.checkpoint
     assert checkpoint is not None
     return checkpoint
-
-
-class Deaths(UserCallback):
-    """Tells the board how workers died that could not tell it themselves."""
-
-    def __init__(self, board: Any) -> None:
-        self._board = board
-
-    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        """Ray Train's hook: `worker_exceptions` by rank."""
-        for error in worker_exceptions.values():
-            # Only how a process died; what a worker raised it has told already.
-            if died := getattr(error, "health_check_failure", None):
-                ray.get(self._board.fail.remote(in_words(died), is_mistake=False))
 
 
 def publish(recipe: Recipe, run: Run, checkpoint: Checkpoint, images: int) -> Outcome:

@@ -124,13 +124,8 @@ class State:
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
 
 
-def work(config: dict[str, Any]) -> None:
-    """What Ray Train runs on each worker, from the last checkpoint on.
-
-    Args:
-        config: `job`, a `Job`.
-    """
-    job: Job = config["job"]
+def work(job: Job) -> None:
+    """What Ray Train runs on each worker, from the last checkpoint on."""
     try:
         if _may_begin(job):
             Worker(job).run()
