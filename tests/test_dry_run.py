@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_pipeline import photographs, small
+from tests.folder_run import photographs, small
 from transfgu import dry_run, pipeline
 from transfgu.artifacts import Run
 from transfgu.errors import UserError

@@ -3,54 +3,15 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from tests.made_run import write_encoder
+from tests.folder_run import IMAGES, SIDE, photographs, small
 from transfgu import pipeline, run_lock
 from transfgu.artifacts import Run
 from transfgu.errors import UserError
 from transfgu.pipeline import fit_to_patch
-from transfgu.recipe import STAGES, Recipe, preset
-
-SIDE = 64
-IMAGES = 6
-
-
-def photographs(folder: Path, labels: bool = True) -> None:
-    """Bright discs on noise, and where they are."""
-    random = np.random.default_rng(0)
-    y, x = np.mgrid[:SIDE, :SIDE]
-    for i in range(IMAGES):
-        disc = (x - random.integers(16, 48)) ** 2 + (y - random.integers(16, 48)) ** 2 < 14**2
-        image = random.integers(0, 90, (SIDE, SIDE, 3), np.uint8)
-        image[disc] += 150
-        for name, pixels in (("images", image), *([("labels", disc.astype(np.uint8))] if labels else [])):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(folder / name / f"{i}.png")
-
-
-def small(folder: Path, **fields: object) -> Recipe:
-    """A folder's recipe of a few seconds."""
-    square = (SIDE, SIDE)
-    write_encoder(folder / "encoder.safetensors")
-    return preset("folder").with_fields(
-        {
-            "data": str(folder / "images"),
-            "labels": str(folder / "labels"),
-            "things": 0,
-            "stuff": 2,
-            "encoder.name": "tiny",
-            "encoder.weights": str(folder / "encoder.safetensors"),
-            "groups": "all",
-            "windows.size": (32, 32),
-            **{f"dataset.{kind}_size": square for kind in ("image", "feature", "training")},
-            "epochs": 2,
-            "training.batch_size": 4,
-            **fields,
-        }
-    )
+from transfgu.recipe import STAGES, preset
 
 
 @pytest.mark.usefixtures("no_ray")

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.test_pipeline import photographs, small
+from tests.folder_run import photographs, small
 from transfgu import pipeline, search_space
 from transfgu.errors import UserError
 from transfgu.progress import Progress
