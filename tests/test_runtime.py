@@ -31,14 +31,15 @@ def test_pools_grow_with_what_an_autoscaler_may_add(monkeypatch: pytest.MonkeyPa
     assert (pool["compute"].min_size, pool["compute"].max_size) == (1, 8)
     assert (pool["num_cpus"], pool["num_gpus"]) == (1, 1)
     assert runtime.training_workers(ComputeRecipe()) == 8
-    assert runtime.training_workers(ComputeRecipe(workers=2)) == 2
+    assert runtime.elastic_workers(ComputeRecipe()) == (1, 8)
+    assert runtime.elastic_workers(ComputeRecipe(workers=2)) == 2
     runtime.check_satisfiable(ComputeRecipe(workers=8))
 
 
 def test_without_gpus_there_is_an_actor_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster(monkeypatch, {"CPU": 4})
     assert runtime.pool_size(ComputeRecipe()) == 1
-    assert runtime.training_workers(ComputeRecipe()) == 1
+    assert runtime.elastic_workers(ComputeRecipe()) == 1
     cluster(monkeypatch, {"CPU": 4}, {"CPU": 8}, {})
     assert runtime.pool_size(ComputeRecipe()) == 2
     assert runtime.actors_per_node(ComputeRecipe()) == 1

@@ -220,6 +220,12 @@ def training_workers(compute: ComputeRecipe) -> int:
     return compute.workers or max(1, int(cluster_gpus() / compute.gpus_per_actor))
 
 
+def elastic_workers(compute: ComputeRecipe) -> int | tuple[int, int]:
+    """How many workers train, where their number may change: as asked, else from one to all that there may be."""
+    most = training_workers(compute)
+    return most if compute.workers or most == 1 else (1, most)
+
+
 def check_shared(uri: str, flag: str = "--run") -> None:
     """Refuse a local folder, given by `flag`, on a cluster of several nodes, whose workers could not see it.
 

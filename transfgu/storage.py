@@ -40,6 +40,14 @@ def filesystem(uri: str) -> tuple[Any, str]:
     return _filesystem(uri, _ATTEMPTS)
 
 
+def travelling(uri: str) -> tuple[Any, str]:
+    """As :func:`filesystem`, but one that may be pickled: it holds the scheme, and no credential.
+
+    Each process that it arrives in finds access for itself, and repeats what fails as often as all else here does.
+    """
+    return pafs.PyFileSystem(_Handler(scheme(uri))), filesystem(uri)[1]
+
+
 def scheme(uri: str) -> str:
     """`file` for local paths, else what stands before `://`."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
@@ -284,6 +292,68 @@ def _where(uri: str) -> str:
         return ""
     endpoint = _s3_access().endpoint
     return f" at {shown(endpoint)}" if endpoint else ""
+
+
+class _Handler(pafs.FileSystemHandler):  # type: ignore[misc]  # pyarrow brings no types
+    """Does what it is asked by the filesystem that this process has for the scheme."""
+
+    def __init__(self, scheme: str) -> None:
+        self._scheme = scheme
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Handler) and other._scheme == self._scheme
+
+    def __hash__(self) -> int:
+        return hash(self._scheme)
+
+    def _at(self, path: str) -> Any:
+        return filesystem(path if self._scheme == "file" else f"{self._scheme}://{path}")[0]
+
+    def get_type_name(self) -> str:
+        """Part of pyarrow's interface, as all of the following."""
+        return f"transfgu+{self._scheme}"
+
+    def normalize_path(self, path: str) -> str:
+        return path
+
+    def get_file_info(self, paths: list[str]) -> Any:
+        return self._at(paths[0]).get_file_info(paths) if paths else []
+
+    def get_file_info_selector(self, selector: Any) -> Any:
+        return self._at(selector.base_dir).get_file_info(selector)
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        self._at(path).create_dir(path, recursive=recursive)
+
+    def delete_dir(self, path: str) -> None:
+        self._at(path).delete_dir(path)
+
+    def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
+        self._at(path).delete_dir_contents(path, missing_dir_ok=missing_dir_ok)
+
+    def delete_root_dir_contents(self) -> None:
+        raise NotImplementedError("no one's to delete")
+
+    def delete_file(self, path: str) -> None:
+        self._at(path).delete_file(path)
+
+    def move(self, src: str, dest: str) -> None:
+        self._at(src).move(src, dest)
+
+    def copy_file(self, src: str, dest: str) -> None:
+        self._at(src).copy_file(src, dest)
+
+    def open_input_stream(self, path: str) -> Any:
+        return self._at(path).open_input_stream(path)
+
+    def open_input_file(self, path: str) -> Any:
+        return self._at(path).open_input_file(path)
+
+    def open_output_stream(self, path: str, metadata: Any) -> Any:
+        return self._at(path).open_output_stream(path, metadata=metadata)
+
+    def open_append_stream(self, path: str, metadata: Any) -> Any:
+        return self._at(path).open_append_stream(path, metadata=metadata)
 
 
 def _filesystem(uri: str, attempts: int) -> tuple[Any, str]:

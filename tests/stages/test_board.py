@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
-from transfgu.stages.board import Board
+import pytest
+import ray
+
+from transfgu.stages.board import Board, may_pass
 
 
 def test_the_board_ends_what_fails_again_and_again() -> None:
@@ -44,3 +47,49 @@ def test_an_epoch_counts_once() -> None:
 def test_its_process_has_no_torch_to_import() -> None:
     code = "import sys, transfgu.stages.board; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_error_that_comes_twice_ends_the_training_unless_it_may_pass() -> None:
+    board = Board()
+    assert board.begin(2, 2)
+    board.fail("ValueError('shapes')", is_mistake=False)
+    board.fail("RuntimeError('gloo: peer is gone')", is_mistake=False, may_pass=True)
+    assert board.begin(2, 2)
+    board.fail("RuntimeError('gloo: peer is gone')", is_mistake=False, may_pass=True)
+    assert board.begin(2, 2)  # another worker's death, not what is computed
+    board.fail("ValueError('shapes')", is_mistake=False)
+    assert board.begin(2, 2)  # not twice in a row
+    board.fail("ValueError('shapes')", is_mistake=False)
+    assert not board.begin(2, 2)
+    assert board.read(0).failure == "training failed twice alike in epoch 3, with ValueError('shapes')"
+    assert not board.read(0).is_mistake
+
+
+def test_progress_forgets_the_errors_before_it() -> None:
+    board = Board()
+    assert board.begin(0, 1)
+    board.fail("ValueError('now and then')", is_mistake=False)
+    assert board.begin(1, 1)
+    board.fail("ValueError('now and then')", is_mistake=False)
+    assert board.begin(1, 1)
+
+
+class Collective(Exception):
+    """As torch's are."""
+
+    __module__ = "torch.distributed"
+
+
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [
+        (ConnectionResetError(), True),
+        (ray.exceptions.WorkerCrashedError(), True),
+        (RuntimeError("[/pytorch/third_party/gloo/tcp/pair.cc:553] Connection closed by peer"), True),
+        (Collective("a peer is gone"), True),
+        (ValueError("shapes"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_what_may_pass_comes_from_elsewhere(error: Exception, passing: bool) -> None:
+    assert may_pass(error) is passing

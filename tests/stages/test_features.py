@@ -16,6 +16,7 @@ from tests.stages.small_run import BAD, IMAGES, SIDE, recipe_of, write_run
 from transfgu.artifacts import LeftOut, Outcome, Run
 from transfgu.datasets import images
 from transfgu.encoder import Encoder, normalise
+from transfgu.errors import UserError
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe
 from transfgu.stages import features, parts, samples
@@ -166,6 +167,15 @@ def test_plan_reads_in_tasks_encodes_in_actors_and_passes_no_crop(
     assert block.schema.field("image").type == pa.fixed_shape_tensor(pa.uint8(), (3, SIDE, SIDE))
     assert encoded.column_names == ["part", "index", *PLACE, "feature", "group", "name", "reason", "note"]
     assert encoded.nbytes < len(encoded) * (4 * 24 + 100)
+
+
+@pytest.mark.ray
+def test_a_mistake_that_an_actor_finds_as_it_starts_is_one_line(tmp_path: Path, ray_cluster: None) -> None:
+    run = write_run(tmp_path, [0, 1])
+    recipe = recipe_of(tmp_path)
+    (tmp_path / "encoder.safetensors").unlink()  # after what is checked before Ray starts
+    with pytest.raises(UserError, match=r"^[^\n]*encoder\.safetensors[^\n]*$"):
+        features.run(recipe, run, PROGRESS)
 
 
 def test_an_image_without_windows_is_kept_in_the_count(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transfgu.progress import Progress
@@ -48,11 +49,15 @@ class Board:
         self._is_mistake = False
         self._last_error = "a worker died"
         self._attempts: tuple[tuple[int, int], int] = ((-1, 0), 0)
+        self._errors: set[str] = set()
+        self._errors_before: set[str] = set()  # of the attempt before, at the same epoch
 
     def begin(self, epoch: int, workers: int) -> bool:
         """Whether `workers` workers should go on from `epoch`; each attempt asks once."""
         key, count = self._attempts
-        count = count + 1 if key == (epoch, workers) else 1
+        same = key == (epoch, workers)
+        count = count + 1 if same else 1
+        self._errors, self._errors_before = set(), self._errors if same else set()
         self._attempts = ((epoch, workers), count)
         if count > self._limit and not self._failure:
             self._failure = f"training failed {self._limit} times in epoch {epoch + 1}, at last with {self._last_error}"
@@ -70,10 +75,18 @@ class Board:
         """Rows of the history, each with its `epoch`; an epoch that was begun again counts once."""
         self._rows += [row for row in rows if row["epoch"] > len(self._rows)]
 
-    def fail(self, error: str, *, is_mistake: bool) -> None:
-        """An attempt ended in an error; after a user's mistake there is no other."""
+    def fail(self, error: str, *, is_mistake: bool, may_pass: bool = False) -> None:
+        """An attempt ended in an error.
+
+        There is no other after a user's mistake, nor after an error that comes a second time at the same epoch, unless
+        it `may_pass`.
+        """
         if is_mistake:
             self._failure, self._is_mistake = error, True
+        elif error in self._errors_before and not may_pass:
+            epoch = self._attempts[0][0]
+            self._failure = self._failure or f"training failed twice alike in epoch {epoch + 1}, with {error}"
+        self._errors.add(error)
         # Where one worker ran out of memory, the others fail because it is gone.
         if not self._last_error.startswith("out of memory"):
             self._last_error = error
@@ -88,6 +101,15 @@ class Board:
             failure=self._failure,
             is_mistake=self._is_mistake,
         )
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error comes from other processes, machines or the network, and not from what is computed."""
+    if isinstance(error, (OSError, RayError)):
+        return True
+    # What torch's collectives raise when another worker is gone, told without torch.
+    text = str(error).lower()
+    return type(error).__module__.startswith("torch.distributed") or "gloo" in text or "nccl" in text
 
 
 def put_up(attempts: int = ATTEMPTS) -> Any:

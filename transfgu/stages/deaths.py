@@ -23,4 +23,4 @@ class Deaths(UserCallback):
         for error in worker_exceptions.values():
             # Only how a process died; what a worker raised it has told already.
             if died := getattr(error, "health_check_failure", None):
-                ray.get(self._board.fail.remote(in_words(died), is_mistake=False))
+                ray.get(self._board.fail.remote(in_words(died), is_mistake=False, may_pass=True))

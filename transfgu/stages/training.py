@@ -9,14 +9,13 @@ import json
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from transfgu import ingest, runtime, storage, tracking
@@ -25,7 +24,7 @@ from transfgu.errors import UserError
 from transfgu.metrics import merit
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe
-from transfgu.stages import samples
+from transfgu.stages import checkpoints, samples
 from transfgu.stages.board import ATTEMPTS, Status, put_up, watched
 from transfgu.stages.deaths import Deaths
 from transfgu.stages.training_loop import Job, work
@@ -106,8 +105,8 @@ def fit(
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     attempts: int = ATTEMPTS,
     beside: int = 1,
-) -> Checkpoint:
-    """Train on Ray Train from the last checkpoint in `folder`, if there is one of this recipe.
+) -> checkpoints.Found:
+    """Train on Ray Train from the newest whole checkpoint in `folder`, if there is one of this recipe.
 
     Args:
         recipe: what to train; `compute` says by how many workers.
@@ -127,10 +126,15 @@ def fit(
 
     Raises:
         UserError: a user's mistake, or a loss that is no number.
-        RuntimeError: the training failed again and again at one epoch.
+        RuntimeError: the training failed again and again at one epoch, or twice alike.
     """
     # Ray Train looks after its workers every two seconds, which an epoch of one second would wait for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Another recipe in the same folder must not go on from this one's weights.
+    name = f"training-{recipe.digest('training')[:12]}"
+    kept = storage.join(storage.absolute(folder), name)
+    checkpoints.mend_account(kept)
+    fs, root = storage.travelling(storage.absolute(folder))
     board = put_up(attempts)
     resources = runtime.actor_resources(recipe.compute)
     trainer = TorchTrainer(
@@ -141,6 +145,7 @@ def fit(
                 recipe=recipe,
                 images=images,
                 validation=validation,
+                checkpoints=kept,
                 board=board,
                 pictures=pictures,
                 unlabelled=unlabelled,
@@ -148,45 +153,42 @@ def fit(
             ),
         ),
         scaling_config=ScalingConfig(
-            num_workers=runtime.training_workers(recipe.compute),
+            num_workers=runtime.elastic_workers(recipe.compute),  # type: ignore[arg-type]  # Ray takes pairs, too
             use_gpu=resources["num_gpus"] > 0,
             resources_per_worker={"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]},
         ),
         # NCCL refuses two workers on one GPU.
         torch_config=TorchConfig(backend="nccl" if resources["num_gpus"] >= 1 else "gloo"),
         run_config=RunConfig(
-            # Another recipe in the same folder must not go on from this one's weights.
-            name=f"training-{recipe.digest('training')[:12]}",
-            storage_path=storage.absolute(folder),
+            name=name,
+            storage_path=root,
+            storage_filesystem=fs,
             failure_config=FailureConfig(max_failures=-1),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             callbacks=[Deaths(board)],  # type: ignore[list-item]
         ),
     )
     with watched(board, progress, on_epoch):
-        result = trainer.fit()
+        trainer.fit()
     status: Status = ray.get(board.read.remote(0))
     ray.kill(board)
     if status.failure:
         raise UserError(status.failure) if status.is_mistake else RuntimeError(status.failure)
-    checkpoint: Checkpoint | None = result.checkpoint
-    assert checkpoint is not None
-    return checkpoint
+    if found := checkpoints.newest(kept):
+        return found
+    raise RuntimeError(f"training ended without a whole checkpoint in {storage.shown(kept)}")
 
 
-def publish(recipe: Recipe, run: Run, checkpoint: Checkpoint, images: int) -> Outcome:
+def publish(recipe: Recipe, run: Run, checkpoint: checkpoints.Found, images: int) -> Outcome:
     """Write the models and the history that a finished training's checkpoint holds into the run's folder."""
     artifact = run.artifact("training")
-    with checkpoint.as_directory() as local:
-        folder = Path(local)
-        history = json.loads((folder / "history.json").read_text())
-        last = (folder / "student.safetensors").read_bytes()
-        best = folder / "best.safetensors"
-        model = best.read_bytes() if best.exists() else last
+    history = checkpoint.history
+    last = storage.read_bytes(storage.join(checkpoint.uri, "student.safetensors"))
+    best = storage.read_bytes_or_none(storage.join(checkpoint.uri, "best.safetensors"))
     storage.write_bytes(artifact.file("history.json"), json.dumps(history, indent=1).encode())
     storage.write_bytes(artifact.file(LAST), last)
-    storage.write_bytes(run.file(MODEL), model)
-    chosen = max(history, key=merit) if best.exists() else history[-1]
+    storage.write_bytes(run.file(MODEL), best or last)
+    chosen = max(history, key=merit) if best else history[-1]
     details = {"epochs": len(history), "model of epoch": chosen["epoch"]}
     if skipped := sum(row["skipped_steps"] for row in history):
         details["skipped steps"] = skipped

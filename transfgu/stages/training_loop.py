@@ -43,6 +43,8 @@ from transfgu.optimisation import StepResult, make_optimiser, training_step
 from transfgu.packed_maps import maps_of_planes, packed_planes, unpack_planes
 from transfgu.recipe import Recipe
 from transfgu.segmenter import winners
+from transfgu.stages import checkpoints
+from transfgu.stages.board import may_pass
 from transfgu.stages.shown import Shown
 from transfgu.stages.streams import RESIDENT_BYTES, Batch, Resident, Share, Source, Streamed, load, stream
 from transfgu.tokens import PatchTokens, use_cores
@@ -64,6 +66,8 @@ class Job:
     """URI of the table of training images by position: `image`, `part`, `row`."""
     validation: str
     """URI of the table of labelled validation images (`image`, `label`); empty where there are none."""
+    checkpoints: str
+    """URI of the folder that Ray Train puts them in."""
     board: Any
     """Handle of the driver's `board.Board`."""
     pictures: str = ""
@@ -99,7 +103,8 @@ class State:
             if tensors:
                 tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
                 safetensors.torch.save_file(tensors, folder / f"{name}.safetensors", metadata)
-        (folder / "history.json").write_text(json.dumps(self.history))
+        (folder / checkpoints.HISTORY).write_text(json.dumps(self.history))
+        checkpoints.seal(folder)
 
     def load(self, folder: Path, device: torch.device) -> None:
         """Take it from a folder."""
@@ -117,7 +122,7 @@ class State:
             assert self.teacher
             self.teacher.load_state_dict(tensors["teacher"])
         self.best = tensors.get("best")
-        self.history = json.loads((folder / "history.json").read_text())
+        self.history = json.loads((folder / checkpoints.HISTORY).read_text())
 
     def promote(self) -> None:
         """Make the student, as it is, the teacher."""
@@ -127,35 +132,38 @@ class State:
 def work(job: Job) -> None:
     """What Ray Train runs on each worker, from the last checkpoint on."""
     try:
-        if _may_begin(job):
-            Worker(job).run()
+        may_begin, checkpoint = _begin(job)
+        if may_begin:
+            Worker(job, checkpoint).run()
     except Exception as error:
         mistake = find_user_error(error)
-        ray.get(job.board.fail.remote(in_words(mistake or error), is_mistake=mistake is not None))
+        passing = mistake is None and may_pass(error)
+        text = in_words(mistake or error)
+        ray.get(job.board.fail.remote(text, is_mistake=mistake is not None, may_pass=passing))
         # Raised, so that workers which wait for this one are ended too; the board keeps it from being tried again.
         if mistake is None or ray.train.get_context().get_world_size() > 1:
             raise
 
 
-def _may_begin(job: Job) -> bool:
-    """Ask the board, once for all workers, whether one more attempt makes sense."""
+def _begin(job: Job) -> tuple[bool, str]:
+    """Ask the board, once for all workers, whether one more attempt makes sense; and the checkpoint to go on from."""
     context = ray.train.get_context()
     answer = None
     if context.get_world_rank() == 0:
-        checkpoint = ray.train.get_checkpoint()
-        history: list[dict[str, Any]] = []
-        if checkpoint:
-            with checkpoint.as_directory() as folder:
-                history = json.loads((Path(folder) / "history.json").read_text())
-            ray.get(job.board.epochs.remote(history))
-        answer = ray.get(job.board.begin.remote(len(history), context.get_world_size()))
-    return bool(broadcast_from_rank_zero(answer))
+        found = checkpoints.newest(job.checkpoints, job.board.note.remote)
+        if found:
+            ray.get(job.board.epochs.remote(found.history))
+        may_begin = ray.get(job.board.begin.remote(len(found.history) if found else 0, context.get_world_size()))
+        answer = (bool(may_begin), found.uri if found else "")
+    answered: tuple[bool, str] = broadcast_from_rank_zero(answer)
+    return answered
 
 
 class Worker:
     """One worker of the training, its model and its data at hand."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, checkpoint: str) -> None:
+        """`checkpoint` is the URI of the one to go on from; empty: from the beginning."""
         context = ray.train.get_context()
         self.job, self.recipe = job, job.recipe
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
@@ -163,7 +171,7 @@ class Worker:
         if self.device.type == "cpu":
             use_cores(context.get_local_world_size() * job.beside)
         self.encode = PatchTokens(self.recipe.encoder, self.device)
-        self.state = self._restore()
+        self.state = self._restore(checkpoint)
         self.student: nn.Module = ray.train.torch.prepare_model(self.state.student)
         rows = pq.read_table(pa.BufferReader(storage.read_bytes(job.images)))
         training = self.recipe.training
@@ -177,7 +185,7 @@ class Worker:
         self.part: int | None = None  # images the decoder takes at a time; None until memory ran out
         self._told = 0.0
 
-    def _restore(self) -> State:
+    def _restore(self, checkpoint: str) -> State:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
             decoder = MaskDecoder(
@@ -191,8 +199,9 @@ class Worker:
         decoder = decoder.to(self.device)
         training = self.recipe.training
         state = State(student=decoder, optimiser=make_optimiser(decoder, training.lr, training.weight_decay))
-        if checkpoint := ray.train.get_checkpoint():
-            with checkpoint.as_directory() as folder:
+        if checkpoint:
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoints.download(checkpoint, Path(folder))
                 state.load(Path(folder), self.device)
         return state
 
