@@ -7,6 +7,7 @@ A flag is the field's dotted name (``--training.omega_1``), or its last part whe
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import signal
 import sys
@@ -193,6 +194,9 @@ def preset_table() -> str:
 
 def run_job(job: Callable[[], None]) -> NoReturn:
     """Run a job's main function and exit; a user's mistake or Ctrl-C ends in one line, never a stack trace."""
+    if "--verbose" not in sys.argv:
+        # A thread of Ray's prints what its core tells of lost processes, past all loggers; read when Ray is imported.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         job()
