@@ -19,6 +19,17 @@ def cluster(monkeypatch: pytest.MonkeyPatch, *there: dict[str, float], may_be: s
     monkeypatch.setenv(runtime.NODES, may_be)
 
 
+@pytest.mark.parametrize(("named", "joined"), [("", "local"), ("10.0.0.1:6379", "10.0.0.1:6379")])
+def test_a_cluster_is_joined_where_it_is_named_alone(monkeypatch: pytest.MonkeyPatch, named: str, joined: str) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setenv("RAY_ADDRESS", named)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **how: asked.append(how))
+    runtime.connect()
+    assert asked[0]["address"] == joined
+    assert ("num_cpus" in asked[0]) == (joined == "local")
+
+
 def test_pools_grow_with_what_an_autoscaler_may_add(monkeypatch: pytest.MonkeyPatch) -> None:
     scaling = json.dumps([{"count": 8, "CPU": 4, "GPU": 1}, {"count": 3, "CPU": 8}, {"count": 0, "GPU": 8}])
     cluster(monkeypatch, {"CPU": 2}, {"CPU": 4, "GPU": 1}, may_be=scaling)

@@ -68,7 +68,8 @@ def connect(*, verbose: bool = False, setup_hook: Callable[[], None] | None = No
         environment["worker_process_setup_hook"] = setup_hook
     with nullcontext() if verbose else _no_stderr():
         ray.init(
-            address=address,
+            # Left to itself Ray joins whatever cluster this machine has a trace of.
+            address=address or "local",
             log_to_driver=verbose,
             logging_level=level,
             runtime_env=environment,
