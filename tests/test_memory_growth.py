@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,10 +51,12 @@ def proportional_set_size(process: psutil.Process) -> int:
 
 
 def write_all(files: Iterable[tuple[str, bytes]]) -> None:
-    """Files by URI, many at a time."""
+    """Files by URI, sixteen at a time."""
+    pending = iter(files)
     with ThreadPoolExecutor(16) as pool:
-        for _ in pool.map(lambda file: storage.write_bytes(*file), files):
-            pass
+        while some := list(islice(pending, 1000)):
+            for _ in pool.map(lambda file: storage.write_bytes(*file), some):
+                pass
 
 
 def photographs(samples: Path, uri: str, count: int) -> str:
@@ -95,6 +98,7 @@ assert datasets.list_samples(preset("folder").with_fields({"data": sys.argv[1]})
 @pytest.mark.long
 @pytest.mark.s3
 @pytest.mark.s3_server
+@pytest.mark.timeout(1800)  # most of it to write them
 def test_a_list_of_200_000_names(s3: str) -> None:
     data = f"{s3}/many"
     write_all((storage.join(data, f"{i:06d}.jpg"), b"") for i in range(NAMES))
