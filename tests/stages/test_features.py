@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.stages.small_run import BAD, IMAGES, SIDE, recipe_of, write_run
+from transfgu import runtime
 from transfgu.artifacts import LeftOut, Outcome, Run
 from transfgu.datasets import images
 from transfgu.encoder import Encoder, normalise
@@ -167,6 +168,15 @@ def test_plan_reads_in_tasks_encodes_in_actors_and_passes_no_crop(
     assert block.schema.field("image").type == pa.fixed_shape_tensor(pa.uint8(), (3, SIDE, SIDE))
     assert encoded.column_names == ["part", "index", *PLACE, "feature", "group", "name", "reason", "note"]
     assert encoded.nbytes < len(encoded) * (4 * 24 + 100)
+
+
+@pytest.mark.ray
+def test_on_gpus_the_plan_is_the_same(
+    made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(runtime.NODES, '[{"count": 2, "CPU": 4, "GPU": 1}]')
+    features.plan(made.recipe, parts.split(samples.load(made.run, "train"), 32), "unused").explain()
+    assert "ActorPoolMapOperator[MapBatches(EncodeWindows)]" in capsys.readouterr().out
 
 
 @pytest.mark.ray

@@ -184,7 +184,10 @@ def encoded(
             ray.data.from_arrow(list(parts))
             # Asking for memory also keeps Ray from fusing the reading into the actor, where nothing would overlap.
             .map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=1, memory=READ_MEMORY)
-            .map_batches(actor, batch_size=None, batch_format="pyarrow", fn_constructor_kwargs=dict(arguments), **pool)
+            # `map_batches` refuses whole blocks on GPUs, and joins blocks that are smaller than a batch.
+            .map_batches_internal(
+                actor, batch_size=None, batch_format="pyarrow", fn_constructor_kwargs=dict(arguments), **pool
+            )
         )
 
 
