@@ -258,6 +258,16 @@ def test_throttled_and_dropped_requests_are_tried_again(s3: str, faults: Faults)
 
 
 @pytest.mark.s3
+def test_checks_wait_for_an_endpoint_that_is_busy(s3: str, faults: Faults) -> None:
+    storage.write_bytes(f"{s3}/x", b"1")
+    faults.pending = [503] * 3
+    storage.check_readable(f"{s3}/x")
+    faults.pending = [503] * 3
+    storage.check_writable(f"{s3}/run")
+    assert faults.met == 6
+
+
+@pytest.mark.s3
 def test_denial_is_one_line_without_a_second_try(s3: str, faults: Faults) -> None:
     for action in (
         lambda: storage.check_readable(f"{s3}/x"),
@@ -281,6 +291,20 @@ def test_nobody_at_the_endpoint(s3: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=f"can't read {s3}/x at http://127.0.0.1:9: the endpoint does not answer"):
         storage.check_readable(f"{s3}/x")
+
+
+def test_a_folder_without_permission(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(0o555)
+    as_root = os.geteuid() == 0  # for whom nothing is closed
+    if as_root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(UserError, match=r"^can't write .*closed/run: permission denied: check who owns it$"):
+            storage.check_writable(str(closed / "run"))
+    finally:
+        if as_root:
+            os.seteuid(0)
 
 
 def test_messages_hide_passwords() -> None:

@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -183,8 +183,8 @@ def delete(uri: str) -> None:
 
 def check_readable(uri: str) -> None:
     """Raises UserError in one line unless `uri` is a file or a folder that this user may read."""
-    with _one_line(uri, "read"):
-        fs, path = _filesystem(uri, _CHECK_ATTEMPTS)
+
+    def look(fs: Any, path: str) -> None:
         kind = fs.get_file_info(path).type
         if kind == pafs.FileType.NotFound:
             _check_bucket(uri, fs, path)
@@ -195,16 +195,29 @@ def check_readable(uri: str) -> None:
             with fs.open_input_stream(path) as stream:
                 stream.read(1)
 
+    with _one_line(uri, "read"):
+        _check(uri, look)
+
 
 def check_writable(uri: str) -> None:
     """Raises UserError in one line unless files can be made in the folder `uri`, which need not exist yet."""
     with _one_line(uri, "write"):
-        fs, path = _filesystem(uri, _CHECK_ATTEMPTS)
         if not is_local(uri):
-            _check_bucket(uri, fs, path)
+            _check(uri, lambda fs, path: _check_bucket(uri, fs, path))
         probe = join(uri, ".write-check")
         _write(probe, b"")
-        fs.delete_file(filesystem(probe)[1])
+        fs, path = filesystem(probe)
+        fs.delete_file(path)
+
+
+def _check(uri: str, look: Callable[[Any, str], None]) -> None:
+    """Look while the user does; but as patiently as all else where the endpoint answers, if only that it is busy."""
+    try:
+        look(*_filesystem(uri, _CHECK_ATTEMPTS))
+    except OSError as error:
+        if not re.search(_BUSY, str(error)):
+            raise
+        look(*filesystem(uri))
 
 
 def shown(uri: str) -> str:
@@ -473,6 +486,8 @@ _CODES = {
     "SLOW_DOWN": "the endpoint throttles and did not relent: run again, with fewer actors",
 }
 
+_BUSY = "AWS Error SLOW_DOWN|HTTP status 503"  # the latter where a request has no answer's body to tell by
+
 
 @contextlib.contextmanager
 def _one_line(uri: str, verb: str) -> Iterator[None]:
@@ -487,6 +502,8 @@ def _one_line(uri: str, verb: str) -> Iterator[None]:
 
 def _reason(error: OSError) -> str:
     text = str(error)
+    if re.search(_BUSY, text):
+        return _CODES["SLOW_DOWN"]
     for code, meaning in _CODES.items():
         if f"AWS Error {code}" in text:
             return meaning
