@@ -46,6 +46,7 @@ def test_the_two_take_turns_and_the_first_does_not_count() -> None:
     ours, bound = in_turns(lambda: turn("ours"), lambda: turn("bound"), 2)
     assert calls == ["ours", "bound"] * 3
     assert (ours, bound) == ((2.0, 4.0), (3.0, 5.0))
+    assert in_turns(lambda: turn("ours"), lambda: turn("bound"), 1, warm=True) == ((6.0,), (7.0,))
 
 
 def test_a_ratio_is_of_medians() -> None:

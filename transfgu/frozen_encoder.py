@@ -8,9 +8,10 @@ as long as it takes to encode it.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from transfgu.memory import HalveOnOutOfMemory
 from transfgu.packed_maps import pack_maps
 from transfgu.recipe import PseudoLabelsRecipe, Recipe, Size
 from transfgu.windows import crop_windows
+
+Result = TypeVar("Result")
 
 _CPU_PATCHES = 2048  # patches a batch at most on CPUs: more leave the caches, and are slower and larger
 
@@ -137,15 +140,17 @@ class FrozenEncoder:
 
     def _joined(self, batch: Callable[[int], Tensor], count: int, rows: int) -> Shaped[np.ndarray, "n ..."]:
         """What `batch` gives for the first row of every batch, joined. Nothing to do takes one batch, for the shape."""
+        joined: Shaped[np.ndarray, "n ..."] = torch.cat(self.each(batch, range(0, max(1, count), rows))).cpu().numpy()
+        return joined
 
-        def without_gradients(start: int) -> Tensor:
+    def each(self, batch: Callable[[int], Result], starts: Iterable[int]) -> list[Result]:
+        """What `batch` gives for each start, without gradients; on CPUs as many at a time as there are threads."""
+
+        def without_gradients(start: int) -> Result:
             with torch.no_grad():  # it holds for the thread that asks
                 return batch(start)
 
-        starts = range(0, max(1, count), rows)
-        done = map(without_gradients, starts) if self._threads is None else self._threads.map(without_gradients, starts)
-        joined: Shaped[np.ndarray, "n ..."] = torch.cat(list(done)).cpu().numpy()
-        return joined
+        return list((map if self._threads is None else self._threads.map)(without_gradients, starts))
 
     def _fitted(self, function: Callable[[Tensor], Tensor], batch: Tensor, what: str) -> Tensor:
         halving = HalveOnOutOfMemory(function, f"batch of {what}")

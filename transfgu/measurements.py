@@ -123,9 +123,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def in_turns(
-    ours: Callable[[], float], bound: Callable[[], float], repeats: int
+    ours: Callable[[], float], bound: Callable[[], float], repeats: int, *, warm: bool = False
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Seconds that each of the two says it took, in turns, after one turn that does not count."""
-    turns = [(ours(), bound()) for _ in range(repeats + 1)][1:]
+    """Seconds that each of the two says it took, in turns; after one that does not count, unless each is `warm`."""
+    turns = [(ours(), bound()) for _ in range(repeats + (not warm))][-repeats:]
     first, second = zip(*turns, strict=True)
     return first, second

@@ -210,12 +210,19 @@ class ComputeRecipe:
         1.0, "share of a GPU that an encoder actor or a training worker holds, where there are GPUs", "GPUs"
     )
     cpus_per_actor: float = _field(1.0, "CPUs that an encoder actor or a training worker holds", "CPUs")
+    resident_gib: float = _field(
+        1.0,
+        "what a training worker keeps in memory of its images, decoded, if they are no larger; else they pass by anew "
+        "in each epoch (1: 2,700 images of 320 x 320)",
+        "GiB",
+    )
     track: str = _field(
         "tensorboard", "who is told of each epoch: any of tensorboard, mlflow, wandb, with commas between; or none"
     )
 
     def __post_init__(self) -> None:
-        _check(self.workers >= 0 and self.actors >= 0, "compute.workers and compute.actors must not be negative")
+        for name in ("workers", "actors", "resident_gib"):
+            _check(getattr(self, name) >= 0, f"compute.{name} must not be negative, not {getattr(self, name)}")
         _check(
             self.gpus_per_actor > 0 and self.cpus_per_actor > 0,
             "compute.gpus_per_actor and cpus_per_actor must be positive",

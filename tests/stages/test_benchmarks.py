@@ -24,7 +24,8 @@ def test_stages_are_timed_beside_their_bounds(tmp_path: Path, ray_cluster: None)
     assert (features.stage, features.items, scoring.stage) == ("features", 3, "evaluation")
     windows = features.details["windows an image"] * 3
     assert windows == round(windows) > 0
-    assert f"one a window ({windows:g})" in features.bound_is
+    assert features.bound_is == f"bare forwards: {windows:g} of 32 x 32, 3 of 128 x 128"
+    assert scoring.bound_is == "bare forwards: 3 of 64 x 64"
     for timing in found.timings:
         assert timing.seconds > 0
         assert timing.flops > 0
@@ -41,7 +42,7 @@ def test_from_measurements_to_a_plan(tmp_path: Path, ray_cluster: None) -> None:
     assert [t.stage for t in found.timings] == [
         "features",
         "concepts, one worker",
-        "concepts, two workers, their start included",
+        "concepts, two workers",
         "concept maps",
         "pseudo-labels",
         "training step",

@@ -58,7 +58,7 @@ def test_a_worker_without_images_takes_part(made: MadeRun) -> None:
     assert {tuple(batch.maps.shape) for batch in batches} == {(0, 12, SIDE // 8, SIDE // 8)}
 
 
-def test_what_stays_in_memory_is_bounded(made: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert share(made, 0, 1).fits()
-    monkeypatch.setattr(streams, "RESIDENT_BYTES", TRAIN * (3 * SIDE * SIDE + 2 * 11 * 8 * 8) - 1)
-    assert not share(made, 0, 1).fits()
+def test_what_would_stay_in_memory_is_known_before(made: MadeRun, ray_cluster: None) -> None:
+    mine = share(made, 0, 1)
+    images, maps = streams.load(mine, lambda pixels: pixels, 4)
+    assert mine.bytes == images.nbytes + maps.nbytes

@@ -8,8 +8,10 @@ import statistics
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,6 +31,7 @@ from transfgu.decoder import MaskDecoder
 from transfgu.encoder import patch_grid
 from transfgu.errors import UserError
 from transfgu.ingest import Order
+from transfgu.kmeans import cluster
 from transfgu.measurements import Measurements, Timing, in_turns
 from transfgu.packed_maps import packed_planes
 from transfgu.progress import Progress
@@ -130,51 +133,70 @@ class _Bench:
             found[f"{name} decoding"] = min(took) / count
         return found
 
+    def _beside_forwards(
+        self, stage: str, actor: str, ours: Callable[[], float], work: Callable[[], Mapping[Size, int]]
+    ) -> Timing:
+        """A stage whose actors are of class `actor`, beside the bare forwards in it: so many of each size.
+
+        Each turn of ours warms up before it counts; `work` is asked after it, as it may be what decides that.
+        """
+        flops = 0.0
+
+        def bound() -> float:
+            nonlocal flops
+            took, flops = ray.get(self.bare.forwards.remote(dict(work())))
+            return float(took)
+
+        with _peaks(actor) as peak:
+            taken = in_turns(ours, bound, self._repeats, warm=True)
+        return Timing(
+            stage=stage,
+            bound_is="bare forwards: " + ", ".join(f"{n} of {h} x {w}" for (h, w), n in work().items()),
+            items=self._images,
+            unit="images",
+            ours=taken[0],
+            bound=taken[1],
+            peak_bytes=peak[0],
+            flops=flops,
+        )
+
     def _features(self) -> Timing:
         how, folder = self._recipe, self._folder("features")
-        turns, counts, size = [], dict[str, int](), how.windows.size
+        counts = dict[str, int]()
 
         def ours() -> float:
             took, summaries = self._timed(features.plan(how, self._tables(how.dataset.feature_size), folder))
             counts.update({g: sum(s.counts[g] for s in summaries) for g in features.groups(how)})
             return took
 
-        def bound() -> float:
-            work: dict[Size, int] = {}
+        def work() -> Mapping[Size, int]:
+            found = Counter({how.windows.size: sum(counts.values())})
             if how.windows.groups != "all":
-                work[how.dataset.feature_size] = self._images
-            work[size] = work.get(size, 0) + sum(counts.values())
-            turns.append(ray.get(self.bare.forwards.remote(work)))
-            return float(turns[-1][0])
+                found[how.dataset.feature_size] += self._images
+            return found
 
-        with _peaks("EncodeWindows") as peak:
-            taken = in_turns(ours, bound, self._repeats)
-        windows = sum(counts.values())
-        return Timing(
-            stage="features",
-            bound_is=f"bare forwards: one an image, one a window ({windows})",
-            items=self._images,
-            unit="images",
-            ours=taken[0],
-            bound=taken[1],
-            peak_bytes=peak[0],
-            flops=turns[-1][1],
-            details={
-                "windows an image": windows / self._images,
-                "bytes an image": self._kept(folder) / self._images,
-            },
-        )
+        timing = self._beside_forwards("features", "EncodeWindows", ours, work)
+        details = {
+            "windows an image": sum(counts.values()) / self._images,
+            "bytes an image": self._kept(folder) / self._images,
+        }
+        return replace(timing, details=details)
 
     def _concepts(self, rows: int) -> list[Timing]:
         iterations, k = self._recipe.concepts.iterations, self._recipe.concepts.count
         alone: Timing = ray.get(self.bare.concepts.remote(rows, iterations, self._repeats))
         array = made_features(rows, self._width)
         shared, inertia = ray.put(array), dict[str, float]()
+        starting = []
 
         def ours() -> float:
             started = time.perf_counter()
-            inertia["ours"] = concepts.kmeans(array, k, iterations=iterations, seed=1, workers=2).inertia
-            return time.perf_counter() - started
+            with concepts.shards(array, 2) as shards:
+                ready = time.perf_counter()
+                inertia["ours"] = cluster(shards, k, iterations=iterations, seed=1).inertia
+                took = time.perf_counter() - ready
+            starting.append(ready - started)
+            return took
 
         def bound() -> float:
             took, inertia["FAISS"] = ray.get(self.bare.faiss.remote(shared, k, iterations))
@@ -182,42 +204,26 @@ class _Bench:
 
         with _peaks("KMeansActor") as peak:
             turns = in_turns(ours, bound, self._repeats)
-        name = "concepts, two workers, their start included"
-        return [alone, concepts_timing(name, array, iterations, turns, inertia, peak[0])]
+        spread = concepts_timing("concepts, two workers", array, iterations, turns, inertia, peak[0])
+        return [alone, replace(spread, details={**spread.details, "their start [s]": statistics.median(starting)})]
 
     def _pseudo_labels(self) -> Timing:
         how, folder = self._recipe, self._folder("pseudo_labels")
-        centroids, size, patch = self._centroids(), how.dataset.image_size, self._patch
-        sides = [
-            tuple(max(1, round(scale * side / patch)) * patch for side in size) for scale in how.pseudo_labels.scales
-        ]
-        work: Mapping[Any, int] = dict.fromkeys(sides, self._images)
-        turns = []
+        centroids, (height, width), patch = self._centroids(), how.dataset.image_size, self._patch
+        work = Counter[Size]()
+        for scale in how.pseudo_labels.scales:
+            h, w = (max(1, round(scale * side / patch)) * patch for side in (height, width))
+            work[h, w] += self._images
 
-        def bound() -> float:
-            turns.append(ray.get(self.bare.forwards.remote(work)))
-            return float(turns[-1][0])
+        def ours() -> float:
+            return self._timed(pseudo_labels.plan(how, self._tables((height, width)), centroids, folder))[0]
 
-        with _peaks("MapConcepts") as peak:
-            taken = in_turns(
-                lambda: self._timed(pseudo_labels.plan(how, self._tables(size), centroids, folder))[0],
-                bound,
-                self._repeats,
-            )
-        return Timing(
-            stage="pseudo-labels",
-            bound_is=f"bare forwards: {len(sides)} an image; {how.concepts.count} concepts",
-            items=self._images,
-            unit="images",
-            ours=taken[0],
-            bound=taken[1],
-            peak_bytes=peak[0],
-            flops=turns[-1][1],
-            details={
-                "bytes an image": self._kept(folder) / self._images,
-                "reading [s an image and core]": self._reading(folder),
-            },
-        )
+        timing = self._beside_forwards("pseudo-labels", "MapConcepts", ours, lambda: work)
+        details = {
+            "bytes an image": self._kept(folder) / self._images,
+            "reading [s an image and core]": self._reading(folder),
+        }
+        return replace(timing, details=details)
 
     def _training(self) -> Timing:
         """Epochs with a teacher, as Ray Train's worker sees them, beside a bare loop before and after."""
@@ -229,6 +235,7 @@ class _Bench:
                 "teacher_start": 1,
                 "teacher_every": (1,),
                 "compute.workers": 1,
+                "compute.resident_gib": 0.0,  # images pass by, as those of a large data set do
             }
         )
         folder = self._run.artifact("pseudo_labels").uri
@@ -286,29 +293,13 @@ class _Bench:
         if not len(rows):
             raise UserError("evaluation needs labels: leave out --data, or give data that have some")
         rows = rows.take(np.arange(3 * self._images) % len(rows))
-        turns = []
 
         def ours() -> float:
             clock = _Clock()
             evaluation.evaluate(how, {"model": weights}, rows, clock)
             return (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
 
-        def bound() -> float:
-            turns.append(ray.get(self.bare.forwards.remote({how.dataset.image_size: self._images})))
-            return float(turns[-1][0])
-
-        with _peaks("Count") as peak:
-            taken = in_turns(ours, bound, self._repeats)
-        return Timing(
-            stage="evaluation",
-            bound_is="a bare forward an image",
-            items=self._images,
-            unit="images",
-            ours=taken[0],
-            bound=taken[1],
-            peak_bytes=peak[0],
-            flops=turns[-1][1],
-        )
+        return self._beside_forwards("evaluation", "Count", ours, lambda: {how.dataset.image_size: self._images})
 
     def _tables(self, size: Size) -> list[pa.Table]:
         """Parts: the warming images one by one, then those that count, as the stage parts images of `size`."""

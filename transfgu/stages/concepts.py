@@ -72,21 +72,29 @@ def kmeans(features: Any, k: int, *, iterations: int = 100, seed: int = 0, worke
 
     Source: TransFGU, section 3.1.
     """
+    with shards(features, workers) as spread:
+        return cluster(spread, k, iterations=iterations, seed=seed)
+
+
+@contextlib.contextmanager
+def shards(features: Any, workers: int) -> Iterator[Shards]:
+    """Features as shards, in memory and ready; arguments and errors are those of :func:`kmeans`."""
     if workers < 1:
         raise UserError(f"workers must be positive, not {workers}")
     if _is_dataset(features):
         _connect()
-        spread = _spread_dataset(features, workers)
+        sources = _spread_dataset(features, workers)
     else:
         array = np.asarray(features)
         if array.ndim != 2:
             raise UserError(f"features must have two dimensions, (n, d), not shape {array.shape}")
         if workers == 1:
-            return cluster(Shard([array], gpu=_has_gpu()), k, iterations=iterations, seed=seed)
+            yield Shard([array], gpu=_has_gpu())
+            return
         _connect()
-        spread = _spread_array(array, workers)
-    with _actors(spread, restarts=0) as actors:
-        return cluster(_Spread(actors, _ALL), k, iterations=iterations, seed=seed)
+        sources = _spread_array(array, workers)
+    with _actors(sources, restarts=0) as actors:
+        yield _Spread(actors, _ALL)
 
 
 def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:

@@ -22,9 +22,6 @@ from transfgu import ingest
 from transfgu.ingest import Order
 from transfgu.recipe import Size
 
-RESIDENT_BYTES = 1 << 30
-"""What a worker keeps in memory of a data set's images and maps, if they are no larger: 2,700 images of 320 x 320."""
-
 _BLOCK_ROWS = 32  # rows that one task decodes: 10 MB of 320 x 320
 _STREAM_ROWS = 4096  # a stream takes a second to start: epochs of fewer rows share one
 _AHEAD_BYTES = 1 << 30  # decoded rows that may wait in the object store for one worker
@@ -66,10 +63,10 @@ class Share:
         """The worker's slots of each of an epoch's global batches."""
         return self.order.share(epoch, self.rank, self.world)
 
-    def fits(self) -> bool:
-        """Whether all images and maps may stay in memory."""
-        image = 3 * self.size[0] * self.size[1] + 2 * int(np.prod(self.maps))
-        return len(self.rows) * image <= RESIDENT_BYTES
+    @property
+    def bytes(self) -> int:
+        """What all images and maps take in memory, once decoded."""
+        return len(self.rows) * (3 * self.size[0] * self.size[1] + 2 * int(np.prod(self.maps)))
 
     def read(self, slots: Int[np.ndarray, " n"], batch_size: int) -> Iterator[Batch]:
         """Decoded slots in their order, a batch at a time."""

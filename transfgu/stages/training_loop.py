@@ -46,7 +46,7 @@ from transfgu.segmenter import winners
 from transfgu.stages import checkpoints
 from transfgu.stages.board import may_pass
 from transfgu.stages.shown import Shown
-from transfgu.stages.streams import RESIDENT_BYTES, Batch, Resident, Share, Source, Streamed, load, stream
+from transfgu.stages.streams import Batch, Resident, Share, Source, Streamed, load, stream
 from transfgu.tokens import PatchTokens, use_cores
 from transfgu.views import apply_views, draw_views
 
@@ -218,7 +218,7 @@ class Worker:
             world=self.world,
         )
         view = self._random_views if recipe.training.views else self._whole_images
-        if not share.fits():
+        if share.bytes > recipe.compute.resident_gib * 2**30:
             return Streamed(share, recipe.training.epochs), view
         if recipe.training.views:
             return Resident(share, *load(share, lambda images: images, _LOAD_BATCH)), view
@@ -372,7 +372,7 @@ class Validation:
         self._grid = (size[0] // patch, size[1] // patch)
         # The encoder is frozen: what it makes of a small set is kept.
         image = 4 * self._grid[0] * self._grid[1] * encode.encoder.width + 2 * size[0] * size[1]
-        self._keep = len(self._rows) * image <= RESIDENT_BYTES
+        self._keep = len(self._rows) * image <= job.recipe.compute.resident_gib * 2**30
         self._kept: list[tuple[Tensor, Int16[np.ndarray, "B H W"]]] | None = None
 
     def score(self, decoder: MaskDecoder) -> Scores:
@@ -418,7 +418,7 @@ class Mirror:
         self._rows = rows.take(np.arange(rank, len(rows), world))
         self._grid = patch_grid(self._recipe.dataset.image_size, encode.encoder.patch_size)
         image = 2 * 4 * self._grid[0] * self._grid[1] * encode.encoder.width
-        self._keep = len(self._rows) * image <= RESIDENT_BYTES
+        self._keep = len(self._rows) * image <= job.recipe.compute.resident_gib * 2**30
         self._kept: list[tuple[Tensor, Tensor]] | None = None
 
     def score(self, decoder: MaskDecoder) -> float:
