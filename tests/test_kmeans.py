@@ -152,7 +152,7 @@ def test_sums_are_the_same_bits_however_rows_are_spread(seed: int, cuts: list[in
     np.testing.assert_array_equal(spread.counts, whole.counts)
     # What the grid takes away is nothing next to the rows themselves.
     exact = np.stack([rows[shard.labels() == c].sum(0, dtype=np.float64) for c in range(4)])
-    allowed = 2.0**-45 * np.abs(rows).max() * len(rows)
+    allowed = 2.0**-49 * np.abs(rows).max() * len(rows) ** 2
     assert (np.abs(whole.sums - exact) <= allowed).all()
 
 
