@@ -5,6 +5,7 @@ by fewer workers or by more, sees the same images in the same views, the same pe
 """
 
 import copy
+import errno
 import json
 import math
 import tempfile
@@ -137,6 +138,9 @@ def work(job: Job) -> None:
             Worker(job, checkpoint).run()
     except Exception as error:
         mistake = find_user_error(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            # Trying again would fill no less.
+            mistake = UserError(f"can't write {storage.shown(job.checkpoints)}: {error.strerror or error}: make room")
         passing = mistake is None and may_pass(error)
         text = in_words(mistake or error)
         ray.get(job.board.fail.remote(text, is_mistake=mistake is not None, may_pass=passing))
@@ -167,12 +171,13 @@ class Worker:
         context = ray.train.get_context()
         self.job, self.recipe = job, job.recipe
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
+        # A simulated cluster's GPUs are claimed, not there.
+        self.device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
         if self.device.type == "cpu":
             use_cores(context.get_local_world_size() * job.beside)
         self.encode = PatchTokens(self.recipe.encoder, self.device)
         self.state = self._restore(checkpoint)
-        self.student: nn.Module = ray.train.torch.prepare_model(self.state.student)
+        self.student: nn.Module = ray.train.torch.prepare_model(self.state.student, move_to_device=self.device)
         rows = pq.read_table(pa.BufferReader(storage.read_bytes(job.images)))
         training = self.recipe.training
         self.order = Order(
@@ -271,6 +276,7 @@ class Worker:
             "skipped_steps": sum(r.skipped for r in results),
             **self._score(epoch),
             **({"label_free": self.mirror.score(state.student)} if self.mirror else {}),
+            "workers": self.world,
             "seconds": round(seconds, 3),
             "images_per_second": round(self.order.steps * self.order.batch / seconds, 2),
         }
