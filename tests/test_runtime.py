@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -95,3 +96,11 @@ def test_a_local_folder_is_refused_where_nodes_may_come(monkeypatch: pytest.Monk
     with pytest.raises(UserError, match="the cluster has 3 nodes: give --run a URI"):
         runtime.check_shared("/tmp/run")
     runtime.check_shared("s3://bucket/run")
+
+
+@pytest.mark.ray
+def test_an_embedded_cluster_is_open_to_its_machine_alone(ray_cluster: None) -> None:
+    processes = psutil.Process().children(recursive=True)
+    found = [c for p in processes for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert len(found) > 3
+    assert {c.laddr.ip for c in found} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 import torch
+from ray._private import ray_constants
 from ray.data import ActorPoolStrategy, DataContext
 
 from transfgu import storage
@@ -56,9 +57,11 @@ def connect(*, verbose: bool = False, setup_hook: Callable[[], None] | None = No
     level = logging.INFO if verbose else logging.ERROR
     address = os.environ.get("RAY_ADDRESS")
     # Twice the cores: decoding tasks are short, and a stage's actors must fit beside them on the smallest laptop.
-    local: dict[str, Any] = (
-        {} if address else {"num_cpus": max(4, 2 * (os.cpu_count() or 1)), "include_dashboard": False}
-    )
+    local: dict[str, Any] = {}
+    if not address:
+        local = {"num_cpus": max(4, 2 * (os.cpu_count() or 1)), "include_dashboard": False}
+        # Its ports are open to this machine alone, as Ray has them where there can't be a cluster (macOS).
+        ray_constants.ENABLE_RAY_CLUSTER = False
     environment: dict[str, Any] = {"env_vars": {n: os.environ[n] for n in _ENVIRONMENT}}
     if not address:
         # Workers of this machine find the package as this process did, from a clone that is not installed, too.
@@ -96,8 +99,9 @@ def quiet(*, verbose: bool = False) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = verbose
     if not verbose:
-        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        for name in ("ray", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it raises what it calls an error, too
 
 
 @dataclass(frozen=True)
