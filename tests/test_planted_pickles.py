@@ -14,7 +14,7 @@ from transfgu import Segmenter
 from transfgu.artifacts import Run
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
-from transfgu.stages import concepts, evaluation, pseudo_labels, samples
+from transfgu.stages import checkpoints, concepts, evaluation, pseudo_labels, samples
 from transfgu.stages.training import training_images
 
 
@@ -80,6 +80,15 @@ def test_planted_in_a_file_it_is_refused_in_one_line(
     with pytest.raises(UserError) as told:
         read(made, run, str(file))
     assert "\n" not in str(told.value)
+    assert not canary.exists()
+
+
+def test_planted_as_a_checkpoint_it_is_passed_over(tmp_path: Path, canary: Path) -> None:
+    folder = tmp_path / "checkpoint_1"
+    folder.mkdir()
+    for name in ("student.safetensors", "history.json", "digests.json", "anything.pkl"):
+        (folder / name).write_bytes(pickle.dumps(Planted(canary)))
+    assert checkpoints.newest(str(tmp_path)) is None
     assert not canary.exists()
 
 

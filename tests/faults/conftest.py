@@ -1,0 +1,37 @@
+"""The run that nothing disturbed, made once."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.faults.harness import timed_run, write_data
+from transfgu.artifacts import Run
+from transfgu.recipe import STAGES, Recipe
+
+
+class Undisturbed(NamedTuple):
+    recipe: Recipe
+    run: Run
+    seconds: dict[str, float]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The whole run on this machine's disk, and the seconds of each stage (the first one's with its workers' start)."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe, run = write_data(folder), Run(str(folder / "run"))
+    seconds = {stage: timed_run(recipe, run, stage) for stage in STAGES}
+    print("\nundisturbed: " + ", ".join(f"{stage} {s:.0f} s" for stage, s in seconds.items()))
+    return Undisturbed(recipe, run, seconds)
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """Where Ray keeps its logs; its path must be short, as sockets lie in it."""
+    folder = Path(tempfile.mkdtemp(prefix="tf-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

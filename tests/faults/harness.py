@@ -1,0 +1,144 @@
+"""Faults are compared with a run that nothing disturbed: the same pictures, the same recipe, the same artefacts.
+
+Each case prints a row of the table in `docs/reliability.md`: pytest -m long -s tests/faults
+"""
+
+import hashlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import safetensors.numpy
+from PIL import Image
+
+from tests.made_run import write_encoder
+from tests.stages.small_run import SIDE, picture
+from transfgu import pipeline
+from transfgu.artifacts import Run
+from transfgu.recipe import STAGES, Recipe, preset
+
+IMAGES = 128  # four parts
+EPOCHS = 4
+
+
+def write_data(folder: Path) -> Recipe:
+    """Pictures with labels in a folder, and a recipe for them that takes seconds."""
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir(parents=True)
+    for number in range(IMAGES):
+        pixels = picture(number)
+        Image.fromarray(pixels).save(folder / "images" / f"{number:03d}.png")
+        Image.fromarray((pixels.mean(-1) > 110).astype(np.uint8)).save(folder / "labels" / f"{number:03d}.png")
+    write_encoder(folder / "encoder.safetensors")
+    square = (SIDE, SIDE)
+    return preset("folder").with_fields(
+        {
+            "data": str(folder / "images"),
+            "labels": str(folder / "labels"),
+            "things": 0,
+            "stuff": 3,
+            "encoder.name": "tiny",
+            "encoder.weights": str(folder / "encoder.safetensors"),
+            "groups": "all",
+            "windows.size": (32, 32),
+            **{f"dataset.{kind}_size": square for kind in ("image", "feature", "training")},
+            "epochs": EPOCHS,
+            "passes": 4,
+            "views": False,
+            "decoder.dropout": 0.0,
+            "training.batch_size": 16,
+        }
+    )
+
+
+def timed_run(recipe: Recipe, run: Run, until: str) -> float:
+    """Seconds of a run up to a stage."""
+    started = time.monotonic()
+    pipeline.run_stages(recipe, run, until=until, quiet=True)
+    return time.monotonic() - started
+
+
+def copy_until(source: Run, target: Path, stage: str) -> Run:
+    """A run's folder as it was before `stage`."""
+    for before in STAGES[: STAGES.index(stage)]:
+        shutil.copytree(source.file(before), target / before)
+    if stage == "evaluation":
+        shutil.copy(source.file("model.safetensors"), target / "model.safetensors")
+    return Run(str(target))
+
+
+def part_hashes(run: Run, stage: str) -> dict[str, str]:
+    """What the part files of features or pseudo labels hold, to the bit."""
+    found = sorted(Path(run.file(stage)).glob("part-*.parquet"))
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+
+
+def assert_same(run: Run, undisturbed: Run, stage: str) -> None:
+    """The artefact of `stage` is what the undisturbed run made, to the bit or to 1e-5 where sums are reduced."""
+    if stage in ("features", "pseudo_labels"):
+        hashes = part_hashes(run, stage)
+        assert hashes
+        assert hashes == part_hashes(undisturbed, stage)
+        return
+    if stage == "samples":
+        assert run.artifact(stage).manifest() is not None
+        return
+    name = {
+        "concepts": "concepts/concepts.safetensors",
+        "training": "training/last.safetensors",
+        "evaluation": "evaluation/confusion.safetensors",
+    }[stage]
+    found, wanted = (safetensors.numpy.load(Path(r.file(name)).read_bytes()) for r in (run, undisturbed))
+    assert sorted(found) == sorted(wanted)
+    for tensor, values in wanted.items():
+        if stage == "evaluation":  # pixels on a border between two classes may fall to either
+            assert np.abs(found[tensor] - values).sum() <= 1e-3 * values.sum()
+        else:
+            np.testing.assert_allclose(found[tensor], values, rtol=0, atol=1e-5, err_msg=tensor)
+
+
+def history(run: Run, column: str = "epoch") -> list[int]:
+    """A column of the training's epochs, in the order in which they ended."""
+    return [row[column] for row in json.loads(Path(run.file("training/history.json")).read_text())]
+
+
+class Reaper(threading.Thread):
+    """Kills the first process of this test's cluster whose command line holds `pattern`, once `ready` says so."""
+
+    def __init__(self, pattern: str, ready: Callable[[], bool] = lambda: True) -> None:
+        super().__init__(name="reaper", daemon=True)
+        self.killed = ""
+        self._pattern, self._ready = pattern, ready
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        """Look until there is one."""
+        while not self._over.wait(0.02):
+            for process in psutil.Process().children(recursive=True) if self._ready() else ():
+                try:
+                    line = " ".join(process.cmdline())
+                    if self._pattern in line:
+                        process.kill()
+                        self.killed = line
+                        return
+                except psutil.Error:
+                    continue
+
+    def __enter__(self) -> "Reaper":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+
+
+def row(fault: str, stage: str, outcome: str, lost: float | None, repeated: str) -> None:
+    """Print a row of the table."""
+    seconds = "–" if lost is None else f"{max(0.0, lost):.0f}"
+    print(f"\n| {fault} | {stage} | {outcome} | {seconds} | {repeated} |", flush=True)

@@ -1,0 +1,128 @@
+"""Processes that die and files that are cut short, in every stage they can hit."""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import Undisturbed
+from tests.faults.harness import Reaper, assert_same, copy_until, part_hashes, row, timed_run
+from transfgu import pipeline
+from transfgu.errors import UserError
+
+pytestmark = [pytest.mark.long, pytest.mark.ray]
+
+
+@pytest.mark.parametrize(
+    ("fault", "stage", "pattern", "fields"),
+    [
+        ("actor killed", "features", "MapBatches(EncodeWindows)", {}),
+        ("task's worker killed", "features", "MapBatches(ReadImages)", {}),
+        ("actor killed", "concepts", "ray::KMeansActor", {}),
+        ("actor killed", "pseudo_labels", "MapBatches(MapConcepts)", {}),
+        ("task's worker killed", "pseudo_labels", "MapBatches(WritePseudoLabels)", {}),
+        ("one of two workers killed", "training", "ray::RayTrainWorker", {"compute.workers": 2}),
+        ("actor killed", "evaluation", "MapBatches(Count)", {}),
+    ],
+)
+def test_a_process_that_dies(
+    undisturbed: Undisturbed, tmp_path: Path, fault: str, stage: str, pattern: str, fields: dict[str, int]
+) -> None:
+    run = copy_until(undisturbed.run, tmp_path / "run", stage)
+    # A worker of the training dies after its first epoch, so that there is something to go on from.
+    first = tmp_path / "run" / "ray"
+    with Reaper(pattern, lambda: stage != "training" or any(first.glob("*/checkpoint_*/digests.json"))) as reaper:
+        seconds = timed_run(undisturbed.recipe.with_fields(fields), run, stage)
+    assert pattern in reaper.killed
+    assert_same(run, undisturbed.run, stage)
+    row(fault, stage, "goes on by itself", seconds - undisturbed.seconds[stage], "its work in hand")
+
+
+@pytest.mark.parametrize("stage", ["features", "pseudo_labels"])
+def test_a_part_cut_short_in_a_stage_that_was_stopped(undisturbed: Undisturbed, tmp_path: Path, stage: str) -> None:
+    run = copy_until(undisturbed.run, tmp_path / "run", stage)
+    shutil.copytree(undisturbed.run.file(stage), run.file(stage))
+    Path(run.artifact(stage).file("manifest.json")).unlink()
+    cut, *others = sorted(Path(run.file(stage)).glob("part-*"))
+    cut.write_bytes(cut.read_bytes()[:-50])
+    before = {p: p.stat().st_mtime_ns for p in others}
+    seconds = timed_run(undisturbed.recipe, run, stage)
+    assert {p: p.stat().st_mtime_ns for p in others} == before
+    assert_same(run, undisturbed.run, stage)
+    row("part cut short, before the stage's end", stage, "made anew when run again", seconds, "that part")
+
+
+@pytest.mark.parametrize(("stage", "reader"), [("features", "concepts"), ("pseudo_labels", "training")])
+def test_a_part_cut_short_in_a_finished_stage(
+    undisturbed: Undisturbed, tmp_path: Path, stage: str, reader: str
+) -> None:
+    run = copy_until(undisturbed.run, tmp_path / "run", reader)
+    cut = sorted(Path(run.file(stage)).glob("part-*"))[1]
+    cut.write_bytes(cut.read_bytes()[:-50])
+    with pytest.raises(UserError, match=rf"{cut.name} is damaged: delete it and its folder's manifest.json") as told:
+        timed_run(undisturbed.recipe, run, reader)
+    assert "\n" not in str(told.value)
+    cut.unlink()
+    Path(run.artifact(stage).file("manifest.json")).unlink()
+    seconds = timed_run(undisturbed.recipe, run, stage)
+    assert_same(run, undisturbed.run, stage)
+    row("part cut short, after the stage's end", stage, "one line says what to delete", seconds, "that part")
+
+
+def test_the_last_checkpoint_cut_short(
+    undisturbed: Undisturbed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_until(undisturbed.run, tmp_path / "run", "training")
+    shutil.copytree(undisturbed.run.file("ray"), run.file("ray"))
+    newest = max(Path(run.file("ray")).glob("*/checkpoint_2*"))  # they are named by their time
+    student = newest / "student.safetensors"
+    student.write_bytes(student.read_bytes()[:-50])
+    account = newest.parent / "checkpoint_manager_snapshot.json"  # Ray's own
+    account.write_text(account.read_text()[:-100])
+    started = time.monotonic()
+    pipeline.run_stages(undisturbed.recipe, run, until="training")
+    told = "".join(capsys.readouterr())
+    assert told.count(" is damaged: going on from the one before") == 1
+    assert f"checkpoint {newest.name} is damaged" in told
+    assert "epoch 3 of" not in told
+    assert "epoch 4 of 4" in told
+    assert_same(run, undisturbed.run, "training")
+    seconds = time.monotonic() - started
+    with capsys.disabled():
+        row("checkpoint cut short", "training", "goes on from the one before", seconds, "one epoch of 4")
+
+
+def test_the_state_of_kmeans_cut_short(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    run = copy_until(undisturbed.run, tmp_path / "run", "concepts")
+    run.artifact("concepts").begin(undisturbed.recipe)
+    (tmp_path / "run" / "concepts" / "state-concepts.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    seconds = timed_run(undisturbed.recipe, run, "concepts")
+    assert_same(run, undisturbed.run, "concepts")
+    lost = seconds - undisturbed.seconds["concepts"]
+    row("K-Means' state cut short", "concepts", "begins anew", lost, "the iterations")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a file system of a certain size is mounted by root alone")
+@pytest.mark.parametrize(("stage", "kilobytes"), [("features", 150), ("pseudo_labels", 60), ("training", 500)])
+def test_a_full_disk(undisturbed: Undisturbed, tmp_path: Path, stage: str, kilobytes: int) -> None:
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(mounted)], check=True)
+    try:
+        run = copy_until(undisturbed.run, mounted / "run", stage)
+        used = sum(f.stat().st_blocks // 2 for f in mounted.rglob("*") if f.is_file())
+        subprocess.run(["mount", "-o", f"remount,size={used + kilobytes}k", str(mounted)], check=True)
+        with pytest.raises(UserError, match="No space left on device") as told:
+            timed_run(undisturbed.recipe, run, stage)
+        assert "\n" not in str(told.value)
+        before = part_hashes(run, stage)
+        subprocess.run(["mount", "-o", "remount,size=64m", str(mounted)], check=True)
+        seconds = timed_run(undisturbed.recipe, run, stage)
+        assert_same(run, undisturbed.run, stage)
+        kept = f"nothing of {len(before)} parts" if stage != "training" else "epochs without a checkpoint"
+        row("disk full, then room made", stage, "one line; run again it goes on", seconds, kept)
+    finally:
+        subprocess.run(["umount", "-l", str(mounted)], check=True)
