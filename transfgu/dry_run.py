@@ -19,6 +19,7 @@ from transfgu import datasets, pipeline, runtime, storage
 from transfgu.artifacts import LeftOut, Run
 from transfgu.encoder import normalise
 from transfgu.ingest import Order
+from transfgu.packed_maps import packed_planes
 from transfgu.progress import duration
 from transfgu.recipe import STAGES, Recipe
 from transfgu.stages import features, parts, pseudo_labels, samples
@@ -171,7 +172,7 @@ def _works(recipe: Recipe, counts: Counts, encode: PatchTokens, timed: bool) -> 
         ),
         "pseudo_labels": Work(
             what=f"{k} maps of {h}x{w} patches for each of {counts.train} images",
-            stored=counts.train * 2 * (k + 1) * h * w,
+            stored=counts.train * 2 * packed_planes(k) * h * w,
             forwards=counts.train * len(recipe.pseudo_labels.scales),
             seconds=seconds(dataset.image_size),
             processes=actors,

@@ -369,7 +369,7 @@ def _pseudo_labels(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
     places = places.take(_evenly(range(len(places)), _MAPS_SHOWN))
     samples = _samples(run, "train").select(["name", "image"])
 
-    def read(place: tuple[int, Int16[np.ndarray, "K h w"]]) -> tuple[Any, str, pictures.Pixels]:
+    def read(place: tuple[int, Int16[np.ndarray, "planes h w"]]) -> tuple[Any, str, pictures.Pixels]:
         index, maps = place
         sample = samples.slice(index, 1).to_pylist()[0]
         return maps, sample["name"], images.read_image(sample["image"])

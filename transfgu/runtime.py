@@ -56,14 +56,13 @@ def connect(*, verbose: bool = False, setup_hook: Callable[[], None] | None = No
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ core writes past Python's logging
     level = logging.INFO if verbose else logging.ERROR
     address = os.environ.get("RAY_ADDRESS")
-    # Twice the cores: decoding tasks are short, and a stage's actors must fit beside them on the smallest laptop.
     local: dict[str, Any] = {}
+    environment: dict[str, Any] = {"env_vars": {n: os.environ[n] for n in _ENVIRONMENT}}
     if not address:
+        # Twice the cores: decoding tasks are short, and a stage's actors must fit beside them on the smallest laptop.
         local = {"num_cpus": max(4, 2 * (os.cpu_count() or 1)), "include_dashboard": False}
         # Its ports are open to this machine alone, as Ray has them where there can't be a cluster (macOS).
         ray_constants.ENABLE_RAY_CLUSTER = False
-    environment: dict[str, Any] = {"env_vars": {n: os.environ[n] for n in _ENVIRONMENT}}
-    if not address:
         # Workers of this machine find the package as this process did, from a clone that is not installed, too.
         paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
         environment["env_vars"]["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

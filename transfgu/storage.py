@@ -211,7 +211,7 @@ def check_writable(uri: str) -> None:
 
 
 def _check(uri: str, look: Callable[[Any, str], None]) -> None:
-    """Look while the user does; but as patiently as all else where the endpoint answers, if only that it is busy."""
+    """Look, briefly as a user waits for it; but patiently, as all else here, where the endpoint says it is busy."""
     try:
         look(*_filesystem(uri, _CHECK_ATTEMPTS))
     except OSError as error:

@@ -16,11 +16,11 @@ import psutil
 import safetensors.numpy
 from PIL import Image
 
-from tests.made_run import write_encoder
-from tests.stages.small_run import SIDE, picture
+from tests.folder_run import small
+from tests.stages.small_run import picture
 from transfgu import pipeline
 from transfgu.artifacts import Run
-from transfgu.recipe import STAGES, Recipe, preset
+from transfgu.recipe import STAGES, Recipe
 
 IMAGES = 128  # four parts
 EPOCHS = 4
@@ -34,25 +34,13 @@ def write_data(folder: Path) -> Recipe:
         pixels = picture(number)
         Image.fromarray(pixels).save(folder / "images" / f"{number:03d}.png")
         Image.fromarray((pixels.mean(-1) > 110).astype(np.uint8)).save(folder / "labels" / f"{number:03d}.png")
-    write_encoder(folder / "encoder.safetensors")
-    square = (SIDE, SIDE)
-    return preset("folder").with_fields(
-        {
-            "data": str(folder / "images"),
-            "labels": str(folder / "labels"),
-            "things": 0,
-            "stuff": 3,
-            "encoder.name": "tiny",
-            "encoder.weights": str(folder / "encoder.safetensors"),
-            "groups": "all",
-            "windows.size": (32, 32),
-            **{f"dataset.{kind}_size": square for kind in ("image", "feature", "training")},
-            "epochs": EPOCHS,
-            "passes": 4,
-            "views": False,
-            "decoder.dropout": 0.0,
-            "training.batch_size": 16,
-        }
+    return small(
+        folder,
+        stuff=3,
+        epochs=EPOCHS,
+        passes=4,
+        views=False,
+        **{"decoder.dropout": 0.0, "training.batch_size": 16},
     )
 
 
