@@ -5,8 +5,8 @@ PY := $(VENV)/bin/python
 # FAISS comes for one kind of device or the other.
 EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 RUN ?= $(HOME)/transfgu/shapes
-# Two processes, each with whole files: what a file sets up once is set up once.
-PURE := -n 2 --dist loadfile -m "not ray and not long and not s3_server and not trackers"
+# Two processes, each with whole files: what a file sets up once is set up once. The longest of them are not the last.
+PURE := -n 2 --dist loadfile --no-loadscope-reorder -m "not ray and not long and not s3_server and not trackers"
 ON_RAY := -m "ray and not long"
 
 # The package is imported by many short processes, and compiled for the first of them alone.

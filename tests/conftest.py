@@ -1,5 +1,6 @@
 """Fixtures that every test may use; annotations of the library are checked at run time while tests run."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -15,12 +16,16 @@ from jaxtyping import install_import_hook
 
 # Tests are tiny: more threads would only wait for each other. Before torch and FAISS are imported, here and in workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where the library asks for more
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("transfgu", deadline=None)
 hypothesis.settings.load_profile("transfgu")
 
 # Shapes and types in signatures are promises: the suite runs with every one of them checked.
 install_import_hook("transfgu", "beartype.beartype")
+
+# What is imported stays: looking through it again and again for garbage takes a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
 
 Arrays = dict[str, np.ndarray]
 
@@ -48,8 +53,12 @@ def reference() -> Callable[[str], Arrays]:
 def two_processes() -> Iterator[ProcessPoolExecutor]:
     """Two more processes, for what is distributed without Ray: `torch.distributed` over the loopback device."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # Forked, as PyTorch's own data loaders are: fresh ones would spend ten seconds on imports.
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+    import torch
+
+    # Forked, as PyTorch's own data loaders are: fresh ones would spend ten seconds on imports. OpenMP's threads are not
+    # there after a fork: one that waited for them, as some test had more than one, would wait for ever.
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(2, mp_context=fork, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield pool
 
 

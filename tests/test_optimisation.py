@@ -348,7 +348,6 @@ def one_step_with_alpha(alpha: float, rows: slice) -> dict[str, Any]:
 
 
 def run_everything(rank: int, folder: Path) -> Outcome:
-    torch.set_num_threads(1)
     # Found out before there is a process group, while losses are this process's own.
     alphas = {negative: alpha_of_opposite_signs(negative) for negative in (False, True)}
     dist.init_process_group(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transfgu.errors import UserError
-from transfgu.recipe import FIELDS, PRESETS, STAGES, Recipe, from_yaml, preset, short_names
+from transfgu.recipe import FIELDS, PRESETS, SHORT_NAMES, STAGES, Recipe, from_yaml, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -48,10 +48,9 @@ def test_published_learning_rates_and_gradient_scales() -> None:
 
 
 def test_short_names_are_those_that_one_component_has() -> None:
-    names = short_names()
-    assert names["omega_1"] == "training.omega_1"
-    assert "batch_size" not in names  # the encoder, training and evaluation each have one
-    assert "seed" not in names  # is no component's
+    assert SHORT_NAMES["omega_1"] == "training.omega_1"
+    assert "batch_size" not in SHORT_NAMES  # the encoder, training and evaluation each have one
+    assert "seed" not in SHORT_NAMES  # is no component's
 
 
 def test_text_is_converted_to_each_fields_type() -> None:

@@ -20,6 +20,7 @@ from transfgu.recipe import (
     FIELDS,
     PRESETS,
     PRETRAINING_FIELDS,
+    SHORT_NAMES,
     ComputeRecipe,
     FieldInfo,
     PretrainingRecipe,
@@ -28,7 +29,6 @@ from transfgu.recipe import (
     from_yaml,
     kind_name,
     preset,
-    short_names,
 )
 
 GROUPS = {
@@ -87,17 +87,17 @@ def add_recipe(parser: argparse.ArgumentParser, preset_flag: str = "") -> None:
     parser.add_argument(preset_flag or "preset", metavar="PRESET", help=what, **named)
     parser.add_argument("--recipe", metavar="URI", help="start from this YAML recipe instead of a preset")
     groups = {c: parser.add_argument_group(title) for c, title in GROUPS.items()}
-    for name in FIELDS:
+    for name, default in preset("shapes").flat().items():
         if name != "preset":
-            _add_recipe_field(groups[name.rpartition(".")[0]], name)
+            _add_recipe_field(groups[name.rpartition(".")[0]], name, default, "default for shapes")
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of `compute` that counts where nothing is trained."""
     group = parser.add_argument_group("where it runs (changes no result)")
-    for name in FIELDS:
+    for name, default in preset("shapes").flat().items():
         if name.startswith("compute.") and name not in ("compute.workers", "compute.track"):
-            _add_recipe_field(group, name, "default")
+            _add_recipe_field(group, name, default, "default")
 
 
 def compute_of(arguments: argparse.Namespace) -> ComputeRecipe:
@@ -112,10 +112,9 @@ def compute_of(arguments: argparse.Namespace) -> ComputeRecipe:
     )
 
 
-def _add_recipe_field(group: argparse._ArgumentGroup, name: str, what: str = "default for shapes") -> None:
-    short = {full: name for name, full in short_names().items()}
-    flags = [f"--{name}", *([f"--{short[name]}"] if name in short else [])]
-    _add_field(group, flags, FIELDS[name], preset("shapes").flat()[name], what)
+def _add_recipe_field(group: argparse._ArgumentGroup, name: str, default: Any, what: str) -> None:
+    short = [f"--{brief}" for brief, full in SHORT_NAMES.items() if full == name]
+    _add_field(group, [f"--{name}", *short], FIELDS[name], default, what)
 
 
 def add_pretraining_recipe(parser: argparse.ArgumentParser) -> None:

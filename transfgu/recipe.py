@@ -432,10 +432,13 @@ PRETRAINING_FIELDS: dict[str, FieldInfo] = _field_infos(PretrainingRecipe)
 """Every field of the pretraining's recipe by name."""
 
 
-def short_names() -> dict[str, str]:
-    """Names that need no component because just one field has them: ``omega_1`` for ``training.omega_1``."""
+def _short_names() -> dict[str, str]:
     leaves = [n.rpartition(".")[2] for n in FIELDS]
     return {leaf: n for n, leaf in zip(FIELDS, leaves, strict=True) if leaves.count(leaf) == 1 and leaf != n}
+
+
+SHORT_NAMES: Mapping[str, str] = types.MappingProxyType(_short_names())
+"""Names that need no component because just one field has them: ``omega_1`` for ``training.omega_1``."""
 
 
 def field_name(name: str) -> str:
@@ -444,9 +447,9 @@ def field_name(name: str) -> str:
     Raises:
         UserError: no such field; the message lists the nearest.
     """
-    full = short_names().get(name, name)
+    full = SHORT_NAMES.get(name, name)
     if full not in FIELDS:
-        near = difflib.get_close_matches(name, [*FIELDS, *short_names()], n=4, cutoff=0.4)
+        near = difflib.get_close_matches(name, [*FIELDS, *SHORT_NAMES], n=4, cutoff=0.4)
         raise UserError(f"the recipe has no field {name}; near ones: {', '.join(near) or ', '.join(FIELDS)}")
     return full
 

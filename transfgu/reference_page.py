@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transfgu.command_line import GROUPS
-from transfgu.recipe import FIELDS, PRESETS, kind_name, preset, short_names
+from transfgu.recipe import FIELDS, PRESETS, SHORT_NAMES, kind_name, preset
 
 _HEAD = """# The recipe
 
@@ -27,7 +27,7 @@ def page() -> str:
 
 
 def _components() -> Iterator[str]:
-    short = {full: name for name, full in short_names().items()}
+    short = {full: name for name, full in SHORT_NAMES.items()}
     common, shapes = preset("folder").flat(), preset("shapes").flat()
     for component, title in GROUPS.items():
         yield f"## {title[0].upper()}{title[1:]}\n"

@@ -98,6 +98,7 @@ def test_no_port_is_open_and_no_key_is_in_it(config: dict[str, Any]) -> None:
         assert "ship_logs.sh s3://my-bucket" in started
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("amazon")
 def test_bootstrap_and_a_node_of_each_kind(config: dict[str, Any]) -> None:
     roles().make(["my-bucket"])
