@@ -134,6 +134,10 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
         UserError: no image, too few for a batch, or more than a tenth of them unusable.
     """
     names = [str(i) for i in range(job.count)] if job.images == SHAPES else _files(job.images)
+    if len(names) < job.recipe.batch_size:
+        raise UserError(
+            f"{len(names)} images are too few for a batch of {job.recipe.batch_size}: give more, or lower --batch_size"
+        )
     size = max(1, min(_PART_SIZE, len(names) // _PARTS))
     seed = job.recipe.seed if job.images == SHAPES else 0
     listing = hashlib.sha256(json.dumps([job.image_size, seed, names]).encode()).hexdigest()[:12]
