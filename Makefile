@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 # FAISS comes for one kind of device or the other.
 EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 RUN ?= $(HOME)/transfgu/shapes
+# The clone on Python's path: by pip's other way the folder of runs would be taken for the package in one's home.
+EDITABLE := --config-settings editable_mode=compat
 # Two processes, each with whole files: what a file sets up once is set up once. The longest of them are not the last.
 PURE := -n 2 --dist loadfile --no-loadscope-reorder -m "not ray and not long and not s3_server and not trackers"
 ON_RAY := -m "ray and not long"
@@ -19,7 +21,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (torch and Ray: a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),dev]' $(EDITABLE)
 	@touch $@
 
 demo: setup  ## the embedded demonstration, from scenes to report

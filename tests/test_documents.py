@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import transfgu
 from transfgu import reference_page
 from transfgu.datasets import shapes
 from transfgu.errors import UserError
@@ -50,6 +51,14 @@ def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_a_folder_of_runs_is_not_taken_for_the_package(tmp_path: Path) -> None:
+    (tmp_path / "transfgu" / "photos").mkdir(parents=True)  # as in one's home
+    script = tmp_path / "script.py"
+    script.write_text("import transfgu; print(transfgu.__version__)")
+    ended = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.stdout.strip() == transfgu.__version__, ended.stderr
 
 
 def test_there_are_commands_to_try() -> None:
