@@ -202,9 +202,15 @@ class EvaluationRecipe:
 class ComputeRecipe:
     """Where it runs, and who is told. No artefact depends on it, so it is in no digest."""
 
-    workers: int = _field(0, "training workers; 0: one for each GPU of the cluster, one in all without GPUs", "workers")
+    workers: int = _field(
+        0,
+        "training workers; 0: one for each `gpus_per_actor` of the cluster's GPUs, without GPUs one in all",
+        "workers",
+    )
     actors: int = _field(
-        0, "encoder actors at most; 0: as many as the cluster has GPUs, one in all without GPUs", "actors"
+        0,
+        "encoder actors at most; 0: one for each `gpus_per_actor` of the cluster's GPUs, without GPUs one a node",
+        "actors",
     )
     gpus_per_actor: float = _field(
         1.0, "share of a GPU that an encoder actor or a training worker holds, where there are GPUs", "GPUs"
