@@ -165,17 +165,26 @@ class Ledger:
 
     def __init__(self, uri: str) -> None:
         """Reads what an earlier attempt left in the search's folder `uri`."""
-        self._folder = storage.join(uri, "trials")
+        self._uri = uri
         with ThreadPoolExecutor(16) as pool:
-            texts = pool.map(storage.read_bytes, storage.list_files(self._folder))
+            texts = pool.map(storage.read_bytes, storage.list_files(storage.join(uri, "trials")))
             found = sorted((Trial(**json.loads(text)) for text in texts), key=lambda trial: trial.number)
         self.trials: dict[int, Trial] = {trial.number: trial for trial in found}
+
+    @staticmethod
+    def read(uri: str, number: int) -> Trial:
+        """The record of trial `number` in the search's folder `uri`."""
+        return Trial(**json.loads(storage.read_bytes(Ledger._file(uri, number))))
+
+    @staticmethod
+    def _file(uri: str, number: int) -> str:
+        return storage.join(uri, f"trials/{number:04d}.json")
 
     def save(self, trial: Trial) -> None:
         """Keep a record, new or changed."""
         self.trials[trial.number] = trial
         content = json.dumps(asdict(trial), indent=1)
-        storage.write_bytes(storage.join(self._folder, f"{trial.number:04d}.json"), content.encode())
+        storage.write_bytes(self._file(self._uri, trial.number), content.encode())
 
     def unfinished(self) -> list[Trial]:
         """Those that an earlier attempt began and did not end."""

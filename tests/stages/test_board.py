@@ -44,6 +44,16 @@ def test_an_epoch_counts_once() -> None:
     assert board.read(0).failure.endswith("2 times in epoch 4, at last with out of memory: a worker was killed")
 
 
+def test_once_training_is_not_to_go_on_it_never_does() -> None:
+    board = Board()
+    assert board.goes_on(1) is None
+    board.answer(1, True)
+    assert (board.goes_on(1), board.goes_on(2)) == (True, None)
+    board.answer(2, False)
+    board.answer(3, True)
+    assert (board.goes_on(1), board.goes_on(3), board.goes_on(4)) == (False, False, False)
+
+
 def test_its_process_has_no_torch_to_import() -> None:
     code = "import sys, transfgu.stages.board; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

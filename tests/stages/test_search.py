@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 
 from tests.folder_run import photographs, small
 from transfgu import pipeline, search_space
@@ -116,6 +117,20 @@ def test_a_small_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert all(found["skipped"] for found in again["stages"].values())
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "search" / "trials").iterdir()} == before
     assert again["best"] == metrics["best"]
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("ray_cluster")
+def test_trials_that_are_stopped_give_back_what_they_held(tmp_path: Path) -> None:
+    """Before there is a teacher alpha weighs nothing: after an epoch all are alike, and only the first goes on."""
+    pipeline.run_search(search(tmp_path, "alpha=uniform(0,0.1)", epochs=2, trials=5), quiet=True)
+    rows = json.loads((tmp_path / "search" / "trials.json").read_text())
+    assert sorted((r["status"], r["epochs"]) for r in rows) == [("finished", 2)] + [("stopped", 1)] * 4
+    assert len({r["label_free"] for r in rows if r["epochs"] == 1}) == 1
+    end = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < end, ray.available_resources()
+        time.sleep(0.2)
 
 
 @pytest.mark.long

@@ -51,6 +51,7 @@ class Board:
         self._attempts: tuple[tuple[int, int], int] = ((-1, 0), 0)
         self._errors: set[str] = set()
         self._errors_before: set[str] = set()  # of the attempt before, at the same epoch
+        self._answered, self._goes_on = 0, True
 
     def begin(self, epoch: int, workers: int) -> bool:
         """Whether `workers` workers should go on from `epoch`; each attempt asks once."""
@@ -74,6 +75,14 @@ class Board:
     def epochs(self, rows: list[dict[str, Any]]) -> None:
         """Rows of the history, each with its `epoch`; an epoch that was begun again counts once."""
         self._rows += [row for row in rows if row["epoch"] > len(self._rows)]
+
+    def answer(self, epoch: int, goes_on: bool) -> None:
+        """Whether training goes on after its first `epoch` epochs; once it does not, it never does again."""
+        self._answered, self._goes_on = max(self._answered, epoch), self._goes_on and goes_on
+
+    def goes_on(self, epoch: int) -> bool | None:
+        """What was answered for the first `epoch` epochs; None where that is yet to come."""
+        return self._goes_on if not self._goes_on or self._answered >= epoch else None
 
     def fail(self, error: str, *, is_mistake: bool, may_pass: bool = False) -> None:
         """An attempt ended in an error.
@@ -119,8 +128,20 @@ def put_up(attempts: int = ATTEMPTS) -> Any:
 
 
 @contextmanager
-def watched(board: Any, progress: Progress, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> Iterator[None]:
-    """Tell the driver's `progress`, and `on_epoch` each epoch's row, what the board says while the body runs."""
+def watched(
+    board: Any,
+    progress: Progress,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    goes_on: Callable[[dict[str, Any]], bool] | None = None,
+) -> Iterator[None]:
+    """Tell `progress` and `on_epoch` what the board says while the body runs, and the board what `goes_on` says.
+
+    Args:
+        board: its handle.
+        progress: the driver's.
+        on_epoch: is told each epoch's row.
+        goes_on: is asked with each epoch's row whether training goes on.
+    """
     ended = threading.Event()
 
     def watch() -> None:
@@ -138,6 +159,8 @@ def watched(board: Any, progress: Progress, on_epoch: Callable[[dict[str, Any]],
             for row in status.rows:
                 if on_epoch:
                     on_epoch(row)
+                if goes_on:
+                    ray.get(board.answer.remote(row["epoch"], goes_on(row)))
 
     thread = threading.Thread(target=watch, name="training progress", daemon=True)
     thread.start()

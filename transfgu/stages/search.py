@@ -316,6 +316,9 @@ def _tune(
 def run_trial(config: Mapping[str, Any], plan: _Plan) -> None:
     """One trial, in a process of its own: a Ray Train run, from its last checkpoint on.
 
+    A trial that is stopped ends by itself, as its record says so: Ray Train's controller, killed with the trial's
+    process, would leave its workers' CPUs taken where there is no dashboard, for other trials to wait for.
+
     Tune is told each epoch's row, and at the end what came of it; a failure is told, not raised, so that Tune runs
     again only what was lost with its process.
 
@@ -325,6 +328,11 @@ def run_trial(config: Mapping[str, Any], plan: _Plan) -> None:
     """
     number: int = config["number"]
     stages: list[str] = []
+
+    def goes_on(row: dict[str, Any]) -> bool:
+        tune.report({"row": json.dumps(row)})  # returns when the record is written
+        return Ledger.read(plan.uri, number).status == "running"
+
     try:
         recipe = search_space.apply(plan.recipe, config["parameters"])
         tables = plan.tables
@@ -338,7 +346,7 @@ def run_trial(config: Mapping[str, Any], plan: _Plan) -> None:
             unlabelled=tables.unlabelled,
             folder=_train_folder(plan.uri, number),
             progress=Progress("training", quiet=True),
-            on_epoch=lambda row: tune.report({"row": json.dumps(row)}),
+            goes_on=goes_on,
             attempts=_ATTEMPTS,
             beside=plan.beside,
         )
@@ -393,7 +401,7 @@ class _Proposals(Searcher):
 
 
 class _Recorder(FIFOScheduler):
-    """Ray Tune's scheduler: writes every epoch into the trial's record, and ends the trials that ASHA ends."""
+    """Ray Tune's scheduler: writes every epoch into the trial's record, and whether ASHA ends it there."""
 
     def __init__(self, search: Search, ledger: Ledger, progress: Progress) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -404,9 +412,12 @@ class _Recorder(FIFOScheduler):
         record = self._ledger.trials[trial.config["number"]]
         if "end" in result:
             end = json.loads(result["end"])
-            record.status, record.reason = "failed" if end["reason"] else "finished", end["reason"]
             record.stages = record.stages or end["stages"]
-            self._end(record)
+            if record.status == "running":
+                record.status, record.reason = "failed" if end["reason"] else "finished", end["reason"]
+                self._end(record)
+            else:
+                self._ledger.save(record)
         elif record.add(json.loads(result["row"])):
             if self._search.scheduler == "asha":
                 record.reason = stop_reason(self._search, self._ledger.trials.values(), record)
@@ -415,7 +426,7 @@ class _Recorder(FIFOScheduler):
                 self._end(record)
             else:
                 self._ledger.save(record)
-        return str(TrialScheduler.STOP if record.status == "stopped" else TrialScheduler.CONTINUE)
+        return str(TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Tune's hook: the trial's own process was lost once too often."""

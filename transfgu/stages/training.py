@@ -103,6 +103,7 @@ def fit(
     pictures: str = "",
     unlabelled: str = "",
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    goes_on: Callable[[dict[str, Any]], bool] | None = None,
     attempts: int = ATTEMPTS,
     beside: int = 1,
 ) -> checkpoints.Found:
@@ -118,6 +119,7 @@ def fit(
         unlabelled: URI of a table of images (`image`) on which a score without labels is taken each epoch.
         on_epoch: called with each epoch's row of the history, from another thread; after a restart with those of
             the checkpoint, too.
+        goes_on: asked likewise whether training goes on after that epoch; the next one waits for the answer.
         attempts: in vain, at one epoch, before a fault counts as one that trying again won't mend.
         beside: trainings, this one included, that share a node's cores.
 
@@ -150,6 +152,7 @@ def fit(
                 pictures=pictures,
                 unlabelled=unlabelled,
                 beside=beside,
+                asks=goes_on is not None,
             ),
         ),
         scaling_config=ScalingConfig(
@@ -168,7 +171,7 @@ def fit(
             callbacks=[Deaths(board)],  # type: ignore[list-item]
         ),
     )
-    with watched(board, progress, on_epoch):
+    with watched(board, progress, on_epoch, goes_on):
         trainer.fit()
     status: Status = ray.get(board.read.remote(0))
     ray.kill(board)

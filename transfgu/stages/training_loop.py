@@ -56,6 +56,7 @@ View = Callable[[Batch, int], tuple[Tensor, Tensor]]
 
 _LOAD_BATCH = 64  # images that are encoded at a time where they are encoded once
 _TELL_SECONDS = 0.3  # between two words to the driver
+_ASK_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,8 @@ class Job:
     """URI of a table of images (`image`) that predictions are compared on without labels; empty: none."""
     beside: int = 1
     """Trainings, this one included, that share a machine's cores."""
+    asks: bool = False
+    """Whether the driver says after each epoch if training goes on."""
 
 
 @dataclass(kw_only=True)
@@ -249,9 +252,22 @@ class Worker:
         return batch.inputs.to(self.device), maps_of_planes(planes)
 
     def run(self) -> None:
-        """Train what epochs are left."""
+        """Train what epochs are left, or as many of them as the driver wants."""
         for epoch in range(len(self.state.history), self.recipe.training.epochs):
+            if not self._goes_on(epoch):
+                return
             self.epoch(epoch)
+
+    def _goes_on(self, epoch: int) -> bool:
+        """The driver's word, once it has it, after `epoch` epochs; the same for all workers."""
+        if not self.job.asks or not epoch:
+            return True
+        answer = None
+        while self.rank == 0 and answer is None:
+            answer = ray.get(self.job.board.goes_on.remote(epoch))
+            if answer is None:
+                time.sleep(_ASK_SECONDS)
+        return bool(broadcast_from_rank_zero(answer))
 
     def epoch(self, epoch: int) -> None:
         """One epoch, its score, its checkpoint."""
