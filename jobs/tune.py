@@ -39,7 +39,7 @@ def main() -> None:
         help=f"what is maximised: {', '.join(OBJECTIVES)} (default: mean_iou, which needs validation labels)",
     )
     add("--grace", metavar="N", type=int, default=1, help="asha first compares after so many [epochs] (default: 1)")
-    add("--reduction", metavar="N", type=int, default=3, help="asha lets the best 1/N go on (default: 3)")
+    add("--reduction", metavar="N", type=int, default=4, help="asha lets the best 1/N go on (default: 4)")
     add("--concurrent", metavar="N", type=int, default=0, help="trials at a time (default: as the cluster holds)")
     add("--workers-per-trial", metavar="N", type=int, default=1, help="training workers of a trial (default: 1)")
     add(

@@ -41,7 +41,7 @@ class Search:
     scheduler: str = "asha"
     grace: int = 1
     """Epochs after which ASHA first compares."""
-    reduction: int = 3
+    reduction: int = 4
     """ASHA lets the best 1/reduction go on."""
     concurrent: int = 0
     """Trials at a time; 0: as many as the cluster holds."""
