@@ -100,6 +100,18 @@ def test_a_users_mistake_is_found_under_wrappers() -> None:
     assert find_user_error(ValueError("another")) is None
 
 
+def test_a_users_mistake_in_a_task_is_its_line_and_not_rays_stack_trace() -> None:
+    from ray.exceptions import RayTaskError
+
+    mistake = UserError("no such file")
+    inner = RayTaskError("prepare", "Traceback ...", mistake).as_instanceof_cause()
+    outer = RayTaskError("run", "Traceback ...", inner).as_instanceof_cause()
+    assert isinstance(inner, UserError)
+    for error in (inner, outer):
+        assert str(error) != str(mistake)
+        assert find_user_error(error) is mistake
+
+
 def test_every_field_of_the_pretraining_is_a_flag() -> None:
     parser = Parser("")
     add_pretraining_recipe(parser)

@@ -216,11 +216,13 @@ def find_user_error(error: BaseException | None) -> UserError | None:
     """The UserError that lies under Ray's own errors, if one does."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, UserError):
+        cause = getattr(error, "cause", None)
+        # What a task raised is both, Ray's error and ours; its text is a stack trace, that of its cause the line.
+        if isinstance(error, UserError) and not isinstance(cause, UserError):
             return error
         seen.add(id(error))
         failures = getattr(error, "worker_failures", None)
-        inner = next(iter(failures.values()), None) if isinstance(failures, dict) else getattr(error, "cause", None)
+        inner = next(iter(failures.values()), None) if isinstance(failures, dict) else cause
         # Of what an actor's constructor raised, Ray keeps the text alone.
         if getattr(error, "actor_init_failed", False) and (told := _TOLD.findall(str(error))):
             return UserError(told[-1])
