@@ -1,12 +1,15 @@
-"""The board by itself, without Ray; training and pretraining use it through Ray in their own tests."""
+"""The board by itself, mostly without Ray; training and pretraining use it through Ray in their own tests."""
 
 import subprocess
 import sys
+import time
+from typing import Any
 
 import pytest
 import ray
 
-from transfgu.stages.board import Board, may_pass
+from transfgu.progress import Progress
+from transfgu.stages.board import Board, may_pass, put_up, watched
 
 
 def test_the_board_ends_what_fails_again_and_again() -> None:
@@ -52,6 +55,27 @@ def test_once_training_is_not_to_go_on_it_never_does() -> None:
     board.answer(2, False)
     board.answer(3, True)
     assert (board.goes_on(1), board.goes_on(3), board.goes_on(4)) == (False, False, False)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_are_answered_even_where_the_question_fails() -> None:
+    board = put_up()
+
+    def fails(row: dict[str, Any]) -> bool:
+        raise OSError(f"no record after epoch {row['epoch']}")
+
+    def training() -> None:
+        with watched(board, Progress("training", quiet=True), goes_on=fails):
+            ray.get(board.epochs.remote([{"epoch": 1}]))
+            while (answer := ray.get(board.goes_on.remote(1))) is None:
+                time.sleep(0.05)
+            answers.append(answer)
+
+    answers: list[bool] = []
+    with pytest.raises(OSError, match="no record after epoch 1"):
+        training()
+    assert answers == [False]
 
 
 def test_its_process_has_no_torch_to_import() -> None:

@@ -140,9 +140,21 @@ def watched(
         board: its handle.
         progress: the driver's.
         on_epoch: is told each epoch's row.
-        goes_on: is asked with each epoch's row whether training goes on.
+        goes_on: is asked with each epoch's row whether training goes on. It ends where that raises, too.
+
+    Raises:
+        Exception: what `goes_on` raised.
     """
     ended = threading.Event()
+    raised: list[Exception] = []
+
+    def asked(row: dict[str, Any]) -> bool:
+        assert goes_on
+        try:
+            return goes_on(row)
+        except Exception as error:  # workers wait for an answer, whatever it is
+            raised.append(error)
+            return False
 
     def watch() -> None:
         seen, told, done, over = 0, 0, 0, False
@@ -160,7 +172,7 @@ def watched(
                 if on_epoch:
                     on_epoch(row)
                 if goes_on:
-                    ray.get(board.answer.remote(row["epoch"], goes_on(row)))
+                    ray.get(board.answer.remote(row["epoch"], asked(row)))
 
     thread = threading.Thread(target=watch, name="training progress", daemon=True)
     thread.start()
@@ -169,3 +181,5 @@ def watched(
     finally:
         ended.set()
         thread.join()
+    if raised:
+        raise raised[0]
