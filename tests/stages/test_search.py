@@ -158,7 +158,9 @@ def test_what_is_searched_upstream_is_made_once_for_each_value(tmp_path: Path) -
     ],
 )
 def test_a_trial_that_fails_is_told_and_the_search_goes_on(tmp_path: Path, bad: str, reason: str) -> None:
-    wanted = search(tmp_path, bad, "omega_2=grid(0.3,0.4)", epochs=2, searcher="grid", scheduler="none", trials=4)
+    # Two steps an epoch: each epoch has a new student here, and a step's harm shows in the next one.
+    grid: dict[str, Any] = {"searcher": "grid", "scheduler": "none", "trials": 4}
+    wanted = search(tmp_path, bad, "omega_2=grid(0.3,0.4)", epochs=2, passes=2, **grid)
     metrics = pipeline.run_search(wanted, quiet=True)
     rows = json.loads((tmp_path / "search" / "trials.json").read_text())
     assert [r["status"] for r in rows] == ["finished", "finished", "failed", "failed"]
