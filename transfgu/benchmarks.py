@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import patch_grid
 from transfgu.frozen_encoder import FrozenEncoder
-from transfgu.kmeans import Shard, cluster, cores, gpu_index
+from transfgu.kmeans import Shard, cluster, cores, gpu_index, sample_rows
 from transfgu.measurements import Timing, in_turns
 from transfgu.optimisation import make_optimiser, training_step
 from transfgu.recipe import Recipe, Size
@@ -36,6 +36,9 @@ from transfgu.views import apply_views, draw_views
 
 _MATMUL = {"cpu": 1024, "cuda": 8192}  # sides at which a matrix product is as fast as it gets
 _SALIENT = 0.3  # of the places of a made map
+
+KMEANS_SEED = 1
+"""Of the K-Means that is timed."""
 
 
 def device_name(device: torch.device) -> str:
@@ -210,26 +213,29 @@ class Bare:
         """K-Means on one worker, in this process, beside FAISS's."""
         self._use_cores()
         features, k = made_features(count, self._frozen.encoder.width), self.recipe.concepts.count
+        start = kmeans_start(features, k)
         with _Peak(torch.device("cpu")) as peak:
             inertia: dict[str, float] = {}
 
             def ours() -> float:
                 started = time.perf_counter()
                 rows = Shard([features], gpu=gpu_index() and self.device.type == "cuda")
-                inertia["ours"] = cluster(rows, k, iterations=iterations, seed=1).inertia
+                inertia["ours"] = cluster(rows, k, iterations=iterations, seed=KMEANS_SEED).inertia
                 return time.perf_counter() - started
 
             def bound() -> float:
-                took, inertia["FAISS"] = faiss_kmeans(features, k, iterations)
+                took, inertia["FAISS"] = faiss_kmeans(features, start, iterations)
                 return took
 
             turns = in_turns(ours, bound, repeats)
         return concepts_timing("concepts, one worker", features, iterations, turns, inertia, peak.bytes)
 
-    def faiss(self, features: Float32[ndarray, "n d"], k: int, iterations: int) -> tuple[float, float]:
-        """Seconds of FAISS's K-Means, and its inertia."""
+    def faiss(
+        self, features: Float32[ndarray, "n d"], start: Float32[ndarray, "k d"], iterations: int
+    ) -> tuple[float, float]:
+        """As `faiss_kmeans`."""
         self._use_cores()
-        return faiss_kmeans(features, k, iterations)
+        return faiss_kmeans(features, start, iterations)
 
     def _seconds(self, work: Callable[[], Any]) -> float:
         self._wait()
@@ -296,11 +302,23 @@ def made_features(rows: int, width: int) -> Float32[ndarray, "n d"]:
     return features
 
 
-def faiss_kmeans(features: Float32[ndarray, "n d"], k: int, iterations: int) -> tuple[float, float]:
-    """Seconds of FAISS's own K-Means in this process, on all rows, and its inertia."""
+def kmeans_start(features: Float32[ndarray, "n d"], k: int) -> Float32[ndarray, "k d"]:
+    """The centroids that our K-Means of `KMEANS_SEED` starts from."""
+    return Shard([features]).best_start(sample_rows(len(features), k, KMEANS_SEED), k, KMEANS_SEED)
+
+
+def faiss_kmeans(
+    features: Float32[ndarray, "n d"], start: Float32[ndarray, "k d"], iterations: int
+) -> tuple[float, float]:
+    """Seconds of FAISS's own K-Means in this process, on all rows, and its inertia.
+
+    It is given ours' start, which ours takes time to find: another one would end in another local optimum, and the
+    inertias would say nothing.
+    """
     started = time.perf_counter()
-    clustering = faiss.Kmeans(features.shape[1], k, niter=iterations, seed=1, max_points_per_centroid=len(features))
-    clustering.train(features)
+    k, width = start.shape
+    clustering = faiss.Kmeans(width, k, niter=iterations, max_points_per_centroid=len(features))
+    clustering.train(features, init_centroids=start)
     took = time.perf_counter() - started
     distances, _ = clustering.index.search(features, 1)
     return took, float(distances.sum(dtype=np.float64))
@@ -317,7 +335,7 @@ def concepts_timing(
     """A line of the table for K-Means."""
     return Timing(
         stage=stage,
-        bound_is=f"FAISS in one process, {len(features)} x {features.shape[1]}",
+        bound_is=f"FAISS in one process, {len(features)} x {features.shape[1]}, its start given",
         items=len(features) * iterations,
         unit="rows x iterations",
         ours=turns[0],

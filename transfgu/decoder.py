@@ -13,6 +13,7 @@ from jaxtyping import Float
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from transfgu.dropout_attention import DropoutAttention
 from transfgu.errors import UserError
 
 
@@ -51,7 +52,15 @@ class MaskDecoder(nn.Module):
         self.width = width
         self.classes = classes
         self.blocks = nn.ModuleList(
-            Block(width, num_heads, proj_drop=dropout, attn_drop=dropout, norm_layer=nn.LayerNorm) for _ in range(depth)
+            Block(
+                width,
+                num_heads,
+                proj_drop=dropout,
+                attn_drop=dropout,
+                norm_layer=nn.LayerNorm,
+                attn_layer=DropoutAttention,
+            )
+            for _ in range(depth)
         )
         self.cls_emb = nn.Parameter(torch.empty(1, classes, width))
         self.proj_dec = nn.Linear(patch_width or width, width)

@@ -68,8 +68,13 @@ class _Searched:
             start = "{:g}, rising by {:g} to {:g}".format(
                 *(flat[f"training.alpha_{n}"] for n in ("start", "step", "end"))
             )
-            return cls(name=r.name, range=str(r), start=start, doc="weight of the negative label, held constant")
-        return cls(name=r.name, range=str(r), start=f"{flat[r.name]:g}", doc=FIELDS[r.name].doc)
+            return cls(
+                name=r.name,
+                range=str(r).partition("=")[2],
+                start=start,
+                doc="weight of the negative label, held constant",
+            )
+        return cls(name=r.name, range=str(r).partition("=")[2], start=f"{flat[r.name]:g}", doc=FIELDS[r.name].doc)
 
 
 @dataclass(frozen=True, kw_only=True)

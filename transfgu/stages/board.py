@@ -148,14 +148,6 @@ def watched(
     ended = threading.Event()
     raised: list[Exception] = []
 
-    def asked(row: dict[str, Any]) -> bool:
-        assert goes_on
-        try:
-            return goes_on(row)
-        except Exception as error:  # workers wait for an answer, whatever it is
-            raised.append(error)
-            return False
-
     def watch() -> None:
         seen, told, done, over = 0, 0, 0, False
         while not over:
@@ -172,7 +164,12 @@ def watched(
                 if on_epoch:
                     on_epoch(row)
                 if goes_on:
-                    ray.get(board.answer.remote(row["epoch"], asked(row)))
+                    try:
+                        answer = goes_on(row)
+                    except Exception as error:  # workers wait for an answer, whatever it is
+                        raised.append(error)
+                        answer = False
+                    ray.get(board.answer.remote(row["epoch"], answer))
 
     thread = threading.Thread(target=watch, name="training progress", daemon=True)
     thread.start()

@@ -413,17 +413,11 @@ class _Recorder(FIFOScheduler):
         if "end" in result:
             end = json.loads(result["end"])
             record.stages = record.stages or end["stages"]
-            if record.status == "running":
-                record.status, record.reason = "failed" if end["reason"] else "finished", end["reason"]
-                self._end(record)
-            else:
-                self._ledger.save(record)
+            self._end(record, "failed" if end["reason"] else "finished", end["reason"])
         elif record.add(json.loads(result["row"])):
-            if self._search.scheduler == "asha":
-                record.reason = stop_reason(self._search, self._ledger.trials.values(), record)
-            if record.reason:
-                record.status = "stopped"
-                self._end(record)
+            asha = self._search.scheduler == "asha"
+            if asha and (reason := stop_reason(self._search, self._ledger.trials.values(), record)):
+                self._end(record, "stopped", reason)
             else:
                 self._ledger.save(record)
         return str(TrialScheduler.CONTINUE)
@@ -431,10 +425,14 @@ class _Recorder(FIFOScheduler):
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Tune's hook: the trial's own process was lost once too often."""
         record = self._ledger.trials[trial.config["number"]]
-        record.status, record.reason = "failed", in_words(trial.get_error() or RuntimeError("its process was lost"))
-        self._end(record)
+        self._end(record, "failed", in_words(trial.get_error() or RuntimeError("its process was lost")))
 
-    def _end(self, record: Trial) -> None:
+    def _end(self, record: Trial, status: str, reason: str) -> None:
+        """The trial's end in its record; what ended it first stays."""
+        if record.status != "running":
+            self._ledger.save(record)
+            return
+        record.status, record.reason = status, reason
         self._ledger.save(record)
         value = record.value(self._search.objective)
         score = "" if value is None else f", {self._search.objective} {value:.2f}"
