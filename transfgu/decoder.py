@@ -13,7 +13,7 @@ from jaxtyping import Float
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from transfgu.dropout_attention import DropoutAttention
+from transfgu.dropout import Dropout, DropoutAttention
 from transfgu.errors import UserError
 
 
@@ -51,17 +51,7 @@ class MaskDecoder(nn.Module):
             raise ValueError(f"a decoder of {classes} class has nothing to tell apart: it needs two")
         self.width = width
         self.classes = classes
-        self.blocks = nn.ModuleList(
-            Block(
-                width,
-                num_heads,
-                proj_drop=dropout,
-                attn_drop=dropout,
-                norm_layer=nn.LayerNorm,
-                attn_layer=DropoutAttention,
-            )
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(_block(width, num_heads, dropout) for _ in range(depth))
         self.cls_emb = nn.Parameter(torch.empty(1, classes, width))
         self.proj_dec = nn.Linear(patch_width or width, width)
         self.proj_patch = nn.Parameter(width**-0.5 * torch.randn(width, width))
@@ -123,3 +113,10 @@ class MaskDecoder(nn.Module):
         patches = F.normalize(patches @ self.proj_patch, dim=-1)
         class_embeddings = F.normalize(classes @ self.proj_classes, dim=-1)
         return self.mask_norm(patches @ class_embeddings.mT), class_embeddings
+
+
+def _block(width: int, num_heads: int, dropout: float) -> Block:
+    """A transformer block of timm's, with our dropout in each of its places."""
+    block = Block(width, num_heads, attn_drop=dropout, norm_layer=nn.LayerNorm, attn_layer=DropoutAttention)
+    block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2 = (Dropout(dropout) for _ in range(3))
+    return block

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from timm.layers.attention import Attention
 from torch import Tensor
 
-from transfgu.dropout_attention import DropoutAttention, dropped_attention
+from transfgu.dropout import Dropout, DropoutAttention, dropped_attention
 
 
 def made(seed: int, images: int, heads: int, tokens: int, width: int) -> list[Tensor]:
@@ -72,3 +72,14 @@ def test_draws_follow_the_generator() -> None:
     torch.manual_seed(1)
     torch.testing.assert_close(dropped_attention(q, k, v, 0.5), first, rtol=0, atol=0)
     assert not torch.equal(first, second)
+
+
+def test_plain_dropout_drops_and_makes_up_in_training_alone() -> None:
+    ones = torch.ones(40, 1000, requires_grad=True)
+    drop = Dropout(0.2)
+    found = drop(ones)
+    assert set(np.unique(found.detach())) == {np.float32(0), np.float32(65536 / (65536 - 13107))}
+    assert abs((found == 0).float().mean() - 0.2) < 0.01  # the deviation is 0.002
+    (gradient,) = torch.autograd.grad(found.sum(), ones)
+    torch.testing.assert_close(gradient, found, rtol=0, atol=0)
+    assert drop.eval()(ones) is ones

@@ -1,4 +1,4 @@
-"""Attention with dropout costs little more than without, once an image's attention matrices never leave the cache.
+"""Dropout costs a decoder on CPUs more than its matrix products do, unless an image's attention never leaves the cache.
 
 PyTorch's fused attention knows no dropout on CPUs: what stands in for it walks over the matrices of the whole batch
 eight times, and draws place by place. Here an image is finished before the next begins, and a generator's words are
@@ -11,11 +11,22 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from timm.layers.attention import Attention
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 _LEVELS = 1 << 16  # a dropout probability is one of as many
 _NUMBERS_A_WORD = 4
+
+
+class Dropout(nn.Dropout):
+    """PyTorch's, but for how it draws on CPUs: see :func:`dropped_attention`."""
+
+    def forward(self, input: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Some zeros, and the others scaled to make up."""
+        if not self.training or self.p == 0 or input.device.type != "cpu":
+            return super().forward(input)
+        draws = _Draws(self.p)
+        return input * (draws.kept(input.shape) * draws.gain)
 
 
 class DropoutAttention(Attention):
@@ -52,18 +63,16 @@ def dropped_attention(
 class _DroppedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        words = np.random.SFC64(int(torch.randint(1 << 62, ())))
-        scale, threshold = 1 / math.sqrt(q.shape[-1]), round(dropout * _LEVELS)
-        gain = _LEVELS / (_LEVELS - threshold)
+        draws, scale = _Draws(dropout), 1 / math.sqrt(q.shape[-1])
         mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
         weights = q.new_empty(*q.shape[:3], k.shape[2])
         kept = torch.empty(weights.shape, dtype=torch.bool)
         for i in range(len(q)):
             weights[i] = torch.softmax(torch.bmm(q[i] * scale, k[i].mT), dim=-1)
-            kept[i] = _kept(weights[i].shape, threshold, words)
-            torch.bmm(weights[i] * kept[i], v[i] * gain, out=mixed[i])
+            kept[i] = draws.kept(weights[i].shape)
+            torch.bmm(weights[i] * kept[i], v[i] * draws.gain, out=mixed[i])
         ctx.save_for_backward(q, k, v, mixed, weights, kept)
-        ctx.scale, ctx.gain = scale, gain  # type: ignore[attr-defined]
+        ctx.scale, ctx.gain = scale, draws.gain  # type: ignore[attr-defined]
         return mixed
 
     @staticmethod
@@ -83,8 +92,16 @@ class _DroppedAttention(torch.autograd.Function):
         return to_q, to_k, to_v, None
 
 
-def _kept(shape: torch.Size, threshold: int, words: np.random.SFC64) -> Bool[Tensor, "..."]:
-    """True where a sixteen-bit number is not below the threshold."""
-    count = shape.numel()
-    numbers = words.random_raw(math.ceil(count / _NUMBERS_A_WORD)).view(np.uint16)[:count]
-    return torch.from_numpy(numbers >= threshold).view(shape)
+class _Draws:
+    """What to keep, from a generator that torch's own seeds."""
+
+    def __init__(self, dropout: float) -> None:
+        self._words = np.random.SFC64(int(torch.randint(1 << 62, ())))
+        self._threshold = round(dropout * _LEVELS)
+        self.gain = _LEVELS / (_LEVELS - self._threshold)
+
+    def kept(self, shape: torch.Size) -> Bool[Tensor, "..."]:
+        """True where a sixteen-bit number is not below the threshold."""
+        count = shape.numel()
+        numbers = self._words.random_raw(math.ceil(count / _NUMBERS_A_WORD)).view(np.uint16)[:count]
+        return torch.from_numpy(numbers >= self._threshold).view(shape)
