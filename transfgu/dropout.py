@@ -65,28 +65,28 @@ class _DroppedAttention(torch.autograd.Function):
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         draws, scale = _Draws(dropout), 1 / math.sqrt(q.shape[-1])
         mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
-        weights = q.new_empty(*q.shape[:3], k.shape[2])
-        kept = torch.empty(weights.shape, dtype=torch.bool)
+        weights, dropped = [], []
         for i in range(len(q)):
-            weights[i] = torch.softmax(torch.bmm(q[i] * scale, k[i].mT), dim=-1)
-            kept[i] = draws.kept(weights[i].shape)
-            torch.bmm(weights[i] * kept[i], v[i] * draws.gain, out=mixed[i])
-        ctx.save_for_backward(q, k, v, mixed, weights, kept)
+            weights.append(torch.softmax(torch.bmm(q[i] * scale, k[i].mT), dim=-1))
+            dropped.append(torch.where(draws.kept(weights[i].shape), weights[i], 0))
+            torch.bmm(dropped[i], v[i] * draws.gain, out=mixed[i])
+        ctx.save_for_backward(q, k, v, mixed, *weights, *dropped)
         ctx.scale, ctx.gain = scale, draws.gain  # type: ignore[attr-defined]
         return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, mixed, weights, kept = ctx.saved_tensors  # type: ignore[attr-defined]
+        q, k, v, mixed, *both = ctx.saved_tensors  # type: ignore[attr-defined]
+        weights, dropped = both[: len(q)], both[len(q) :]
         scale, gain = ctx.scale, ctx.gain  # type: ignore[attr-defined]
         to_q, to_k, to_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
         # What softmax takes away in its backward pass, sum_j dP_ij P_ij, is the same as sum_c dO_ic O_ic.
         means = (gradient * mixed).sum(-1, keepdim=True)
         for i in range(len(q)):
-            dropped, raised = weights[i] * kept[i], gradient[i] * gain
-            torch.bmm(dropped.mT, raised, out=to_v[i])
-            to_scores = torch.bmm(raised, v[i].mT).mul_(dropped).addcmul_(weights[i], means[i], value=-1)
+            raised = gradient[i] * gain
+            torch.bmm(dropped[i].mT, raised, out=to_v[i])
+            to_scores = torch.bmm(raised, v[i].mT).mul_(dropped[i]).addcmul_(weights[i], means[i], value=-1)
             torch.bmm(to_scores, k[i] * scale, out=to_q[i])
             torch.bmm(to_scores.mT, q[i] * scale, out=to_k[i])
         return to_q, to_k, to_v, None

@@ -56,6 +56,7 @@ def make_optimiser(decoder: nn.Module, lr: float, weight_decay: float = 5e-4) ->
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ],
         lr=lr,
+        fused=True,  # one pass over the memory in place of a dozen
     )
 
 

@@ -129,7 +129,7 @@ def _resample(images: Float[Tensor, "B 3 H W"], spans: Int[ndarray, "B 2"], leng
 
 
 def _photometric(images: Float[Tensor, "B 3 H W"], views: Views) -> Float[Tensor, "B 3 H W"]:
-    """Jitter, greyscale and blur, of those images whose views have them; values 0 to 1 before and after."""
+    """Jitter, greyscale and blur, in place, of those images whose views have them; values 0 to 1 before and after."""
     steps: list[tuple[ndarray, Callable[[Tensor, Tensor], Tensor], ndarray]] = [
         (views.jitter & (views.order[:, place] == which), adjust, views.factors[:, which])
         for place in range(4)
@@ -141,7 +141,7 @@ def _photometric(images: Float[Tensor, "B 3 H W"], views: Views) -> Float[Tensor
         if chosen.any():
             index = torch.from_numpy(np.flatnonzero(chosen)).to(images.device)
             factor = torch.from_numpy(factors[chosen]).to(images.device, images.dtype).view(-1, 1, 1, 1)
-            images = images.index_copy(0, index, adjust(images[index], factor))
+            images.index_copy_(0, index, adjust(images[index], factor))
     return images
 
 

@@ -73,7 +73,8 @@ class Share:
         rows = self.rows.take(slots % self.order.images).append_column("slot", pa.array(slots))
         read = partial(ingest.read_training_rows, size=self.size)
         for columns in stream(rows, read, batch_size, world=self.world):
-            yield Batch(columns["slot"], torch.as_tensor(columns["image"]), torch.as_tensor(columns["maps"]))
+            # Copied: arrays out of Ray's object store are read-only, which torch warns of.
+            yield Batch(columns["slot"], torch.tensor(columns["image"]), torch.tensor(columns["maps"]))
 
 
 def stream(

@@ -119,8 +119,7 @@ class State:
         parameters = dict(self.student.named_parameters())
         for key, value in tensors.get("moments", {}).items():
             name, _, moment = key.rpartition(":")
-            # Adam keeps its counter of steps on the CPU.
-            self.optimiser.state[parameters[name]][moment] = value.cpu() if moment == "step" else value
+            self.optimiser.state[parameters[name]][moment] = value
         if "teacher" in tensors:
             self.promote()
             assert self.teacher
