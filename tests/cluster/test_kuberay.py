@@ -3,6 +3,7 @@
 import copy
 import json
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,25 @@ def test_nothing_runs_as_root_or_without_limits(kind: str) -> None:
         assert {"cpu", "memory"} <= set(container["resources"]["limits"])
     text = json.dumps(manifest(kind))
     assert text.count('"runAsNonRoot": true') == (3 if kind == "RayCluster" else 1)
+
+
+def test_the_job_asks_for_nothing_that_the_operator_refuses_on_a_cluster_that_is_there() -> None:
+    job = manifest("RayJob")["spec"]
+    # The operator looks at these beyond the schema: what it would run again, and what it would delete, is the cluster.
+    assert job.get("backoffLimit", 0) == 0
+    assert job.get("shutdownAfterJobFinishes") or not job.get("ttlSecondsAfterFinished")
+    assert not job.get("suspend")
+
+
+def test_the_driver_runs_on_the_head_which_knows_the_nodes() -> None:
+    # Ray puts a driver that asks for resources on whichever node has them.
+    assert not [name for name in manifest("RayJob")["spec"] if re.match("entrypoint(Num|Resources)", name)]
+
+
+def test_the_autoscalers_logs_are_kept_with_the_heads() -> None:
+    head = manifest("RayCluster")["spec"]["headGroupSpec"]["template"]["spec"]
+    assert {"name": "ray-logs", "mountPath": "/tmp/ray"} in head["containers"][0]["volumeMounts"]
+    assert {"name": "ray-logs", "emptyDir": {}} in head["volumes"]
 
 
 def test_the_job_runs_on_that_cluster() -> None:
