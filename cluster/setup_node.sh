@@ -5,9 +5,8 @@ set -euo pipefail
 # The first local NVMe disk, where the machine has one: /mnt/spill is a folder of the root disk otherwise.
 disk=$(lsblk --noheadings --nodeps --output PATH,MODEL | awk '/Instance Storage/ { print $1; exit }')
 sudo mkdir -p /mnt/spill
-if [ -n "$disk" ] && ! findmnt --source "$disk" >/dev/null; then
-  sudo mkfs.ext4 -q -F "$disk"
-  sudo mount -o noatime "$disk" /mnt/spill
+if [ -n "$disk" ]; then
+  sudo bash ~/transfgu/cluster/spill_disk.sh "$disk" /mnt/spill || echo "$disk is not used: spilling to the root disk"
 fi
 sudo chown "$USER" /mnt/spill
 

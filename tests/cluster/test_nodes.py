@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -42,9 +43,43 @@ def test_the_image_runs_as_an_ordinary_user_and_caches_the_packages() -> None:
     assert packages < lines.index("COPY --chown=ray transfgu transfgu")
 
 
-@pytest.mark.parametrize("script", ["environment.sh", "setup_node.sh", "ship_logs.sh"])
+@pytest.mark.parametrize("script", ["environment.sh", "setup_node.sh", "ship_logs.sh", "spill_disk.sh"])
 def test_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", str(CLUSTER / script)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[str]:
+    """A blank disk of 64 MB."""
+    (tmp_path / "disk").touch()
+    os.truncate(tmp_path / "disk", 64 << 20)
+    made = subprocess.run(
+        ["losetup", "--find", "--show", str(tmp_path / "disk")], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no loop device: {made.stderr.strip()}")
+    yield made.stdout.strip()
+    subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk is mounted by root alone")
+@pytest.mark.parametrize("in_use", [False, True])
+def test_a_local_disk_is_spilled_to_and_keeps_what_is_on_it(disk: str, tmp_path: Path, in_use: bool) -> None:
+    spill, elsewhere = tmp_path / "spill", tmp_path / "elsewhere"
+    if in_use:  # as AWS's images have it
+        elsewhere.mkdir()
+        subprocess.run(["mkfs.ext4", "-q", disk], check=True)
+        subprocess.run(["mount", disk, str(elsewhere)], check=True)
+        (elsewhere / "kept").touch()
+    try:
+        subprocess.run(["bash", str(CLUSTER / "spill_disk.sh"), disk, str(spill)], check=True)
+        (spill / "spilled").touch()
+        subprocess.run(["bash", str(CLUSTER / "spill_disk.sh"), disk, str(spill)], check=True)
+        assert spill.is_mount()
+        assert {"spilled", *(["kept"] if in_use else [])} <= {p.name for p in spill.iterdir()}
+    finally:
+        for folder in (spill, elsewhere):
+            subprocess.run(["umount", str(folder)], check=False, capture_output=True)
 
 
 def test_logs_that_grew_are_copied_and_no_others(ship_logs: ModuleType, tmp_path: Path) -> None:
