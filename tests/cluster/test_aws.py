@@ -144,3 +144,16 @@ def test_profiles_hold_what_is_needed_and_may_be_made_again(capsys: pytest.Captu
         iam.get_role_policy(RoleName=module.HEAD, PolicyName="transfgu")["PolicyDocument"]
     )
     assert "transfgu-worker: one, two" in capsys.readouterr().out
+    made = [role["Path"] for role in iam.list_roles()["Roles"]]
+    assert made.count("/aws-service-role/spot.amazonaws.com/") == 1
+
+
+@pytest.mark.usefixtures("amazon")
+def test_profiles_are_completed_where_making_them_was_stopped() -> None:
+    module, iam = roles(), boto3.client("iam")
+    iam.create_role(RoleName=module.WORKER, AssumeRolePolicyDocument="{}")
+    iam.create_instance_profile(InstanceProfileName=module.HEAD)
+    module.make(["one"])
+    for name in (module.HEAD, module.WORKER):
+        profile = iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]
+        assert [role["RoleName"] for role in profile["Roles"]] == [name]
