@@ -40,7 +40,7 @@ def test_pools_grow_with_what_an_autoscaler_may_add(monkeypatch: pytest.MonkeyPa
     assert runtime.pool_size(ComputeRecipe(actors=3)) == 3
     assert runtime.actors_per_node(ComputeRecipe(gpus_per_actor=0.5)) == 2
     pool = runtime.encoder_pool(ComputeRecipe())
-    assert (pool["compute"].min_size, pool["compute"].max_size) == (1, 8)
+    assert (pool["compute"].min_size, pool["compute"].initial_size, pool["compute"].max_size) == (1, 1, 8)
     assert (pool["num_cpus"], pool["num_gpus"]) == (1, 1)
     assert runtime.training_workers(ComputeRecipe()) == 8
     assert runtime.elastic_workers(ComputeRecipe()) == (1, 8)
@@ -56,6 +56,24 @@ def test_without_gpus_there_is_an_actor_a_node(monkeypatch: pytest.MonkeyPatch) 
     assert runtime.pool_size(ComputeRecipe()) == 2
     assert runtime.actors_per_node(ComputeRecipe()) == 1
     assert runtime.actors_per_node(ComputeRecipe(actors=5)) == 3
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "begin"),
+    [
+        ([{"CPU": 3}, {"CPU": 3}], 2.0, 2),
+        ([{"CPU": 2}, {"CPU": 2}], 1.0, 2),
+        ([{"CPU": 1}, {"CPU": 1}], 1.0, 1),  # a second one would leave nothing to read with
+        ([{"CPU": 16}, {"CPU": 1}, {}], 2.0, 1),
+        ([{"CPU": 2}, {"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 1}], 1.0, 3),
+        ([{"CPU": 1, "GPU": 4}, {"CPU": 4}], 1.0, 1),
+    ],
+)
+def test_actors_begin_on_every_node_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], cpus: float, begin: int
+) -> None:
+    cluster(monkeypatch, *nodes)
+    assert runtime.encoder_pool(ComputeRecipe(cpus_per_actor=cpus))["compute"].initial_size == begin
 
 
 @pytest.mark.parametrize(

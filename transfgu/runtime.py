@@ -121,10 +121,14 @@ def possible_nodes() -> list[Nodes]:
     Raises:
         UserError: that variable can't be read.
     """
-    there = [{r: float(n["Resources"].get(r, 0)) for r in ("CPU", "GPU")} for n in ray.nodes() if n["Alive"]]
     told = _told_nodes(os.environ.get(NODES, ""))
     told_kinds = [nodes.resources for nodes in told]
-    return [*told, *(Nodes(node, 1) for node in there if node not in told_kinds)]
+    return [*told, *(node for node in _nodes_there() if node.resources not in told_kinds)]
+
+
+def _nodes_there() -> list[Nodes]:
+    living = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Nodes({r: float(node.get(r, 0)) for r in ("CPU", "GPU")}, 1) for node in living]
 
 
 def _told_nodes(text: str) -> list[Nodes]:
@@ -216,7 +220,23 @@ def check_satisfiable(compute: ComputeRecipe) -> None:
 
 def encoder_pool(compute: ComputeRecipe) -> dict[str, Any]:
     """Arguments of `Dataset.map_batches` for a pool of encoder actors."""
-    return {"compute": ActorPoolStrategy(min_size=1, max_size=pool_size(compute)), **actor_resources(compute)}
+    size = ActorPoolStrategy(min_size=1, max_size=pool_size(compute), initial_size=_first_actors(compute))
+    return {"compute": size, **actor_resources(compute)}
+
+
+def _first_actors(compute: ComputeRecipe) -> int:
+    """How many encoder actors begin at once: those that the nodes there can hold, beside one task that reads for them
+    and one that writes.
+
+    Left to grow, a pool gets its share of what CPUs Ray Data has not set aside for reading and writing: where an actor
+    takes more than a third of a node, that is not enough for one a node.
+    """
+    resources, nodes = actor_resources(compute), _nodes_there()
+    held = [_fit(node, resources["num_cpus"], resources["num_gpus"]) for node in nodes]
+    if not resources["num_gpus"]:
+        held = [min(1, actors) for actors in held]
+    room = int((sum(node.resources["CPU"] for node in nodes) - 2) / resources["num_cpus"] + 1e-9)
+    return max(1, min(pool_size(compute), sum(held), room))
 
 
 def training_workers(compute: ComputeRecipe) -> int:
