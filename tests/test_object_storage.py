@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_storage import Faults, faults
+from tests.gateway import Gateway
+from tests.test_storage import faults
 from transfgu import pipeline, storage
 from transfgu.artifacts import Run
 from transfgu.encoder import Encoder
@@ -100,7 +101,7 @@ def test_buckets_and_files_that_are_not_there(s3: str) -> None:
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_a_denied_key_ends_it_at_once(s3: str, faults: Faults) -> None:
+def test_a_denied_key_ends_it_at_once(s3: str, faults: Gateway) -> None:
     recipe = preset("folder").with_fields({"data": f"{s3}/data", "encoder.name": ENCODER, "encoder.weights": "random"})
     faults.pending = [403] * 9
     found = refusal(recipe, f"{s3}/run")

@@ -1,18 +1,15 @@
 """Storage: the same behaviour on a local tree and on S3, and one line for whatever goes wrong."""
 
-import http.client
 import os
 import subprocess
 import sys
-import threading
 import uuid
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
+from tests.gateway import Gateway
 from transfgu import storage
 from transfgu.errors import UserError
 
@@ -25,67 +22,9 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path) if request.param == "local" else f"memory://{uuid.uuid4().hex}"
 
 
-class Faults:
-    """A proxy before an S3 server that answers the next requests with faults: a status, or 0 to hang up."""
-
-    def __init__(self, target: str) -> None:
-        self.pending: list[int] = []
-        self.met = 0
-        self.asked: list[str] = []
-        faults = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_any(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                faults.asked.append(self.command)
-                if faults.pending:
-                    faults.met += 1
-                    self._fail(faults.pending.pop(0))
-                    return
-                upstream = http.client.HTTPConnection(urlsplit(target).netloc)
-                upstream.request(self.command, self.path, body, dict(self.headers))
-                answer = upstream.getresponse()
-                data = answer.read()
-                self.send_response(answer.status)
-                for name, value in answer.getheaders():
-                    if name.lower() not in ("transfer-encoding", "content-length", "connection", "date", "server"):
-                        self.send_header(name, value)
-                length = answer.getheader("Content-Length") if self.command == "HEAD" else None
-                self.send_header("Content-Length", length or str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def _fail(self, status: int) -> None:
-                if not status:
-                    self.close_connection = True
-                    return
-                code = {403: "AccessDenied", 503: "SlowDown"}[status]
-                data = b"" if self.command == "HEAD" else f"<Error><Code>{code}</Code></Error>".encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any  # noqa: N815
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()  # closed within 0.02 s
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
 @pytest.fixture
-def faults(s3: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    proxy = Faults(s3_endpoint)
+def faults(s3: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
+    proxy = Gateway(s3_endpoint)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
     yield proxy
     proxy.close()
@@ -206,11 +145,12 @@ def test_large_object_in_one_piece(s3: str) -> None:
 
 
 @pytest.mark.s3
-def test_an_image_takes_one_request_to_write_and_two_to_read(s3: str, faults: Faults) -> None:
+def test_an_image_takes_one_request_to_write_and_two_to_read(s3: str, faults: Gateway) -> None:
+    path = f"/{s3.removeprefix('s3://')}/image"
     storage.write_bytes(f"{s3}/image", os.urandom(300_000))
-    assert faults.asked == ["PUT"]
+    assert [asked.line for asked in faults.asked] == [f"PUT {path}"]
     assert len(storage.read_bytes(f"{s3}/image")) == 300_000
-    assert faults.asked[1:] == ["HEAD", "GET"]
+    assert [asked.line for asked in faults.asked[1:]] == [f"HEAD {path}", f"GET {path}"]
 
 
 @pytest.mark.s3
@@ -247,7 +187,7 @@ def test_another_process_finds_its_own_way(s3: str) -> None:
 
 
 @pytest.mark.s3
-def test_throttled_and_dropped_requests_are_tried_again(s3: str, faults: Faults) -> None:
+def test_throttled_and_dropped_requests_are_tried_again(s3: str, faults: Gateway) -> None:
     # The pauses double: one fault costs little where the third would cost seconds.
     faults.pending = [503, 0]
     storage.write_bytes(f"{s3}/x", b"patience")
@@ -259,7 +199,7 @@ def test_throttled_and_dropped_requests_are_tried_again(s3: str, faults: Faults)
 
 
 @pytest.mark.s3
-def test_checks_wait_for_an_endpoint_that_is_busy(s3: str, faults: Faults) -> None:
+def test_checks_wait_for_an_endpoint_that_is_busy(s3: str, faults: Gateway) -> None:
     storage.write_bytes(f"{s3}/x", b"1")
     faults.pending = [503] * 3
     storage.check_readable(f"{s3}/x")
@@ -269,7 +209,7 @@ def test_checks_wait_for_an_endpoint_that_is_busy(s3: str, faults: Faults) -> No
 
 
 @pytest.mark.s3
-def test_denial_is_one_line_without_a_second_try(s3: str, faults: Faults) -> None:
+def test_denial_is_one_line_without_a_second_try(s3: str, faults: Gateway) -> None:
     for action in (
         lambda: storage.check_readable(f"{s3}/x"),
         lambda: storage.check_writable(f"{s3}/x"),
@@ -277,14 +217,14 @@ def test_denial_is_one_line_without_a_second_try(s3: str, faults: Faults) -> Non
         lambda: storage.write_bytes(f"{s3}/x", b""),
         lambda: storage.list_files(f"{s3}/x"),
     ):
-        faults.met, faults.pending = 0, [403] * 9
+        before, faults.pending = faults.met, [403] * 9
         with pytest.raises(UserError) as caught:
             action()
         message = str(caught.value)
         assert f"{s3}/x" in message
         assert "access is denied: check the key's permissions for this bucket" in message
         assert "secret" not in message
-        assert faults.met <= 2
+        assert faults.met - before <= 2
 
 
 @pytest.mark.s3
