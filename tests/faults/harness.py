@@ -26,22 +26,23 @@ IMAGES = 128  # four parts
 EPOCHS = 4
 
 
-def write_data(folder: Path) -> Recipe:
-    """Pictures with labels in a folder, and a recipe for them that takes seconds."""
+def write_data(folder: Path, images: int = IMAGES, **fields: object) -> Recipe:
+    """Pictures with labels in a folder, and a recipe for them that takes seconds; `fields` are other than usual."""
     for kind in ("images", "labels"):
         (folder / kind).mkdir(parents=True)
-    for number in range(IMAGES):
+    for number in range(images):
         pixels = picture(number)
         Image.fromarray(pixels).save(folder / "images" / f"{number:03d}.png")
         Image.fromarray((pixels.mean(-1) > 110).astype(np.uint8)).save(folder / "labels" / f"{number:03d}.png")
-    return small(
-        folder,
-        stuff=3,
-        epochs=EPOCHS,
-        passes=4,
-        views=False,
-        **{"decoder.dropout": 0.0, "training.batch_size": 16},
-    )
+    usual = {
+        "stuff": 3,
+        "epochs": EPOCHS,
+        "passes": 4,
+        "views": False,
+        "decoder.dropout": 0.0,
+        "training.batch_size": 16,
+    }
+    return small(folder, **{**usual, **fields})
 
 
 def timed_run(recipe: Recipe, run: Run, until: str) -> float:

@@ -1,47 +1,19 @@
 """Whole runs by the command, as processes of their own, whose drivers are killed."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.faults.commands import output_of, train
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import assert_same, history, row
 from transfgu.artifacts import Run
-from transfgu.recipe import STAGES, Recipe
+from transfgu.recipe import STAGES
 
 pytestmark = [pytest.mark.long, pytest.mark.ray]
-
-ROOT = Path(__file__).parents[2]
-
-
-def train(recipe: Recipe, run: str, folder: Path) -> subprocess.Popen[str]:
-    """`python jobs/train.py` on the recipe, on an embedded cluster of its own."""
-    file = folder / "recipe.yaml"
-    file.write_text(recipe.to_yaml())
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "jobs" / "train.py"), "--recipe", str(file), "--run", run],
-        env={**os.environ, "RAY_TMPDIR": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def output_of(job: subprocess.Popen[str]) -> str:
-    try:
-        text, _ = job.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        job.kill()
-        raise
-    assert job.returncode == 0, text
-    return text
 
 
 def test_a_driver_killed_in_every_stage_and_run_again(

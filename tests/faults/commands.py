@@ -1,0 +1,37 @@
+"""Commands as processes of their own, as a user starts them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from transfgu.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def train(recipe: Recipe, run: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """`python jobs/train.py` on the recipe, on an embedded cluster of its own, whose logs go to `folder`."""
+    file = folder / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "train.py"), "--recipe", str(file), "--run", run],
+        env={**os.environ, "RAY_TMPDIR": str(folder), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def output_of(job: subprocess.Popen[str], seconds: float = 240) -> str:
+    """What it printed, once it has ended well."""
+    try:
+        told, _ = job.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        job.kill()
+        pytest.fail(f"still running after {seconds:.0f} s:\n{job.communicate()[0]}")
+    assert job.returncode == 0, told
+    return told
