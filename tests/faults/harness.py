@@ -26,23 +26,22 @@ IMAGES = 128  # four parts
 EPOCHS = 4
 
 
-def write_data(folder: Path, images: int = IMAGES, **fields: object) -> Recipe:
-    """Pictures with labels in a folder, and a recipe for them that takes seconds; `fields` are other than usual."""
+def write_data(folder: Path, images: int = IMAGES) -> Recipe:
+    """Pictures with labels in a folder, and a recipe for them that takes seconds."""
     for kind in ("images", "labels"):
         (folder / kind).mkdir(parents=True)
     for number in range(images):
         pixels = picture(number)
         Image.fromarray(pixels).save(folder / "images" / f"{number:03d}.png")
         Image.fromarray((pixels.mean(-1) > 110).astype(np.uint8)).save(folder / "labels" / f"{number:03d}.png")
-    usual = {
-        "stuff": 3,
-        "epochs": EPOCHS,
-        "passes": 4,
-        "views": False,
-        "decoder.dropout": 0.0,
-        "training.batch_size": 16,
-    }
-    return small(folder, **{**usual, **fields})
+    return small(
+        folder,
+        stuff=3,
+        epochs=EPOCHS,
+        passes=4,
+        views=False,
+        **{"decoder.dropout": 0.0, "training.batch_size": 16},
+    )
 
 
 def timed_run(recipe: Recipe, run: Run, until: str) -> float:

@@ -146,13 +146,14 @@ def assert_nothing_made_twice(done: Done) -> None:
 @pytest.fixture(scope="module")
 def bucket(s3_endpoint: str) -> Iterator[Bucket]:
     folder = Path(tempfile.mkdtemp(prefix="tf-", dir="/tmp"))  # short, as Ray's sockets will lie in it
-    recipe = write_data(folder, IMAGES, epochs=EPOCHS)
+    recipe = write_data(folder, IMAGES)
     uri = f"s3://transfgu-{uuid.uuid4().hex[:12]}"
     boto3.client("s3").create_bucket(Bucket=uri.removeprefix("s3://"))
     for file in (f for f in folder.rglob("*") if f.is_file()):
         storage.write_bytes(storage.join(uri, str(file.relative_to(folder))), file.read_bytes())
     places = {"data": "images", "labels": "labels", "encoder.weights": "encoder.safetensors"}
-    recipe = recipe.with_fields({field: storage.join(uri, name) for field, name in places.items()})
+    fields = {field: storage.join(uri, name) for field, name in places.items()}
+    recipe = recipe.with_fields({**fields, "epochs": EPOCHS})
     yield Bucket(uri, recipe, s3_endpoint, folder)
     shutil.rmtree(folder)
 
