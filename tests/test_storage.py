@@ -5,6 +5,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -188,7 +189,6 @@ def test_another_process_finds_its_own_way(s3: str) -> None:
 
 @pytest.mark.s3
 def test_throttled_and_dropped_requests_are_tried_again(s3: str, faults: Gateway) -> None:
-    # The pauses double: one fault costs little where the third would cost seconds.
     faults.pending = [503, 0]
     storage.write_bytes(f"{s3}/x", b"patience")
     faults.pending = [0]
@@ -196,6 +196,15 @@ def test_throttled_and_dropped_requests_are_tried_again(s3: str, faults: Gateway
     faults.pending = [503]
     assert storage.list_files(s3) == [f"{s3}/x"]
     assert faults.met == 4
+
+
+@pytest.mark.s3
+def test_many_requests_at_once_are_each_tried_again(s3: str, faults: Gateway) -> None:
+    storage.write_bytes(f"{s3}/x", b"patience")
+    faults.pending = [0] * 112  # the SDK's "standard" strategy repeats a hundred for a whole process
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(storage.read_bytes, [f"{s3}/x"] * 16)) == [b"patience"] * 16
+    assert faults.met == 112
 
 
 @pytest.mark.s3

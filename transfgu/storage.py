@@ -20,7 +20,8 @@ import pyarrow.fs as pafs
 
 from transfgu.errors import UserError
 
-_ATTEMPTS = 9  # the pauses double from a second to 20 at most: a minute or so before an endpoint is given up
+_ATTEMPTS = 11  # the pauses double from 50 ms: most of a minute before an endpoint is given up
+_BOTO_ATTEMPTS = 9  # its pauses double from half a second to 20, on average: as long
 _CHECK_ATTEMPTS = 2  # a check before work starts should fail while the user still looks
 _PARTIAL = ".partial"
 
@@ -279,7 +280,7 @@ def _create_s3(uri: str, data: bytes) -> bool:
 
     filesystem(uri)  # says in one line what is wrong with the credentials, and sets what other servers need
     bucket, _, key = uri.partition("://")[2].partition("/")
-    config = botocore.config.Config(retries={"max_attempts": _ATTEMPTS, "mode": "standard"})
+    config = botocore.config.Config(retries={"max_attempts": _BOTO_ATTEMPTS, "mode": "standard"})
     try:
         boto3.client("s3", config=config).put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
         return True
@@ -465,7 +466,8 @@ def _s3(bucket: str, attempts: int) -> Any:
             access_key=access_key,
             secret_key=secret_key,
             session_token=token,
-            retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+            # The "standard" strategy has one budget for all requests of a process: many at once would soon spend it.
+            retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=attempts),
             allow_delayed_open=True,  # small objects go by one request, not by an upload of parts
             connect_timeout=5,
             request_timeout=60,
