@@ -216,6 +216,12 @@ class ComputeRecipe:
         1.0, "share of a GPU that an encoder actor or a training worker holds, where there are GPUs", "GPUs"
     )
     cpus_per_actor: float = _field(1.0, "CPUs that an encoder actor or a training worker holds", "CPUs")
+    resize_seconds: float = _field(
+        60.0,
+        "how often training looks for nodes that came; where there are some it begins the epoch in hand again, with "
+        "more workers",
+        "seconds",
+    )
     resident_gib: float = _field(
         1.0,
         "what a training worker keeps in memory of its images, decoded, if they are no larger; else they pass by anew "
@@ -227,7 +233,7 @@ class ComputeRecipe:
     )
 
     def __post_init__(self) -> None:
-        for name in ("workers", "actors", "resident_gib"):
+        for name in ("workers", "actors", "resident_gib", "resize_seconds"):
             _check(getattr(self, name) >= 0, f"compute.{name} must not be negative, not {getattr(self, name)}")
         _check(
             self.gpus_per_actor > 0 and self.cpus_per_actor > 0,

@@ -29,7 +29,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from ray.data import DataContext
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,6 +50,7 @@ from transfgu.pretraining import (
 from transfgu.progress import Progress
 from transfgu.recipe import ComputeRecipe, PretrainingRecipe
 from transfgu.stages.board import put_up, watched
+from transfgu.stages.gradients import process_group
 from transfgu.tokens import use_cores
 
 SHAPES = "shapes"
@@ -316,7 +317,7 @@ def _fit(job: PretrainingJob, prepared: Prepared, compute: ComputeRecipe, progre
             use_gpu=resources["num_gpus"] > 0,
             resources_per_worker={"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]},
         ),
-        torch_config=TorchConfig(backend="nccl" if resources["num_gpus"] >= 1 else "gloo"),
+        torch_config=process_group(resources["num_gpus"]),
         run_config=RunConfig(
             # Another recipe or other images must not go on from these weights.
             name=f"pretraining-{job.digest()}",

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from transfgu import ingest, runtime, storage, tracking
 from transfgu.artifacts import Outcome, Run
@@ -27,6 +27,7 @@ from transfgu.recipe import Recipe
 from transfgu.stages import checkpoints, samples
 from transfgu.stages.board import ATTEMPTS, Status, put_up, watched
 from transfgu.stages.deaths import Deaths
+from transfgu.stages.gradients import process_group
 from transfgu.stages.training_loop import Job, work
 
 MODEL = "model.safetensors"
@@ -159,9 +160,9 @@ def fit(
             num_workers=runtime.elastic_workers(recipe.compute),  # type: ignore[arg-type]  # Ray takes pairs, too
             use_gpu=resources["num_gpus"] > 0,
             resources_per_worker={"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]},
+            elastic_resize_monitor_interval_s=recipe.compute.resize_seconds,  # type: ignore[call-arg]  # and this
         ),
-        # NCCL refuses two workers on one GPU.
-        torch_config=TorchConfig(backend="nccl" if resources["num_gpus"] >= 1 else "gloo"),
+        torch_config=process_group(resources["num_gpus"]),
         run_config=RunConfig(
             name=name,
             storage_path=root,
