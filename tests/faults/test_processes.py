@@ -106,7 +106,10 @@ def test_the_state_of_kmeans_cut_short(undisturbed: Undisturbed, tmp_path: Path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a file system of a certain size is mounted by root alone")
-@pytest.mark.parametrize(("stage", "kilobytes"), [("features", 150), ("pseudo_labels", 60), ("training", 500)])
+@pytest.mark.parametrize(
+    ("stage", "kilobytes"),
+    [("features", 150), ("concepts", 16), ("pseudo_labels", 60), ("training", 500), ("evaluation", 16)],
+)
 def test_a_full_disk(undisturbed: Undisturbed, tmp_path: Path, stage: str, kilobytes: int) -> None:
     mounted = tmp_path / "disk"
     mounted.mkdir()
@@ -122,7 +125,8 @@ def test_a_full_disk(undisturbed: Undisturbed, tmp_path: Path, stage: str, kilob
         subprocess.run(["mount", "-o", "remount,size=64m", str(mounted)], check=True)
         seconds = timed_run(undisturbed.recipe, run, stage)
         assert_same(run, undisturbed.run, stage)
-        kept = f"nothing of {len(before)} parts" if stage != "training" else "epochs without a checkpoint"
-        row("disk full, then room made", stage, "one line; run again it goes on", seconds, kept)
+        whole = "the epochs without a checkpoint" if stage == "training" else "the stage"
+        repeated = f"none of the {len(before)} parts that were there" if before else whole
+        row("disk full, then room made", stage, "one line; run again it goes on", seconds, repeated)
     finally:
         subprocess.run(["umount", "-l", str(mounted)], check=True)
