@@ -1,0 +1,46 @@
+"""A run beside an object store of which little is free: `python small_store.py RECIPE RUN HELD`, a process of its own.
+
+HELD bytes of the store are an array that this process looks at the whole time, which Ray can't spill therefore: what
+has to make room is the stages' own. Printed last, as JSON: for each stage what was spilled and restored, in bytes, and
+its seconds.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import ray
+from ray._private.internal_api import get_memory_info_reply
+from ray._private.state import state
+
+from transfgu import pipeline, runtime
+from transfgu.artifacts import Run
+from transfgu.recipe import STAGES, from_yaml
+
+
+def moved() -> tuple[int, int]:
+    """Bytes that Ray has spilled and restored so far."""
+    stats = get_memory_info_reply(state).store_stats
+    return stats.spilled_bytes_total, stats.restored_bytes_total
+
+
+def main(recipe_file: str, uri: str, held: str) -> None:
+    """Run stage by stage."""
+    recipe, found = from_yaml(Path(recipe_file).read_text()), {}
+    runtime.connect()
+    looked_at = ray.get(ray.put(np.full(int(held), 7, np.uint8)))
+    for stage in STAGES:
+        before, started = moved(), time.monotonic()
+        pipeline.run_stages(recipe, Run(uri), until=stage, quiet=True)
+        spilled, restored = (now - then for now, then in zip(moved(), before, strict=True))
+        found[stage] = {"spilled": spilled, "restored": restored, "seconds": time.monotonic() - started}
+    assert (looked_at == 7).all()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
