@@ -103,10 +103,11 @@ def run(command: list[str], nodes: int) -> int:
         signal.signal(signal.SIGINT, lambda *_: None)
         _join(port, head, log)
         ended = threading.Event()
-        teller = threading.Thread(target=_tell_nodes, args=(ended,))
+        teller = threading.Thread(target=_tell_nodes, args=(ended,), daemon=True)
         teller.start()
         try:
-            return subprocess.run(command, check=False).returncode
+            status = subprocess.run(command, check=False).returncode
+            return status if status >= 0 else 128 - status  # ended by a signal: as a shell says it
         except OSError as error:
             sys.exit(f"can't run {command[0]}: {error.strerror}")
         finally:
