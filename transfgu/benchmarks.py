@@ -172,7 +172,8 @@ class Bare:
         """A step with a teacher, its encoder forward included, beside that forward alone; images are in memory."""
         self._use_cores()
         loop = self._loop(batch)
-        images = loop.views(0)[0]
+        images, maps = loop.views(0)
+        tokens = self._tokens(images)
         with _Peak(self.device) as peak:
             ours, bound = in_turns(
                 lambda: self._seconds(lambda: loop.step(self._tokens(images), loop.views(0)[1])),
@@ -187,7 +188,8 @@ class Bare:
             ours=ours,
             bound=bound,
             peak_bytes=peak.bytes,
-            flops=_flops(lambda: loop.step(self._tokens(images), loop.views(0)[1])),
+            # Only this thread's are counted, and on CPUs the encoder has others: the bare forward stands for it.
+            flops=_flops(lambda: self._bare_forward(images)) + _flops(lambda: loop.step(tokens, maps)),
         )
 
     def training_loop(self, batch: int, steps: int) -> float:
