@@ -21,7 +21,7 @@ def drawn(q: Tensor, k: Tensor, dropout: float, seed: int) -> Tensor:
     return dropped_attention(q, k, one_by_one, dropout)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(
     st.integers(0, 2**31), st.integers(1, 2), st.integers(1, 2), st.integers(1, 5), st.integers(1, 3), st.floats(0, 0.9)
 )
@@ -61,8 +61,8 @@ def test_it_is_timms_attention_but_for_the_draws() -> None:
     tokens = torch.randn(2, 7, 24)
     torch.testing.assert_close(ours.eval()(tokens), theirs.eval()(tokens), rtol=0, atol=0)
     ours.train()
-    mean = torch.stack([ours(tokens) for _ in range(1500)]).mean(0)
-    torch.testing.assert_close(mean, theirs(tokens), rtol=0, atol=0.03)
+    mean = torch.stack([ours(tokens) for _ in range(1000)]).mean(0)
+    torch.testing.assert_close(mean, theirs(tokens), rtol=0, atol=0.04)
 
 
 def test_draws_follow_the_generator() -> None:

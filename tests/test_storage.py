@@ -202,8 +202,8 @@ def test_throttled_and_dropped_requests_are_tried_again(s3: str, faults: Gateway
 def test_many_requests_at_once_are_each_tried_again(s3: str, faults: Gateway) -> None:
     storage.write_bytes(f"{s3}/x", b"patience")
     faults.pending = [0] * 112  # the SDK's "standard" strategy repeats a hundred for a whole process
-    with ThreadPoolExecutor(16) as pool:
-        assert list(pool.map(storage.read_bytes, [f"{s3}/x"] * 16)) == [b"patience"] * 16
+    with ThreadPoolExecutor(28) as pool:
+        assert list(pool.map(storage.read_bytes, [f"{s3}/x"] * 28)) == [b"patience"] * 28
     assert faults.met == 112
 
 
