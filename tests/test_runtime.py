@@ -1,6 +1,8 @@
 """What is asked of a cluster: by what it may come to have, not only by what is there."""
 
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,10 +27,16 @@ def test_a_cluster_is_joined_where_it_is_named_alone(monkeypatch: pytest.MonkeyP
     asked: list[dict[str, Any]] = []
     monkeypatch.setenv("RAY_ADDRESS", named)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **how: asked.append(how))
+    monkeypatch.setattr(ray, "init", lambda **how: asked.append({**how, "path": os.environ["PYTHONPATH"]}))
+    monkeypatch.setenv("PYTHONPATH", "/theirs")
     runtime.connect()
     assert asked[0]["address"] == joined
     assert ("num_cpus" in asked[0]) == (joined == "local")
+    # Processes that Ray starts in advance serve only who has no runtime environment: here the rest is inherited.
+    assert (asked[0]["runtime_env"] is None) == (joined == "local")
+    ours = str(Path(runtime.__file__).parents[1])
+    assert asked[0]["path"] == (os.pathsep.join([ours, "/theirs"]) if joined == "local" else "/theirs")
+    assert os.environ["PYTHONPATH"] == "/theirs"
 
 
 def test_pools_grow_with_what_an_autoscaler_may_add(monkeypatch: pytest.MonkeyPatch) -> None:

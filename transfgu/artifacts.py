@@ -14,6 +14,11 @@ from transfgu import storage
 from transfgu.errors import UserError
 from transfgu.recipe import Recipe
 
+MODEL = "model.safetensors"
+"""The run's decoder, in the run's folder: of the best epoch, or of the last where no validation image is labelled."""
+LAST = "last.safetensors"
+"""The decoder of the last epoch, in the training artefact."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:

@@ -29,7 +29,6 @@ from transfgu.recipe import Protocol, Recipe
 from transfgu.segmenter import winners
 from transfgu.stages import samples
 from transfgu.stages.pseudo_labels import load_centroids
-from transfgu.stages.training import labelled_images
 from transfgu.tokens import PatchTokens
 
 _TOKENS = 1 << 18  # patch tokens of training images that K-Means and the probe see at most: 100 MB of width 96
@@ -67,7 +66,7 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
     if len(labelled):
         predictors["linear probe, supervised"] = _linear_probe(recipe, encode, labelled)
     confusions = {name: np.zeros((recipe.classes, recipe.classes), np.int64) for name in predictors}
-    for images, labels in _labelled(recipe, labelled_images(recipe, run), recipe.evaluation.protocol):
+    for images, labels in _labelled(recipe, samples.labelled(recipe, run), recipe.evaluation.protocol):
         for name, predict in predictors.items():
             for maps, label in zip(predict(images), labels, strict=True):
                 predicted = winners(maps, (label.shape[0], label.shape[1])).cpu().numpy()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transfgu import datasets, run_lock, storage, tracking
-from transfgu.artifacts import Manifest, Outcome, Run
+from transfgu.artifacts import MODEL, Manifest, Outcome, Run
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
 from transfgu.progress import Progress
@@ -237,13 +237,13 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
         UserError: no decoder, no labels, or a decoder of other classes.
     """
     from transfgu import runtime
-    from transfgu.stages import evaluation, training
+    from transfgu.stages import evaluation, samples
 
-    decoder = recipe.decoder.weights or (run.file(training.MODEL) if run else "")
+    decoder = recipe.decoder.weights or (run.file(MODEL) if run else "")
     if not decoder:
         raise UserError("what should be evaluated? give --run URI, or a PRESET with --data and --decoder.weights")
     if run:
-        rows = training.labelled_images(recipe, run)
+        rows = samples.labelled(recipe, run)
     else:
         datasets.preflight(recipe)
         rows = datasets.list_samples(recipe, "validation")

@@ -57,27 +57,44 @@ def connect(*, verbose: bool = False, setup_hook: Callable[[], None] | None = No
     level = logging.INFO if verbose else logging.ERROR
     address = os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = {}
-    environment: dict[str, Any] = {"env_vars": {n: os.environ[n] for n in _ENVIRONMENT}}
-    if not address:
+    environment: dict[str, Any] = {}
+    if address:
+        environment["env_vars"] = {n: os.environ[n] for n in _ENVIRONMENT}
+    else:
         # Twice the cores: decoding tasks are short, and a stage's actors must fit beside them on the smallest laptop.
         local = {"num_cpus": max(4, 2 * (os.cpu_count() or 1)), "include_dashboard": False}
         # Its ports are open to this machine alone, as Ray has them where there can't be a cluster (macOS).
         ray_constants.ENABLE_RAY_CLUSTER = False
-        # Workers of this machine find the package as this process did, from a clone that is not installed, too.
-        paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-        environment["env_vars"]["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if setup_hook:
         environment["worker_process_setup_hook"] = setup_hook
-    with nullcontext() if verbose else _no_stderr():
+    with nullcontext() if verbose else _no_stderr(), nullcontext() if address else _workers_find_the_package():
         ray.init(
             # Left to itself Ray joins whatever cluster this machine has a trace of.
             address=address or "local",
             log_to_driver=verbose,
             logging_level=level,
-            runtime_env=environment,
+            runtime_env=environment or None,
             **local,
         )
     quiet(verbose=verbose)
+
+
+@contextmanager
+def _workers_find_the_package() -> Iterator[None]:
+    """Processes of a cluster that starts meanwhile find it as this one did, from a clone that is not installed, too.
+
+    They inherit this as they do the rest of the environment. Said in a `runtime_env`, the processes that Ray starts in
+    advance would be of no use, for they have none.
+    """
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), before]))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from transfgu import datasets, model_card, storage
-from transfgu.artifacts import Run
+from transfgu.artifacts import MODEL, Run
 from transfgu.datasets import images
 from transfgu.decoder import MaskDecoder
 from transfgu.errors import BadInput, UserError
@@ -37,7 +37,6 @@ _AT_ONCE = 16  # images that go through the encoder together
 _NUMBERS = 1 << 24  # logits held at the image's own size: 64 MiB, however large the image
 _BESIDE = "run:"  # of encoder.weights: a file in the model's own folder
 _ENCODER = "encoder.safetensors"
-_MODEL = "model.safetensors"
 _SCORES = "evaluation/scores.json"
 
 
@@ -213,7 +212,7 @@ class Segmenter(ModelHubMixin):
         described = {"patch_size": str(encoder.patch_size), "num_heads": str(encoder.num_heads)}
         tensors = {name: tensor.contiguous() for name, tensor in encoder.vit.state_dict().items()}
         safetensors.torch.save_file(tensors, save_directory / _ENCODER, described)
-        safetensors.torch.save_file(self.decoder.state_dict(), save_directory / _MODEL)
+        safetensors.torch.save_file(self.decoder.state_dict(), save_directory / MODEL)
         if self.scores is not None:
             (save_directory / _SCORES).parent.mkdir(exist_ok=True)
             (save_directory / _SCORES).write_text(json.dumps(self.scores, indent=1))
@@ -297,7 +296,7 @@ def run_recipe(run: Run) -> Recipe:
 def model_file(uri: str) -> str:
     """URI of the decoder that a run is shown, and predicts, by: other weights than its own where it scored such."""
     run = Run(uri)
-    return run_recipe(run).decoder.weights or run.file(_MODEL)
+    return run_recipe(run).decoder.weights or run.file(MODEL)
 
 
 def _read_scores(run: Run) -> Mapping[str, Any] | None:

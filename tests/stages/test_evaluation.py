@@ -18,8 +18,7 @@ from transfgu.errors import UserError
 from transfgu.metrics import scores
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe
-from transfgu.stages import evaluation
-from transfgu.stages.training import labelled_images
+from transfgu.stages import evaluation, samples
 
 QUIET = Progress("evaluation", quiet=True)
 
@@ -57,7 +56,7 @@ def counted(recipe: Recipe, made: MadeRun, weights: str, names: list[str], *, ow
 
 def counted_here(recipe: Recipe, decoders: dict[str, str], made: MadeRun) -> dict[str, np.ndarray]:
     """What the stage's reader and actor count of all images, without Ray around them."""
-    rows = labelled_images(recipe, made.run)
+    rows = samples.labelled(recipe, made.run)
     batch = ingest.read_labelled_rows(rows, recipe=recipe, protocol=recipe.evaluation.protocol)
     counts = evaluation.Count(recipe, list(decoders.values()), 1)(batch)
     assert counts["images"] == [5]

@@ -289,7 +289,7 @@ class _Bench:
         decoder = MaskDecoder(self._width, how.classes, num_heads=self._heads, depth=how.decoder.depth)
         weights = self._run.file("decoder.safetensors")
         storage.write_bytes(weights, safetensors.torch.save(decoder.state_dict()))
-        rows = training.labelled_images(how, self._run)
+        rows = samples.labelled(how, self._run)
         if not len(rows):
             raise UserError("evaluation needs labels: leave out --data, or give data that have some")
         rows = rows.take(np.arange(3 * self._images) % len(rows))

@@ -19,15 +19,14 @@ from jaxtyping import Int
 from ray.data import DataContext
 
 from transfgu import ingest, runtime, storage
-from transfgu.artifacts import LeftOut, Outcome, Run
+from transfgu.artifacts import LAST, MODEL, LeftOut, Outcome, Run
 from transfgu.decoder import MaskDecoder
 from transfgu.errors import UserError
 from transfgu.metrics import Scores, confusion_matrix, scores
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe
 from transfgu.segmenter import winners
-from transfgu.stages import bottleneck, parts
-from transfgu.stages.training import LAST, MODEL, labelled_images
+from transfgu.stages import bottleneck, parts, samples
 from transfgu.tokens import PatchTokens, use_cores
 from transfgu.weight_files import read_weights
 
@@ -60,7 +59,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     Raises:
         UserError: no trained decoder, or one of another recipe; more bad labels than `dataset.max_bad_share`.
     """
-    artifact, rows = run.artifact("evaluation"), labelled_images(recipe, run)
+    artifact, rows = run.artifact("evaluation"), samples.labelled(recipe, run)
     decoders = {"model": run.file(MODEL), "last": run.artifact("training").file(LAST)}
     if recipe.decoder.weights:
         decoders = {"model": recipe.decoder.weights}

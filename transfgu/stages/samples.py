@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 from jaxtyping import UInt8
@@ -60,6 +61,15 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         left_out=tuple(x for listing in listings.values() for x in listing.left_out),
         details=details,
     )
+
+
+def labelled(recipe: Recipe, run: Run) -> pa.Table:
+    """The validation images that have labels: `index`, `name`, `image` (URI), `label` (URI)."""
+    found = load(run, "validation")
+    wanted = pc.is_valid(found["label"])
+    if recipe.dataset.curated:
+        wanted = pc.and_(wanted, found["curated"])
+    return found.filter(wanted).select(["index", "name", "image", "label"])
 
 
 def load(run: Run, split: str) -> pa.Table:

@@ -92,7 +92,7 @@ def tabulate(recipe: Recipe, uri: str) -> Tables:
     """
     run = SharedRun(uri, recipe)
     folder = run.artifact("pseudo_labels")
-    images, labelled = training.training_images(run), training.labelled_images(recipe, run)
+    images, labelled = training.training_images(run), samples.labelled(recipe, run)
     if not len(images):
         raise UserError(f"{folder.uri} holds no pseudo label: delete that folder to make them anew")
     validation = samples.load(run, "validation").select(["image"])
@@ -208,11 +208,7 @@ def run(search: Search, progress: Progress, *, quiet: bool = False, verbose: boo
             "skipped": stage not in computed,
             **manifest.outcome.details,
         }
-    if (
-        "samples" in shared
-        and search.objective == "mean_iou"
-        and not len(training.labelled_images(search.recipe, home))
-    ):
+    if "samples" in shared and search.objective == "mean_iou" and not len(samples.labelled(search.recipe, home)):
         raise UserError(
             "--objective mean_iou needs labels, and no validation image has one: use --objective label_free"
         )

@@ -12,14 +12,13 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from transfgu import ingest, runtime, storage, tracking
-from transfgu.artifacts import Outcome, Run
+from transfgu.artifacts import LAST, MODEL, Outcome, Run
 from transfgu.errors import UserError
 from transfgu.metrics import merit
 from transfgu.progress import Progress
@@ -30,11 +29,6 @@ from transfgu.stages.deaths import Deaths
 from transfgu.stages.gradients import process_group
 from transfgu.stages.training_loop import Job, work
 
-MODEL = "model.safetensors"
-"""The run's decoder, in the run's folder: of the best epoch, or of the last where no validation image is labelled."""
-LAST = "last.safetensors"
-"""The decoder of the last epoch, in the training artefact."""
-
 
 def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     """Train the decoder on the pseudo labels; writes `model.safetensors`, `training/last.safetensors`, `history.json`.
@@ -43,7 +37,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         UserError: no image has a pseudo label, the loss is not finite, an image is no longer there.
     """
     artifact = run.artifact("training")
-    images, validation = training_images(run), labelled_images(recipe, run)
+    images, validation = training_images(run), samples.labelled(recipe, run)
     if not len(images):
         raise UserError(
             f"{run.artifact('pseudo_labels').uri} holds no pseudo label: delete that folder to make them anew"
@@ -78,15 +72,6 @@ def training_images(run: Run) -> pa.Table:
     return maps.append_column("image", found).drop_columns("index")
 
 
-def labelled_images(recipe: Recipe, run: Run) -> pa.Table:
-    """The validation images that have labels: `index`, `name`, `image` (URI), `label` (URI)."""
-    found = samples.load(run, "validation")
-    wanted = pc.is_valid(found["label"])
-    if recipe.dataset.curated:
-        wanted = pc.and_(wanted, found["curated"])
-    return found.filter(wanted).select(["index", "name", "image", "label"])
-
-
 def write_table(uri: str, table: pa.Table) -> None:
     """Write a small Parquet file in one piece."""
     sink = pa.BufferOutputStream()
@@ -113,7 +98,7 @@ def fit(
     Args:
         recipe: what to train; `compute` says by how many workers.
         images: URI of the table of :func:`training_images`.
-        validation: URI of the table of :func:`labelled_images`; empty: no scores.
+        validation: URI of the table of :func:`samples.labelled`; empty: no scores.
         folder: URI under which Ray keeps the training's state.
         progress: told of steps and epochs.
         pictures: URI of a folder for a picture of each epoch, of what the student makes of a few images.
