@@ -12,6 +12,7 @@ sudo chown "$USER" /mnt/spill
 
 cd ~/transfgu
 if ! cmp --silent constraints.txt ~/venv/constraints.txt; then
+  cloud-init status --wait >/dev/null || true # a new machine installs things of its own at first, and locks apt
   sudo apt-get update --quiet=2
   sudo DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --no-install-recommends python3-venv
   python3 -m venv ~/venv

@@ -71,6 +71,7 @@ def ray_cluster(s3_environment: str) -> Iterator[None]:
     from transfgu import runtime
 
     runtime.connect(setup_hook=worker_coverage.start if worker_coverage.wanted() else None)
+    runtime._embedded = False  # stages should pass through Ray, however little there is for them
     yield
     ray.shutdown()
 

@@ -117,6 +117,11 @@ def test_the_whole_method_and_again_nothing(tmp_path: Path, capsys: pytest.Captu
         kept = ("recipe.yaml", "metrics.json", "report.html")
         return {str(p): p.stat().st_mtime_ns for p in Path(run.uri).rglob("*") if p.is_file() and p.name not in kept}
 
+    # One of its stages again, for another recipe or for this one, leaves the run what it is.
+    with pytest.raises(UserError, match=r"training holds another recipe's work, differing in training\.omega_1"):
+        pipeline.run_stages(recipe.with_fields({"omega_1": 0.5}), run, until="concepts")
+    assert pipeline.run_stages(recipe, run, until="concepts")["mean_iou"] == metrics["mean_iou"]
+
     before = state()
     capsys.readouterr()
     again = pipeline.run_stages(recipe, run)

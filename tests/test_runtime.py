@@ -27,6 +27,7 @@ def test_a_cluster_is_joined_where_it_is_named_alone(monkeypatch: pytest.MonkeyP
     asked: list[dict[str, Any]] = []
     monkeypatch.setenv("RAY_ADDRESS", named)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(runtime, "_embedded", None)
     monkeypatch.setattr(ray, "init", lambda **how: asked.append({**how, "path": os.environ["PYTHONPATH"]}))
     monkeypatch.setenv("PYTHONPATH", "/theirs")
     runtime.connect()
@@ -37,6 +38,11 @@ def test_a_cluster_is_joined_where_it_is_named_alone(monkeypatch: pytest.MonkeyP
     ours = str(Path(runtime.__file__).parents[1])
     assert asked[0]["path"] == (os.pathsep.join([ours, "/theirs"]) if joined == "local" else "/theirs")
     assert os.environ["PYTHONPATH"] == "/theirs"
+    # A single block of work is done here where nobody else could do it sooner.
+    cluster(monkeypatch, {"CPU": 4})
+    assert runtime.works_here() == (joined == "local")
+    cluster(monkeypatch, {"CPU": 4, "GPU": 1})
+    assert not runtime.works_here()
 
 
 def test_pools_grow_with_what_an_autoscaler_may_add(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,8 +111,12 @@ def test_unwritable_and_unreadable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("zzz://a:b@host/x", "can't open zzz://host/x: Protocol not known: zzz"),
+        ("zzz://a@host/x", "can't open zzz://host/x: Protocol not known: zzz"),
         ("s3://key:secret@bucket/x", "s3://bucket/x must read s3://bucket/path, without credentials in it"),
+        (
+            "ftp://me:p@ss@host/x",
+            "ftp://host/x must not hold a password: set FSSPEC_FTP_USERNAME and FSSPEC_FTP_PASSWORD instead",
+        ),
         ("s3://", "s3:// must read s3://bucket/path, without credentials in it"),
     ],
 )

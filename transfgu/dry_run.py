@@ -66,9 +66,9 @@ def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool
     """
     recipe = pipeline.preflight(recipe, run)
     stages = pipeline.stages_until(until)
-    complete = {stage: run.artifact(stage).check(recipe) for stage in stages}
+    complete = pipeline.check_artifacts(recipe, run)
     runtime.connect(verbose=verbose)
-    runtime.check_shared(run.uri)
+    pipeline.check_shared(recipe, run)
     held = runtime.actor_resources(recipe.compute)
     counts = _counts(recipe, run if complete["samples"] else None)
     encode = PatchTokens(recipe.encoder, runtime.device())

@@ -25,6 +25,7 @@ from transfgu.errors import UserError
 
 CHUNK = 1024  # rows; with 384 columns a chunk is 1.5 MB, and the sums find in cache what the assignment read
 _GPU_CHUNK = 8192  # rows; on a GPU each chunk costs a transfer and a launch
+_BLOCK = 16  # chunks whose bounds are looked at together: threads wait for each other at every call that Python makes
 _STARTS = 8
 _START_ITERATIONS = 5
 _SEED_CANDIDATES = 4
@@ -130,24 +131,24 @@ class Shard(Shards):
     """
 
     def __init__(self, pieces: Sequence[ndarray], threads: int | None = None, gpu: bool = False) -> None:
-        step = _GPU_CHUNK if gpu else CHUNK
+        self._step = _GPU_CHUNK if gpu else CHUNK
+        block = _BLOCK * CHUNK
         arrays = [np.ascontiguousarray(p, np.float32) for p in pieces]
-        self._chunks = [a[i : i + step] for a in arrays for i in range(0, len(a), step)]
-        self._starts = np.cumsum([0, *map(len, self._chunks)])
-        self._labels = [np.full(len(c), -1, np.int32) for c in self._chunks]
+        self._blocks = [a[i : i + block] for a in arrays for i in range(0, len(a), block)]
+        self._starts = np.cumsum([0, *map(len, self._blocks)])
+        self._labels = [np.full(len(b), -1, np.int32) for b in self._blocks]
         # Of each row: a distance that its centroid is not beyond, and one that no other centroid is within.
-        self._bounds = [np.empty((2, len(c)), np.float32) for c in self._chunks]
+        self._bounds = [np.empty((2, len(b)), np.float32) for b in self._blocks]
         self._gpu = _gpu_resources() if gpu else None
         self._threads = 1 if gpu else threads or cores()
-        # Chunks are shared out to Python threads, each a single OpenMP thread: what is found of a row must not depend
+        # Blocks are shared out to Python threads, each a single OpenMP thread: what is found of a row must not depend
         # on how many there are, and no core waits for another at the end of every chunk.
         self._pool = ThreadPoolExecutor(self._threads, initializer=faiss.omp_set_num_threads, initargs=(1,))
         self.rows = int(self._starts[-1])
-        extremes = [x for low_high in self._pool.map(_extremes, self._chunks) for x in low_high]
-        self.largest = float(np.abs(extremes).max(initial=0))  # keeps NaN
-        squares = list(self._pool.map(_squares, self._chunks))
-        self._reach = [float(s.max(initial=0)) for s in squares]
-        self._squares = float(sum(s.sum() for s in squares))
+        measures = np.array([*self._pool.map(_measure, self._blocks)]).reshape(-1, 3)
+        self.largest = float(measures[:, 0].max(initial=0))  # keeps NaN
+        self._reach = measures[:, 1]
+        self._squares = float(measures[:, 2].sum())
         # Of the latest pass; its grid is None where there was none.
         self._grid: Grid | None = None
         self._centroids = np.empty((0, 0))
@@ -156,7 +157,7 @@ class Shard(Shards):
     def take(self, rows: Int[ndarray, " n"]) -> Float32[ndarray, "n d"]:
         """The rows of these numbers, which count from 0 at this shard's first."""
         owners = np.searchsorted(self._starts, rows, side="right") - 1
-        return np.stack([self._chunks[c][r - self._starts[c]] for c, r in zip(owners, rows, strict=True)])
+        return np.stack([self._blocks[b][r - self._starts[b]] for b, r in zip(owners, rows, strict=True)])
 
     def assign(self, centroids: Float32[ndarray, "k d"], grid: Grid) -> Assignment:
         """One pass over all rows."""
@@ -172,7 +173,7 @@ class Shard(Shards):
         if self._gpu:
             index = faiss.index_cpu_to_gpu(self._gpu, 0, index)
         lengths = np.square(wide).sum(1)
-        numbers = iter(range(len(self._chunks)))  # one for all threads: whichever is free takes the next chunk
+        numbers = iter(range(len(self._blocks)))  # one for all threads: whichever is free takes the next block
         passes = self._pool.map(
             lambda _: self._assign(index, float(lengths.max()), wide.shape, moves, grid, numbers), range(self._threads)
         )
@@ -195,31 +196,39 @@ class Shard(Shards):
         grid: Grid,
         numbers: Iterator[int],
     ) -> tuple[Float64[ndarray, "k d"], Int[ndarray, " k"], int]:
-        """What the chunks of these numbers add to sums and counts, and how many of their rows changed."""
+        """What the blocks of these numbers add to sums and counts, and how many of their rows changed."""
         k = shape[0]
         sums, counts, changed = np.zeros(shape), np.zeros(k, np.int64), 0
         for number in numbers:
-            rows, labels, (upper, lower) = self._chunks[number], self._labels[number], self._bounds[number]
-            seen = np.arange(len(rows)) if moves is None else moves.in_doubt(labels, upper, lower)
-            if not len(seen):
-                continue
-            rows = rows if len(seen) == len(rows) else rows[seen]
-            squared, found = index.search(rows, 2)
+            block, labels, (upper, lower) = self._blocks[number], self._labels[number], self._bounds[number]
             error = _SEARCH_ERROR * (self._reach[number] + reach)
-            upper[seen] = np.sqrt(squared[:, 0] + error)
-            lower[seen] = np.sqrt(np.maximum(squared[:, 1] - error, 0))
-            before, now = labels[seen], found[:, 0]
-            labels[seen] = now
-            other = np.flatnonzero(now != before)
-            changed += len(other)
-            if moves is None:
-                sums += _gains(k, now) @ grid.round(rows)
-                counts += np.bincount(now, minlength=k)
-            elif len(other):
-                rounded = grid.round(rows[other])
-                sums += (_gains(k, now[other]) - _gains(k, before[other])) @ rounded
-                counts += np.bincount(now[other], minlength=k) - np.bincount(before[other], minlength=k)
+            for seen in self._looked_at(labels, None if moves is None else moves.in_doubt(labels, upper, lower)):
+                rows = block[seen]
+                squared, found = index.search(rows, 2)
+                upper[seen] = np.sqrt(squared[:, 0] + error)
+                lower[seen] = np.sqrt(np.maximum(squared[:, 1] - error, 0))
+                now = found[:, 0]
+                other = np.flatnonzero(now != labels[seen])
+                before = labels[seen][other]
+                labels[seen] = now
+                changed += len(other)
+                if moves is None:
+                    sums += _gains(k, now) @ grid.round(rows)
+                    counts += np.bincount(now, minlength=k)
+                elif len(other):
+                    rounded = grid.round(rows[other])
+                    sums += (_gains(k, now[other]) - _gains(k, before)) @ rounded
+                    counts += np.bincount(now[other], minlength=k) - np.bincount(before, minlength=k)
         return sums, counts, changed
+
+    def _looked_at(
+        self, labels: Int32[ndarray, " n"], doubted: Int[ndarray, " m"] | None
+    ) -> Iterator[slice | Int[ndarray, " c"]]:
+        """A block's rows that are looked at, a chunk at a time; slices, which copy nothing, where they are all."""
+        if doubted is None or len(doubted) == len(labels):
+            yield from (slice(i, i + self._step) for i in range(0, len(labels), self._step))
+        else:
+            yield from (doubted[i : i + self._step] for i in range(0, len(doubted), self._step))
 
     def labels(self) -> Int32[ndarray, " n"]:
         """Each row's nearest centroid in the latest pass; -1 where there was none."""
@@ -227,8 +236,12 @@ class Shard(Shards):
 
     def distances(self, centroids: Float32[ndarray, "k d"]) -> Float64[ndarray, " n"]:
         """Each row's distance to the centroid that the latest pass assigned it to; differences are taken in float64."""
-        pairs = zip(self._chunks, self._labels, strict=True)
-        parts = self._pool.map(lambda p: np.linalg.norm(p[0] - centroids[p[1]].astype(np.float64), axis=1), pairs)
+        chunks = [
+            (block[i : i + CHUNK], labels[i : i + CHUNK])
+            for block, labels in zip(self._blocks, self._labels, strict=True)
+            for i in range(0, len(block), CHUNK)
+        ]
+        parts = self._pool.map(lambda c: np.linalg.norm(c[0] - centroids[c[1]].astype(np.float64), axis=1), chunks)
         return np.concatenate([np.empty(0), *parts])
 
     def starts(self, k: int, seed: int, numbers: Sequence[int]) -> list[tuple[float, Float32[ndarray, "k d"]]]:
@@ -236,7 +249,7 @@ class Shard(Shards):
 
         Every start draws from its own generator, so that it is the same whoever makes it.
         """
-        rows = np.concatenate(self._chunks)
+        rows = np.concatenate(self._blocks)
         grid = Grid(self.rows, self.largest)
         seeds = self._pool.map(lambda n: _plus_plus(rows, k, np.random.default_rng([seed, n])), numbers)
         found = (_lloyd(lambda c: self.assign(c, grid), s, _START_ITERATIONS) for s in seeds)
@@ -383,12 +396,12 @@ def _gains(k: int, labels: Int[ndarray, " n"]) -> Any:
     return sparse.csc_array((np.ones(n), labels, np.arange(n + 1)), shape=(k, n))
 
 
-def _squares(rows: Float32[ndarray, "n d"]) -> Float64[ndarray, " n"]:
-    return np.asarray(np.square(rows, dtype=np.float64).sum(1))
-
-
-def _extremes(chunk: Float32[ndarray, "n d"]) -> tuple[float, float]:
-    return float(chunk.min()), float(chunk.max())
+def _measure(block: Float32[ndarray, "n d"]) -> tuple[float, float, float]:
+    """The largest absolute value, and of the rows' squared lengths the largest and their sum."""
+    chunks = [block[i : i + CHUNK] for i in range(0, len(block), CHUNK)]
+    extremes = [x for chunk in chunks for x in (chunk.min(), chunk.max())]
+    squares = np.concatenate([np.square(chunk, dtype=np.float64).sum(1) for chunk in chunks])
+    return float(np.abs(extremes).max()), float(squares.max()), float(squares.sum())
 
 
 def _gpu_resources() -> Any:

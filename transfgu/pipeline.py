@@ -102,22 +102,32 @@ def run_stages(
             print(text, flush=True)
 
     with run_lock.hold(run.uri, say) as lock:
-        complete = {stage: run.artifact(stage).check(recipe) for stage in stages}
+        complete = check_artifacts(recipe, run)
         storage.write_bytes(run.file("recipe.yaml"), recipe.to_yaml().encode())
         say(f"{recipe.preset}: {', '.join(stages)} in {storage.shown(run.uri)}")
         manifests: dict[str, Manifest] = {}
-        for stage in stages:
-            artifact = run.artifact(stage)
+        for stage in STAGES:
             if complete[stage]:
-                manifest = artifact.manifest()
+                manifest = run.artifact(stage).manifest()
                 assert manifest is not None
                 at_the_time = f"{manifest.outcome.items} items, {manifest.seconds:.1f} s at the time"
                 say(f"{stage}: complete already ({at_the_time}), skipped")
-            else:
+            elif stage in stages:
                 manifest = run_stage(stage, recipe, run, lock, quiet=quiet, verbose=verbose)
                 say(f"{stage}: {manifest.outcome.items} items in {manifest.seconds:.1f} s{_left_out_note(manifest)}")
+            else:
+                continue
             manifests[stage] = manifest
         return _conclude(recipe, run, manifests, complete, say)
+
+
+def check_artifacts(recipe: Recipe, run: Run) -> dict[str, bool]:
+    """Which stages' artefacts are complete in the run's folder: of all stages, for they share one `recipe.yaml`.
+
+    Raises:
+        UserError: one holds another recipe's work, if only in part.
+    """
+    return {stage: run.artifact(stage).check(recipe) for stage in STAGES}
 
 
 def run_stage(
@@ -127,7 +137,7 @@ def run_stage(
     from transfgu import runtime
 
     runtime.connect(verbose=verbose)
-    runtime.check_shared(run.uri)
+    check_shared(recipe, run)
     runtime.check_satisfiable(recipe.compute)
     started = time.monotonic()
     run.artifact(stage).begin(recipe)
@@ -135,6 +145,21 @@ def run_stage(
     if lock:
         lock.check()
     return run.artifact(stage).commit(recipe, outcome, started)
+
+
+def check_shared(recipe: Recipe, run: Run | None) -> None:
+    """Refuse what only one machine of the cluster could read or write, where it has several.
+
+    An image that a node can't find would be left out as missing, and which one a matter of chance.
+
+    Raises:
+        UserError: a local folder; the message names its flag.
+    """
+    from transfgu import runtime
+
+    for uri, flag in ((run.uri if run else "", "--run"), (recipe.data, "--data"), (recipe.labels, "--labels")):
+        if uri:
+            runtime.check_shared(uri, flag)
 
 
 def run_search(search: Search, *, quiet: bool = False, verbose: bool = False) -> dict[str, Any]:
@@ -257,6 +282,7 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
     encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
     recipe = fit_to_patch(recipe, encoder.patch_size)
     runtime.connect(verbose=verbose)
+    check_shared(recipe, run)
     counted = evaluation.evaluate(recipe, {"model": decoder}, rows, Progress("evaluation", quiet=quiet))
     result = evaluation.scores_json(counted.scores("model"))
     return {

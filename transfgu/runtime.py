@@ -37,6 +37,8 @@ _ENVIRONMENT = {
 }
 
 
+_embedded = False
+
 NODES = "TRANSFGU_NODES"
 """Environment variable in which a cluster that scales says what nodes it may come to have."""
 
@@ -76,7 +78,18 @@ def connect(*, verbose: bool = False, setup_hook: Callable[[], None] | None = No
             runtime_env=environment or None,
             **local,
         )
+    global _embedded
+    _embedded = not address
     quiet(verbose=verbose)
+
+
+def works_here() -> bool:
+    """Whether this process does itself what is a single block of work, sooner than an actor for it would have started.
+
+    So it is where Ray was started for this process alone and no GPU is to be shared: starting takes an actor that
+    encodes six seconds, most of them to import what this process has imported already.
+    """
+    return _embedded and not cluster_gpus()
 
 
 @contextmanager

@@ -223,7 +223,7 @@ def _check(uri: str, look: Callable[[Any, str], None]) -> None:
 
 def shown(uri: str) -> str:
     """`uri` as it may be printed: without a user's name and password."""
-    return re.sub(r"(?<=://)[^/@]*@", "", uri)
+    return re.sub(r"(?<=://)[^/]*@", "", uri)
 
 
 def _kind(uri: str) -> Any:
@@ -379,6 +379,12 @@ def _filesystem(uri: str, attempts: int) -> tuple[Any, str]:
         if not rest or "@" in rest.partition("/")[0]:
             raise UserError(f"{shown(uri)} must read {kind}://bucket/path, without credentials in it")
         return (_s3(rest.partition("/")[0], attempts) if kind == "s3" else _gs(attempts)), rest
+    if re.match(r"[^/@]*:[^/]*@", rest):
+        # The run would write it down: in recipe, manifests and every list of images.
+        raise UserError(
+            f"{shown(uri)} must not hold a password: set FSSPEC_{kind.upper()}_USERNAME and "
+            f"FSSPEC_{kind.upper()}_PASSWORD instead"
+        )
     try:
         import fsspec
 

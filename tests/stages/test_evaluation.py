@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.made_run import SIDE, MadeRun, make_run
-from transfgu import ingest, storage
+from transfgu import ingest, runtime, storage
 from transfgu.datasets import images
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import Encoder, normalise
@@ -87,6 +87,22 @@ def test_counts_are_those_of_one_process(made: MadeRun, ray_cluster: None) -> No
     assert shown["assignment"] == wanted.clusters.tolist()
     assert [np.nan if x is None else x for x in shown["iou"]] == pytest.approx(wanted.iou.tolist(), nan_ok=True)
     assert shown["last"]["mean_iou"] == pytest.approx(scores(last).mean_iou)
+
+
+@pytest.mark.ray
+def test_one_block_is_counted_here_as_by_ray(made: MadeRun, ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = made.recipe.with_fields({"evaluation.batch_size": 2})
+    by_ray = evaluation.run(recipe, made.run, QUIET)
+    file = Path(made.run.file("evaluation/confusion.safetensors"))
+    wanted = safetensors.numpy.load(file.read_bytes())
+    file.unlink()
+    monkeypatch.setattr(runtime, "works_here", lambda: True)
+    monkeypatch.setattr(evaluation, "_plan", lambda *_: pytest.fail("Ray was asked"))
+    here = evaluation.run(recipe, made.run, QUIET)
+    assert (here.items, here.left_out) == (by_ray.items, by_ray.left_out) == (5, ())
+    found = safetensors.numpy.load(file.read_bytes())
+    for name, confusion in wanted.items():
+        np.testing.assert_array_equal(found[name], confusion)
 
 
 def test_labels_own_resolution(made: MadeRun) -> None:

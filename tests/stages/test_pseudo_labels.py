@@ -11,6 +11,7 @@ import safetensors.numpy
 import torch
 
 from tests.stages.small_run import BAD, IMAGES, SIDE, recipe_of, write_run
+from transfgu import runtime
 from transfgu.artifacts import LeftOut, Outcome, Run
 from transfgu.datasets import images
 from transfgu.encoder import Encoder, normalise
@@ -53,6 +54,19 @@ def write_concepts(run: Run) -> None:
 
 def planes(rows: pa.Table) -> torch.Tensor:
     return torch.tensor(np.stack([np.frombuffer(m, np.int16).reshape(-1, *GRID) for m in rows["maps"].to_pylist()]))
+
+
+@pytest.mark.ray
+def test_a_part_that_alone_is_missing_is_made_here_to_the_same_bits(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {path.name: path.read_bytes() for path in made.files}
+    (made.files[1]).unlink()
+    monkeypatch.setattr(runtime, "works_here", lambda: True)
+    monkeypatch.setattr(pseudo_labels, "plan", lambda *_: pytest.fail("Ray was asked"))
+    outcome = pseudo_labels.run(made.recipe, made.run, PROGRESS)
+    assert {path.name: path.read_bytes() for path in made.files} == wanted
+    assert (outcome.items, outcome.left_out) == (made.outcome.items, made.outcome.left_out)
 
 
 @pytest.mark.ray

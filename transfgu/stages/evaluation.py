@@ -5,7 +5,7 @@ last one's share one reading and one forward pass.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ import ray
 import safetensors.numpy
 import torch
 from jaxtyping import Int
-from ray.data import DataContext
+from ray.data import DataContext, Dataset
 
 from transfgu import ingest, runtime, storage
 from transfgu.artifacts import LAST, MODEL, LeftOut, Outcome, Run
@@ -97,32 +97,26 @@ def evaluate(
     """
     for uri in decoders.values():
         check_decoder(recipe, uri)
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    # An exception of ours should arrive as it was raised.
-    context.raise_original_map_exception = True
-    actors = runtime.actors_per_node(recipe.compute)
-    blocks = [rows.slice(start, _BLOCK_ROWS) for start in range(0, len(rows), _BLOCK_ROWS)]
-    with DataContext.current(context):
-        data = (
-            ray.data.from_arrow([block.select(["name", "image", "label"]) for block in blocks])
-            .map_batches(
-                partial(ingest.read_labelled_rows, recipe=recipe, protocol=recipe.evaluation.protocol),
-                batch_size=None,
-                batch_format="pyarrow",
-                num_cpus=1,
-                memory=parts.READ_MEMORY,  # and so it is not fused into the actor
-            )
-            .map_batches(
-                Count,
-                batch_size=recipe.evaluation.batch_size,
-                fn_constructor_kwargs={"recipe": recipe, "decoders": list(decoders.values()), "processes": actors},
-                **runtime.encoder_pool(recipe.compute),
-            )
+    blocks = [
+        rows.slice(start, _BLOCK_ROWS).select(["name", "image", "label"]) for start in range(0, len(rows), _BLOCK_ROWS)
+    ]
+    read = partial(ingest.read_labelled_rows, recipe=recipe, protocol=recipe.evaluation.protocol)
+    arguments = {
+        "recipe": recipe,
+        "decoders": list(decoders.values()),
+        "processes": runtime.actors_per_node(recipe.compute),
+    }
+    data: Dataset | None = None
+    if len(blocks) == 1 and runtime.works_here():
+        counted: Iterator[dict[str, Any]] = _counted_here(
+            read(blocks[0]), Count(**arguments), recipe.evaluation.batch_size
         )
+    else:
+        data = _plan(recipe, blocks, read, arguments)
+        counted = data.iter_rows()
     confusions = np.zeros((len(decoders), recipe.classes, recipe.classes), np.int64)
     images, left_out = 0, []
-    for row in data.iter_rows():
+    for row in counted:
         confusions += row["confusions"]
         images += int(row["images"])
         left_out += [LeftOut(**x) for x in json.loads(row["left_out"])]
@@ -138,8 +132,40 @@ def evaluate(
         confusions=dict(zip(decoders, confusions, strict=True)),
         images=images,
         left_out=tuple(left_out),
-        details=bottleneck.details(data, recipe),
+        details={} if data is None else bottleneck.details(data, recipe),
     )
+
+
+def _plan(
+    recipe: Recipe,
+    blocks: list[pa.Table],
+    read: Callable[[pa.Table], dict[str, Any]],
+    arguments: dict[str, Any],
+) -> Dataset:
+    """Blocks of images to `Count`'s rows."""
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    # An exception of ours should arrive as it was raised.
+    context.raise_original_map_exception = True
+    with DataContext.current(context):
+        return (
+            ray.data.from_arrow(blocks)
+            # Asking for memory also keeps Ray from fusing the reading into the actor.
+            .map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=1, memory=parts.READ_MEMORY)
+            .map_batches(
+                Count,
+                batch_size=recipe.evaluation.batch_size,
+                fn_constructor_kwargs=arguments,
+                **runtime.encoder_pool(recipe.compute),
+            )
+        )
+
+
+def _counted_here(columns: dict[str, Any], count: "Count", batch_size: int) -> Iterator[dict[str, Any]]:
+    """`Count`'s rows of one block, in this process."""
+    for start in range(0, len(columns["name"]), batch_size):
+        rows = count({name: values[start : start + batch_size] for name, values in columns.items()})
+        yield {name: values[0] for name, values in rows.items()}
 
 
 class Count:

@@ -41,6 +41,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         parts.part_size(recipe.dataset.feature_size),
         lambda missing: plan(recipe, missing, folder),
         progress,
+        lambda part: _work(recipe, folder).here(part),
     )
     bad = tuple(x for summary in summaries for x in summary.left_out)
     windows = {group: sum(s.counts[group] for s in summaries) for group in groups(recipe)}
@@ -61,14 +62,18 @@ def plan(recipe: Recipe, missing: Sequence[pa.Table], folder: str) -> Dataset:
     """Parts of the sample list to files in `folder` (URI), a row of the result for each."""
     from transfgu import runtime
 
-    data = parts.encoded(
-        missing,
-        parts.ReadImages(size=recipe.dataset.feature_size, interpolation=recipe.dataset.interpolation),
-        EncodeWindows,
-        {"recipe": recipe, "processes": runtime.actors_per_node(recipe.compute)},
-        runtime.encoder_pool(recipe.compute),
+    return _work(recipe, folder).plan(missing, runtime.encoder_pool(recipe.compute))
+
+
+def _work(recipe: Recipe, folder: str) -> parts.Work:
+    from transfgu import runtime
+
+    return parts.Work(
+        read=parts.ReadImages(size=recipe.dataset.feature_size, interpolation=recipe.dataset.interpolation),
+        actor=EncodeWindows,
+        arguments={"recipe": recipe, "processes": runtime.actors_per_node(recipe.compute)},
+        write=WriteFeatures(folder=folder, groups=groups(recipe)),
     )
-    return parts.written(data, WriteFeatures(folder=folder, groups=groups(recipe)))
 
 
 class EncodeWindows:

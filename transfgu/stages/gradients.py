@@ -12,9 +12,18 @@ import torch
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
+from transfgu.stages.alone import Alone
 
-def process_group(gpus: float) -> TorchConfig:
-    """How workers that hold so many GPUs each exchange gradients: by NCCL if these are whole ones, else by Gloo."""
+
+def process_group(gpus: float, workers: int | tuple[int, int]) -> TorchConfig | Alone:
+    """How workers that hold so many GPUs each exchange gradients: by NCCL if these are whole ones, else by Gloo.
+
+    Args:
+        gpus: of each worker.
+        workers: how many, or from how many to how many; a single one has no process group.
+    """
+    if workers == 1:
+        return Alone()
     return _AsTheyAre(backend="nccl" if gpus >= 1 else "gloo")
 
 

@@ -151,6 +151,27 @@ def left_out(block: pa.Table) -> tuple[LeftOut, ...]:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What becomes of a part: read in a task, encoded in an actor, written in a task."""
+
+    read: ReadImages
+    actor: type[Any]
+    """A class; its calls get a block of `ReadImages`."""
+    arguments: Mapping[str, Any]
+    """Of the class's constructor."""
+    write: Callable[[pa.Table], pa.Table]
+    """From a block of the actor's to :func:`write_part`'s row."""
+
+    def plan(self, parts: Sequence[pa.Table], pool: Mapping[str, Any]) -> Dataset:
+        """All of it, for any number of parts; `pool` as in :func:`encoded`."""
+        return written(encoded(parts, self.read, self.actor, self.arguments, pool), self.write)
+
+    def here(self, part: pa.Table) -> pa.Table:
+        """The same for one part, in this process."""
+        return self.write(self.actor(**self.arguments)(self.read(part)))
+
+
 def encoded(
     parts: Sequence[pa.Table],
     read: ReadImages,
@@ -204,6 +225,7 @@ def complete(
     size: int,
     plan: Callable[[Sequence[pa.Table]], Dataset],
     progress: Progress,
+    here: Callable[[pa.Table], pa.Table] | None = None,
 ) -> tuple[list[Summary], dict[str, Any]]:
     """Make the parts of `samples` that `folder` lacks.
 
@@ -214,9 +236,11 @@ def complete(
         size: samples a part.
         plan: from parts to make to a dataset whose last operator is `write_part`'s.
         progress: told of images, and once of each note.
+        here: from one part to `write_part`'s row, in this process; serves where there is one to make, and
+            `runtime.works_here`.
 
     Returns:
-        The summaries of all parts, in order, and for the report what Ray Data says of the work, if there was any.
+        The summaries of all parts, in order, and for the report what Ray Data says of the work, if it had any.
 
     Raises:
         UserError: too many bad images, or one that a task or an actor raised.
@@ -229,8 +253,14 @@ def complete(
         progress.update(done, len(samples), "images")
     _check_share(recipe, samples, summaries)
     noted = {""}
-    data = plan(missing) if missing else None
-    for summary, note in _made(data) if data is not None else ():
+    data: Dataset | None = None
+    rows: Iterator[tuple[Summary, str]] = iter(())
+    if here and len(missing) == 1 and _works_here():
+        rows = _told(here(missing[0]))
+    elif missing:
+        data = plan(missing)
+        rows = _made(data)
+    for summary, note in rows:
         if note not in noted:
             progress.note(note)
             noted.add(note)
@@ -241,11 +271,22 @@ def complete(
     return [summaries[part] for part in parts], {} if data is None else details(data, recipe)
 
 
+def _works_here() -> bool:
+    from transfgu import runtime  # it brings torch
+
+    return runtime.works_here()
+
+
+def _told(rows: pa.Table) -> Iterator[tuple[Summary, str]]:
+    """What :func:`write_part` tells."""
+    for row in rows.to_pylist():
+        yield Summary.from_json(row["summary"]), row["note"]
+
+
 def _made(data: Dataset) -> Iterator[tuple[Summary, str]]:
     try:
         for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in cast(pa.Table, batch).to_pylist():
-                yield Summary.from_json(row["summary"]), row["note"]
+            yield from _told(cast(pa.Table, batch))
     except RayError as error:
         cause = find_user_error(error)
         if cause:

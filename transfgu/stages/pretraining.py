@@ -308,16 +308,16 @@ def _metadata(job: PretrainingJob, prepared: Prepared) -> dict[str, str]:
 
 def _fit(job: PretrainingJob, prepared: Prepared, compute: ComputeRecipe, progress: Progress) -> Checkpoint:
     board = put_up()
-    resources = runtime.actor_resources(compute)
+    resources, workers = runtime.actor_resources(compute), runtime.training_workers(compute)
     trainer = TorchTrainer(
         # Bound, not a config: Ray Train's controller would unpickle that, and import all that training needs.
         partial(_work, job, prepared.parts, board),
         scaling_config=ScalingConfig(
-            num_workers=runtime.training_workers(compute),
+            num_workers=workers,
             use_gpu=resources["num_gpus"] > 0,
             resources_per_worker={"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]},
         ),
-        torch_config=process_group(resources["num_gpus"]),
+        torch_config=process_group(resources["num_gpus"], workers),  # type: ignore[arg-type]  # any backend's will do
         run_config=RunConfig(
             # Another recipe or other images must not go on from these weights.
             name=f"pretraining-{job.digest()}",

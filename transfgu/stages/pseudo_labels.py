@@ -44,6 +44,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         parts.part_size(recipe.dataset.image_size),
         lambda missing: plan(recipe, missing, centroids, folder),
         progress,
+        lambda part: _work(recipe, centroids, folder).here(part),
     )
     bad = tuple(x for summary in summaries for x in summary.left_out)
     return Outcome(items=len(listed) - len(bad), left_out=bad, details={"concepts": len(centroids), **work})
@@ -69,23 +70,28 @@ def maps_dataset(recipe: Recipe, listed: pa.Table, centroids: Float[np.ndarray, 
     Returns:
         Rows part, index, name, maps, h, w (see :func:`run`), reason (null, or why there are no maps), note.
     """
-    return _mapped(recipe, parts.split(listed, parts.part_size(recipe.dataset.image_size)), centroids)
+    from transfgu import runtime
+
+    work = _work(recipe, centroids, "")
+    tables = parts.split(listed, parts.part_size(recipe.dataset.image_size))
+    return parts.encoded(tables, work.read, work.actor, work.arguments, runtime.encoder_pool(recipe.compute))
 
 
 def plan(recipe: Recipe, missing: Sequence[pa.Table], centroids: Float[np.ndarray, "K d"], folder: str) -> Dataset:
     """Parts of the sample list to files in `folder` (URI), a row of the result for each."""
-    return parts.written(_mapped(recipe, missing, centroids), WritePseudoLabels(folder=folder))
-
-
-def _mapped(recipe: Recipe, tables: Sequence[pa.Table], centroids: Float[np.ndarray, "K d"]) -> Dataset:
     from transfgu import runtime
 
-    return parts.encoded(
-        tables,
-        parts.ReadImages(size=recipe.dataset.image_size, interpolation=recipe.dataset.interpolation),
-        MapConcepts,
-        {"recipe": recipe, "centroids": centroids, "processes": runtime.actors_per_node(recipe.compute)},
-        runtime.encoder_pool(recipe.compute),
+    return _work(recipe, centroids, folder).plan(missing, runtime.encoder_pool(recipe.compute))
+
+
+def _work(recipe: Recipe, centroids: Float[np.ndarray, "K d"], folder: str) -> parts.Work:
+    from transfgu import runtime
+
+    return parts.Work(
+        read=parts.ReadImages(size=recipe.dataset.image_size, interpolation=recipe.dataset.interpolation),
+        actor=MapConcepts,
+        arguments={"recipe": recipe, "centroids": centroids, "processes": runtime.actors_per_node(recipe.compute)},
+        write=WritePseudoLabels(folder=folder),
     )
 
 

@@ -124,7 +124,7 @@ def fit(
     checkpoints.mend_account(kept)
     fs, root = storage.travelling(storage.absolute(folder))
     board = put_up(attempts)
-    resources = runtime.actor_resources(recipe.compute)
+    resources, workers = runtime.actor_resources(recipe.compute), runtime.elastic_workers(recipe.compute)
     trainer = TorchTrainer(
         # Bound, not a config: Ray Train's controller would unpickle that, and import all that training needs.
         partial(
@@ -142,12 +142,12 @@ def fit(
             ),
         ),
         scaling_config=ScalingConfig(
-            num_workers=runtime.elastic_workers(recipe.compute),  # type: ignore[arg-type]  # Ray takes pairs, too
+            num_workers=workers,  # type: ignore[arg-type]  # Ray takes pairs, too
             use_gpu=resources["num_gpus"] > 0,
             resources_per_worker={"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]},
             elastic_resize_monitor_interval_s=recipe.compute.resize_seconds,  # type: ignore[call-arg]  # and this
         ),
-        torch_config=process_group(resources["num_gpus"]),
+        torch_config=process_group(resources["num_gpus"], workers),  # type: ignore[arg-type]  # any backend's will do
         run_config=RunConfig(
             name=name,
             storage_path=root,
