@@ -30,7 +30,7 @@ from transfgu.stages import bottleneck, parts, samples
 from transfgu.tokens import PatchTokens, use_cores
 from transfgu.weight_files import read_weights
 
-_BLOCK_ROWS = 32  # images that one task reads
+_BLOCK_ROWS = 32  # images that one task reads at most: fewer where a batch has fewer, so that each batch is one task
 _NO_SCORES = {"mean_iou": None, "pixel_accuracy": None, "iou": None, "assignment": None}
 
 
@@ -102,7 +102,8 @@ def evaluate(
     # An exception of ours should arrive as it was raised.
     context.raise_original_map_exception = True
     actors = runtime.actors_per_node(recipe.compute)
-    blocks = [rows.slice(start, _BLOCK_ROWS) for start in range(0, len(rows), _BLOCK_ROWS)]
+    size = min(_BLOCK_ROWS, recipe.evaluation.batch_size)
+    blocks = [rows.slice(start, size) for start in range(0, len(rows), size)]
     with DataContext.current(context):
         data = (
             ray.data.from_arrow([block.select(["name", "image", "label"]) for block in blocks])
@@ -122,10 +123,11 @@ def evaluate(
         )
     confusions = np.zeros((len(decoders), recipe.classes, recipe.classes), np.int64)
     images, left_out = 0, []
-    for row in data.iter_rows():
-        confusions += row["confusions"]
-        images += int(row["images"])
-        left_out += [LeftOut(**x) for x in json.loads(row["left_out"])]
+    # Fetched ahead, a batch would be told of only once the next one is there.
+    for counts in data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+        confusions += counts["confusions"].sum(0)
+        images += int(counts["images"].sum())
+        left_out += [LeftOut(**x) for text in counts["left_out"] for x in json.loads(text)]
         if progress:
             progress.update(images + len(left_out), len(rows), "images")
     left_out.sort(key=lambda x: x.name)
