@@ -49,6 +49,8 @@ def test_the_plan_names_every_stage_and_how_it_moves() -> None:
     text = shown(RECIPE, found(), SITE, 100_000, 5000)
     for stage in ("features", "concepts", "pseudo-labels", "training", "evaluation"):
         assert f"\n{stage}" in text
+    assert "assumed: GPUs divide a stage's time by their number." in text
+    assert "unless each GPU comes with the 2 measured." in text
     lines = [line.split() for line in text.splitlines()]
     moves = {line[0]: float(line[1]) for line in lines if line and line[0].isdigit()}
     assert list(moves) == ["1", "2", "4", "8"]

@@ -86,6 +86,28 @@ def test_a_row_is_the_same_to_the_last_bit_in_any_company(frozen: FrozenEncoder,
         assert np.array_equal(frozen.concept_maps(pixels[kept], concepts, how), maps[kept])
 
 
+@pytest.mark.parametrize(("images_at_once", "rows"), [(None, [6]), (5, [5]), (6, [6]), (8, [4, 4]), (13, [5])])
+def test_batches_are_no_larger_than_calls_can_fill(
+    recipe: Recipe, pixels: np.ndarray, images_at_once: int | None, rows: list[int]
+) -> None:
+    # Twenty windows of four patches are six images of twelve.
+    recipe = recipe.with_fields({"encoder.batch_size": 20})
+    frozen = FrozenEncoder(recipe, torch.device("cpu"), images_at_once=images_at_once)
+    seen: list[int] = []
+    frozen.encoder.vit.patch_embed.proj.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    assert len(frozen.saliency(pixels, times_mean=1.0)) == 5
+    assert seen == rows
+    seen.clear()
+    assert len(frozen.saliency(pixels[:1], times_mean=1.0)) == 1
+    assert seen == rows[:1]  # the same shape for a call that has fewer
+    seen.clear()
+    frozen.concept_maps(pixels, torch.ones(2, 24), PseudoLabelsRecipe())
+    assert seen == rows
+    seen.clear()
+    frozen.window_features(pixels, np.zeros(5, np.int64), WINDOWS, (16, 16))
+    assert seen == [20]
+
+
 def test_maps_are_summed_over_scales_and_smoothed(frozen: FrozenEncoder, pixels: np.ndarray) -> None:
     concepts = torch.randn(3, frozen.encoder.width, generator=torch.Generator().manual_seed(0))
     how = PseudoLabelsRecipe(gradient_scale=0.5, scales=(1.0, 2.0, 1.4), smoothing=3)

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from numpy import ndarray
 
 from transfgu.errors import UserError
 from transfgu.kmeans import CHUNK, Assignment, Grid, Shard, cluster, sample_rows, update
+from transfgu.stages import concepts
 from transfgu.stages.concepts import kmeans
 
 
@@ -235,6 +237,27 @@ def test_workers_make_no_difference(ray_cluster: None, workers: int) -> None:
     np.testing.assert_array_equal(spread.counts, alone.counts)
     assert spread.iterations == alone.iterations
     assert spread.inertia == pytest.approx(alone.inertia, rel=1e-9)
+
+
+@pytest.mark.ray
+def test_of_many_workers_sums_few_are_fetched(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = blobs(9 * CHUNK + 100, 24, seed=9)
+    alone = kmeans(rows, 13, seed=3)
+    get, fetched = concepts._get, list[int]()
+
+    def counting(references: list[Any]) -> list[Any]:
+        fetched.append(len(references))
+        return get(references)
+
+    monkeypatch.setattr(concepts, "_get", counting)
+    monkeypatch.setattr(concepts, "_ADDED_AT_ONCE", 2)
+    spread = kmeans(rows, 13, seed=3, workers=5)
+    np.testing.assert_array_equal(spread.centroids, alone.centroids)
+    np.testing.assert_array_equal(spread.counts, alone.counts)
+    assert spread.iterations == alone.iterations
+    assert spread.inertia == pytest.approx(alone.inertia, rel=1e-9)
+    # What each has, and its starts; of each pass five sums are added to three, and those to two.
+    assert fetched == [5, 5] + [2] * (alone.iterations + 1)
 
 
 @pytest.mark.ray

@@ -215,29 +215,30 @@ class Bare:
         """K-Means on one worker, in this process, beside FAISS's."""
         self._use_cores()
         features, k = made_features(count, self._frozen.encoder.width), self.recipe.concepts.count
+        gpu = gpu_index() and self.device.type == "cuda"
         start = kmeans_start(features, k)
         with _Peak(torch.device("cpu")) as peak:
             inertia: dict[str, float] = {}
 
             def ours() -> float:
                 started = time.perf_counter()
-                rows = Shard([features], gpu=gpu_index() and self.device.type == "cuda")
+                rows = Shard([features], gpu=gpu)
                 inertia["ours"] = cluster(rows, k, iterations=iterations, seed=KMEANS_SEED).inertia
                 return time.perf_counter() - started
 
             def bound() -> float:
-                took, inertia["FAISS"] = faiss_kmeans(features, start, iterations)
+                took, inertia["FAISS"] = faiss_kmeans(features, start, iterations, gpu=gpu)
                 return took
 
             turns = in_turns(ours, bound, repeats)
         return concepts_timing("concepts, one worker", features, iterations, turns, inertia, peak.bytes)
 
     def faiss(
-        self, features: Float32[ndarray, "n d"], start: Float32[ndarray, "k d"], iterations: int
+        self, features: Float32[ndarray, "n d"], start: Float32[ndarray, "k d"], iterations: int, *, gpu: bool
     ) -> tuple[float, float]:
-        """As `faiss_kmeans`."""
+        """As `faiss_kmeans`; `gpu` means nothing where this process has none."""
         self._use_cores()
-        return faiss_kmeans(features, start, iterations)
+        return faiss_kmeans(features, start, iterations, gpu=gpu and self.device.type == "cuda")
 
     def _seconds(self, work: Callable[[], Any]) -> float:
         self._wait()
@@ -310,9 +311,9 @@ def kmeans_start(features: Float32[ndarray, "n d"], k: int) -> Float32[ndarray, 
 
 
 def faiss_kmeans(
-    features: Float32[ndarray, "n d"], start: Float32[ndarray, "k d"], iterations: int
+    features: Float32[ndarray, "n d"], start: Float32[ndarray, "k d"], iterations: int, *, gpu: bool = False
 ) -> tuple[float, float]:
-    """Seconds of FAISS's own K-Means in this process, on all rows, and its inertia.
+    """Seconds of FAISS's own K-Means in this process, on all rows (on the first GPU, if `gpu`), and its inertia.
 
     It is given ours' start, which ours takes time to find: another one would end in another local optimum, and the
     inertias would say nothing.
@@ -320,6 +321,9 @@ def faiss_kmeans(
     started = time.perf_counter()
     k, width = start.shape
     clustering = faiss.Kmeans(width, k, niter=iterations, max_points_per_centroid=len(features))
+    if gpu:  # as ours does it; FAISS's own argument would take all of them, for a 1 too
+        resources = faiss.StandardGpuResources()
+        clustering.index = faiss.index_cpu_to_gpu(resources, 0, clustering.index)
     clustering.train(features, init_centroids=start)
     took = time.perf_counter() - started
     distances, _ = clustering.index.search(features, 1)

@@ -158,6 +158,10 @@ def shown(recipe: Recipe, found: Measurements, site: Site, images: int, validati
         f"{recipe.preset}: {images} images, {site.gpus} x {found.device} ({found.precision}, measured {found.date}), "
         f"{site.cpus_per_gpu:g} cores each, store {site.store:g} GB/s, network {site.network:g} GB/s a machine",
         *aligned(rows),
+        "assumed: GPUs divide a stage's time by their number. Training takes longer than that, as a step's fixed costs "
+        "stay",
+        "when its batch is divided; so does K-Means where it ran on cores, unless each GPU comes with the "
+        f"{found.cores} measured.",
         "",
         "hours in all, and the bottleneck of the longest stage:",
     ]

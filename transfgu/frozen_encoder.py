@@ -7,6 +7,7 @@ the last bit whoever computes them, in whatever company. Windows are cut into th
 as long as it takes to encode it.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from transfgu.encoder import Encoder, normalise
 from transfgu.memory import HalveOnOutOfMemory
 from transfgu.packed_maps import pack_maps
 from transfgu.recipe import PseudoLabelsRecipe, Recipe, Size
+from transfgu.tokens import in_bfloat16
 from transfgu.windows import crop_windows
 
 Result = TypeVar("Result")
@@ -37,13 +39,26 @@ class FrozenEncoder:
     `note` then says so.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, *, processes: int = 1) -> None:
-        """`processes` share the machine's cores. Raises UserError where the encoder or its weights can't be had."""
+    def __init__(
+        self, recipe: Recipe, device: torch.device, *, processes: int = 1, images_at_once: int | None = None
+    ) -> None:
+        """Load the encoder.
+
+        Args:
+            recipe: says which encoder, how precise, and how many patches a batch has.
+            device: where it is to be.
+            processes: that share the machine's cores.
+            images_at_once: the most that a call is given, if that is known: they fill batches of one size then, none
+                of which is larger for nothing. Windows are batched across images, and take no notice.
+
+        Raises:
+            UserError: an encoder or weights that can't be had.
+        """
         self.encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights).to(device)
         self.device = device
-        auto = recipe.encoder.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.half = auto or recipe.encoder.precision == "bfloat16"
+        self.half = in_bfloat16(recipe.encoder, device)
         self._patches = recipe.encoder.batch_size * self._grid(recipe.windows.size)[2]
+        self._images_at_once = images_at_once
         self._threads: ThreadPoolExecutor | None = None
         if device.type == "cpu":
             self._patches = min(self._patches, _CPU_PATCHES)
@@ -129,7 +144,9 @@ class FrozenEncoder:
     def _of_images(
         self, function: Callable[[Tensor], Tensor], images: UInt8[np.ndarray, "n 3 H W"], rows: int, what: str
     ) -> Shaped[np.ndarray, "n ..."]:
-        """`function` of all images, normalised, a batch of `rows` at a time."""
+        """`function` of all images, normalised, a batch of `rows` at a time at most."""
+        if self._images_at_once is not None:  # and not how many there are now: a batch's shape is every call's
+            rows = math.ceil(self._images_at_once / math.ceil(self._images_at_once / rows))
 
         def batch(start: int) -> Tensor:
             some = self._normalised(images[start : start + rows])

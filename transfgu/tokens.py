@@ -26,6 +26,14 @@ def use_cores(processes: int) -> None:
     torch.set_num_threads(max(1, cores // processes))
 
 
+def in_bfloat16(recipe: EncoderRecipe, device: torch.device) -> bool:
+    """Whether the encoder runs in bfloat16 there: where the recipe asks for it, and by "auto" where that is fast."""
+    if recipe.precision != "auto":
+        return recipe.precision == "bfloat16"
+    # GPUs that only emulate it are slower at it than at float32.
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class PatchTokens:
     """Images to patch tokens on a device; the recipe says which encoder, and how precise."""
 
@@ -33,8 +41,7 @@ class PatchTokens:
         """Raises UserError where the encoder or its weights can't be had."""
         self.encoder = Encoder.from_pretrained(recipe.name, recipe.weights).to(device)
         self.device = device
-        auto = recipe.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self._half = auto or recipe.precision == "bfloat16"
+        self._half = in_bfloat16(recipe, device)
         self._encode = HalveOnOutOfMemory(self._forward, "encoder batch")
         self._cores = ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,))
 

@@ -144,6 +144,18 @@ def test_maps_of_any_samples_can_be_had_without_a_file(made: Made, tmp_path: Pat
     assert rows["picture 007"]["maps"] == stored["maps"][place].as_py()
 
 
+def test_a_part_fills_the_batches_it_is_mapped_in(tmp_path: Path) -> None:
+    run = write_run(tmp_path, range(32), bad=False)
+    recipe = recipe_of(tmp_path, image_size=(32, 32))
+    read = parts.ReadImages(size=(32, 32), interpolation="bilinear")
+    actor = pseudo_labels.MapConcepts(recipe, np.ones((2, 24), np.float32), processes=1)
+    assert actor._frozen.rows((32, 32)) == 64  # windows of 32 x 32 at a time
+    seen: list[int] = []
+    actor._frozen.encoder.vit.patch_embed.proj.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    assert len(actor(read(samples.load(run, "train")))) == 32
+    assert seen == [32]
+
+
 def test_curated_images_alone_get_maps(tmp_path: Path) -> None:
     run = write_run(tmp_path, [0, 1, 2, 5])
     write_concepts(run)

@@ -52,6 +52,7 @@ _PLACE = ("index", "y0", "y1", "x0", "x1")
 _SHARD_BYTES = 256 << 20  # below this, starting another actor costs more than it saves
 _THREADS = 8  # an actor's at most: more of them wait for each other's Python
 _SAVE_SECONDS = 30.0
+_ADDED_AT_ONCE = 8  # passes, each with as many numbers as the centroids have
 _READERS = 4  # parts read at a time, as S3 answers late
 _PIECE_PARTS = 32  # joined: a part has a few hundred windows of a group, and chunks of fewer rows than CHUNK are slow
 
@@ -383,7 +384,11 @@ class _Spread(Shards):
     """Rows of one group on several actors, which `cluster` works on as if they were one shard."""
 
     def __init__(self, actors: Sequence[Any], group: str) -> None:
+        import ray
+
         self._actors, self._group = actors, group
+        # Tasks, not calls of the actors: those run in order, and a restarted one may have to assign before it adds.
+        self._add = ray.remote(num_cpus=0)(_added)
         measures = _get([a.measure.remote(group) for a in actors])
         self._bounds = np.cumsum([0, *(rows for rows, _ in measures)])
         self.rows = int(self._bounds[-1])
@@ -404,8 +409,11 @@ class _Spread(Shards):
         import ray
 
         reference = ray.put(centroids)
-        passes: list[Assignment] = _get([a.assign.remote(self._group, reference, grid) for a in self._actors])
-        return functools.reduce(Assignment.__add__, passes)
+        passes = [a.assign.remote(self._group, reference, grid) for a in self._actors]
+        while len(passes) > _ADDED_AT_ONCE:  # what is left is what this process fetches
+            groups = [passes[i : i + _ADDED_AT_ONCE] for i in range(0, len(passes), _ADDED_AT_ONCE)]
+            passes = [self._add.remote(*group) for group in groups]
+        return _added(*_get(passes))
 
     def nearest(self, centroids: Float32[ndarray, "k d"], first_concept: int) -> pa.Table:
         """The windows nearest to each concept, concepts numbered from `first_concept`."""
@@ -416,6 +424,10 @@ class _Spread(Shards):
         columns = {name: table[name].cast(types[name]) for name in _PLACE}
         concept = pc.add(table["concept"], first_concept).cast(pa.int32())
         return pa.table({"concept": concept, **columns, "distance": table["distance"]})
+
+
+def _added(*passes: Assignment) -> Assignment:
+    return functools.reduce(Assignment.__add__, passes)
 
 
 @contextlib.contextmanager

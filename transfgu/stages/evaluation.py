@@ -30,7 +30,7 @@ from transfgu.stages import bottleneck, parts, samples
 from transfgu.tokens import PatchTokens, use_cores
 from transfgu.weight_files import read_weights
 
-_BLOCK_ROWS = 32  # images that one task reads
+_BLOCK_ROWS = 32  # images that one task reads at most: fewer where a batch has fewer, so that each batch is one task
 _NO_SCORES = {"mean_iou": None, "pixel_accuracy": None, "iou": None, "assignment": None}
 
 
@@ -81,7 +81,12 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
 
 
 def evaluate(
-    recipe: Recipe, decoders: Mapping[str, str], rows: pa.Table, progress: Progress | None = None
+    recipe: Recipe,
+    decoders: Mapping[str, str],
+    rows: pa.Table,
+    progress: Progress | None = None,
+    *,
+    on_ray: bool = False,
 ) -> Evaluation:
     """Count confusion matrices.
 
@@ -91,15 +96,14 @@ def evaluate(
         decoders: weights by a name of one's choice: ours, or published ones (`.pt`); paths or URIs.
         rows: labelled images: `name`, `image` (URI), `label` (URI).
         progress: told of images.
+        on_ray: by Ray's actors however few images there are (see `runtime.works_here`).
 
     Raises:
         UserError: weights that are missing or don't fit the recipe; more bad labels than `dataset.max_bad_share`.
     """
     for uri in decoders.values():
         check_decoder(recipe, uri)
-    blocks = [
-        rows.slice(start, _BLOCK_ROWS).select(["name", "image", "label"]) for start in range(0, len(rows), _BLOCK_ROWS)
-    ]
+    rows = rows.select(["name", "image", "label"])
     read = partial(ingest.read_labelled_rows, recipe=recipe, protocol=recipe.evaluation.protocol)
     arguments = {
         "recipe": recipe,
@@ -107,19 +111,20 @@ def evaluate(
         "processes": runtime.actors_per_node(recipe.compute),
     }
     data: Dataset | None = None
-    if len(blocks) == 1 and runtime.works_here():
-        counted: Iterator[dict[str, Any]] = _counted_here(
-            read(blocks[0]), Count(**arguments), recipe.evaluation.batch_size
+    if len(rows) <= _BLOCK_ROWS and not on_ray and runtime.works_here():
+        counted: Iterator[Mapping[str, Any]] = _counted_here(
+            read(rows), Count(**arguments), recipe.evaluation.batch_size
         )
     else:
-        data = _plan(recipe, blocks, read, arguments)
-        counted = data.iter_rows()
+        data = _plan(recipe, rows, read, arguments)
+        # Fetched ahead, a batch would be told of only once the next one is there.
+        counted = iter(data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))  # type: ignore[arg-type]
     confusions = np.zeros((len(decoders), recipe.classes, recipe.classes), np.int64)
     images, left_out = 0, []
-    for row in counted:
-        confusions += row["confusions"]
-        images += int(row["images"])
-        left_out += [LeftOut(**x) for x in json.loads(row["left_out"])]
+    for counts in counted:
+        confusions += counts["confusions"].sum(0)
+        images += int(counts["images"].sum())
+        left_out += [LeftOut(**x) for text in counts["left_out"] for x in json.loads(text)]
         if progress:
             progress.update(images + len(left_out), len(rows), "images")
     left_out.sort(key=lambda x: x.name)
@@ -138,11 +143,13 @@ def evaluate(
 
 def _plan(
     recipe: Recipe,
-    blocks: list[pa.Table],
+    rows: pa.Table,
     read: Callable[[pa.Table], dict[str, Any]],
     arguments: dict[str, Any],
 ) -> Dataset:
-    """Blocks of images to `Count`'s rows."""
+    """Images to `Count`'s rows."""
+    size = min(_BLOCK_ROWS, recipe.evaluation.batch_size)
+    blocks = [rows.slice(start, size) for start in range(0, len(rows), size)]
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     # An exception of ours should arrive as it was raised.
@@ -162,10 +169,9 @@ def _plan(
 
 
 def _counted_here(columns: dict[str, Any], count: "Count", batch_size: int) -> Iterator[dict[str, Any]]:
-    """`Count`'s rows of one block, in this process."""
+    """`Count`'s rows of images that have been read, in this process."""
     for start in range(0, len(columns["name"]), batch_size):
-        rows = count({name: values[start : start + batch_size] for name, values in columns.items()})
-        yield {name: values[0] for name, values in rows.items()}
+        yield count({name: values[start : start + batch_size] for name, values in columns.items()})
 
 
 class Count:

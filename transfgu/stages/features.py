@@ -90,8 +90,9 @@ class EncodeWindows:
         from transfgu.windows import sliding_windows
 
         self._recipe = recipe
-        self._frozen = FrozenEncoder(recipe, runtime.device(), processes=processes)
         height, width = recipe.dataset.feature_size
+        at_once = parts.part_size((height, width))
+        self._frozen = FrozenEncoder(recipe, runtime.device(), processes=processes, images_at_once=at_once)
         patch = self._frozen.encoder.patch_size
         self._windows = sliding_windows((height // patch, width // patch), recipe.windows.scales, patch)
 

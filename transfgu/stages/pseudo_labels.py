@@ -107,7 +107,8 @@ class MapConcepts:
 
         device = runtime.device()
         self._how = recipe.pseudo_labels
-        self._frozen = FrozenEncoder(recipe, device, processes=processes)
+        at_once = parts.part_size(recipe.dataset.image_size)
+        self._frozen = FrozenEncoder(recipe, device, processes=processes, images_at_once=at_once)
         self._concepts = torch.tensor(centroids, device=device)
 
     def __call__(self, block: pa.Table) -> pa.Table:
