@@ -69,6 +69,7 @@ def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool
     complete = {stage: run.artifact(stage).check(recipe) for stage in stages}
     runtime.connect(verbose=verbose)
     runtime.check_shared(run.uri)
+    runtime.check_satisfiable(recipe.compute)
     held = runtime.actor_resources(recipe.compute)
     counts = _counts(recipe, run if complete["samples"] else None)
     encode = PatchTokens(recipe.encoder, runtime.device())
