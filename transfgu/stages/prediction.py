@@ -245,7 +245,7 @@ def plan(job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: Co
         tables,
         ReadPhotos(size=size, interpolation="bilinear", keep_files=job.overlays),
         PredictMasks,
-        {"run": job.run, "processes": runtime.pool_size(compute)},
+        {"run": job.run, "processes": runtime.actors_per_node(compute)},
         runtime.encoder_pool(compute),
     )
     return parts.written(data, WriteMasks(job=job))
