@@ -45,7 +45,9 @@ def main() -> None:
         storage.check_readable(job.images)
     storage.check_writable(job.work)
     runtime.connect(verbose=given.verbose)
-    prepared = pretrain(job, ComputeRecipe(workers=given.workers), Progress("pretraining", quiet=given.quiet))
+    compute = ComputeRecipe(workers=runtime.training_workers(ComputeRecipe(workers=given.workers)))
+    runtime.check_satisfiable(compute)  # of all of them, as their number is the same from the first step to the last
+    prepared = pretrain(job, compute, Progress("pretraining", quiet=given.quiet))
     if prepared.left_out and not given.quiet:
         print(f"{len(prepared.left_out)} images were left out, such as {prepared.left_out[0]['name']}")
     if not given.quiet:

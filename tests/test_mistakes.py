@@ -1,4 +1,7 @@
-"""The commonest mistakes at each job's command line: each ends before Ray starts, in one line with the remedy."""
+"""The commonest mistakes at each job's command line: each ends before Ray starts, in one line with the remedy.
+
+What can't be known before is what the cluster has room for: that is told before any work.
+"""
 
 import runpy
 import shlex
@@ -6,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 from PIL import Image
 
 from tests.made_run import MadeRun, make_run
@@ -48,6 +52,17 @@ MISTAKES = {
         "--out OUT/v.safetensors --count 10": r"--count 10 does not fill a batch of 64: raise it, or lower",
     },
 }
+TOO_MUCH = {
+    "evaluate": ("--run RUN --cpus_per_actor CPUS", r"CPUs, and \d+ are needed, one of them to read images"),
+    "predict": (
+        "--run RUN --images IMAGES --out OUT --cpus_per_actor CPUS",
+        r"CPUs, and \d+ are needed, one of them to read images",
+    ),
+    "pretrain": (
+        "--out OUT/v.safetensors --workers 64",
+        r"room for \d+ training workers of 1 CPUs and 0 GPUs, and 64 are asked for: lower --workers",
+    ),
+}
 CASES = [
     pytest.param(job, words, m, id=f"{job} {words}") for job, found in MISTAKES.items() for words, m in found.items()
 ]
@@ -79,6 +94,25 @@ def test_a_mistake_ends_in_one_line_before_ray_starts(
     monkeypatch.setattr(runtime, "connect", connect)
     monkeypatch.setattr(sys, "argv", [f"jobs/{job}.py", *shlex.split(words)])
     monkeypatch.setattr(sys, "path", [*sys.path])  # jobs put their clone in front
+    with pytest.raises(UserError, match=message) as caught:
+        runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["main"]()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("job", TOO_MUCH)
+def test_what_would_wait_for_ever_ends_in_one_line(
+    job: str, made: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, message = TOO_MUCH[job]
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "images" / "1.jpg")
+    for place in ("IMAGES", "OUT"):
+        words = words.replace(place, str(tmp_path / place.lower()))
+    words = words.replace("RUN", made.run.uri).replace("CPUS", f"{ray.cluster_resources()['CPU']:g}")
+    monkeypatch.setattr(sys, "argv", [f"jobs/{job}.py", *shlex.split(words)])
+    monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(UserError, match=message) as caught:
         runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["main"]()
     assert "\n" not in str(caught.value)

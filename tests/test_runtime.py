@@ -30,11 +30,15 @@ def test_a_cluster_is_joined_where_it_is_named_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(runtime, "_embedded", None)
     monkeypatch.setattr(ray, "init", lambda **how: asked.append({**how, "path": os.environ["PYTHONPATH"]}))
     monkeypatch.setenv("PYTHONPATH", "/theirs")
+    may_be = '[{"count": 2, "CPU": 4, "GPU": 1}]'
+    monkeypatch.setenv(runtime.NODES, may_be)
     runtime.connect()
     assert asked[0]["address"] == joined
     assert ("num_cpus" in asked[0]) == (joined == "local")
     # Processes that Ray starts in advance serve only who has no runtime environment: here the rest is inherited.
     assert (asked[0]["runtime_env"] is None) == (joined == "local")
+    if named:  # an actor or a trial on another node knows what the head was told
+        assert asked[0]["runtime_env"]["env_vars"][runtime.NODES] == may_be
     ours = str(Path(runtime.__file__).parents[1])
     assert asked[0]["path"] == (os.pathsep.join([ours, "/theirs"]) if joined == "local" else "/theirs")
     assert os.environ["PYTHONPATH"] == "/theirs"
@@ -60,6 +64,8 @@ def test_pools_grow_with_what_an_autoscaler_may_add(monkeypatch: pytest.MonkeyPa
     assert runtime.elastic_workers(ComputeRecipe()) == (1, 8)
     assert runtime.elastic_workers(ComputeRecipe(workers=2)) == 2
     runtime.check_satisfiable(ComputeRecipe(workers=8))
+    gpu, cpu, head = {"CPU": 4, "GPU": 1}, {"CPU": 8, "GPU": 0}, {"CPU": 2, "GPU": 0}
+    assert runtime.every_possible_node() == [*[gpu] * 8, *[cpu] * 3, head]
 
 
 def test_without_gpus_there_is_an_actor_a_node(monkeypatch: pytest.MonkeyPatch) -> None:

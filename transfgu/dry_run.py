@@ -69,6 +69,7 @@ def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool
     complete = pipeline.check_artifacts(recipe, run)
     runtime.connect(verbose=verbose)
     pipeline.check_shared(recipe, run)
+    runtime.check_satisfiable(recipe.compute)
     held = runtime.actor_resources(recipe.compute)
     counts = _counts(recipe, run if complete["samples"] else None)
     encode = PatchTokens(recipe.encoder, runtime.device())

@@ -283,6 +283,7 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
     recipe = fit_to_patch(recipe, encoder.patch_size)
     runtime.connect(verbose=verbose)
     check_shared(recipe, run)
+    runtime.check_satisfiable(dataclasses.replace(recipe.compute, workers=0))  # a run's own are those that trained
     counted = evaluation.evaluate(recipe, {"model": decoder}, rows, Progress("evaluation", quiet=quiet))
     result = evaluation.scores_json(counted.scores("model"))
     return {

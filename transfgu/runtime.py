@@ -30,6 +30,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # what a submitted job's environment sets may be said again by the job
     "OMP_WAIT_POLICY": "PASSIVE",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
@@ -61,7 +62,8 @@ def connect(*, verbose: bool = False, setup_hook: Callable[[], None] | None = No
     local: dict[str, Any] = {}
     environment: dict[str, Any] = {}
     if address:
-        environment["env_vars"] = {n: os.environ[n] for n in _ENVIRONMENT}
+        # A process on any node must find the same nodes possible as this one does.
+        environment["env_vars"] = {n: os.environ[n] for n in (*_ENVIRONMENT, NODES) if n in os.environ}
     else:
         # Twice the cores: decoding tasks are short, and a stage's actors must fit beside them on the smallest laptop.
         local = {"num_cpus": max(4, 2 * (os.cpu_count() or 1)), "include_dashboard": False}
@@ -154,6 +156,11 @@ def possible_nodes() -> list[Nodes]:
     told = _told_nodes(os.environ.get(NODES, ""))
     told_kinds = [nodes.resources for nodes in told]
     return [*told, *(node for node in _nodes_there() if node.resources not in told_kinds)]
+
+
+def every_possible_node() -> list[Mapping[str, float]]:
+    """Resources of each of :func:`possible_nodes`, one by one; raises what that raises."""
+    return [nodes.resources for nodes in possible_nodes() for _ in range(nodes.count)]
 
 
 def _nodes_there() -> list[Nodes]:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.faults.harness import history, row, write_data
+from transfgu import runtime
 from transfgu.artifacts import Run
 from transfgu.recipe import STAGES
 
@@ -78,7 +79,8 @@ def answers() -> bool:
 def submit(recipe: Path, run: Run) -> tuple[str, float]:
     """What the job printed, and how long it took."""
     started = time.monotonic()
-    command = [RAY, "job", "submit", "--address", ADDRESS, "--working-dir", ".", "--"]
+    says = json.dumps({"env_vars": {runtime.NODES: "[]"}})  # of its nodes, as a driver on any machine but the head must
+    command = [RAY, "job", "submit", "--address", ADDRESS, "--working-dir", ".", "--runtime-env-json", says, "--"]
     command += ["python", "jobs/train.py", "--recipe", str(recipe), "--run", run.uri]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import safetensors.numpy
 from numpy import ndarray
 
-from transfgu import storage
+from transfgu import runtime, storage
 from transfgu.artifacts import Run
 from transfgu.errors import UserError
 from transfgu.kmeans import Shard, cluster
@@ -153,6 +154,33 @@ def test_an_actor_reads_its_parts_by_group(tmp_path: Path) -> None:
     assert actor.take("stuff", rows[:0]) is None
 
 
+def test_features_that_nodes_cannot_hold_go_to_those_that_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    head = {"CPU": 4.0, "memory": 10e9}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": head}])
+    monkeypatch.setenv(runtime.NODES, '[{"count": 8, "CPU": 4, "GPU": 1}, {"count": 4, "CPU": 16}]')
+    fits, large = 7 * 10**9, 11 * 10**9
+    nodes = concepts._nodes(fits)  # 9.1 GB in memory
+    assert nodes == [head]
+    assert concepts._worker_count(fits, nodes) == 1
+    assert concepts._memory(float(fits)) == 9_100_000_000
+    nodes = concepts._nodes(large)  # 14.3 GB
+    assert [node["CPU"] for node in nodes] == [4] * 8 + [16] * 4 + [4]
+    assert concepts._worker_count(large, nodes) == 13
+    assert concepts._memory(large / 13) == 1_100_000_000
+    assert concepts._memory(100e6) == 0
+    # Only the largest can hold a shard of three, and two of 10.8 GB at most.
+    wide = [{"CPU": 4.0, "memory": memory} for memory in (4e9, 4e9, 30e9)]
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in wide])
+    assert len(concepts._nodes(25 * 10**9)) == 15
+    assert concepts._nodes(20 * 10**9) == wide  # 8.7 GB each
+    # Where none may come, it is tried with what is there.
+    monkeypatch.setenv(runtime.NODES, "")
+    assert concepts._nodes(50 * 10**9) == wide
+    assert concepts._memory(50e9) == 0
+
+
 def test_groups_follow_the_recipe() -> None:
     def names(recipe: Recipe) -> list[tuple[str, str, int]]:
         return [(g.name, g.windows, g.count) for g in concepts._groups(recipe)]
@@ -285,7 +313,7 @@ def test_two_actors_and_a_lost_one_make_no_difference(
     shares = concepts._share(parts, 2)
     assert [[len(piece) for piece in share] for share in shares] == [[1], [1, 1]]
     sources = [functools.partial(concepts._read_parts, share, [group]) for share in shares]
-    with concepts._actors(sources, restarts=-1) as actors:
+    with concepts._actors(sources, concepts._nodes(), restarts=1) as actors:
         spread = concepts._Spread(actors, "concepts")
         assert spread.rows == 150
         result = cluster(spread, 5, seed=recipe.seed)
@@ -296,6 +324,15 @@ def test_two_actors_and_a_lost_one_make_no_difference(
     concepts.run(recipe, run, quiet())
     np.testing.assert_array_equal(read_tensors(run)["centroids"], result.centroids)
     assert pq.read_table(run.artifact("concepts").file("nearest.parquet")).equals(nearest)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_actor_that_is_lost_again_and_again_ends_the_stage() -> None:
+    sources = [functools.partial(os._exit, 1)]  # as one that fills its node's memory with what it reads
+    told = r"^concepts: one of 1 actors that hold the features was lost 3 times, .*: use more nodes, nodes of more"
+    with pytest.raises(UserError, match=told), concepts._actors(sources, concepts._nodes(), restarts=2) as actors:
+        concepts._Spread(actors, "concepts")
 
 
 @pytest.mark.ray

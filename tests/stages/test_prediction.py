@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,7 +19,7 @@ from PIL import Image
 
 from tests.made_run import MadeRun, make_run
 from tests.stages.small_run import BAD, picture, spoil
-from transfgu import storage
+from transfgu import runtime, storage
 from transfgu.errors import UserError
 from transfgu.progress import Progress
 from transfgu.recipe import ComputeRecipe
@@ -203,6 +204,17 @@ def test_operators_have_readable_names(made: MadeRun, tmp_path: Path, capsys: py
     shown = capsys.readouterr().out
     for name in ("ReadPhotos", "PredictMasks", "WriteMasks"):
         assert name in shown
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_actor_has_the_cores_of_its_node(made: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(runtime.NODES, '[{"count": 8, "CPU": 8}]')
+    table = samples("a.jpg").append_column("height", pa.array([1]))
+    planned = prediction.plan(job(made, tmp_path), [table], (64, 64), ComputeRecipe(actors=9))
+    operator: Any = planned._logical_plan.dag.input_dependencies[0]
+    assert "PredictMasks" in operator.name
+    assert operator.fn_constructor_kwargs["processes"] == 1  # nine actors, on eight nodes and this one
 
 
 @pytest.mark.ray

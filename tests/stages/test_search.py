@@ -17,7 +17,7 @@ import pytest
 import ray
 
 from tests.folder_run import photographs, small
-from transfgu import pipeline, search_space
+from transfgu import pipeline, runtime, search_space
 from transfgu.errors import UserError
 from transfgu.progress import Progress
 from transfgu.recipe import STAGES, from_yaml, preset
@@ -76,6 +76,27 @@ def test_gpus_are_divided() -> None:
         allot([node, node], asked(gpus_per_trial=16.0, workers_per_trial=2))
     with pytest.raises(UserError, match="the cluster has none"):
         allot([{"CPU": 4.0}], asked(gpus_per_trial=0.5))
+
+
+def test_nodes_with_gpus_read_for_themselves() -> None:
+    """Else those that come first, full of workers, would wait for those that come last."""
+    nodes = [*[{"CPU": 4.0, "GPU": 1.0}] * 8, {"CPU": 64.0}]
+    four = allot(nodes, asked(trials=50, gpus_per_trial=0.25))
+    # Three CPUs for four workers, and a tenth for each one's trial; in all there were (96 - 9) / 32 for each.
+    assert (four.concurrent, four.compute.cpus_per_actor) == (32, 0.65)
+    assert allot(nodes, asked(trials=50, gpus_per_trial=0.5)).compute.cpus_per_actor == 1.0  # 3 for two
+    assert allot(nodes, asked(trials=1, gpus_per_trial=0.25)).compute.cpus_per_actor == 1.0  # 3 for one
+    # Where a node has no other CPU, others read for it.
+    assert allot([{"CPU": 1.0, "GPU": 1.0}, {"CPU": 8.0}], asked()).compute.cpus_per_actor == 1.0
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("ray_cluster")
+def test_trials_are_for_nodes_that_may_come(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(runtime.NODES, '[{"count": 2, "CPU": 4, "GPU": 1}]')
+    wanted = search(tmp_path, "omega_1=uniform(0,1)", uri=s3, gpus_per_trial=4.0, workers_per_trial=4)
+    with pytest.raises(UserError, match=r"a trial asks for 4 x 1 GPUs, and the cluster has 2: lower"):
+        stage.run(wanted, Progress("search", quiet=True), quiet=True)
 
 
 def test_recipes_share_what_they_have_in_common(tmp_path: Path) -> None:

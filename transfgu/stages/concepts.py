@@ -11,7 +11,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +51,8 @@ NEAREST = 8
 _PLACE = ("index", "y0", "y1", "x0", "x1")
 _SHARD_BYTES = 256 << 20  # below this, starting another actor costs more than it saves
 _THREADS = 8  # an actor's at most: more of them wait for each other's Python
+_HELD = 1.3  # bytes in memory for a byte of a shard's files, as it is read and worked on
+_RESTARTS = 5  # of an actor: it goes with its node; but where memory runs out, each new one ends as the last
 _SAVE_SECONDS = 30.0
 _ADDED_AT_ONCE = 8  # passes, each with as many numbers as the centroids have
 _READERS = 4  # parts read at a time, as S3 answers late
@@ -94,7 +96,7 @@ def shards(features: Any, workers: int) -> Iterator[Shards]:
             return
         _connect()
         sources = _spread_array(array, workers)
-    with _actors(sources, restarts=0) as actors:
+    with _actors(sources, _nodes(), restarts=0) as actors:
         yield _Spread(actors, _ALL)
 
 
@@ -105,16 +107,20 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     `nearest.parquet`: for each concept the windows nearest to it, from different images as far as there are some.
 
     Raises:
-        UserError: no window of a group that concepts are made from, fewer windows than concepts, or features that are
-            not finite.
+        UserError: no window of a group that concepts are made from, fewer windows than concepts, features that are
+            not finite, or an actor that was lost again and again.
     """
     groups = _groups(recipe)
     parts, size = _parts(run.artifact("features"))
     folder = run.artifact("concepts")
     results: list[KMeansResult] = []
     found: list[pa.Table] = []
-    sources = [functools.partial(_read_parts, p, groups) for p in _share(parts, _worker_count(size))]
-    with _actors(sources, restarts=-1) as actors:
+    nodes = _nodes(size)
+    sources = [functools.partial(_read_parts, p, groups) for p in _share(parts, _worker_count(size, nodes))]
+    memory = _memory(size / len(sources))
+    if memory:
+        progress.note(f"{len(sources)} actors, each on a node with {memory / 1e9:.1f} GB of memory for it")
+    with _actors(sources, nodes, restarts=_RESTARTS, memory=memory) as actors:
         shards = [_Spread(actors, group.name) for group in groups]
         for group, shard in zip(groups, shards, strict=True):
             _check(recipe, group, shard)
@@ -431,16 +437,22 @@ def _added(*passes: Assignment) -> Assignment:
 
 
 @contextlib.contextmanager
-def _actors(sources: Sequence[_Source], restarts: int) -> Iterator[list[Any]]:
+def _actors(
+    sources: Sequence[_Source], nodes: Sequence[Mapping[str, float]], restarts: int, memory: int = 0
+) -> Iterator[list[Any]]:
     """An actor for each source, gone at the end; one that is lost is started again, and reads its source again.
 
     Args:
         sources: of each actor.
-        restarts: of each actor at most; -1: any number.
+        nodes: resources of those that the actors are for.
+        restarts: of each actor at most.
+        memory: bytes that each asks for; 0: it is started wherever there is a CPU for it.
+
+    Raises:
+        UserError: an actor was lost once more than it is started again.
     """
     import ray
 
-    nodes = _nodes()
     per_node = math.ceil(len(sources) / len(nodes))
     node_cpus = min(node["CPU"] for node in nodes)
     cpus = sum(node["CPU"] for node in nodes)
@@ -453,10 +465,16 @@ def _actors(sources: Sequence[_Source], restarts: int) -> Iterator[list[Any]]:
         scheduling_strategy="SPREAD",
         max_restarts=restarts,
         max_task_retries=restarts,
+        **({"memory": memory} if memory else {}),
     )
     actors: list[Any] = [actor.remote(source, threads, gpu) for source in sources]
     try:
         yield actors
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
+        raise UserError(
+            f"concepts: one of {len(sources)} actors that hold the features was lost {restarts + 1} times, as happens "
+            "where memory runs out: use more nodes, nodes of more memory, or fewer images (a lower limit)"
+        ) from None
     finally:
         for handle in actors:
             ray.kill(handle)
@@ -483,23 +501,47 @@ def _connect() -> None:
         runtime.connect()
 
 
-def _nodes() -> list[dict[str, float]]:
-    """Resources of each node that has a CPU; where all are yet to come, those of one."""
+def _nodes(size: int = 0) -> Sequence[Mapping[str, float]]:
+    """Resources of each node that has a CPU, whose cores and memory are for features of `size` bytes.
+
+    They are those that are there, as far as these have the memory, else all that the cluster may come to have. Where
+    there is neither a node nor a size, they are one of those to come.
+    """
     import ray
 
-    there = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
-    if there:
-        return there
     from transfgu import runtime
 
-    return [dict(kind.resources) for kind in runtime.possible_nodes() if kind.resources["CPU"]][:1]
+    there = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    may_be = [node for node in runtime.every_possible_node() if node["CPU"]]
+    if not size:
+        return there or may_be[:1]
+    if not there:
+        return may_be
+    actors = _worker_count(size, there)
+    shard = _HELD * size / actors
+    room = sum(int(node.get("memory", 0.0) / shard) for node in there)
+    return there if room >= actors else max(there, may_be, key=len)
 
 
-def _worker_count(size: int) -> int:
+def _worker_count(size: int, nodes: Sequence[Mapping[str, float]]) -> int:
     """Actors for features of `size` bytes: enough to use every node's cores, as far as each has work to do."""
-    nodes = _nodes()
     per_node = math.ceil(min(node["CPU"] for node in nodes) / _THREADS)
     return max(1, min(math.ceil(size / _SHARD_BYTES), len(nodes) * per_node))
+
+
+def _memory(shard: float) -> int:
+    """Bytes of memory that the actor of a shard of so many bytes asks for: what it holds, where nodes may yet come.
+
+    Elsewhere 0: what a machine declares is a share of what was free when Ray began, and an actor that asks for more
+    than any has would wait for ever. It is 0 for a small shard, too, that finds its place anywhere.
+    """
+    import ray
+
+    from transfgu import runtime
+
+    living = sum(bool(node["Alive"]) for node in ray.nodes())
+    grows = len(runtime.every_possible_node()) > living
+    return int(_HELD * shard) if grows and shard > _SHARD_BYTES else 0
 
 
 def _share(parts: Sequence[str], workers: int) -> list[list[list[str]]]:

@@ -11,7 +11,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -88,6 +88,7 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     runtime.connect(verbose=verbose)
     for uri, flag in ((job.out, "--out"), (job.images, "--images")):
         runtime.check_shared(uri, flag)
+    runtime.check_satisfiable(replace(compute, workers=0))  # nothing is trained
     samples = _samples(names)
     done, bad = _done(job, samples), _known_bad(job)
     size = _size(job)
@@ -244,7 +245,7 @@ def plan(job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: Co
         tables,
         ReadPhotos(size=size, interpolation="bilinear", keep_files=job.overlays),
         PredictMasks,
-        {"run": job.run, "processes": runtime.pool_size(compute)},
+        {"run": job.run, "processes": runtime.actors_per_node(compute)},
         runtime.encoder_pool(compute),
     )
     return parts.written(data, WriteMasks(job=job))

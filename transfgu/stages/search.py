@@ -5,7 +5,8 @@ tried. A trial is a Ray Train run of its own, started by Ray Tune; its record is
 epoch, and is all that a restarted search reads.
 
 Decoding tasks ask for a whole CPU. If trials held every CPU, no trial's images would ever be read: each node keeps one
-CPU free, whatever the number of trials, and trials share the rest, in fractions if need be.
+CPU free, whatever the number of trials, and trials share the rest, in fractions if need be. Nodes are those that the
+cluster may come to have, as trials are what brings them.
 """
 
 import json
@@ -135,7 +136,7 @@ def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
     Of the CPUs as many as there are nodes stay free in all: then one node at least has a whole one.
 
     Args:
-        nodes: resources of each node.
+        nodes: resources of each node that the cluster may come to have.
         search: says how many trials at a time, with how many workers and GPUs each; `recipe.compute.cpus_per_actor`
             is what a worker gets at most.
 
@@ -151,9 +152,9 @@ def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
             f"--gpus-per-trial {search.gpus_per_trial:g} asks for GPUs, and the cluster has none: leave it out"
         )
     share = search.gpus_per_trial / workers if search.gpus_per_trial else wanted.gpus_per_actor
+    slots = [math.floor(node.get("GPU", 0.0) / share + 1e-9) for node in nodes]
     if gpus:
-        slots = sum(math.floor(node.get("GPU", 0.0) / share + 1e-9) for node in nodes)
-        most = slots // workers
+        most = sum(slots) // workers
         if not most:
             raise UserError(
                 f"a trial asks for {workers} x {share:g} GPUs, and the cluster has {gpus:g}: lower --gpus-per-trial"
@@ -164,6 +165,11 @@ def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
     concurrent = min(search.concurrent or most, most, search.count)
     free = total - len(nodes)
     cpus = min(wanted.cpus_per_actor, math.floor(100 * (free / concurrent - _TRIAL_CPUS) / workers) / 100)
+    # Nodes come one by one: those with GPUs must not wait, full of workers, for another that reads for them.
+    for node, slot in zip(nodes, slots, strict=True):
+        held = min(slot, concurrent * workers)
+        if held and (room := math.floor(100 * ((node["CPU"] - 1) / held - _TRIAL_CPUS / workers)) / 100) > 0:
+            cpus = min(cpus, room)
     if cpus <= 0:
         raise UserError(
             f"{concurrent} trials of {workers} workers do not fit on {total:g} CPUs, one of which each node keeps for "
@@ -194,7 +200,7 @@ def run(search: Search, progress: Progress, *, quiet: bool = False, verbose: boo
     left = search.count - len(ledger.trials) + len(ledger.unfinished())
     runtime.connect(verbose=verbose)
     runtime.check_shared(search.uri)
-    allotment = allot([n["Resources"] for n in ray.nodes() if n["Alive"]], search)
+    allotment = allot(runtime.every_possible_node(), search)
     shared = [stage for stage in UPSTREAM if not search.space.touches(search.recipe.stage_fields(stage))]
     computed = prepare(search.recipe, search.uri, shared, quiet=quiet)
     home = SharedRun(search.uri, search.recipe)
