@@ -30,6 +30,8 @@ class Gateway:
         """Faults of the next requests: a status, or `HANG_UP`."""
         self.fault: Callable[[str], int | None] = lambda line: None
         """Asked for each other request, by its line."""
+        self.unknown: frozenset[str] = frozenset()
+        """Headers, in lower case, that the server does not get to see: it acts as one that does not know them."""
         self.asked: list[Asked] = []
         gateway = self
 
@@ -45,7 +47,8 @@ class Gateway:
                     self._fail(fault)
                     return
                 upstream = http.client.HTTPConnection(urlsplit(target).netloc)
-                upstream.request(self.command, self.path, body, dict(self.headers))
+                headers = {name: value for name, value in self.headers.items() if name.lower() not in gateway.unknown}
+                upstream.request(self.command, self.path, body, headers)
                 answer = upstream.getresponse()
                 data = answer.read()
                 upstream.close()
@@ -62,7 +65,7 @@ class Gateway:
                 if status == HANG_UP:
                     self.close_connection = True
                     return
-                code = {403: "AccessDenied", 503: "SlowDown"}[status]
+                code = {403: "AccessDenied", 501: "NotImplemented", 503: "SlowDown"}[status]
                 data = b"" if self.command == "HEAD" else f"<Error><Code>{code}</Code></Error>".encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))

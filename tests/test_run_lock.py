@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.gateway import Gateway
 from transfgu import run_lock, storage
 from transfgu.errors import UserError
 from transfgu.run_lock import Lock, hold
@@ -53,6 +54,18 @@ def test_a_second_run_is_refused_until_the_first_lets_go(
     with hold(uri, said.append):
         pass
     assert said == []
+
+
+@pytest.mark.s3
+def test_a_server_that_would_replace_the_lock(
+    s3: str, s3_endpoint: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = Gateway(s3_endpoint)
+    gateway.unknown = frozenset({"if-none-match"})
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", gateway.url)
+    with hold(f"{s3}/run", said.append), pytest.raises(UserError, match="is writing"):
+        Lock(f"{s3}/run").take(said.append)
+    gateway.close()
 
 
 def test_of_many_that_try_at_once_one_holds_it(tmp_path: Path, said: list[str]) -> None:
@@ -108,6 +121,27 @@ def test_a_lock_that_was_cut_short_is_a_dead_runs(tmp_path: Path, said: list[str
     (tmp_path / run_lock.FILE).write_text('{"id": "oth')
     with hold(str(tmp_path), said.append):
         assert lock_of(str(tmp_path))["host"]
+
+
+def test_of_two_that_take_over_a_dead_runs_lock_one_holds_it(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found it dead; the other one writes, settles, and only then do we get to write."""
+    monkeypatch.setattr(run_lock, "_SETTLE_SECONDS", 0.01)
+    file = tmp_path / run_lock.FILE
+    file.write_text("{}")
+    late = Lock(str(tmp_path))
+    found = late._read()
+    with hold(str(tmp_path), said.append) as lock:
+        with pytest.raises(UserError, match="is writing"):
+            late._take_over(found, said.append)
+        assert lock_of(str(tmp_path))["id"] == lock._me["id"]
+
+
+def test_a_lock_that_was_lost_since_the_last_beat_is_not_deleted(tmp_path: Path, said: list[str]) -> None:
+    with hold(str(tmp_path), said.append):
+        write_lock(str(tmp_path))
+    assert lock_of(str(tmp_path))["id"] == "other"
 
 
 def test_the_holder_beats_and_notices_a_loss(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

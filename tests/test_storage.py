@@ -1,5 +1,6 @@
 """Storage: the same behaviour on a local tree and on S3, and one line for whatever goes wrong."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import boto3
 import pytest
 
 from tests.gateway import Gateway
@@ -52,6 +54,66 @@ def test_absence(root: str) -> None:
         storage.read_bytes(missing)
     with pytest.raises(UserError, match="there is no file"):
         list(storage.read_chunks(missing, 1))
+
+
+def test_what_depends_on_what_is_there(root: str) -> None:
+    uri = storage.join(root, "a/x")
+    assert not storage.replace(uri, b"", b"one")
+    assert storage.create(uri, b"one")
+    assert not storage.create(uri, b"two")
+    assert not storage.replace(uri, b"two", b"three")
+    assert storage.read_bytes(uri) == b"one"
+    assert storage.replace(uri, b"one", b"two")
+    assert storage.read_bytes(uri) == b"two"
+
+
+@pytest.mark.s3
+def test_of_two_that_replace_a_file_at_once_one_does(s3: str, s3_endpoint: str, faults: Gateway) -> None:
+    """Another's contents come between our look and our writing."""
+    uri, bucket = f"{s3}/x", s3.removeprefix("s3://")
+    storage.write_bytes(uri, b"dead")
+
+    def other(line: str) -> None:
+        if line.startswith("PUT"):
+            boto3.client("s3", endpoint_url=s3_endpoint).put_object(Bucket=bucket, Key="x", Body=b"other")
+
+    faults.fault = other
+    assert not storage.replace(uri, b"dead", b"ours")
+    assert storage.read_bytes(uri) == b"other"
+
+
+@pytest.mark.s3
+def test_a_server_that_knows_no_conditions(s3: str, faults: Gateway) -> None:
+    faults.pending = [501]
+    assert storage.create(f"{s3}/x", b"one")
+    faults.pending = [501]
+    assert not storage.create(f"{s3}/x", b"two")
+    assert storage.read_bytes(f"{s3}/x") == b"one"
+    assert faults.met == 2
+
+    faults.fault = lambda line: 501 if line.startswith("PUT") and faults.met == 2 else None
+    assert storage.replace(f"{s3}/x", b"one", b"two")
+    assert storage.read_bytes(f"{s3}/x") == b"two"
+    assert faults.met == 3
+
+
+@pytest.mark.s3
+def test_a_bucket_that_is_not_there_is_no_condition_that_failed(s3: str) -> None:
+    with pytest.raises(UserError, match=f"can't write {s3}-gone/x"):
+        storage.create(f"{s3}-gone/x", b"")
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_a_file_is_made_where_there_are_no_hard_links(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", link)
+    assert storage.create(str(tmp_path / "x"), b"one")
+    assert not storage.create(str(tmp_path / "x"), b"two")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"x": b"one"}
 
 
 def test_list_and_delete(root: str) -> None:

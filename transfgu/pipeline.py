@@ -187,12 +187,13 @@ def run_search(search: Search, *, quiet: bool = False, verbose: bool = False) ->
     say(f"{search.recipe.preset}: {search.count} trials of {', '.join(search.space.shown())} in {search.uri}")
     from transfgu.stages import search as stage  # brings Ray
 
-    with run_lock.hold(search.uri, say):
+    with run_lock.hold(search.uri, say) as lock:
         found = stage.run(search, Progress("search", quiet=quiet), quiet=quiet, verbose=verbose)
-    metrics = trials.write_results(search, found.trials, found.stages)
-    for line in trials.table(search, found.trials):
-        say(line)
-    say(f"report: {search_report.write(search, found.trials, metrics)}")
+        lock.check()
+        metrics = trials.write_results(search, found.trials, found.stages)
+        for line in trials.table(search, found.trials):
+            say(line)
+        say(f"report: {search_report.write(search, found.trials, metrics)}")
     failed = [trial for trial in found.trials if trial.status == "failed"]
     if failed and len(failed) == len(found.trials):
         raise UserError(f"every trial failed; trial {failed[0].number}: {failed[0].reason}")

@@ -28,8 +28,9 @@ _SETTLE_SECONDS = 1.0  # after which, of two that took a dead run's lock at once
 class Lock:
     """A run's lock, held."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, flag: str = "--run") -> None:
         self.uri = storage.join(uri, FILE)
+        self._flag = flag
         self._run = uri
         self._me = {"id": uuid.uuid4().hex, "host": platform.node(), "process": _process(os.getpid())}
         self._beats = 0
@@ -43,9 +44,14 @@ class Lock:
         Raises:
             UserError: another run holds it.
         """
-        # A request that was repeated because its answer got lost may find what it made itself.
-        if not storage.create(self.uri, self._content()) and not self._is_mine(self._read()):
-            self._take_over(say)
+        # Read first: a server that does not know the condition would replace a living run's lock.
+        found, made = self._read(), False
+        if found is None:
+            made = storage.create(self.uri, self._content())
+            # A request that was repeated because its answer got lost may find what it made itself.
+            found = None if made else self._read()
+        if not made and not self._is_mine(found):
+            self._take_over(found, say)
         self._thread.start()
 
     def check(self) -> None:
@@ -61,51 +67,49 @@ class Lock:
         self._thread.join()
         if not self._lost.is_set():
             with suppress(UserError):  # the folder may be gone, or out of reach: the next run sees that this one is
-                storage.delete(self.uri)
+                if self._is_mine(self._read()):  # it may have been taken over since the last beat
+                    storage.delete(self.uri)
 
-    def _take_over(self, say: Callable[[str], None]) -> None:
-        first = self._read()
-        if first and not _is_dead(first):
-            if _is_here(first):
-                raise self._refused(first)
-            say(f"the run on {first.get('host')} may be dead: watching its lock for {_PATIENCE_SECONDS:g} s")
+    def _take_over(self, found: bytes | None, say: Callable[[str], None]) -> None:
+        holder = _holder(found)
+        if holder and not _is_dead(holder):
+            if _is_here(holder):
+                raise self._refused(holder)
+            say(f"the run on {holder.get('host')} may be dead: watching its lock for {_PATIENCE_SECONDS:g} s")
             deadline = time.monotonic() + _PATIENCE_SECONDS
             while time.monotonic() < deadline:
                 time.sleep(min(1.0, _PATIENCE_SECONDS / 10))
                 now = self._read()
                 if now is None:
+                    found = None
                     break
-                if now != first:
-                    raise self._refused(now)
-        storage.write_bytes(self.uri, self._content())
+                if now != found:
+                    raise self._refused(_holder(now))
+        if found is None:
+            storage.create(self.uri, self._content())
+        else:
+            storage.replace(self.uri, found, self._content())
         time.sleep(_SETTLE_SECONDS)
-        holder = self._read()
-        if not self._is_mine(holder):
-            raise self._refused(holder or {})
+        now = self._read()
+        if not self._is_mine(now):
+            raise self._refused(_holder(now))
         say("took over the lock of a run that died")
 
-    def _is_mine(self, holder: dict[str, Any] | None) -> bool:
-        return holder is not None and holder.get("id") == self._me["id"]
+    def _is_mine(self, found: bytes | None) -> bool:
+        return _holder(found).get("id") == self._me["id"]
 
     def _refused(self, holder: dict[str, Any]) -> UserError:
         who = f"process {str(holder.get('process')).split('/')[-1].split('@')[0]} on {holder.get('host')}"
         return UserError(
-            f"another run is writing {storage.shown(self._run)} ({who}): wait for it, stop it, or choose another --run"
+            f"another run is writing {storage.shown(self._run)} ({who}): wait for it, stop it, or choose another "
+            f"{self._flag}"
         )
 
     def _content(self) -> bytes:
         return json.dumps({**self._me, "beats": self._beats}, indent=1).encode()
 
-    def _read(self) -> dict[str, Any] | None:
-        """Who holds it; None where nobody does. A lock that can't be read is one whose holder died writing it."""
-        data = storage.read_bytes_or_none(self.uri)
-        if data is None:
-            return None
-        try:
-            tree = json.loads(data)
-        except ValueError:
-            tree = {}
-        return tree if isinstance(tree, dict) else {}
+    def _read(self) -> bytes | None:
+        return storage.read_bytes_or_none(self.uri)
 
     def _beat(self) -> None:
         while not self._end.wait(_BEAT_SECONDS):
@@ -118,13 +122,13 @@ class Lock:
 
 
 @contextmanager
-def hold(uri: str, say: Callable[[str], None]) -> Iterator[Lock]:
-    """Hold the lock of the run folder `uri` while the body runs.
+def hold(uri: str, say: Callable[[str], None], flag: str = "--run") -> Iterator[Lock]:
+    """Hold the lock of the run folder `uri`, which `flag` names, while the body runs.
 
     Raises:
         UserError: another run holds it.
     """
-    lock = Lock(uri)
+    lock = Lock(uri, flag)
     lock.take(say)
     try:
         yield lock
@@ -143,6 +147,15 @@ def _process(pid: int) -> str:
     state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     started = "" if state == "Z" else fields[18]  # what is left of a process until its parent has seen it end
     return f"{_process_table()}/{pid}@{started}"
+
+
+def _holder(found: bytes | None) -> dict[str, Any]:
+    """Who holds a lock of this content; empty where nobody does, or whoever did died writing it."""
+    try:
+        tree = json.loads(found or b"")
+    except ValueError:
+        tree = {}
+    return tree if isinstance(tree, dict) else {}
 
 
 def _is_here(holder: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ looked up in each process when it is first needed, and again when temporary cred
 """
 
 import contextlib
+import errno
 import os
 import re
 import threading
@@ -124,15 +125,29 @@ def create(uri: str, data: bytes) -> bool:
     """Make a file in one piece unless there is one; whether it was made.
 
     Of several that try at once one succeeds, on local file systems and on S3. Where a store knows no such request,
-    they may all.
+    they may all; an S3 server that does not know it, and does not say so, even replaces what is there.
     """
     with _one_line(uri, "write"):
         if is_local(uri):
             return _create_local(Path(absolute(uri)), data)
-        if scheme(uri) == "s3":
-            return _create_s3(uri, data)
+        if scheme(uri) == "s3" and (made := _put_s3(uri, data, IfNoneMatch="*")) is not None:
+            return made
         fs, path = filesystem(uri)
         if fs.get_file_info(path).type is not pafs.FileType.NotFound:
+            return False
+        _write(uri, data)
+        return True
+
+
+def replace(uri: str, held: bytes, data: bytes) -> bool:
+    """Replace a file's contents if they still are `held`; whether they were.
+
+    Of several that try at once one succeeds on S3. Elsewhere, and where a server knows no such request, they may all.
+    """
+    with _one_line(uri, "write"):
+        if scheme(uri) == "s3" and (replaced := _replace_s3(uri, held, data)) is not None:
+            return replaced
+        if read_bytes_or_none(uri) != held:
             return False
         _write(uri, data)
         return True
@@ -264,7 +279,14 @@ def _create_local(path: Path, data: bytes) -> bool:
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}"
     try:
         temporary.write_bytes(data)
-        os.link(temporary, path)
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            # No hard links, as on FAT or in a mounted bucket: for an instant the file is seen without its contents.
+            with path.open("xb") as file:
+                file.write(data)
         return True
     except FileExistsError:
         return False
@@ -272,8 +294,22 @@ def _create_local(path: Path, data: bytes) -> bool:
         temporary.unlink(missing_ok=True)
 
 
-def _create_s3(uri: str, data: bytes) -> bool:
-    # pyarrow has no conditional writes.
+def _replace_s3(uri: str, held: bytes, data: bytes) -> bool | None:
+    """As :func:`replace`; None where the server says that it knows no such request."""
+    found = _ask_s3(uri, "head_object")
+    if isinstance(found, int) or read_bytes_or_none(uri) != held:
+        return False
+    return _put_s3(uri, data, IfMatch=found["ETag"])
+
+
+def _put_s3(uri: str, data: bytes, **condition: str) -> bool | None:
+    """Whether the condition held, and the object was written; None where the server says that it knows none."""
+    answer = _ask_s3(uri, "put_object", Body=data, **condition)
+    return None if answer == 501 else not isinstance(answer, int)
+
+
+def _ask_s3(uri: str, operation: str, **fields: Any) -> Any:
+    """The answer to a request that pyarrow can't make; its status where the object is not what was supposed."""
     import boto3
     import botocore.config
     import botocore.exceptions
@@ -282,11 +318,12 @@ def _create_s3(uri: str, data: bytes) -> bool:
     bucket, _, key = uri.partition("://")[2].partition("/")
     config = botocore.config.Config(retries={"max_attempts": _BOTO_ATTEMPTS, "mode": "standard"})
     try:
-        boto3.client("s3", config=config).put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-        return True
+        return getattr(boto3.client("s3", config=config), operation)(Bucket=bucket, Key=key, **fields)
     except botocore.exceptions.ClientError as error:
-        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412):
-            return False
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        # A missing bucket is a mistake, a missing object is not.
+        if status in (409, 412, 501) or error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey"):
+            return status
         raise OSError(str(error)) from None
     except botocore.exceptions.BotoCoreError as error:
         raise OSError(str(error)) from None

@@ -5,8 +5,10 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,25 @@ def test_another_models_masks_stay_as_they_are(made: MadeRun, tmp_path: Path) ->
     claim.write_text(json.dumps({**told, "model": "0", "run": "s3://other/run"}))
     with pytest.raises(UserError, match="holds masks of s3://other/run"):
         prediction.preflight(job(made, tmp_path))
+
+
+def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path: Path) -> None:
+    """Each looks before any of them has written."""
+    start, asked = threading.Barrier(8), job(made, tmp_path)
+
+    def claim(model: int) -> str:
+        start.wait()
+        try:
+            prediction._claim(asked, {"model": str(model), "run": f"/{model}", "format": "png", "classes": []})
+            return str(model)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        told = list(pool.map(claim, range(8)))
+    winner = json.loads((tmp_path / "out" / "prediction.json").read_text())["model"]
+    refusal = f"{tmp_path}/out holds masks of /{winner}: choose another --out, or delete what is there"
+    assert told == [winner if winner == str(model) else refusal for model in range(8)]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from transfgu import run_lock
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
 from transfgu.progress import Progress
@@ -64,6 +65,24 @@ def test_what_was_learned_is_not_learned_again(ray_cluster: None, tmp_path: Path
     again = read_weights(job.out).tensors
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
     assert [part.stat().st_mtime_ns for part in parts] == written
+
+    # With other images there is more to learn.
+    Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(tmp_path / "images" / "new.png")
+    assert pretraining.pretrain(job, ComputeRecipe(workers=1), QUIET).images == 11
+    more = read_weights(job.out).tensors
+    assert not all(torch.equal(more[name], tensor) for name, tensor in first.items())
+
+
+@pytest.mark.ray
+def test_one_file_of_weights_has_one_writer(ray_cluster: None, tmp_path: Path) -> None:
+    uri = folder_of_images(tmp_path / "images", 10)
+    job = PretrainingJob(images=uri, out=str(tmp_path / "vit.safetensors"), recipe=TINY, image_size=16)
+    with (
+        run_lock.hold(job.work, print),
+        pytest.raises(UserError, match=r"is writing .*vit\.safetensors.*another --out"),
+    ):
+        pretraining.pretrain(job, ComputeRecipe(workers=1), QUIET)
+    assert not list(Path(job.work).glob("images-*"))
 
 
 def test_the_same_parts_go_to_each_worker_once_an_epoch() -> None:

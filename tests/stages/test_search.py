@@ -17,7 +17,7 @@ import pytest
 import ray
 
 from tests.folder_run import photographs, small
-from transfgu import pipeline, runtime, search_space
+from transfgu import pipeline, run_lock, runtime, search_space
 from transfgu.errors import UserError
 from transfgu.progress import Progress
 from transfgu.recipe import STAGES, from_yaml, preset
@@ -109,7 +109,7 @@ def test_recipes_share_what_they_have_in_common(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_small_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_search(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = search(tmp_path, "omega_1=loguniform(0.1,10)", "alpha=uniform(0,0.1)", epochs=2, searcher="tpe")
     metrics = pipeline.run_search(wanted, quiet=True)
     rows = json.loads((tmp_path / "search" / "trials.json").read_text())
@@ -138,6 +138,22 @@ def test_a_small_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert all(found["skipped"] for found in again["stages"].values())
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "search" / "trials").iterdir()} == before
     assert again["best"] == metrics["best"]
+
+    # Whose folder was taken over meanwhile writes no results.
+    results = (tmp_path / "search" / "trials.json").stat().st_mtime_ns
+    monkeypatch.setattr(run_lock, "_BEAT_SECONDS", 0.05)
+    run = stage.run
+
+    def run_and_lose(*args: Any, **fields: Any) -> stage.Found:
+        found = run(*args, **fields)
+        (tmp_path / "search" / run_lock.FILE).write_text('{"id": "other"}')
+        time.sleep(1)
+        return found
+
+    monkeypatch.setattr(stage, "run", run_and_lose)
+    with pytest.raises(UserError, match="another run took over"):
+        pipeline.run_search(wanted, quiet=True)
+    assert (tmp_path / "search" / "trials.json").stat().st_mtime_ns == results
 
 
 @pytest.mark.long

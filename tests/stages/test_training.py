@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
@@ -20,7 +22,7 @@ from transfgu.optimisation import make_optimiser, training_step
 from transfgu.packed_maps import maps_of_planes, unpack_planes
 from transfgu.progress import Progress
 from transfgu.recipe import Recipe
-from transfgu.stages import training
+from transfgu.stages import samples, training
 from transfgu.stages.training import training_images
 from transfgu.stages.training_loop import State
 from transfgu.views import apply_views, draw_views
@@ -162,6 +164,46 @@ def test_two_workers_train_as_one_process_does(tmp_path: Path, ray_cluster: None
     assert training.run(recipe, made.run, again) == outcome
     assert storage.read_bytes(made.run.file("model.safetensors")) == model
     assert again.notes == []
+
+    # Of other images it goes on from nothing.
+    table = samples.load(made.run, "train")
+    training.write_table(made.run.file("samples/train.parquet"), rotated(table))
+    training.run(recipe, made.run, again)
+    assert [note.split(":")[0] for note in again.notes] == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]
+
+
+def rotated(table: pa.Table) -> pa.Table:
+    """The same images, each in the next one's place."""
+    images = table["image"].to_pylist()
+    return table.set_column(table.column_names.index("image"), "image", pa.array(images[1:] + images[:1]))
+
+
+def test_what_a_training_goes_on_from(tmp_path: Path) -> None:
+    """Other images, labels or concepts are told; by whom pseudo labels were made, and in which parts, is not."""
+    made = make_run(tmp_path)
+    images, validation = training_images(made.run), samples.labelled(made.recipe, made.run)
+
+    def digest() -> str:
+        return training.inputs_digest(made.run, training_images(made.run), samples.labelled(made.recipe, made.run))
+
+    first = digest()
+    parts = sorted(Path(made.run.file("pseudo_labels")).glob("part-*"))
+    whole = pa.concat_tables(pq.read_table(part) for part in parts)
+    parts[1].unlink()
+    pq.write_table(whole, parts[0])
+    assert training_images(made.run) != images
+    assert digest() == first
+    others = {
+        training.inputs_digest(made.run, rotated(images), validation),
+        training.inputs_digest(made.run, images.slice(1), validation),
+        training.inputs_digest(made.run, images, rotated(validation)),
+        training.inputs_digest(made.run, images, validation.slice(1)),
+    }
+    concepts = Path(made.run.file("concepts/concepts.safetensors"))
+    tensors = safetensors.torch.load(concepts.read_bytes())
+    tensors["centroids"][0, 0] += 1e-3
+    safetensors.torch.save_file(tensors, concepts)
+    assert len({first, *others, digest()}) == 6
 
 
 def test_a_worker_that_dies_costs_its_epoch_alone(tmp_path: Path, ray_cluster: None) -> None:

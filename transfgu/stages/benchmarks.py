@@ -252,7 +252,12 @@ class _Bench:
         started = time.perf_counter()
         with _peaks("RayTrainWorker") as peak:
             checkpoint = training.fit(
-                how, images=images, validation="", folder=self._run.file("ray"), progress=Progress("t", quiet=True)
+                how,
+                images=images,
+                validation="",
+                inputs="made",
+                folder=self._run.file("ray"),
+                progress=Progress("t", quiet=True),
             )
         whole = time.perf_counter() - started
         bound.append(ray.get(self.bare.training_loop.remote(self._images, steps)))

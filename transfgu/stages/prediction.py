@@ -155,18 +155,20 @@ def preflight(job: PredictionJob) -> dict[str, str]:
 def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
     uri = storage.join(job.out, CLAIM)
     text = storage.read_bytes_or_none(uri)
+    if text is None:
+        if storage.create(uri, json.dumps(claim, indent=1).encode()):
+            return
+        text = storage.read_bytes(uri)  # of one that began at the same time
     try:
-        held = None if text is None else json.loads(text)
-        differing = [n for n in ("model", "format", "classes") if held is not None and held[n] != claim[n]]
+        held = json.loads(text)
+        differing = [n for n in ("model", "format", "classes") if held[n] != claim[n]]
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{storage.shown(uri)} is damaged: delete it, and the masks beside it, or change --out"
         ) from None
-    if held is not None and differing:
+    if differing:
         theirs = f"masks of {held['run']}" if "model" in differing else f"another {differing[0]}"
         raise UserError(f"{storage.shown(job.out)} holds {theirs}: choose another --out, or delete what is there")
-    if held is None:
-        storage.write_bytes(uri, json.dumps(claim, indent=1).encode())
 
 
 def _samples(names: Mapping[str, str]) -> pa.Table:

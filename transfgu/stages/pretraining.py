@@ -33,7 +33,7 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from transfgu import runtime, storage
+from transfgu import run_lock, runtime, storage
 from transfgu.datasets import images as pictures
 from transfgu.datasets import shapes
 from transfgu.errors import BadInput, UserError
@@ -115,6 +115,8 @@ class Part:
 class Prepared:
     """The images of a job, made small."""
 
+    listing: str
+    """Digest of which images were asked for, and of their size."""
     parts: tuple[Part, ...]
     left_out: tuple[dict[str, str], ...]
     """Name and reason of each image that could not be used."""
@@ -166,7 +168,7 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
             f"({left_out[0]['reason']}): mend or remove them"
         )
     parts.sort(key=lambda part: part.uri)
-    return Prepared(parts=tuple(parts), left_out=tuple(left_out))
+    return Prepared(listing=listing, parts=tuple(parts), left_out=tuple(left_out))
 
 
 def _files(uri: str) -> list[str]:
@@ -265,20 +267,22 @@ def pretrain(job: PretrainingJob, compute: ComputeRecipe, progress: Progress) ->
     """Pretrain an encoder and write its weights to `job.out`; run again, it goes on from what is done.
 
     Raises:
-        UserError: see `prepare`; or a batch that does not divide among the workers.
+        UserError: see `prepare`; or a batch that does not divide among the workers, or another run that writes `out`.
     """
     world = runtime.training_workers(compute)
     local = _worker_batch(job.recipe, world)
-    prepared = prepare(job, progress)
-    if steps_of_epoch(prepared.parts, job.recipe.seed, 0, world, local) == 0:
-        raise UserError(
-            f"{prepared.images} images are too few for {world} workers and a batch of {job.recipe.batch_size}: "
-            "give more, or lower --batch_size"
-        )
-    checkpoint = _fit(job, prepared, compute, progress)
-    with checkpoint.as_directory() as folder:
-        tensors = safetensors.torch.load_file(Path(folder) / "encoder.safetensors")
-    storage.write_bytes(job.out, safetensors.torch.save(tensors, _metadata(job, prepared)))
+    with run_lock.hold(job.work, progress.note, "--out") as lock:
+        prepared = prepare(job, progress)
+        if steps_of_epoch(prepared.parts, job.recipe.seed, 0, world, local) == 0:
+            raise UserError(
+                f"{prepared.images} images are too few for {world} workers and a batch of {job.recipe.batch_size}: "
+                "give more, or lower --batch_size"
+            )
+        checkpoint = _fit(job, prepared, compute, progress)
+        with checkpoint.as_directory() as folder:
+            tensors = safetensors.torch.load_file(Path(folder) / "encoder.safetensors")
+        lock.check()
+        storage.write_bytes(job.out, safetensors.torch.save(tensors, _metadata(job, prepared)))
     return prepared
 
 
@@ -307,6 +311,7 @@ def _metadata(job: PretrainingJob, prepared: Prepared) -> dict[str, str]:
 
 
 def _fit(job: PretrainingJob, prepared: Prepared, compute: ComputeRecipe, progress: Progress) -> Checkpoint:
+    fs, root = storage.travelling(storage.join(job.work, "ray"))
     board = put_up()
     resources, workers = runtime.actor_resources(compute), runtime.training_workers(compute)
     trainer = TorchTrainer(
@@ -320,8 +325,9 @@ def _fit(job: PretrainingJob, prepared: Prepared, compute: ComputeRecipe, progre
         torch_config=process_group(resources["num_gpus"], workers),  # type: ignore[arg-type]  # any backend's will do
         run_config=RunConfig(
             # Another recipe or other images must not go on from these weights.
-            name=f"pretraining-{job.digest()}",
-            storage_path=storage.join(job.work, "ray"),
+            name=f"pretraining-{job.digest()}-{prepared.listing}",
+            storage_path=root,
+            storage_filesystem=fs,
             failure_config=FailureConfig(max_failures=_ATTEMPTS),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),

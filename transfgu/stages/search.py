@@ -61,6 +61,8 @@ class Tables:
     validation: str
     """Empty where no image is labelled."""
     unlabelled: str
+    inputs: str
+    """Digest of what is trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ def tabulate(recipe: Recipe, uri: str) -> Tables:
     for name, table in tables.items():
         if len(table):
             training.write_table(uris[name], table)
-    return Tables(**uris)
+    return Tables(**uris, inputs=training.inputs_digest(run, images, labelled))
 
 
 class Preparer:
@@ -293,6 +295,7 @@ def _tune(
         budget = max(1.0, 3600 * search.hours - (time.monotonic() - started))
     folder = storage.join(search.uri, "ray")
     storage.delete(storage.join(folder, "tune"))  # of a driver that was killed
+    fs, root = storage.travelling(storage.absolute(folder))
 
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, plan=plan), {"CPU": _TRIAL_CPUS}),
@@ -306,7 +309,8 @@ def _tune(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=storage.absolute(folder),
+            storage_path=root,
+            storage_filesystem=fs,
             failure_config=tune.FailureConfig(max_failures=_LOST),
             verbose=2 if verbose else 0,
         ),
@@ -346,6 +350,7 @@ def run_trial(config: Mapping[str, Any], plan: _Plan) -> None:
             images=tables.images,
             validation=tables.validation,
             unlabelled=tables.unlabelled,
+            inputs=tables.inputs,
             folder=_train_folder(plan.uri, number),
             progress=Progress("training", quiet=True),
             goes_on=goes_on,

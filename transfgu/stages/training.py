@@ -5,6 +5,7 @@ from the last checkpoint. What no attempt can mend (a user's mistake, a loss tha
 ends the training instead of being tried again.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -53,6 +54,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         recipe,
         images=artifact.file("images.parquet"),
         validation=artifact.file("validation.parquet") if len(validation) else "",
+        inputs=inputs_digest(run, images, validation),
         folder=run.file("ray"),
         progress=progress,
         pictures=pictures if tracking.names(recipe) else "",
@@ -72,6 +74,17 @@ def training_images(run: Run) -> pa.Table:
     return maps.append_column("image", found).drop_columns("index")
 
 
+def inputs_digest(run: Run, images: pa.Table, validation: pa.Table) -> str:
+    """Of what a run trains on: tables of :func:`training_images` and :func:`samples.labelled`, and its concepts.
+
+    Pseudo labels follow from the images and the concepts: where their parts begin, and who made them, is left out.
+    """
+    digest = hashlib.sha256(storage.read_bytes(run.artifact("concepts").file("concepts.safetensors")))
+    names = [images["image"].to_pylist(), *(validation[name].to_pylist() for name in ("image", "label"))]
+    digest.update(json.dumps(names).encode())
+    return digest.hexdigest()[:12]
+
+
 def write_table(uri: str, table: pa.Table) -> None:
     """Write a small Parquet file in one piece."""
     sink = pa.BufferOutputStream()
@@ -84,6 +97,7 @@ def fit(
     *,
     images: str,
     validation: str,
+    inputs: str,
     folder: str,
     progress: Progress,
     pictures: str = "",
@@ -93,12 +107,13 @@ def fit(
     attempts: int = ATTEMPTS,
     beside: int = 1,
 ) -> checkpoints.Found:
-    """Train on Ray Train from the newest whole checkpoint in `folder`, if there is one of this recipe.
+    """Train on Ray Train from the newest whole checkpoint in `folder`, if there is one of this recipe and these inputs.
 
     Args:
         recipe: what to train; `compute` says by how many workers.
         images: URI of the table of :func:`training_images`.
         validation: URI of the table of :func:`samples.labelled`; empty: no scores.
+        inputs: their :func:`inputs_digest`.
         folder: URI under which Ray keeps the training's state.
         progress: told of steps and epochs.
         pictures: URI of a folder for a picture of each epoch, of what the student makes of a few images.
@@ -118,8 +133,8 @@ def fit(
     """
     # Ray Train looks after its workers every two seconds, which an epoch of one second would wait for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Another recipe in the same folder must not go on from this one's weights.
-    name = f"training-{recipe.digest('training')[:12]}"
+    # Another recipe in the same folder, or other images, must not go on from this one's weights.
+    name = f"training-{recipe.digest('training')[:12]}-{inputs}"
     kept = storage.join(storage.absolute(folder), name)
     checkpoints.mend_account(kept)
     fs, root = storage.travelling(storage.absolute(folder))
