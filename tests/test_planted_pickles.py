@@ -6,16 +6,21 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from ray.data.extensions import ArrowPythonObjectType
 
 from tests.made_run import MadeRun, make_run
-from transfgu import Segmenter
+from transfgu import Segmenter, ingest, report
 from transfgu.artifacts import Run
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
-from transfgu.stages import checkpoints, concepts, evaluation, pseudo_labels, samples
+from transfgu.stages import checkpoints, concepts, evaluation, parts, prediction, pretraining, pseudo_labels, samples
 from transfgu.stages.training import training_images
+from transfgu.stages.training_loop import Job, Mirror, Validation
+from transfgu.tokens import PatchTokens
 
 
 class Planted:
@@ -57,7 +62,7 @@ READERS: dict[str, tuple[str, Callable[[MadeRun, Run, str], object]]] = {
     "list of samples": ("samples/train.parquet", lambda made, run, _: samples.load(run, "train")),
     "features": (
         "features/part-00000000.parquet",
-        lambda made, run, uri: concepts._read_parts([uri], concepts._groups(made.recipe)),
+        lambda made, run, uri: concepts._read_parts([[uri]], concepts._groups(made.recipe)),
     ),
     "concepts": ("concepts/concepts.safetensors", lambda made, run, _: pseudo_labels.load_centroids(run)),
     "pseudo labels": ("pseudo_labels/part-00000000.parquet", lambda made, run, _: training_images(run)),
@@ -80,6 +85,101 @@ def test_planted_in_a_file_it_is_refused_in_one_line(
     with pytest.raises(UserError) as told:
         read(made, run, str(file))
     assert "\n" not in str(told.value)
+    assert not canary.exists()
+
+
+def column(form: str, canary: Path) -> pa.Array:
+    """One row that is, holds or is described by the pickle, as any file may name the types that Ray registers."""
+    pickled = pickle.dumps(Planted(canary))
+    values = pa.ExtensionArray.from_storage(ArrowPythonObjectType(), pa.array([pickled], pa.large_binary()))
+    forms: dict[str, Callable[[], pa.Array]] = {
+        "column": lambda: values,
+        "list": lambda: pa.ListArray.from_arrays([0, 1], values),
+        "struct": lambda: pa.StructArray.from_arrays([pa.ListArray.from_arrays([0, 1], values)], ["inner"]),
+        "map": lambda: pa.MapArray.from_arrays([0, 1], pa.array(["key"]), values),
+        "description": lambda: pa.array([[1]], pa.list_(pa.int64())),
+    }
+    return forms[form]()
+
+
+def plant(file: Path, form: str, canary: Path) -> None:
+    """A Parquet file of one row, whose columns have the names that any reader asks for."""
+    made = column(form, canary)
+    names = "index name image label curated group feature y0 x0 y1 x1 maps h w part row pixels concept distance"
+    metadata = None
+    if form == "description":
+        described = {"name": "ray.data.arrow_tensor_v2", "metadata": pickle.dumps(Planted(canary))}
+        metadata = {f"ARROW:extension:{key}": value for key, value in described.items()}
+    schema = pa.schema([pa.field(name, made.type, metadata=metadata) for name in names.split()])
+    file.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table([made] * len(schema), schema), file)
+
+
+@pytest.mark.parametrize("form", ["column", "list", "struct", "map"])
+def test_in_parquet_it_does_run_code_where_arrow_alone_reads(form: str, tmp_path: Path, canary: Path) -> None:
+    plant(tmp_path / "any.parquet", form, canary)
+    pq.read_table(tmp_path / "any.parquet").to_pylist()
+    assert canary.exists()
+
+
+def training_job(made: MadeRun, uri: str) -> tuple[Job, PatchTokens]:
+    job = Job(recipe=made.recipe, images=uri, validation=uri, unlabelled=uri, checkpoints="", board=None)
+    return job, PatchTokens(made.recipe.encoder, torch.device("cpu"))
+
+
+PARQUET: dict[str, tuple[str, Callable[[MadeRun, Run, str], object]]] = {
+    **{what: reader for what, reader in READERS.items() if reader[0].endswith(".parquet")},
+    "labelled images": ("samples/validation.parquet", lambda made, run, _: samples.labelled(made.recipe, run)),
+    "maps": (
+        "pseudo_labels/part-00000000.parquet",
+        lambda made, run, uri: ingest.read_maps(pa.table({"part": [uri], "row": [0]})),
+    ),
+    "windows of the report": (
+        "concepts/nearest.parquet",
+        lambda made, run, _: report._concepts(made.recipe, run, Segmenter.load(run.uri)),
+    ),
+    "images that training scores": (
+        "training/validation.parquet",
+        lambda made, run, uri: Validation(*training_job(made, uri), 0, 1),
+    ),
+    "images that the search compares on": (
+        "pseudo_labels/unlabelled.table",
+        lambda made, run, uri: Mirror(*training_job(made, uri), 0, 1),
+    ),
+    "masks": ("masks/part-0.parquet", lambda made, run, uri: prediction._names(uri)),
+    "part to pretrain on, counted": (
+        "images/part-00000000.parquet",
+        lambda made, run, uri: pretraining._make_part({"part": uri, "names": ["0"]}, "shapes", 8, 0),
+    ),
+    "part to pretrain on": (
+        "images/part-00000000.parquet",
+        lambda made, run, uri: pretraining._read_part({"uri": uri}),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PARQUET)
+@pytest.mark.parametrize("form", ["column", "list", "struct", "map", "description"])
+def test_planted_as_a_type_in_parquet_it_is_damage(what: str, form: str, made: MadeRun, run: Run, canary: Path) -> None:
+    name, read = PARQUET[what]
+    file = Path(run.file(name))
+    plant(file, form, canary)
+    with pytest.raises(UserError, match=rf"{file.name} is damaged: delete it") as told:
+        read(made, run, str(file))
+    assert "\n" not in str(told.value)
+    assert not canary.exists()
+
+
+def test_planted_as_a_part_it_is_made_anew(tmp_path: Path, canary: Path) -> None:
+    part = tmp_path / "part-00000000.parquet"
+    plant(part, "column", canary)
+    summary = parts.Summary(part=0, images=1, left_out=(), counts={})
+    written = pq.read_table(part).replace_schema_metadata({"transfgu": summary.to_json()})
+    pq.write_table(written, part)
+    listed = pa.table({"index": pa.array([0], pa.int32())})
+    assert parts._summary(str(part), listed) is None
+    pq.write_table(listed.replace_schema_metadata(written.schema.metadata), part)  # but for the type it was whole
+    assert parts._summary(str(part), listed) == summary
     assert not canary.exists()
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int, Int16, UInt8
 
-from transfgu import datasets, storage
+from transfgu import datasets, parquet, storage
 from transfgu.datasets import images
 from transfgu.errors import BadInput, UserError
 from transfgu.recipe import Protocol, Recipe, Size
@@ -62,7 +62,7 @@ def index_maps(parts: list[str]) -> pa.Table:
     """Where each image's maps lie: `index` (of the sample) int32, `part` (URI) string, `row` (within it) int32."""
 
     def read(part: str) -> pa.Table:
-        with _open(part) as file:
+        with parquet.opened(part) as file:
             index = file.read(columns=["index"]).column("index").cast(pa.int32())
         return pa.table(
             {
@@ -214,14 +214,4 @@ def _place(part: str, row: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
 def _cached(part: str) -> pq.ParquetFile:
-    return _open(part)
-
-
-def _open(part: str) -> pq.ParquetFile:
-    fs, path = storage.filesystem(part)
-    try:
-        return pq.ParquetFile(fs.open_input_file(path))
-    except pa.ArrowInvalid:
-        raise UserError(
-            f"{storage.shown(part)} is damaged: delete it and its folder's manifest.json, and run again"
-        ) from None
+    return parquet.opened(part)

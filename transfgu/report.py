@@ -4,7 +4,6 @@ Everything in it is read from the run's artefacts, so it can be written again at
 anywhere: pictures are embedded, charts are SVG, there is no script.
 """
 
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +14,12 @@ from typing import Any, TypeVar
 import jinja2
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import safetensors.numpy
 import torch
 from jaxtyping import Float, Int, Int16
 from markupsafe import Markup
 
-from transfgu import charts, datasets, ingest, pictures, storage
+from transfgu import charts, datasets, ingest, parquet, pictures, storage
 from transfgu.artifacts import Manifest, Run
 from transfgu.charts import Series
 from transfgu.datasets import images
@@ -315,7 +313,8 @@ def _concepts(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concept]:
     """The concepts with their nearest windows, cut from the images."""
     folder = run.artifact("concepts")
     counts = safetensors.numpy.load(storage.read_bytes(folder.file("concepts.safetensors")))["counts"]
-    nearest = _parquet(folder.file("nearest.parquet")).sort_by([("concept", "ascending"), ("distance", "ascending")])
+    nearest = parquet.read(folder.file("nearest.parquet"))
+    nearest = nearest.sort_by([("concept", "ascending"), ("distance", "ascending")])
     columns = 4
     rows = 2 if len(counts) <= 2 * _TABLE_CLASSES else 1
     by_concept: dict[int, list[dict[str, Any]]] = {}
@@ -542,12 +541,8 @@ def _confusion(run: Run) -> Int[np.ndarray, "C clusters"] | None:
     return confusion if confusion is not None and confusion.any() else None
 
 
-def _parquet(uri: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(storage.read_bytes(uri)))
-
-
 def _samples(run: Run, split: str) -> pa.Table:
-    return _parquet(run.artifact("samples").file(f"{split}.parquet"))
+    return parquet.read(run.artifact("samples").file(f"{split}.parquet"))
 
 
 def _evenly(items: Sequence[T], count: int) -> list[T]:

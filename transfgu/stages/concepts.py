@@ -26,7 +26,7 @@ import safetensors.numpy
 from jaxtyping import Bool, Float, Float32, Int
 from numpy import ndarray
 
-from transfgu import storage
+from transfgu import parquet, storage
 from transfgu.artifacts import Artifact, Outcome, Run
 from transfgu.errors import UserError
 from transfgu.kmeans import (
@@ -332,13 +332,7 @@ def _read_parts(pieces: Sequence[Sequence[str]], groups: Sequence[_Group]) -> di
 
 
 def _read_part(uri: str, groups: Sequence[_Group]) -> list[tuple[Float32[ndarray, "_ d"], Int[ndarray, "_ 5"]]]:
-    data = storage.read_bytes(uri)
-    try:
-        table = pq.read_table(pa.BufferReader(data), columns=["group", "feature", *_PLACE])
-    except pa.ArrowException:
-        raise UserError(
-            f"{storage.shown(uri)} is damaged: delete it and its folder's manifest.json, and run again"
-        ) from None
+    table = parquet.read(uri, ["group", "feature", *_PLACE])
     features = _matrix(table["feature"])
     places = np.stack([table[name].to_numpy().astype(np.int32) for name in _PLACE], 1)
     masks = [_mask(table["group"], group.windows) for group in groups]

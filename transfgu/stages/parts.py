@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from ray.data import DataContext, Dataset, ExecutionResources
 from ray.exceptions import RayError
 
-from transfgu import storage
+from transfgu import parquet, storage
 from transfgu.artifacts import LeftOut
 from transfgu.command_line import find_user_error
 from transfgu.datasets import images
@@ -304,12 +304,10 @@ def _found(folder: str, parts: Mapping[int, pa.Table]) -> list[Summary]:
 
 
 def _summary(uri: str, part: pa.Table) -> Summary | None:
-    fs, path = storage.filesystem(uri)
     try:
-        with fs.open_input_file(path) as file:
-            metadata = pq.read_metadata(file).metadata or {}
+        metadata = parquet.opened(uri).metadata.metadata or {}
         summary = Summary.from_json(metadata[_METADATA])
-    except (pa.ArrowInvalid, KeyError, ValueError, TypeError):
+    except (UserError, KeyError, ValueError, TypeError):
         return None  # damaged since: it is made anew
     return summary if (summary.part, summary.images) == (part["index"][0].as_py(), len(part)) else None
 

@@ -21,7 +21,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from ray.data import Dataset
 
-from transfgu import storage
+from transfgu import parquet, storage
 from transfgu.artifacts import LeftOut, Run
 from transfgu.datasets import images
 from transfgu.datasets.listing import images_in, stem
@@ -209,9 +209,8 @@ def _named(samples: pa.Table, folder: str, files: Sequence[str], suffix: str) ->
 
 
 def _names(uri: str) -> list[str]:
-    fs, path = storage.filesystem(uri)
-    with fs.open_input_file(path) as file:
-        names: list[str] = pq.read_table(file, columns=["name"])["name"].to_pylist()
+    with parquet.opened(uri, remedy="delete it, and run again") as file:
+        names: list[str] = file.read(columns=["name"])["name"].to_pylist()
     return names
 
 

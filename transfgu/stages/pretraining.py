@@ -33,7 +33,7 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from transfgu import run_lock, runtime, storage
+from transfgu import parquet, run_lock, runtime, storage
 from transfgu.datasets import images as pictures
 from transfgu.datasets import shapes
 from transfgu.errors import BadInput, UserError
@@ -61,6 +61,7 @@ _PARTS, _PART_SIZE = 64, 256  # at least so many parts (workers share them), of 
 _MAX_BAD_SHARE = 0.1
 _TELL_STEPS = 5
 _ATTEMPTS = 5
+_REMEDY = "delete it, and run again"  # a damaged part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,11 +182,9 @@ def _files(uri: str) -> list[str]:
 
 def _make_part(row: dict[str, Any], images: str, size: int, seed: int) -> dict[str, Any]:
     """A task: makes one part, unless it is there, and says what it holds."""
-    data = storage.read_bytes_or_none(row["part"])
-    if data is None:
-        data = _draw_part(list(row["names"]), images, size, seed)
-        storage.write_bytes(row["part"], data)
-    metadata = pq.read_metadata(io.BytesIO(data))
+    if not storage.is_file(row["part"]):
+        storage.write_bytes(row["part"], _draw_part(list(row["names"]), images, size, seed))
+    metadata = parquet.opened(row["part"], remedy=_REMEDY).metadata
     return {
         "part": row["part"],
         "images": metadata.num_rows,
@@ -256,7 +255,7 @@ def _stream(parts: list[Part], size: int, batch: int, seed: int) -> Iterator[UIn
 
 
 def _read_part(row: dict[str, Any]) -> list[dict[str, Any]]:
-    table = pq.read_table(pa.BufferReader(storage.read_bytes(row["uri"])))
+    table = parquet.read(row["uri"], remedy=_REMEDY)
     return [{"pixels": pixels} for pixels in table["pixels"].to_pylist()]
 
 

@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from ray.exceptions import RayTaskError
 
-from transfgu import datasets, storage
+from transfgu import datasets, parquet, storage
 from transfgu.artifacts import Artifact, Outcome, Run
 from transfgu.datasets.listing import Listing, table
 from transfgu.datasets.shapes import scene
@@ -74,13 +74,7 @@ def labelled(recipe: Recipe, run: Run) -> pa.Table:
 
 def load(run: Run, split: str) -> pa.Table:
     """The samples of a split ("train" or "validation") of a run: rows of `datasets.SCHEMA`."""
-    file = run.artifact("samples").file(f"{split}.parquet")
-    try:
-        return pq.read_table(pa.BufferReader(storage.read_bytes(file)))
-    except pa.ArrowInvalid:
-        raise UserError(
-            f"{storage.shown(file)} is damaged: delete it and its folder's manifest.json, and run again"
-        ) from None
+    return parquet.read(run.artifact("samples").file(f"{split}.parquet"))
 
 
 def _check_share(recipe: Recipe, split: str, listing: Listing) -> None:

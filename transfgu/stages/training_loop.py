@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.train
 import ray.train.torch
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam
 
-from transfgu import ingest, schedule, storage
+from transfgu import ingest, parquet, schedule, storage
 from transfgu.command_line import find_user_error
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import patch_grid
@@ -180,7 +179,7 @@ class Worker:
         self.encode = PatchTokens(self.recipe.encoder, self.device)
         self.state = self._restore(checkpoint)
         self.student: nn.Module = ray.train.torch.prepare_model(self.state.student, move_to_device=self.device)
-        rows = pq.read_table(pa.BufferReader(storage.read_bytes(job.images)))
+        rows = parquet.read(job.images)
         training = self.recipe.training
         self.order = Order(
             images=len(rows), passes=training.passes, batch_size=training.batch_size, seed=self.recipe.seed
@@ -387,7 +386,7 @@ class Validation:
 
     def __init__(self, job: Job, encode: PatchTokens, rank: int, world: int) -> None:
         self._recipe, self._encode, self._world = job.recipe, encode, world
-        rows = pq.read_table(pa.BufferReader(storage.read_bytes(job.validation)))
+        rows = parquet.read(job.validation)
         self._rows = rows.take(np.arange(rank, len(rows), world))
         size, patch = self._recipe.dataset.image_size, encode.encoder.patch_size
         self._grid = (size[0] // patch, size[1] // patch)
@@ -435,7 +434,7 @@ class Mirror:
 
     def __init__(self, job: Job, encode: PatchTokens, rank: int, world: int) -> None:
         self._recipe, self._encode, self._world = job.recipe, encode, world
-        rows = pq.read_table(pa.BufferReader(storage.read_bytes(job.unlabelled)))
+        rows = parquet.read(job.unlabelled)
         self._rows = rows.take(np.arange(rank, len(rows), world))
         self._grid = patch_grid(self._recipe.dataset.image_size, encode.encoder.patch_size)
         image = 2 * 4 * self._grid[0] * self._grid[1] * encode.encoder.width
