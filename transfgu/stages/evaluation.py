@@ -105,7 +105,7 @@ def evaluate(
         check_decoder(recipe, uri)
     rows = rows.select(["name", "image", "label"])
     read = partial(ingest.read_labelled_rows, recipe=recipe, protocol=recipe.evaluation.protocol)
-    arguments = {
+    arguments: dict[str, Any] = {
         "recipe": recipe,
         "decoders": list(decoders.values()),
         "processes": runtime.actors_per_node(recipe.compute),
@@ -118,7 +118,7 @@ def evaluate(
     else:
         data = _plan(recipe, rows, read, arguments)
         # Fetched ahead, a batch would be told of only once the next one is there.
-        counted = iter(data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))  # type: ignore[arg-type]
+        counted = iter(data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
     confusions = np.zeros((len(decoders), recipe.classes, recipe.classes), np.int64)
     images, left_out = 0, []
     for counts in counted:
