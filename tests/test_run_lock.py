@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import REAL_S3
 from tests.gateway import Gateway
 from transfgu import run_lock, storage
 from transfgu.errors import UserError
@@ -57,6 +58,7 @@ def test_a_second_run_is_refused_until_the_first_lets_go(
 
 
 @pytest.mark.s3
+@pytest.mark.skipif(REAL_S3, reason="a request that lost a header has another signature, and moto checks none")
 def test_a_server_that_would_replace_the_lock(
     s3: str, s3_endpoint: str, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -299,7 +299,9 @@ def _replace_s3(uri: str, held: bytes, data: bytes) -> bool | None:
     found = _ask_s3(uri, "head_object")
     if isinstance(found, int) or read_bytes_or_none(uri) != held:
         return False
-    return _put_s3(uri, data, IfMatch=found["ETag"])
+    # The standard has the tag in quotes; Ceph's gateway compares what it is given with what stands between them.
+    tag = str(found["ETag"])
+    return _put_s3(uri, data, IfMatch=tag) or _put_s3(uri, data, IfMatch=tag.strip('"'))
 
 
 def _put_s3(uri: str, data: bytes, **condition: str) -> bool | None:
