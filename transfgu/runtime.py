@@ -67,6 +67,8 @@ def connect(*, verbose: bool = False, setup_hook: Callable[[], None] | None = No
     else:
         # Twice the cores: decoding tasks are short, and a stage's actors must fit beside them on the smallest laptop.
         local = {"num_cpus": max(4, 2 * (os.cpu_count() or 1)), "include_dashboard": False}
+        # Nobody takes this machine away with a warning: there is nothing to watch for, by a process of its own.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Its ports are open to this machine alone, as Ray has them where there can't be a cluster (macOS).
         ray_constants.ENABLE_RAY_CLUSTER = False
     if setup_hook:
