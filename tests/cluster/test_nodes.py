@@ -63,6 +63,7 @@ def disk(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a disk is mounted by root alone")
+@pytest.mark.skipif(not (shutil.which("losetup") and shutil.which("mkfs.ext4")), reason="no losetup, mkfs.ext4")
 @pytest.mark.parametrize("in_use", [False, True])
 def test_a_local_disk_is_spilled_to_and_keeps_what_is_on_it(disk: str, tmp_path: Path, in_use: bool) -> None:
     spill, elsewhere = tmp_path / "spill", tmp_path / "elsewhere"
