@@ -309,6 +309,12 @@ def test_nobody_at_the_endpoint(s3: str, monkeypatch: pytest.MonkeyPatch) -> Non
         storage.check_readable(f"{s3}/x")
 
 
+def test_a_folder_that_nobody_can_make(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^can't write .*file/run: not a directory: check the path$"):
+        storage.check_writable(str(tmp_path / "file" / "run"))
+
+
 def test_a_folder_without_permission(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(0o555)

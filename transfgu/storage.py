@@ -558,6 +558,8 @@ def _reason(error: OSError) -> str:
         return _CODES["ACCESS_DENIED"]
     if isinstance(error, PermissionError):
         return "permission denied: check who owns it"
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return f"{os.strerror(error.errno or errno.ENOENT).lower()}: check the path"
     if error.errno and not text.startswith("When "):
         return os.strerror(error.errno)
     return shown(text)

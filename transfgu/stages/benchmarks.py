@@ -1,7 +1,9 @@
 """The real stages on made images, timed from the moment their actor is warm; a second process has the bare bound.
 
 Before the images that count, two go through alone: when the second has come out, the actors, the tasks' processes and
-the encoder's memory are there. What is timed then is what a long run consists of.
+the encoder's memory are there. By then some of those that count are decoded already, so as many as may be stand
+behind them: decoding is as far ahead when the clock stops as when it started. What is timed is what a long run
+consists of.
 """
 
 import statistics
@@ -24,7 +26,7 @@ import safetensors.torch
 from PIL import Image
 from ray.data import Dataset
 
-from transfgu import ingest, storage
+from transfgu import ingest, runtime, storage
 from transfgu.artifacts import Run
 from transfgu.benchmarks import KMEANS_SEED, Bare, concepts_timing, kmeans_start, made_features, peak_of
 from transfgu.decoder import MaskDecoder
@@ -309,25 +311,38 @@ class _Bench:
         return self._beside_forwards("evaluation", "Count", ours, lambda: {how.dataset.image_size: self._images})
 
     def _tables(self, size: Size) -> list[pa.Table]:
-        """Parts: the warming images one by one, then those that count, as the stage parts images of `size`."""
-        warm = parts.split(self._listed.slice(0, _WARM), 1)
-        return warm + parts.split(self._listed.slice(_WARM, self._images), parts.part_size(size))
+        """Parts: the warming images one by one, those that count, as the stage parts images of `size`, and more."""
+        at_once, end = parts.part_size(size), _WARM + self._images
+        index = np.arange(end + at_once * parts.ahead(runtime.encoder_pool(self._recipe.compute)), dtype=np.int32)
+        listed = self._listed.take(index % len(self._listed))
+        listed = listed.set_column(0, listed.schema.field("index"), pa.array(index))
+        counting, behind = listed.slice(_WARM, self._images), listed.slice(end)
+        return [*parts.split(listed.slice(0, _WARM), 1), *parts.split(counting, at_once), *parts.split(behind, at_once)]
 
     def _timed(self, data: Dataset) -> tuple[float, list[parts.Summary]]:
-        """Seconds from when the last of the warming parts has come out to the end; the summaries of what came then."""
-        times, summaries = [], []
+        """Seconds from when the last of the warming parts has come out until all that count have; their summaries.
+
+        What stands behind them is given up then.
+        """
+        started, left, summaries = 0.0, self._images, []
         for row in _rows(data):
-            times.append(time.perf_counter())
-            summaries.append(parts.Summary.from_json(row["summary"]))
-        return times[-1] - times[_WARM - 1], [s for s in summaries if s.part >= _WARM]
+            summary = parts.Summary.from_json(row["summary"])
+            if summary.part < _WARM:
+                started = time.perf_counter()
+            elif summary.part < _WARM + self._images:
+                summaries.append(summary)
+                left -= summary.images
+                if not left:
+                    break
+        return time.perf_counter() - started, summaries
 
     def _folder(self, name: str) -> str:
         return self._run.file(f"timed_{name}")
 
     def _counted(self, folder: str) -> list[str]:
         """The files of the parts that count."""
-        warm = [parts.part_file(i) for i in range(_WARM)]
-        return [uri for uri in storage.list_files(folder) if uri.rpartition("/")[2] not in warm]
+        first, end = parts.part_file(_WARM), parts.part_file(_WARM + self._images)
+        return [uri for uri in storage.list_files(folder) if first <= uri.rpartition("/")[2] < end]
 
     def _kept(self, folder: str) -> int:
         """Their bytes."""

@@ -172,6 +172,11 @@ class Work:
         return self.write(self.actor(**self.arguments)(self.read(part)))
 
 
+def ahead(pool: Mapping[str, Any]) -> int:
+    """How many parts may lie decoded at a time, before actors of `pool`, as in :func:`encoded`; Ray is up."""
+    return _AHEAD * int(pool["compute"].max_size) + int(ray.cluster_resources().get("CPU", 1))
+
+
 def encoded(
     parts: Sequence[pa.Table],
     read: ReadImages,
@@ -196,10 +201,7 @@ def encoded(
     context.raise_original_map_exception = True
     # Decoding may be faster than encoding: without a limit, decoded images would fill the object store.
     block = part_size(read.size) * 3 * read.size[0] * read.size[1]
-    cpus = ray.cluster_resources().get("CPU", 1)
-    context.execution_options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=block * (_AHEAD * pool["compute"].max_size + cpus)
-    )
+    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=block * ahead(pool))
     with DataContext.current(context):
         return (
             ray.data.from_arrow(list(parts))
