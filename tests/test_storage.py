@@ -147,7 +147,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     storage.write_bytes(str(target), b"old")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(UserError, match="No space left"):
+        with pytest.raises(UserError, match=r"No space left on device: make room$"):
             storage.write_bytes(str(target), b"new")
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
@@ -311,7 +311,7 @@ def test_nobody_at_the_endpoint(s3: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_folder_that_nobody_can_make(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match=r"^can't write .*file/run: not a directory: check the path$"):
+    with pytest.raises(UserError, match=r"^can't write .*file/run: Not a directory: check the path$"):
         storage.check_writable(str(tmp_path / "file" / "run"))
 
 

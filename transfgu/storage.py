@@ -533,6 +533,14 @@ _CODES = {
     "SLOW_DOWN": "the endpoint throttles and did not relent: run again, with fewer actors",
 }
 
+_REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EROFS: "choose another folder",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+}
+
 _BUSY = "AWS Error SLOW_DOWN|HTTP status 503"  # the latter where a request has no answer's body to tell by
 
 
@@ -558,8 +566,7 @@ def _reason(error: OSError) -> str:
         return _CODES["ACCESS_DENIED"]
     if isinstance(error, PermissionError):
         return "permission denied: check who owns it"
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return f"{os.strerror(error.errno or errno.ENOENT).lower()}: check the path"
     if error.errno and not text.startswith("When "):
-        return os.strerror(error.errno)
+        remedy = _REMEDIES.get(error.errno)
+        return os.strerror(error.errno) + (f": {remedy}" if remedy else "")
     return shown(text)
