@@ -121,7 +121,7 @@ class Bare:
         """Maps of all concepts beside a bare forward of the same batch.
 
         `unfused` also times the published way on one image: one backward pass a class through a network that keeps its
-        attention matrices. That takes gigabytes; one class is timed, and stands for the others.
+        attention matrices. That takes gigabytes; one class is timed, in turns with ours, and stands for the others.
         """
         self._use_cores()
         size, count = self.recipe.dataset.image_size, self.recipe.concepts.count
@@ -140,10 +140,10 @@ class Bare:
             )
         details = {}
         if unfused:
-            published = self._backward_a_class(batch[:1], concepts) * rows
+            published, beside = self._backward_a_class(batch[:1], concepts, lambda: self._seconds(maps), repeats)
             details = {
-                "one backward pass a class through an unfused network [s]": published,
-                "times as long as ours": published / statistics.median(ours),
+                "one backward pass a class through an unfused network [s]": published * rows,
+                "times as long as ours": published * rows / beside,
             }
         flops = _flops(lambda: self._bare_forward(batch))
         return Timing(
@@ -158,15 +158,23 @@ class Bare:
             details=details,
         )
 
-    def _backward_a_class(self, image: Float[Tensor, "1 3 H W"], concepts: Float[Tensor, "K d"]) -> float:
+    def _backward_a_class(
+        self, image: Float[Tensor, "1 3 H W"], concepts: Float[Tensor, "K d"], ours: Callable[[], float], repeats: int
+    ) -> tuple[float, float]:
+        """Seconds that an image takes so, and those that `ours` says it took in turns with it: medians."""
         vit = copy.deepcopy(self._frozen.encoder.vit).requires_grad_(True)
         for block in vit.blocks:
             block.attn.fused_attn = False
         made: list[Tensor] = []
         forward = self._seconds(lambda: made.append(vit.forward_features(image)[:, 0]))
         loss = 1 - F.cosine_similarity(made[0], concepts[:1]).sum()
-        backward = self._seconds(lambda: torch.autograd.backward(loss, retain_graph=True))
-        return forward + len(concepts) * backward
+
+        def backward() -> float:
+            vit.zero_grad()
+            return self._seconds(lambda: torch.autograd.backward(loss, retain_graph=True))
+
+        beside, taken = in_turns(ours, backward, repeats)
+        return forward + len(concepts) * statistics.median(taken), statistics.median(beside)
 
     def training_step(self, batch: int, repeats: int) -> Timing:
         """A step with a teacher, its encoder forward included, beside that forward alone; images are in memory."""
