@@ -13,7 +13,6 @@ from transfgu import storage
 from transfgu.artifacts import Run
 from transfgu.command_line import Parser, add_recipe, given_fields, recipe_of, run_job
 from transfgu.errors import UserError
-from transfgu.recipe import from_yaml
 
 
 def main() -> None:
@@ -31,12 +30,7 @@ def main() -> None:
         if arguments.preset or arguments.recipe:
             raise UserError("--run brings its own recipe: leave out the PRESET and --recipe")
         run = Run(arguments.run)
-        text = storage.read_bytes_or_none(run.file("recipe.yaml"))
-        if text is None:
-            raise UserError(
-                f"{storage.shown(run.uri)} is no run folder (no recipe.yaml): give the --run of jobs/train.py"
-            )
-        recipe = from_yaml(text.decode()).with_fields(given_fields(arguments))
+        recipe = run.recipe().with_fields(given_fields(arguments))
     else:
         recipe = recipe_of(arguments)
     if arguments.baselines and run is None:

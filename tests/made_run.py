@@ -86,7 +86,9 @@ def make_run(folder: Path, *, labels: bool = True, things: int = 6, stuff: int =
     ]
     Path(run.artifact("training").file("history.json")).write_text(json.dumps(history))
     metrics: dict[str, Any] = {"preset": recipe.preset, "mean_iou": None, "pixel_accuracy": None, "iou": None}
-    Path(run.artifact("evaluation").file("scores.json")).write_text(json.dumps({"mean_iou": None, "assignment": None}))
+    Path(run.artifact("evaluation").file("scores.json")).write_text(
+        json.dumps({"mean_iou": None, "pixel_accuracy": None, "iou": None, "assignment": None})
+    )
     if labels:
         metrics |= _write_evaluation(run, recipe)
     stages = {

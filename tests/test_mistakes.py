@@ -32,7 +32,7 @@ MISTAKES = {
     },
     "evaluate": {
         "": r"what should be evaluated\? give --run URI, or a PRESET",
-        "--run /nowhere/run": r"/nowhere/run is no run folder \(no recipe\.yaml\): give the --run of jobs/train\.py",
+        "--run /nowhere/run": r"/nowhere/run is no run's folder, as it holds no recipe\.yaml: give what --run named",
         "shapes --run RUN": r"--run brings its own recipe: leave out the PRESET",
         "pascal-voc --data VOC --decoder.weights /nowhere/d.pt": r"there is no file /nowhere/d\.pt: check the path",
         "shapes --baselines": r"--baselines compares with a run: give --run",

@@ -10,12 +10,16 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from transfgu import storage
+from transfgu import formats, storage
 from transfgu.errors import UserError
-from transfgu.recipe import Recipe
+from transfgu.recipe import Recipe, from_yaml, given_in, upgraded
 
 MODEL = "model.safetensors"
 """The run's decoder, in the run's folder: of the best epoch, or of the last where no validation image is labelled."""
+SCORES = "evaluation/scores.json"
+"""What evaluation counted."""
+BESIDE = "run:"
+"""In front of `encoder.weights` in a recipe: a file in the folder that holds the recipe."""
 LAST = "last.safetensors"
 """The decoder of the last epoch, in the training artefact."""
 
@@ -55,29 +59,43 @@ class Manifest:
 
     def to_json(self) -> str:
         """As JSON text; :meth:`from_json` reads it back."""
-        return json.dumps(
-            {
-                "stage": self.stage,
-                "digest": self.digest,
-                "fields": self.fields,
-                "seconds": self.seconds,
-                "items": self.outcome.items,
-                "left_out": [vars(x) for x in self.outcome.left_out],
-                "details": self.outcome.details,
-            },
-            indent=1,
-        )
+        tree = {
+            "stage": self.stage,
+            "digest": self.digest,
+            "fields": self.fields,
+            "seconds": self.seconds,
+            "items": self.outcome.items,
+            "left_out": [vars(x) for x in self.outcome.left_out],
+            "details": self.outcome.details,
+        }
+        return json.dumps(formats.stamp(tree), indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> "Manifest":
-        """Raises ValueError or KeyError where the text is no manifest."""
-        tree = json.loads(text)
-        outcome = Outcome(
-            items=tree["items"], left_out=tuple(LeftOut(**x) for x in tree["left_out"]), details=tree["details"]
-        )
-        return cls(
-            stage=tree["stage"], digest=tree["digest"], fields=tree["fields"], seconds=tree["seconds"], outcome=outcome
-        )
+    def from_json(cls, text: str | bytes, name: str = "the manifest", remedy: str = "make it anew") -> "Manifest":
+        """Read what :meth:`to_json` wrote, in this version or an earlier one.
+
+        Args:
+            text: the file's content.
+            name: what an error calls the file.
+            remedy: what the user should do about a damaged one.
+
+        Raises:
+            UserError: the text is no manifest, or one of a format to come.
+        """
+        tree = formats.read_json(text, name, remedy)
+        with formats.damage(name, remedy):
+            outcome = Outcome(
+                items=int(tree["items"]),
+                left_out=tuple(LeftOut(**x) for x in tree["left_out"]),
+                details=dict(tree["details"]),
+            )
+            return cls(
+                stage=str(tree["stage"]),
+                digest=str(tree["digest"]),
+                fields=dict(tree["fields"]),
+                seconds=float(tree["seconds"]),
+                outcome=outcome,
+            )
 
 
 @dataclass(frozen=True)
@@ -93,15 +111,13 @@ class Artifact:
 
     def manifest(self) -> Manifest | None:
         """The certificate, or None while the artefact is not complete."""
-        text = storage.read_bytes_or_none(self.file("manifest.json"))
-        if text is None:
-            return None
-        try:
-            return Manifest.from_json(text.decode())
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{self.file('manifest.json')} is damaged: delete the folder {self.uri} to make it anew"
-            ) from None
+        uri = self.file("manifest.json")
+        text = storage.read_bytes_or_none(uri)
+        return None if text is None else Manifest.from_json(text, storage.shown(uri), self._remedy)
+
+    @property
+    def _remedy(self) -> str:
+        return f"delete the folder {storage.shown(self.uri)}, and the same command makes it anew"
 
     def check(self, recipe: Recipe) -> bool:
         """Whether the artefact is complete; False where there is nothing yet, or an interrupted attempt of `recipe`.
@@ -110,9 +126,10 @@ class Artifact:
             UserError: it holds what another recipe made, if only in part; the message names the fields that differ.
         """
         manifest = self.manifest()
-        started = storage.read_bytes_or_none(self.file("fields.json"))
-        held = manifest.fields if manifest else json.loads(started) if started else None
+        held = manifest.fields if manifest else self._claimed()
         wanted = recipe.stage_fields(self.stage)
+        if held is not None:
+            held = {n: value for n, value in upgraded(held).items() if n in held or n in wanted}
         if held is not None and held != wanted:
             differing = [
                 f"{n} ({_shown(held.get(n))} there, {_shown(wanted.get(n))} asked)"
@@ -125,9 +142,16 @@ class Artifact:
             )
         return manifest is not None
 
+    def _claimed(self) -> dict[str, Any] | None:
+        """The fields that an attempt began with, or None where there was none."""
+        uri = self.file("fields.json")
+        text = storage.read_bytes_or_none(uri)
+        return None if text is None else formats.read_json(text, storage.shown(uri), self._remedy)
+
     def begin(self, recipe: Recipe) -> None:
         """Claim the folder for `recipe`, before the first part is written."""
-        storage.write_bytes(self.file("fields.json"), json.dumps(recipe.stage_fields(self.stage), indent=1).encode())
+        fields = formats.stamp(recipe.stage_fields(self.stage))
+        storage.write_bytes(self.file("fields.json"), json.dumps(fields, indent=1).encode())
 
     def commit(self, recipe: Recipe, outcome: Outcome, started: float) -> Manifest:
         """Declare the artefact complete; `started` is the attempt's start by :func:`time.monotonic`."""
@@ -155,6 +179,80 @@ class Run:
     """
 
     uri: str
+
+    def recipe(self) -> Recipe:
+        """Read the recipe of the run, or of a model's folder; weights beside it get their URI.
+
+        Raises:
+            UserError: the folder holds no recipe, a damaged one, or one of a format to come.
+        """
+        uri = self.file("recipe.yaml")
+        text = storage.read_bytes_or_none(uri)
+        if text is None:
+            raise UserError(
+                f"{storage.shown(self.uri)} is no run's folder, as it holds no recipe.yaml: "
+                "give what --run named in training"
+            )
+        recipe = from_yaml(text, storage.shown(uri), resolved=True)
+        if recipe.encoder.weights.startswith(BESIDE):
+            recipe = recipe.with_fields({"encoder.weights": self.file(recipe.encoder.weights.removeprefix(BESIDE))})
+        return recipe
+
+    def continued(self, asked: Recipe) -> Recipe:
+        """Return `asked` with the run's own value in each field that its user gave neither then nor now.
+
+        A preset may have changed since the run was made; its values then still hold for that run.
+
+        Args:
+            asked: the recipe of a command that goes on with the run.
+
+        Raises:
+            UserError: the run's recipe is damaged, or of a format to come.
+        """
+        uri = self.file("recipe.yaml")
+        text = storage.read_bytes_or_none(uri)
+        if text is None:
+            return asked
+        held = from_yaml(text, storage.shown(uri), resolved=True)
+        if held.preset != asked.preset:
+            return asked
+        given = asked.given() | given_in(text, storage.shown(uri))
+        kept = {n: v for n, v in held.flat().items() if n not in given and not n.startswith("compute.")}
+        return asked.with_fields(kept)
+
+    def model(self) -> str:
+        """Return the URI of the decoder that the run predicts by: other weights than its own where it scored such."""
+        return self.recipe().decoder.weights or self.file(MODEL)
+
+    def scores(self) -> dict[str, Any] | None:
+        """Read the scores of the run's evaluation, or None where it was not evaluated.
+
+        Raises:
+            UserError: the file is damaged, or of a format to come.
+        """
+        uri = self.file(SCORES)
+        text = storage.read_bytes_or_none(uri)
+        if text is None:
+            return None
+        remedy = f"delete the folder {storage.shown(self.file('evaluation'))}, and train again to count them anew"
+        scores = formats.read_json(text, storage.shown(uri), remedy)
+        with formats.damage(storage.shown(uri), remedy):
+            _ = scores["mean_iou"], scores["pixel_accuracy"], scores["iou"], scores["assignment"]
+            dict(scores.get("last", {}))
+        return scores
+
+    def history(self) -> list[dict[str, Any]]:
+        """Read the training's history: one row per epoch.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        uri = self.artifact("training").file("history.json")
+        remedy = f"delete the folder {storage.shown(self.file('training'))}, and the same command trains again"
+        data = storage.read_bytes(uri)
+        with formats.damage(storage.shown(uri), remedy):
+            rows = json.loads(data)
+            return [{**row, "epoch": int(row["epoch"])} for row in rows]
 
     def artifact(self, stage: str) -> Artifact:
         """The folder of a stage's results."""

@@ -153,7 +153,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     if arguments.recipe:
         if arguments.preset:
             raise UserError("give a PRESET or --recipe, not both")
-        recipe = from_yaml(storage.read_bytes(arguments.recipe).decode())
+        recipe = from_yaml(storage.read_bytes(arguments.recipe), storage.shown(arguments.recipe))
     else:
         recipe = preset(arguments.preset or "shapes")
     return recipe.with_fields(given_fields(arguments))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from transfgu import datasets, run_lock, storage, tracking
+from transfgu import datasets, formats, run_lock, storage, tracking
 from transfgu.artifacts import MODEL, Manifest, Outcome, Run
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
@@ -49,7 +49,7 @@ def preflight(recipe: Recipe, run: Run) -> Recipe:
     """Find what would fail later, without Ray: data, encoder, sizes, run folder.
 
     Returns:
-        The recipe with its image sides brought to the encoder's patch.
+        The recipe, continued from the run's own where there is one, its image sides brought to the encoder's patch.
 
     Raises:
         UserError: the first thing found wrong.
@@ -57,6 +57,7 @@ def preflight(recipe: Recipe, run: Run) -> Recipe:
     tracking.names(recipe)
     datasets.preflight(recipe)
     storage.check_writable(run.uri)
+    recipe = run.continued(recipe)
     encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
     return fit_to_patch(recipe, encoder.patch_size)
 
@@ -218,10 +219,11 @@ def _conclude(
 ) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     if "evaluation" in manifests:
-        scores = json.loads(storage.read_bytes(run.artifact("evaluation").file("scores.json")))
+        scores = run.scores() or {}
         for found in (scores, scores.get("last", {})):
             found["iou"] = _by_class(recipe, found.get("iou"))
     metrics: dict[str, Any] = {
+        formats.KEY: formats.FORMAT,
         "preset": recipe.preset,
         "mean_iou": None,
         "pixel_accuracy": None,

@@ -18,16 +18,31 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
+from transfgu import formats
 from transfgu.errors import UserError
 
 Size = tuple[int, int]
 Protocol = Literal["published", "label", "stego"]
 
+_GIVEN = "given"  # in a recipe's file: the fields that are not its preset's
+
+MISSING = object()
+"""Stands for a value that is not there where None may be one."""
+
 STAGES = ("samples", "features", "concepts", "pseudo_labels", "training", "evaluation")
 
 
-def _field(default: Any, doc: str, unit: str = "") -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc, "unit": unit})
+def _field(default: Any, doc: str, unit: str = "", **history: Any) -> Any:
+    """One field of a recipe.
+
+    Args:
+        default: its value unless a preset or the user gives another.
+        doc: its meaning, for `--help` and the documents.
+        unit: of its value.
+        history: `before`, for a field that is younger than the first format: the value that runs made before it
+            had; `was`, a tuple of the dotted names that it had earlier.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, "unit": unit, **history})
 
 
 def _check(good: bool, message: str) -> None:
@@ -310,12 +325,26 @@ class Recipe:
         return {n: flat[n] for n in FIELDS if n in names}
 
     def digest(self, stage: str) -> str:
-        """Hexadecimal SHA-256 of :meth:`stage_fields`."""
-        return hashlib.sha256(json.dumps(self.stage_fields(stage), sort_keys=True).encode()).hexdigest()
+        """Hexadecimal SHA-256 of :meth:`stage_fields`, the same in every version.
+
+        Fields count under their first names, and fields that came later only where their value differs from what
+        earlier runs had: so checkpoints that an earlier version named by this digest are found again.
+        """
+        fields = {
+            (FIELDS[name].was or (name,))[0]: value
+            for name, value in self.stage_fields(stage).items()
+            if FIELDS[name].before is MISSING or value != _listed(FIELDS[name].before)
+        }
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    def given(self) -> set[str]:
+        """Return the dotted names of the fields whose values are not those of the recipe's preset."""
+        usual = preset(self.preset).flat()
+        return {name for name, value in self.flat().items() if value != usual[name]}
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML; :func:`from_yaml` reads it back."""
-        tree: dict[str, Any] = {}
+        tree: dict[str, Any] = {formats.KEY: formats.FORMAT, _GIVEN: sorted(self.given())}
         for name, value in self.flat().items():
             component, _, leaf = name.rpartition(".")
             (tree.setdefault(component, {}) if component else tree)[leaf] = value
@@ -384,25 +413,76 @@ class PretrainingRecipe:
         )
 
 
-def from_yaml(text: str) -> Recipe:
-    """A recipe from YAML; fields that it leaves out are those of its `preset`.
+def from_yaml(text: str | bytes, name: str = "the recipe", *, resolved: bool = False) -> Recipe:
+    """Read a recipe from YAML.
+
+    Args:
+        text: the file's content.
+        name: what an error calls the file.
+        resolved: the file is a run's own, and lists every field that its version knew. So is every file that carries
+            a format number. In such a file a field that is missing came later, and takes the value that runs had
+            before it; elsewhere a field that is left out takes the value of the recipe's preset.
 
     Raises:
-        UserError: not YAML, an unknown preset or field, or a bad value.
+        UserError: not YAML, a format to come, an unknown preset or field, or a bad value.
     """
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"the recipe is no YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError("the recipe must be a YAML mapping of fields")
+    tree = _mapping(text, name)
+    resolved = resolved or formats.KEY in tree
+    formats.check(tree.pop(formats.KEY, None), name)
+    tree.pop(_GIVEN, None)
     values: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             values.update({f"{key}.{leaf}": v for leaf, v in value.items()})
         else:
-            values[key] = value
+            values[str(key)] = value
+    if resolved:
+        values = upgraded(values)
     return preset(values.get("preset", "shapes")).with_fields(values)
+
+
+def given_in(text: str | bytes, name: str = "the recipe") -> set[str]:
+    """Return which fields of a run's recipe its user gave, by today's dotted names; the others were its preset's.
+
+    The first format did not say so: there a field counts as given where its value is not today's preset's.
+
+    Raises:
+        UserError: as :func:`from_yaml`.
+    """
+    tree = _mapping(text, name)
+    if _GIVEN in tree:
+        with formats.damage(name, "restore it, or choose another --run"):
+            return {_FORMER_NAMES.get(str(n), str(n)) for n in tree[_GIVEN]}
+    later = {n for n, info in FIELDS.items() if info.before is not MISSING}
+    return from_yaml(text, name, resolved=True).given() - later
+
+
+def _mapping(text: str | bytes, name: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{name} is no YAML in UTF-8: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{name} must be a YAML mapping of fields")
+    return tree
+
+
+def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields as a run of any earlier version wrote them, by today's names, with those that came later.
+
+    Args:
+        values: every field that the version of the run knew, or those of one stage, by dotted name.
+
+    Returns:
+        The same under today's names, and each later field with the value that runs had before it.
+    """
+    now = {_FORMER_NAMES.get(name, name): value for name, value in values.items()}
+    later = {n: _listed(info.before) for n, info in FIELDS.items() if info.before is not MISSING and n not in now}
+    return {**now, **later}
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -413,6 +493,10 @@ class FieldInfo:
     kind: Any
     doc: str
     unit: str
+    before: Any = MISSING
+    """The value that runs had before the field came; MISSING for a field of the first format."""
+    was: tuple[str, ...] = ()
+    """Its former dotted names, the first one first."""
 
 
 def _walk(recipe: Recipe) -> Iterator[tuple[str, Any]]:
@@ -440,6 +524,10 @@ def _field_infos(recipe: type, prefix: str = "") -> dict[str, FieldInfo]:
 FIELDS: dict[str, FieldInfo] = _field_infos(Recipe)
 """Every field of the recipe by dotted name."""
 
+_FORMER_NAMES: Mapping[str, str] = types.MappingProxyType(
+    {former: name for name, info in FIELDS.items() for former in info.was}
+)
+
 PRETRAINING_FIELDS: dict[str, FieldInfo] = _field_infos(PretrainingRecipe)
 """Every field of the pretraining's recipe by name."""
 
@@ -460,6 +548,7 @@ def field_name(name: str) -> str:
         UserError: no such field; the message lists the nearest.
     """
     full = SHORT_NAMES.get(name, name)
+    full = _FORMER_NAMES.get(full, full)
     if full not in FIELDS:
         near = difflib.get_close_matches(name, [*FIELDS, *SHORT_NAMES], n=4, cutoff=0.4)
         raise UserError(f"the recipe has no field {name}; near ones: {', '.join(near) or ', '.join(FIELDS)}")

@@ -4,7 +4,6 @@ Everything in it is read from the run's artefacts, so it can be written again at
 anywhere: pictures are embedded, charts are SVG, there is no script.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -421,7 +420,7 @@ class Curve:
 
 def _curves(run: Run) -> dict[str, Any]:
     """Scores and losses by epoch, with the epochs at which the student became the teacher."""
-    history = _history(run)
+    history = run.history()
     updates = [float(epoch["epoch"]) for epoch in history if epoch["teacher_updated"]]
     ends = (float(history[0]["epoch"]), float(history[-1]["epoch"]))
     groups: list[tuple[str, str, tuple[tuple[str, str], ...]]] = [
@@ -448,7 +447,7 @@ def _curves(run: Run) -> dict[str, Any]:
 
 def _epochs(run: Run, metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     """What the best epoch and the last one score: title, mIoU, accuracy; nothing where one decoder alone was scored."""
-    scored = [e for e in _history(run) if e["mean_iou"] is not None]
+    scored = [e for e in run.history() if e["mean_iou"] is not None]
     if not scored or "last" not in metrics:
         return []
     best = max(scored, key=lambda e: e["mean_iou"] + e["pixel_accuracy"])
@@ -456,11 +455,6 @@ def _epochs(run: Run, metrics: Mapping[str, Any]) -> list[tuple[str, float, floa
         (f"{title}, {epoch['epoch']}", found["mean_iou"], found["pixel_accuracy"])
         for title, epoch, found in (("best", best, metrics), ("last", scored[-1], metrics["last"]))
     ]
-
-
-def _history(run: Run) -> list[dict[str, Any]]:
-    history: list[dict[str, Any]] = json.loads(storage.read_bytes(run.artifact("training").file("history.json")))
-    return history
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,12 @@ from jaxtyping import Float, Float32, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from transfgu import datasets, model_card, storage
-from transfgu.artifacts import MODEL, Run
+from transfgu import datasets, formats, model_card, storage
+from transfgu.artifacts import BESIDE, MODEL, SCORES, Run
 from transfgu.datasets import images
 from transfgu.decoder import MaskDecoder
 from transfgu.errors import BadInput, UserError
-from transfgu.recipe import Recipe, from_yaml
+from transfgu.recipe import Recipe
 from transfgu.tokens import PatchTokens
 from transfgu.weight_files import read_weights
 
@@ -35,9 +35,7 @@ Photo = Image.Image | np.ndarray | str | Path
 
 _AT_ONCE = 16  # images that go through the encoder together
 _NUMBERS = 1 << 24  # logits held at the image's own size: 64 MiB, however large the image
-_BESIDE = "run:"  # of encoder.weights: a file in the model's own folder
 _ENCODER = "encoder.safetensors"
-_SCORES = "evaluation/scores.json"
 
 
 class Segmenter(ModelHubMixin):
@@ -97,8 +95,8 @@ class Segmenter(ModelHubMixin):
                 code is ever loaded), or they are not those of its recipe's decoder.
         """
         run = Run(str(uri))
-        recipe = run_recipe(run)
-        model = model_file(run.uri)
+        recipe = run.recipe()
+        model = recipe.decoder.weights or run.file(MODEL)
         if not storage.exists(model):
             raise UserError(f"{run.uri} holds no model yet: finish its training, by the command that began it")
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -110,7 +108,7 @@ class Segmenter(ModelHubMixin):
                 f"{model} tells {decoder.classes} classes apart from tokens of width {decoder.proj_dec.in_features}, "
                 f"and its recipe wants {recipe.classes} from width {encode.encoder.width}: it is another run's"
             )
-        return Segmenter(encode, decoder, recipe=recipe, scores=_read_scores(run))
+        return Segmenter(encode, decoder, recipe=recipe, scores=run.scores())
 
     @overload
     def predict(self, image: Photo, *, probabilities: Literal[False] = False) -> Classes: ...  # type: ignore[overload-overlap]  # a path is no list of paths
@@ -204,18 +202,22 @@ class Segmenter(ModelHubMixin):
             {
                 "data": "",
                 "labels": "not shared" if self.recipe.labels else "",  # that there were labels decides on names
-                "encoder.weights": _BESIDE + _ENCODER,
+                "encoder.weights": BESIDE + _ENCODER,
                 "decoder.weights": "",
             }
         )
         (save_directory / "recipe.yaml").write_text(shared.to_yaml())
-        described = {"patch_size": str(encoder.patch_size), "num_heads": str(encoder.num_heads)}
+        described = {
+            formats.WEIGHTS_KEY: str(formats.FORMAT),
+            "patch_size": str(encoder.patch_size),
+            "num_heads": str(encoder.num_heads),
+        }
         tensors = {name: tensor.contiguous() for name, tensor in encoder.vit.state_dict().items()}
         safetensors.torch.save_file(tensors, save_directory / _ENCODER, described)
         safetensors.torch.save_file(self.decoder.state_dict(), save_directory / MODEL)
         if self.scores is not None:
-            (save_directory / _SCORES).parent.mkdir(exist_ok=True)
-            (save_directory / _SCORES).write_text(json.dumps(self.scores, indent=1))
+            (save_directory / SCORES).parent.mkdir(exist_ok=True)
+            (save_directory / SCORES).write_text(json.dumps(formats.stamp(self.scores), indent=1))
 
     @classmethod
     def _from_pretrained(
@@ -276,32 +278,6 @@ def class_table(
         return datasets.classes(recipe).names, np.argsort(clusters)
     concepts = tuple(f"concept {i}" for i in range(recipe.classes))
     return (("background", *concepts[1:]) if recipe.background else concepts), np.arange(recipe.classes)
-
-
-def run_recipe(run: Run) -> Recipe:
-    """The recipe of a run, or of a model's folder.
-
-    Raises:
-        UserError: the folder is neither.
-    """
-    text = storage.read_bytes_or_none(run.file("recipe.yaml"))
-    if text is None:
-        raise UserError(f"{run.uri} is no run's folder, as it holds no recipe.yaml: give what --run named in training")
-    recipe = from_yaml(text.decode())
-    if recipe.encoder.weights.startswith(_BESIDE):
-        recipe = recipe.with_fields({"encoder.weights": run.file(recipe.encoder.weights.removeprefix(_BESIDE))})
-    return recipe
-
-
-def model_file(uri: str) -> str:
-    """URI of the decoder that a run is shown, and predicts, by: other weights than its own where it scored such."""
-    run = Run(uri)
-    return run_recipe(run).decoder.weights or run.file(MODEL)
-
-
-def _read_scores(run: Run) -> Mapping[str, Any] | None:
-    data = storage.read_bytes_or_none(run.file(_SCORES))
-    return None if data is None else json.loads(data)
 
 
 def _assignment(scores: Mapping[str, Any] | None) -> Int[np.ndarray, " C"] | None:

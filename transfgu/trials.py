@@ -8,16 +8,16 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from transfgu import search_space, storage
+from transfgu import formats, search_space, storage
 from transfgu.errors import UserError
 from transfgu.metrics import merit
-from transfgu.recipe import STAGES, Recipe
+from transfgu.recipe import STAGES, Recipe, field_name
 from transfgu.search_space import Parameters, Space
 
 OBJECTIVES = ("mean_iou", "label_free")
@@ -160,6 +160,17 @@ class Trial:
         }
 
 
+def _read_trial(uri: str) -> Trial:
+    """A trial's record; raises UserError where it is damaged, or of a format to come."""
+    name, remedy = storage.shown(uri), "delete it: the search runs that trial again"
+    tree = formats.read_json(storage.read_bytes(uri), name, remedy)
+    with formats.damage(name, remedy):
+        trial = Trial(**tree)
+        if trial.status not in STATUSES or not all(row["epoch"] for row in trial.history):
+            raise ValueError(trial.status)
+    return replace(trial, parameters={field_name(n): value for n, value in trial.parameters.items()})
+
+
 class Ledger:
     """The records of a search, in its folder: `trials/0000.json` and so on, one writer."""
 
@@ -167,14 +178,15 @@ class Ledger:
         """Reads what an earlier attempt left in the search's folder `uri`."""
         self._uri = uri
         with ThreadPoolExecutor(16) as pool:
-            texts = pool.map(storage.read_bytes, storage.list_files(storage.join(uri, "trials")))
-            found = sorted((Trial(**json.loads(text)) for text in texts), key=lambda trial: trial.number)
+            found = sorted(
+                pool.map(_read_trial, storage.list_files(storage.join(uri, "trials"))), key=lambda trial: trial.number
+            )
         self.trials: dict[int, Trial] = {trial.number: trial for trial in found}
 
     @staticmethod
     def read(uri: str, number: int) -> Trial:
         """The record of trial `number` in the search's folder `uri`."""
-        return Trial(**json.loads(storage.read_bytes(Ledger._file(uri, number))))
+        return _read_trial(Ledger._file(uri, number))
 
     @staticmethod
     def _file(uri: str, number: int) -> str:
@@ -183,7 +195,7 @@ class Ledger:
     def save(self, trial: Trial) -> None:
         """Keep a record, new or changed."""
         self.trials[trial.number] = trial
-        content = json.dumps(asdict(trial), indent=1)
+        content = json.dumps(formats.stamp(asdict(trial)), indent=1)
         storage.write_bytes(self._file(self._uri, trial.number), content.encode())
 
     def unfinished(self) -> list[Trial]:

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from transfgu import storage
+from transfgu import formats, storage
 from transfgu.errors import UserError
 
 PACKAGE = "package:"
@@ -37,7 +37,8 @@ class WeightFile:
 def read_weights(uri: str) -> WeightFile:
     """Read a `.safetensors` file, or a `.pth` of tensors, from a path or URI, or `package:NAME` for a shipped one.
 
-    Raises UserError where there is no such file, or where it holds anything but tensors and plain values.
+    Raises UserError where there is no such file, where it holds anything but tensors and plain values, and where a
+    later version wrote it in a format of its own.
     """
     data = _read(uri)
     metadata: dict[str, str] = {}
@@ -51,6 +52,7 @@ def read_weights(uri: str) -> WeightFile:
             ) from None
     else:
         content = _unpickle(uri, data)
+    formats.check(metadata.get(formats.WEIGHTS_KEY), f"weights {storage.shown(uri)}")
     return WeightFile(tensors=unwrap(storage.shown(uri), content), metadata=metadata)
 
 

@@ -164,7 +164,7 @@ def test_without_labels_there_are_no_scores(tmp_path: Path) -> None:
     made = make_run(tmp_path, labels=False)
     assert evaluation.run(made.recipe, made.run, QUIET).items == 0
     shown = json.loads(storage.read_bytes(made.run.file("evaluation/scores.json")))
-    assert shown == {"mean_iou": None, "pixel_accuracy": None, "iou": None, "assignment": None}
+    assert shown == {"format": 2, "mean_iou": None, "pixel_accuracy": None, "iou": None, "assignment": None}
 
 
 def test_a_decoder_of_other_classes_is_refused(made: MadeRun, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_mistakes_are_told_before_ray_starts(
 def test_another_models_masks_stay_as_they_are(made: MadeRun, tmp_path: Path) -> None:
     write_images(tmp_path / "images", ["a/004.jpg"])
     prediction.preflight(job(made, tmp_path))
-    with pytest.raises(UserError, match="holds another format: choose another --out"):
+    with pytest.raises(UserError, match="holds masks of another format: choose another --out"):
         prediction.preflight(job(made, tmp_path, format="parquet"))
     claim = tmp_path / "out" / "prediction.json"
     told = json.loads(claim.read_text())
@@ -140,7 +140,7 @@ def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path
     def claim(model: int) -> str:
         start.wait()
         try:
-            prediction._claim(asked, {"model": str(model), "run": f"/{model}", "format": "png", "classes": []})
+            prediction._claim(asked, {"model": str(model), "run": f"/{model}", "files": "png", "classes": []})
             return str(model)
         except UserError as error:
             return str(error)

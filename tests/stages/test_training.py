@@ -149,6 +149,7 @@ def test_two_workers_train_as_one_process_does(tmp_path: Path, ray_cluster: None
     assert all(torch.equal(best[n], last[n]) for n in last) == (outcome.details["model of epoch"] == 3)
     metadata = json.loads(model[8 : 8 + int.from_bytes(model[:8], "little")])["__metadata__"]
     assert metadata == {
+        "transfgu_format": "2",
         "classes": "10",
         "num_heads": "3",
         "patch_size": "8",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transfgu import storage
+from transfgu import formats, storage
 
 HISTORY = "history.json"
 _DIGESTS = "digests.json"
@@ -28,7 +28,7 @@ class Found(NamedTuple):
 def seal(folder: Path) -> None:
     """Write down what the folder's files are, once they are all there."""
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
-    (folder / _DIGESTS).write_text(json.dumps(digests))
+    (folder / _DIGESTS).write_text(json.dumps(formats.stamp({"files": digests})))
 
 
 def newest(uri: str, say: Callable[[str], object] = lambda _: None) -> Found | None:
@@ -80,10 +80,12 @@ def _history(folder: str) -> list[dict[str, Any]]:
 
 def _is_whole(folder: str) -> bool:
     try:
-        digests = json.loads(storage.read_bytes(storage.join(folder, _DIGESTS)))
+        tree = json.loads(storage.read_bytes(storage.join(folder, _DIGESTS)))
+        number = formats.check(tree.get(formats.KEY), f"checkpoint {storage.shown(folder)}")
+        digests = tree if number == 1 else tree["files"]
         return all(
             hashlib.sha256(storage.read_bytes_or_none(storage.join(folder, name)) or b"").hexdigest() == digest
             for name, digest in digests.items()
         )
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, KeyError):
         return False

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from ray.data import DataContext, Dataset
 
-from transfgu import ingest, runtime, storage
+from transfgu import formats, ingest, runtime, storage
 from transfgu.artifacts import LAST, MODEL, LeftOut, Outcome, Run
 from transfgu.decoder import MaskDecoder
 from transfgu.errors import UserError
@@ -64,7 +64,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     if recipe.decoder.weights:
         decoders = {"model": recipe.decoder.weights}
     if not len(rows):
-        storage.write_bytes(artifact.file("scores.json"), json.dumps(_NO_SCORES, indent=1).encode())
+        storage.write_bytes(artifact.file("scores.json"), json.dumps(formats.stamp(_NO_SCORES), indent=1).encode())
         progress.note("no validation image has a label, so there are no scores")
         return Outcome(items=0, details={"labels": 0})
     evaluation = evaluate(recipe, decoders, rows, progress)
@@ -72,7 +72,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     shown = scores_json(evaluation.scores("model"))
     if "last" in decoders:
         shown["last"] = scores_json(evaluation.scores("last"))
-    storage.write_bytes(artifact.file("scores.json"), json.dumps(shown, indent=1).encode())
+    storage.write_bytes(artifact.file("scores.json"), json.dumps(formats.stamp(shown), indent=1).encode())
     return Outcome(
         items=evaluation.images,
         left_out=evaluation.left_out,

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from ray.data import Dataset
 
-from transfgu import parquet, storage
+from transfgu import formats, parquet, storage
 from transfgu.artifacts import LeftOut, Run
 from transfgu.datasets import images
 from transfgu.datasets.listing import images_in, stem
@@ -37,6 +37,7 @@ CLAIM = "prediction.json"
 SUMMARY = "summary.json"
 """Says how the last prediction that came to its end went."""
 
+_FILES_AS = "files"  # in the claim: how masks are stored
 _WRITERS = 8  # files that one task writes at a time
 _SCHEMA = pa.schema([("name", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("mask", pa.large_binary())])
 
@@ -106,7 +107,7 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
         images=len(samples), found=found, made=made, left_out=tuple(sorted(left_out, key=lambda x: x.name))
     )
     summary = {"images": result.images, "found": found, "made": made, "left_out": [vars(x) for x in result.left_out]}
-    storage.write_bytes(storage.join(job.out, SUMMARY), json.dumps(summary, indent=1).encode())
+    storage.write_bytes(storage.join(job.out, SUMMARY), json.dumps(formats.stamp(summary), indent=1).encode())
     return result
 
 
@@ -119,7 +120,7 @@ def preflight(job: PredictionJob) -> dict[str, str]:
     Raises:
         UserError: the first thing found wrong.
     """
-    from transfgu.segmenter import Segmenter, model_file
+    from transfgu.segmenter import Segmenter
 
     folder, out = (storage.absolute(uri) + "/" for uri in (job.images, job.out))
     if out.startswith(folder) or folder.startswith(out):
@@ -140,9 +141,9 @@ def preflight(job: PredictionJob) -> dict[str, str]:
         raise UserError(f"{storage.shown(job.images)} holds no image (.jpg, .png, .webp, ...): check --images")
     storage.check_writable(job.out)
     claim = {
-        "model": hashlib.sha256(storage.read_bytes(model_file(job.run))).hexdigest(),
+        "model": hashlib.sha256(storage.read_bytes(Run(job.run).model())).hexdigest(),
         "run": storage.shown(storage.absolute(job.run)),
-        "format": job.format,
+        _FILES_AS: job.format,
         "classes": [
             {"index": i, "name": name, "colour": list(colour)}
             for i, (name, colour) in enumerate(zip(segmenter.classes, segmenter.colours, strict=True))
@@ -156,19 +157,30 @@ def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
     uri = storage.join(job.out, CLAIM)
     text = storage.read_bytes_or_none(uri)
     if text is None:
-        if storage.create(uri, json.dumps(claim, indent=1).encode()):
+        if storage.create(uri, json.dumps(formats.stamp(claim), indent=1).encode()):
             return
         text = storage.read_bytes(uri)  # of one that began at the same time
-    try:
-        held = json.loads(text)
-        differing = [n for n in ("model", "format", "classes") if held[n] != claim[n]]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{storage.shown(uri)} is damaged: delete it, and the masks beside it, or change --out"
-        ) from None
+    held = _read_claim(job, text)
+    differing = [n for n in ("model", _FILES_AS, "classes") if held[n] != claim[n]]
     if differing:
-        theirs = f"masks of {held['run']}" if "model" in differing else f"another {differing[0]}"
+        other = "format" if differing[0] == _FILES_AS else differing[0]
+        theirs = f"masks of {held['run']}" if "model" in differing else f"masks of another {other}"
         raise UserError(f"{storage.shown(job.out)} holds {theirs}: choose another --out, or delete what is there")
+
+
+def _read_claim(job: PredictionJob, text: bytes) -> dict[str, Any]:
+    """What a folder of masks says of itself; raises UserError where that is damaged, or of a format to come."""
+    uri = storage.shown(storage.join(job.out, CLAIM))
+    remedy = "delete it, and the masks beside it, or change --out"
+    with formats.damage(uri, remedy):
+        first = json.loads(text)
+        if first.get(formats.KEY) in get_args(Format):  # format 1 said there how masks are stored
+            first[_FILES_AS] = first.pop(formats.KEY)
+        text = json.dumps(first).encode()
+    held = formats.read_json(text, uri, remedy)
+    with formats.damage(uri, remedy):
+        _ = held["model"], held["run"], held[_FILES_AS], [x["colour"] for x in held["classes"]]
+    return held
 
 
 def _samples(names: Mapping[str, str]) -> pa.Table:
@@ -182,9 +194,7 @@ def _samples(names: Mapping[str, str]) -> pa.Table:
 
 
 def _size(job: PredictionJob) -> Size:
-    from transfgu.segmenter import run_recipe
-
-    return run_recipe(Run(job.run)).dataset.image_size
+    return Run(job.run).recipe().dataset.image_size
 
 
 def _done(job: PredictionJob, samples: pa.Table) -> set[str]:
@@ -216,8 +226,14 @@ def _names(uri: str) -> list[str]:
 
 def _known_bad(job: PredictionJob) -> dict[str, str]:
     """Images that an earlier prediction could not use, with the reason."""
-    text = storage.read_bytes_or_none(storage.join(job.out, SUMMARY))
-    return {} if text is None else {x["name"]: x["reason"] for x in json.loads(text)["left_out"]}
+    uri = storage.join(job.out, SUMMARY)
+    text = storage.read_bytes_or_none(uri)
+    if text is None:
+        return {}
+    remedy = "delete it, and run again"
+    summary = formats.read_json(text, storage.shown(uri), remedy)
+    with formats.damage(storage.shown(uri), remedy):
+        return {x["name"]: x["reason"] for x in summary["left_out"]}
 
 
 def _todo(samples: pa.Table, size: int, done: set[str], bad: Mapping[str, str], *, whole: bool) -> list[pa.Table]:
@@ -338,7 +354,7 @@ class WriteMasks:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """A block of `PredictMasks` to the part's row for the driver: `made`, and `left_out` as JSON."""
-        claim = json.loads(storage.read_bytes(storage.join(self.job.out, CLAIM)))
+        claim = _read_claim(self.job, storage.read_bytes(storage.join(self.job.out, CLAIM)))
         colours = np.array([c["colour"] for c in claim["classes"]], np.uint8)
         rows = block.filter(block["reason"].is_null())
         kind = index_type(len(colours))

@@ -73,8 +73,22 @@ def labelled(recipe: Recipe, run: Run) -> pa.Table:
 
 
 def load(run: Run, split: str) -> pa.Table:
-    """The samples of a split ("train" or "validation") of a run: rows of `datasets.SCHEMA`."""
-    return parquet.read(run.artifact("samples").file(f"{split}.parquet"))
+    """Read the samples of a split ("train" or "validation") of a run: rows of `datasets.SCHEMA`.
+
+    Scenes lie in the run's own folder, so they are found there when the folder has been copied or moved.
+    """
+    artifact = run.artifact("samples")
+    found = parquet.read(artifact.file(f"{split}.parquet"))
+    here = storage.absolute(artifact.file("scenes")) + "/"
+    if not len(found) or found["image"][0].as_py().startswith(here):
+        return found
+    manifest = artifact.manifest()
+    if manifest is None or manifest.fields.get("dataset.layout") != "shapes":
+        return found
+    for column in ("image", "label"):
+        moved = pc.replace_substring_regex(found[column], r"^.*/samples/scenes/", here)
+        found = found.set_column(found.schema.get_field_index(column), found.schema.field(column), moved)
+    return found
 
 
 def _check_share(recipe: Recipe, split: str, listing: Listing) -> None:

@@ -24,12 +24,12 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from transfgu import pipeline, runtime, search_space, storage
+from transfgu import formats, pipeline, runtime, search_space, storage
 from transfgu.artifacts import Artifact, Run
 from transfgu.command_line import find_user_error
 from transfgu.errors import UserError, in_words
 from transfgu.progress import Progress
-from transfgu.recipe import STAGES, ComputeRecipe, Recipe
+from transfgu.recipe import STAGES, ComputeRecipe, Recipe, upgraded
 from transfgu.stages import samples, training
 from transfgu.trials import Ledger, Search, Trial, stop_reason, suggest
 
@@ -46,11 +46,11 @@ _LOST = 10  # times that a trial's own process may be lost with its node
 class SharedRun(Run):
     """A run's folder in a search: an artefact is found by what it was made from."""
 
-    recipe: Recipe
+    made_by: Recipe
 
     def artifact(self, stage: str) -> Artifact:
         """The folder of a stage's results, the same for all recipes that agree up to that stage."""
-        return Artifact(stage, self.file(f"shared/{stage}-{self.recipe.digest(stage)[:12]}"))
+        return Artifact(stage, self.file(f"shared/{stage}-{self.made_by.digest(stage)[:12]}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,9 +244,10 @@ def _claim(search: Search) -> None:
     held = storage.read_bytes_or_none(uri)
     wanted = json.loads(json.dumps(search.identity()))
     if held is None:
-        storage.write_bytes(uri, json.dumps(wanted, indent=1).encode())
+        storage.write_bytes(uri, json.dumps(formats.stamp(wanted), indent=1).encode())
         return
-    found = json.loads(held)
+    remedy = "delete the folder to search anew, or choose another --run"
+    found = upgraded(formats.read_json(held, storage.shown(uri), remedy))
     differing = [f"{n} ({found.get(n)} there, {wanted.get(n)} asked)" for n in wanted if found.get(n) != wanted[n]]
     if differing:
         raise UserError(

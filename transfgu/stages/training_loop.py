@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam
 
-from transfgu import ingest, parquet, schedule, storage
+from transfgu import formats, ingest, parquet, schedule, storage
 from transfgu.command_line import find_user_error
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import patch_grid
@@ -355,6 +355,7 @@ class Worker:
         """What a weight file says of the decoder in it."""
         recipe, encoder = self.recipe, self.encode.encoder
         return {
+            formats.WEIGHTS_KEY: str(formats.FORMAT),
             "classes": str(recipe.classes),
             "num_heads": str(encoder.num_heads),
             "patch_size": str(encoder.patch_size),

@@ -1,0 +1,278 @@
+"""A run of the first format, kept for ever: made by `jobs/train.py shapes --limit 12 --epochs 1` of commit a7d013c.
+
+`golden/run` is its folder without Ray's state, curves and report; `golden/prediction` holds the masks of its
+validation scenes by `jobs/predict.py` of the same commit.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import yaml
+from PIL import Image
+
+from transfgu import Segmenter, formats, pipeline, recipe
+from transfgu.artifacts import Run
+from transfgu.errors import UserError
+from transfgu.progress import Progress
+from transfgu.recipe import FIELDS, STAGES, Recipe, preset
+from transfgu.stages import checkpoints, prediction
+from transfgu.stages.prediction import PredictionJob
+from transfgu.trials import Ledger
+
+GOLDEN = Path(__file__).parent / "golden"
+METRICS = json.loads((GOLDEN / "run" / "metrics.json").read_text())
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Run:
+    """A copy, as everything here may write into it."""
+    shutil.copytree(GOLDEN / "run", tmp_path / "run")
+    return Run(str(tmp_path / "run"))
+
+
+def asked() -> Recipe:
+    """What the command that made it asks for."""
+    return preset("shapes").with_fields({"limit": 12, "epochs": 1})
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Replace values of a JSON or YAML object."""
+    read, write = (yaml.safe_load, yaml.safe_dump) if path.suffix == ".yaml" else (json.loads, json.dumps)
+    path.write_text(write({**read(path.read_text()), **changes}))
+
+
+def masks(folder: Path) -> dict[str, np.ndarray]:
+    return {file.name: np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))}
+
+
+def test_training_finds_every_stage_complete(golden: Run) -> None:
+    metrics = pipeline.run_stages(asked(), golden, quiet=True)
+    assert [stage for stage in STAGES if metrics["stages"][stage]["skipped"]] == list(STAGES)
+    for name in ("mean_iou", "pixel_accuracy", "iou", "assignment", "last"):
+        assert metrics[name] == METRICS[name]
+    assert Path(golden.file("report.html")).exists()
+    # The recipe is of today's format from now on, and the run is still complete.
+    assert yaml.safe_load(Path(golden.file("recipe.yaml")).read_text())["format"] == formats.FORMAT
+    again = pipeline.run_stages(asked(), golden, quiet=True)
+    assert all(again["stages"][stage]["skipped"] for stage in STAGES)
+
+
+def test_the_segmenter_predicts_its_masks(golden: Run) -> None:
+    segmenter = Segmenter.load(golden.uri)
+    scenes = sorted(Path(golden.file("samples/scenes/validation/images")).glob("*.png"))
+    wanted = masks(GOLDEN / "prediction" / "masks")
+    assert len(scenes) == len(wanted) == 12
+    for scene in scenes:
+        np.testing.assert_array_equal(segmenter.predict(scene), wanted[scene.name])
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_evaluation_counts_its_figures(golden: Run) -> None:
+    result = pipeline.evaluate(golden.recipe(), golden, quiet=True)
+    assert {name: result[name] for name in ("mean_iou", "pixel_accuracy", "iou")} == {
+        name: METRICS[name] for name in ("mean_iou", "pixel_accuracy", "iou")
+    }
+    assert result["images"] == 12
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_prediction_makes_its_masks_and_goes_on_with_them(golden: Run, tmp_path: Path) -> None:
+    job = PredictionJob(
+        run=golden.uri, images=golden.file("samples/scenes/validation/images"), out=str(tmp_path / "out")
+    )
+    assert prediction.predict(job, golden.recipe().compute, Progress("prediction", quiet=True)).made == 12
+    made, wanted = masks(tmp_path / "out" / "masks"), masks(GOLDEN / "prediction" / "masks")
+    assert made.keys() == wanted.keys()
+    for name, mask in made.items():
+        np.testing.assert_array_equal(mask, wanted[name])
+    shutil.copytree(GOLDEN / "prediction", tmp_path / "theirs")
+    (tmp_path / "theirs" / "masks" / "000003.png").unlink()
+    edit(tmp_path / "theirs" / "prediction.json", run=golden.uri)
+    job = dataclasses.replace(job, out=str(tmp_path / "theirs"))
+    found = prediction.predict(job, golden.recipe().compute, Progress("prediction", quiet=True))
+    assert found.images == 12
+    assert masks(tmp_path / "theirs" / "masks").keys() == wanted.keys()
+
+
+def restricted(monkeypatch: pytest.MonkeyPatch, name: str, **history: Any) -> None:
+    """Give a field of today a history, as a field has that was added or renamed."""
+    known = dict(FIELDS)
+    known[name] = dataclasses.replace(known[name], **history)
+    monkeypatch.setattr(recipe, "FIELDS", known)
+    former = {was: n for n, info in known.items() for was in info.was}
+    monkeypatch.setattr(recipe, "_FORMER_NAMES", former)
+
+
+@pytest.fixture
+def without_smoothing(golden: Run) -> Run:
+    """A run of a version that did not know `pseudo_labels.smoothing`, and smoothed over 3 patches."""
+    drop(golden, "pseudo_labels.smoothing")
+    return golden
+
+
+def drop(run: Run, name: str, now: str = "") -> None:
+    """Take a field out of a run's files, or rename it."""
+    component, _, leaf = name.rpartition(".")
+    for stage in STAGES:
+        for file in ("manifest.json", "fields.json"):
+            path = Path(run.artifact(stage).file(file))
+            tree = json.loads(path.read_text())
+            fields = tree["fields"] if file == "manifest.json" else tree
+            if name in fields:
+                value = fields.pop(name)
+                if now:
+                    fields[now] = value
+            path.write_text(json.dumps(tree))
+    path = Path(run.file("recipe.yaml"))
+    tree = yaml.safe_load(path.read_text())
+    value = tree[component].pop(leaf)
+    if now:
+        tree[now.partition(".")[0]][now.rpartition(".")[2]] = value
+    path.write_text(yaml.safe_dump(tree))
+
+
+def test_a_field_that_came_later_has_the_value_of_its_time(
+    without_smoothing: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"pseudo_labels\.smoothing \(nothing there, 3 asked\)"):
+        pipeline.check_artifacts(asked(), without_smoothing)
+    restricted(monkeypatch, "pseudo_labels.smoothing", before=3)
+    assert all(pipeline.check_artifacts(asked(), without_smoothing).values())
+    assert without_smoothing.recipe().pseudo_labels.smoothing == 3
+    # A preset that smooths over 5 from now on does so in new runs; this one goes on as it was made.
+    monkeypatch.setitem(recipe._PRESETS["shapes"], "smoothing", 5)
+    assert asked().pseudo_labels.smoothing == 5
+    continued = without_smoothing.continued(asked())
+    assert continued.pseudo_labels.smoothing == 3
+    assert all(pipeline.check_artifacts(continued, without_smoothing).values())
+    # Who asks for it gets it, or is told why not.
+    given = asked().with_fields({"smoothing": 7})
+    with pytest.raises(UserError, match=r"pseudo_labels\.smoothing \(3 there, 7 asked\)"):
+        pipeline.check_artifacts(without_smoothing.continued(given), without_smoothing)
+
+
+def test_a_later_field_leaves_digests_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are found by the digest."""
+    before = asked().digest("training")
+    assert before == json.loads((GOLDEN / "run/training/manifest.json").read_text())["digest"]
+    fields = asked().stage_fields("training")
+    restricted(monkeypatch, "pseudo_labels.smoothing", before=1)
+    assert asked().digest("training") == before  # 3 is not what runs had: it counts
+    restricted(monkeypatch, "pseudo_labels.smoothing", before=3)
+    del fields["pseudo_labels.smoothing"]
+    assert asked().digest("training") != before  # as a version without the field digested
+    changed = asked().with_fields({"smoothing": 5}).digest("training")
+    assert changed not in (before, asked().digest("training"))
+
+
+def test_a_renamed_field_is_known_by_its_old_name(golden: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    drop(golden, "concepts.iterations", "concepts.rounds")
+    with pytest.raises(UserError, match=r"concepts\.rounds"):
+        pipeline.check_artifacts(asked(), golden)
+    restricted(monkeypatch, "concepts.iterations", was=("concepts.rounds",))
+    assert golden.recipe() == Run(str(GOLDEN / "run")).recipe()
+    assert all(pipeline.check_artifacts(asked(), golden).values())
+    assert asked().with_fields({"concepts.rounds": 7}).concepts.iterations == 7
+
+
+@pytest.mark.parametrize(
+    ("file", "read"),
+    [
+        ("recipe.yaml", lambda run: run.recipe()),
+        ("concepts/manifest.json", lambda run: run.artifact("concepts").manifest()),
+        ("evaluation/scores.json", lambda run: run.scores()),
+    ],
+)
+def test_a_format_to_come_is_refused_in_one_line(golden: Run, file: str, read: Any) -> None:
+    edit(Path(golden.file(file)), format=formats.FORMAT + 1)
+    with pytest.raises(UserError, match=rf"has format {formats.FORMAT + 1}, .*install the version that wrote it"):
+        read(golden)
+
+
+def test_masks_trials_checkpoints_and_models_of_a_format_to_come_are_refused(golden: Run, tmp_path: Path) -> None:
+    to_come = rf"has format {formats.FORMAT + 1}, "
+    shutil.copytree(GOLDEN / "prediction", tmp_path / "out")
+    job = PredictionJob(run=golden.uri, images=golden.file("samples/scenes/validation/images"), out=f"{tmp_path}/out")
+    edit(tmp_path / "out" / "prediction.json", format=formats.FORMAT + 1, files="png")
+    with pytest.raises(UserError, match=rf"prediction\.json {to_come}"):
+        prediction.preflight(job)
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "trials" / "0000.json").write_text(json.dumps({"format": formats.FORMAT + 1}))
+    with pytest.raises(UserError, match=rf"0000\.json {to_come}"):
+        Ledger(str(tmp_path))
+    checkpoint = tmp_path / "ray" / "checkpoint_1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / checkpoints.HISTORY).write_text('[{"epoch": 1}]')
+    checkpoints.seal(checkpoint)
+    assert checkpoints.newest(str(tmp_path / "ray"))
+    edit(checkpoint / "digests.json", format=formats.FORMAT + 1)
+    with pytest.raises(UserError, match=rf"checkpoint_1 {to_come}"):
+        checkpoints.newest(str(tmp_path / "ray"))
+    model = Path(golden.file("model.safetensors"))
+    tensors = safetensors.torch.load_file(model)
+    safetensors.torch.save_file(tensors, model, {formats.WEIGHTS_KEY: str(formats.FORMAT + 1)})
+    with pytest.raises(UserError, match=rf"model\.safetensors {to_come}"):
+        Segmenter.load(golden.uri)
+
+
+def test_a_checkpoint_of_the_first_format_is_whole(tmp_path: Path) -> None:
+    """There `digests.json` was the list of files itself."""
+    checkpoint = tmp_path / "checkpoint_1"
+    checkpoint.mkdir()
+    content = b'[{"epoch": 1}]'
+    (checkpoint / checkpoints.HISTORY).write_bytes(content)
+    (checkpoint / "digests.json").write_text(json.dumps({checkpoints.HISTORY: hashlib.sha256(content).hexdigest()}))
+    found = checkpoints.newest(str(tmp_path))
+    assert found is not None
+    assert found.history == [{"epoch": 1}]
+
+
+DAMAGE = (b"", b"{", b"[]", b"null", b"3", b'{"stage": 1', b"\xff\xfe", b'{"stage": "x"}')
+
+
+@pytest.mark.parametrize("content", DAMAGE)
+@pytest.mark.parametrize("file", ["concepts/manifest.json", "evaluation/scores.json", "training/history.json"])
+def test_a_damaged_file_is_told_in_one_line(golden: Run, file: str, content: bytes) -> None:
+    Path(golden.file(file)).write_bytes(content)
+    if file == "training/history.json" and content == b"[]":
+        pytest.skip("a history of no epoch is whole")
+    with pytest.raises(UserError, match=r"is damaged: delete the folder"):
+        pipeline.run_stages(asked(), golden, quiet=True)
+
+
+@pytest.mark.parametrize("content", [c for c in DAMAGE if c != b'{"stage": "x"}'])
+def test_damaged_claims_and_records_are_told_in_one_line(golden: Run, tmp_path: Path, content: bytes) -> None:
+    artifact = golden.artifact("concepts")
+    Path(artifact.file("manifest.json")).unlink()
+    Path(artifact.file("fields.json")).write_bytes(content)
+    with pytest.raises(UserError, match=r"fields\.json is damaged: delete the folder"):
+        artifact.check(asked())
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "trials" / "0000.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"0000\.json is damaged: delete it"):
+        Ledger(str(tmp_path))
+    for name in ("prediction.json", "summary.json"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.copytree(GOLDEN / "prediction", tmp_path / "out")
+        (tmp_path / "out" / name).write_bytes(content)
+        job = PredictionJob(
+            run=golden.uri, images=golden.file("samples/scenes/validation/images"), out=str(tmp_path / "out")
+        )
+        with pytest.raises(UserError, match=rf"{name} is damaged: delete it"):
+            prediction.predict(job, golden.recipe().compute, Progress("prediction", quiet=True))
+
+
+@pytest.mark.parametrize("content", [b"\xe9t\xe9: 1", b"- 1", b"a: [", b"data: {b: 1}"])
+def test_a_damaged_recipe_is_told_in_one_line(golden: Run, content: bytes) -> None:
+    Path(golden.file("recipe.yaml")).write_bytes(content)
+    with pytest.raises(UserError, match=r"recipe\.yaml|no field data\.b"):
+        golden.recipe()
