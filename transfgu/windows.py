@@ -1,8 +1,8 @@
-"""Sliding windows are a product: in each scale, window centres along y times window centres along x.
+"""Sliding windows are a product: in each scale, spans along y times spans along x.
 
-Along one axis a window of s patches may be centred on every multiple of s / 2 that keeps it inside the grid, and on
-the place where it touches the grid's end. Whether a window is foreground then needs no image: the saliency of patches,
-weighted by how many pixel rows and columns of each patch the window covers.
+Along one axis the spans start every half side, and the last one touches the grid's end. Whether a window is foreground
+then needs no image: the saliency of patches, weighted by how many pixel rows and columns of each patch the window
+covers.
 """
 
 from collections.abc import Sequence
@@ -19,19 +19,21 @@ from transfgu.errors import UserError
 def sliding_windows(grid: tuple[int, int], scales: Sequence[float], patch_size: int = 8) -> Int[ndarray, "N 4"]:
     """All windows over an image of `grid` = (h, w) patches: rows y0 y1 x0 x1 in pixels, half-open.
 
-    A window's side is `scale` of the image's shorter side; order is scale, then top to bottom, then left to right.
-    The last pixel row and column of a window's patches are left out: the published features were cut so.
+    A window's side is `scale` of the image's shorter side, rounded down to whole patches. The windows of each scale
+    cover the image. They are ordered by scale, then top to bottom, then left to right. The last pixel row and column
+    of a window's patches are left out: the published features were cut so.
 
-    Raises UserError if a scale is outside (0, 1], or leaves less than one patch, or if no window fits at all.
+    The published code centres windows on those multiples of half a side that are whole patches. An odd side has only
+    every other one, none that touches the image's end, and no window at all where the first lies too far in. Here a
+    step of half an odd side is rounded to whole patches, alternately down and up, so that odd sides have as many
+    windows as even ones. Even sides, which all published sizes have, give the published windows.
+
+    Raises UserError if no scale is given, or one is outside (0, 1] or leaves less than one patch.
     Source: TransFGU (Yin et al. 2022).
     """
-    windows = [_windows_of_scale(grid, scale, patch_size) for scale in scales]
-    if sum(map(len, windows)) == 0:
-        raise UserError(
-            f"no window of scales {list(scales)} fits a grid of {grid[0]} x {grid[1]} patches: "
-            "use smaller scales or larger images"
-        )
-    return np.concatenate(windows)
+    if not len(scales):
+        raise UserError("there are no window scales: give at least one")
+    return np.concatenate([_windows_of_scale(grid, scale, patch_size) for scale in scales])
 
 
 def _windows_of_scale(grid: tuple[int, int], scale: float, patch_size: int) -> Int[ndarray, "N 4"]:
@@ -48,14 +50,15 @@ def _windows_of_scale(grid: tuple[int, int], scale: float, patch_size: int) -> I
 
 
 def _spans(length: int, side: int, patch_size: int) -> Int[ndarray, "n 2"]:
-    """Pixel spans, along an axis of `length` patches, of windows `side` patches wide."""
-    half = side / 2
-    centre = np.arange(length)
-    inside = (centre >= half) & (centre + half < length)
-    stop = inside & ((centre % half == 0) | (centre + half == length - 1))
-    first = np.ceil(centre[stop] - half).astype(np.int64)
-    last = np.floor(centre[stop] + half).astype(np.int64)
-    return np.stack([first * patch_size, (last + 1) * patch_size - 1], 1)
+    """Pixel spans, along an axis of `length` patches, of windows of `side` patches.
+
+    From half a side before its centre to half a side behind it, a window touches one patch more than its side has.
+    """
+    patches = min(side + 1, length)
+    end = length - patches  # where the last window starts
+    step = max(side / 2, 1)
+    first = np.append(np.arange(0, end, step).astype(np.int64), end)
+    return np.stack([first * patch_size, (first + patches) * patch_size - 1], 1)
 
 
 def select_windows(
