@@ -51,7 +51,7 @@ faults: setup  ## what takes long: machines, servers and disks that fail in mid-
 	$(PY) -m pytest -q -m "long and not s3_server"
 
 docs: setup  ## the pages that are written from the code
-	$(PY) -m transfgu.reference_page docs/recipe.md
+	$(PY) -m transfgu.cli.reference_page docs/recipe.md
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

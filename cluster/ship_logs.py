@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from transfgu import storage
 from transfgu.errors import UserError
+from transfgu.store import storage
 
 LARGEST = 256 << 20  # bytes; of a longer log the end is copied, where it says what went wrong
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from transfgu import cost_plan, storage
-from transfgu.command_line import Parser, add_recipe, given_fields, recipe_of, run_job
+from transfgu.cli.command_line import Parser, add_recipe, given_fields, recipe_of, run_job
 from transfgu.errors import UserError
-from transfgu.measurements import Measurements
+from transfgu.planning import cost_plan
+from transfgu.planning.measurements import Measurements
+from transfgu.store import storage
 
 
 def main() -> None:
@@ -43,14 +44,15 @@ def measure() -> None:
     if "encoder.weights" not in given_fields(arguments):
         recipe = recipe.with_fields({"encoder.weights": "random"})
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
-    from transfgu import pipeline, runtime
+    from transfgu import pipeline
+    from transfgu.benchmarks import stages as benchmarks
     from transfgu.encoder import Encoder
-    from transfgu.stages import benchmarks
+    from transfgu.runtime import cluster
 
     stages = benchmarks.STAGES if arguments.stage == "all" else (arguments.stage,)
     encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
     recipe = pipeline.fit_to_patch(recipe, encoder.patch_size)
-    runtime.connect(verbose=arguments.verbose)
+    cluster.connect(verbose=arguments.verbose)
     found = benchmarks.measure(
         recipe,
         stages,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from transfgu import storage
-from transfgu.artifacts import Run
-from transfgu.command_line import Parser, add_recipe, given_fields, recipe_of, run_job
+from transfgu.cli.command_line import Parser, add_recipe, given_fields, recipe_of, run_job
 from transfgu.errors import UserError
+from transfgu.store import storage
+from transfgu.store.artifacts import Run
 
 
 def main() -> None:

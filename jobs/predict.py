@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from transfgu import storage
-from transfgu.command_line import Parser, add_compute, compute_of, run_job
+from transfgu.cli.command_line import Parser, add_compute, compute_of, run_job
 from transfgu.errors import UserError
+from transfgu.store import storage
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
         raise UserError("--overlays are pictures, and go with --format png: leave out one of them")
     compute = compute_of(given)
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
-    from transfgu.progress import Progress
+    from transfgu.runtime.progress import Progress
     from transfgu.stages.prediction import PredictionJob, predict
 
     job = PredictionJob(run=given.run, images=given.images, out=given.out, format=given.format, overlays=given.overlays)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from transfgu.command_line import Parser, add_pretraining_recipe, pretraining_recipe_of, run_job
+from transfgu.cli.command_line import Parser, add_pretraining_recipe, pretraining_recipe_of, run_job
 
 
 def main() -> None:
@@ -28,10 +28,11 @@ def main() -> None:
     given = parser.parse()
     recipe = pretraining_recipe_of(given)
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
-    from transfgu import runtime, storage
-    from transfgu.progress import Progress
+    from transfgu.pretraining.stage import SHAPES, PretrainingJob, pretrain
     from transfgu.recipe import ComputeRecipe
-    from transfgu.stages.pretraining import SHAPES, PretrainingJob, pretrain
+    from transfgu.runtime import cluster
+    from transfgu.runtime.progress import Progress
+    from transfgu.store import storage
 
     job = PretrainingJob(
         images=given.images,
@@ -44,9 +45,9 @@ def main() -> None:
     if job.images != SHAPES:
         storage.check_readable(job.images)
     storage.check_writable(job.work)
-    runtime.connect(verbose=given.verbose)
-    compute = ComputeRecipe(workers=runtime.training_workers(ComputeRecipe(workers=given.workers)))
-    runtime.check_satisfiable(compute)  # of all of them, as their number is the same from the first step to the last
+    cluster.connect(verbose=given.verbose)
+    compute = ComputeRecipe(workers=cluster.training_workers(ComputeRecipe(workers=given.workers)))
+    cluster.check_satisfiable(compute)  # of all of them, as their number is the same from the first step to the last
     prepared = pretrain(job, compute, Progress("pretraining", quiet=given.quiet))
     if prepared.left_out and not given.quiet:
         print(f"{len(prepared.left_out)} images were left out, such as {prepared.left_out[0]['name']}")

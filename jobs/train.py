@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from transfgu.artifacts import Run
-from transfgu.command_line import Parser, add_recipe, preset_table, recipe_of, run_job
+from transfgu.cli.command_line import Parser, add_recipe, preset_table, recipe_of, run_job
 from transfgu.recipe import STAGES
+from transfgu.store.artifacts import Run
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
 
     run = Run(arguments.run or str(Path.home() / "transfgu" / recipe.preset))
     if arguments.dry_run:
-        from transfgu.dry_run import describe
+        from transfgu.planning.dry_run import describe
 
         for line in describe(recipe, run, until=arguments.until, verbose=arguments.verbose):
             print(line)

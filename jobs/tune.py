@@ -9,10 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from transfgu import search_space
-from transfgu.command_line import Parser, add_recipe, recipe_of, run_job
-from transfgu.search_space import KINDS
-from transfgu.trials import OBJECTIVES, SCHEDULERS, SEARCHERS, Search
+from transfgu.cli.command_line import Parser, add_recipe, recipe_of, run_job
+from transfgu.search import space
+from transfgu.search.space import KINDS
+from transfgu.search.trials import OBJECTIVES, SCHEDULERS, SEARCHERS, Search
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
         metavar="FIELD=RANGE",
         action="append",
         help=f"search a field of the recipe: {', '.join(KINDS.values())}; alpha holds it constant. Once a field "
-        f"(default: {' '.join(search_space.DEFAULT)})",
+        f"(default: {' '.join(space.DEFAULT)})",
     )
     add("--searcher", metavar="NAME", default="random", help=f"{', '.join(SEARCHERS)} (default: random)")
     add("--scheduler", metavar="NAME", default="asha", help=f"{', '.join(SCHEDULERS)} (default: asha)")
@@ -54,12 +54,12 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="let Ray's own messages through")
     arguments = parser.parse()
     recipe = recipe_of(arguments)
-    default = search_space.DEFAULT_GRID if arguments.searcher == "grid" else search_space.DEFAULT
+    default = space.DEFAULT_GRID if arguments.searcher == "grid" else space.DEFAULT
     own = ("trials", "objective", "searcher", "scheduler", "grace", "reduction", "concurrent", "hours")
     search = Search(
         recipe=recipe,
         uri=arguments.run or str(Path.home() / "transfgu" / f"{recipe.preset}-search"),
-        space=search_space.parse(arguments.search or default, recipe),
+        space=space.parse(arguments.search or default, recipe),
         workers_per_trial=arguments.workers_per_trial,
         gpus_per_trial=arguments.gpus_per_trial,
         **{name: getattr(arguments, name) for name in own},

@@ -18,14 +18,15 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from transfgu import datasets
-from transfgu.artifacts import LeftOut, Manifest, Outcome, Run
 from transfgu.datasets import images, shapes
+from transfgu.datasets.packed_maps import pack_maps
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import Encoder, normalise
+from transfgu.errors import LeftOut
 from transfgu.metrics import confusion_matrix, scores
-from transfgu.packed_maps import pack_maps
 from transfgu.recipe import STAGES, Recipe, preset
 from transfgu.segmenter import Segmenter
+from transfgu.store.artifacts import Manifest, Outcome, Run
 from transfgu.windows import crop_windows, sliding_windows
 
 SIDE = 64

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from transfgu.artifacts import LeftOut, Manifest, Outcome, Run
-from transfgu.errors import UserError
+from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import preset
+from transfgu.store.artifacts import Manifest, Outcome, Run
 
 RECIPE = preset("shapes")
 OUTCOME = Outcome(items=3, left_out=(LeftOut(name="a.png", reason="truncated image"),), details={"windows": 7})

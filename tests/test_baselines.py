@@ -9,16 +9,16 @@ import torch
 from PIL import Image
 
 from tests.made_run import SIDE, MadeRun, make_run
-from transfgu import baselines as module
-from transfgu.baselines import baselines
+from transfgu.baselines import tokens as module
+from transfgu.baselines.tokens import baselines
 from transfgu.datasets.images import resize
+from transfgu.decoder import winners
 from transfgu.encoder import Encoder, normalise
+from transfgu.inference.tokens import PatchTokens
 from transfgu.kmeans import Shard, cluster
 from transfgu.maps import background_map, scale_maps
 from transfgu.metrics import confusion_matrix, scores
 from transfgu.recipe import EncoderRecipe
-from transfgu.segmenter import winners
-from transfgu.tokens import PatchTokens
 
 
 def validation(made: MadeRun) -> list[tuple[np.ndarray, np.ndarray]]:

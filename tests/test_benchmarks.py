@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.made_run import write_encoder
-from transfgu.benchmarks import Bare, faiss_kmeans, made_features
+from transfgu.benchmarks.arithmetic import Bare, faiss_kmeans, made_features
 from transfgu.recipe import Recipe, preset
 
 SIDE, D, DEPTH, PATCH = 64, 24, 2, 8

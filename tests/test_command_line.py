@@ -6,16 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from transfgu.command_line import (
-    Parser,
-    add_pretraining_recipe,
-    add_recipe,
-    find_user_error,
-    pretraining_recipe_of,
-    recipe_of,
-)
+from transfgu.cli.command_line import Parser, add_pretraining_recipe, add_recipe, pretraining_recipe_of, recipe_of
 from transfgu.errors import UserError
 from transfgu.recipe import FIELDS, PRETRAINING_FIELDS, PretrainingRecipe, Recipe, preset
+from transfgu.runtime.failures import find_user_error
 
 ROOT = Path(__file__).resolve().parents[1]
 

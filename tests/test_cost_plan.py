@@ -3,9 +3,9 @@
 import pytest
 
 from tests.test_measurements import measurements, timing
-from transfgu.cost_plan import Site, costs, shown
 from transfgu.errors import UserError
-from transfgu.measurements import Measurements
+from transfgu.planning.cost_plan import Site, costs, shown
+from transfgu.planning.measurements import Measurements
 from transfgu.recipe import preset
 
 RECIPE = preset("coco-stuff-27").with_fields({"encoder.name": "tiny", "epochs": 10})

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import transfgu
-from transfgu import reference_page
+from transfgu.cli import reference_page
 from transfgu.datasets import shapes
 from transfgu.errors import UserError
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.folder_run import photographs, small
-from transfgu import dry_run, pipeline
-from transfgu.artifacts import Run
+from transfgu import pipeline
 from transfgu.errors import UserError
+from transfgu.planning import dry_run
 from transfgu.recipe import Recipe, preset
+from transfgu.store.artifacts import Run
 
 
 @pytest.fixture

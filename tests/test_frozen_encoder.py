@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.made_run import write_encoder
+from transfgu.datasets.packed_maps import unpack_maps
 from transfgu.encoder import normalise
 from transfgu.errors import UserError
-from transfgu.frozen_encoder import FrozenEncoder
-from transfgu.packed_maps import unpack_maps
+from transfgu.inference.frozen_encoder import FrozenEncoder
 from transfgu.recipe import PseudoLabelsRecipe, Recipe, preset
 from transfgu.windows import crop_windows
 

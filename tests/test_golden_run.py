@@ -18,13 +18,14 @@ import yaml
 from PIL import Image
 
 from transfgu import Segmenter, formats, pipeline, recipe
-from transfgu.artifacts import Run
 from transfgu.errors import UserError
-from transfgu.progress import Progress
 from transfgu.recipe import FIELDS, STAGES, Recipe, preset
-from transfgu.stages import checkpoints, prediction
+from transfgu.runtime.progress import Progress
+from transfgu.search.trials import Ledger
+from transfgu.stages import prediction
 from transfgu.stages.prediction import PredictionJob
-from transfgu.trials import Ledger
+from transfgu.store.artifacts import Run
+from transfgu.training import checkpoints
 
 GOLDEN = Path(__file__).parent / "golden"
 METRICS = json.loads((GOLDEN / "run" / "metrics.json").read_text())

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from transfgu import ingest
+from transfgu.datasets import ingest
+from transfgu.datasets.ingest import Order
 from transfgu.errors import UserError
-from transfgu.ingest import Order
 from transfgu.recipe import preset
 
 RECIPE = preset("shapes").with_fields({"image_size": (16, 16)})

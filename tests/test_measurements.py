@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from transfgu.errors import UserError
-from transfgu.measurements import Measurements, Timing, aligned, in_turns
+from transfgu.planning.measurements import Measurements, Timing, aligned, in_turns
 
 
 def timing(stage: str = "features", items: int = 4, **changes: object) -> Timing:
@@ -75,5 +75,5 @@ def test_measurements_are_read_back_as_they_were() -> None:
 
 
 def test_a_plan_needs_no_torch() -> None:
-    code = "import sys, transfgu.cost_plan; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    code = "import sys, transfgu.planning.cost_plan; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from transfgu.errors import UserError
-from transfgu.memory import HalveOnOutOfMemory
+from transfgu.inference.memory import HalveOnOutOfMemory
 
 
 class Device:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.made_run import write_encoder
-from transfgu import storage
+from transfgu.store import storage
 
 ROOT = Path(__file__).parents[1]
 FEW, MANY = 200, 2000

@@ -13,8 +13,8 @@ import ray
 from PIL import Image
 
 from tests.made_run import MadeRun, make_run
-from transfgu import runtime
 from transfgu.errors import UserError
+from transfgu.runtime import cluster
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -91,7 +91,7 @@ def test_a_mistake_ends_in_one_line_before_ray_starts(
     def connect(**_: object) -> None:
         pytest.fail("Ray was started")
 
-    monkeypatch.setattr(runtime, "connect", connect)
+    monkeypatch.setattr(cluster, "connect", connect)
     monkeypatch.setattr(sys, "argv", [f"jobs/{job}.py", *shlex.split(words)])
     monkeypatch.setattr(sys, "path", [*sys.path])  # jobs put their clone in front
     with pytest.raises(UserError, match=message) as caught:

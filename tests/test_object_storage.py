@@ -10,12 +10,13 @@ import torch
 
 from tests.gateway import Gateway
 from tests.test_storage import faults
-from transfgu import pipeline, storage
-from transfgu.artifacts import Run
+from transfgu import pipeline
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
 from transfgu.recipe import STAGES, Recipe, preset
 from transfgu.segmenter import Segmenter
+from transfgu.store import storage
+from transfgu.store.artifacts import Run
 
 __all__ = ["faults"]  # the fixture
 

@@ -18,7 +18,7 @@ from torch.optim import SGD, Optimizer
 from transfgu.decoder import MaskDecoder
 from transfgu.errors import UserError
 from transfgu.losses import Loss, bootstrapping_loss
-from transfgu.optimisation import StepResult, make_optimiser, training_step
+from transfgu.training.step import StepResult, make_optimiser, training_step
 
 WIDTH, CONCEPTS, GRID, IMAGES = 12, 4, (2, 3), 4
 ALL = slice(0, IMAGES)

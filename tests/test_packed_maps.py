@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from transfgu.datasets.packed_maps import maps_of_planes, pack_maps, packed_planes, unpack_maps, unpack_planes
 from transfgu.maps import scale_maps
-from transfgu.packed_maps import maps_of_planes, pack_maps, packed_planes, unpack_maps, unpack_planes
 
 
 def close_maps(gap: float = 1e-4, images: int = 2) -> torch.Tensor:

@@ -7,11 +7,12 @@ import pytest
 from PIL import Image
 
 from tests.folder_run import IMAGES, SIDE, photographs, small
-from transfgu import pipeline, run_lock
-from transfgu.artifacts import Run
+from transfgu import pipeline
 from transfgu.errors import UserError
 from transfgu.pipeline import fit_to_patch
 from transfgu.recipe import STAGES, preset
+from transfgu.store import run_lock
+from transfgu.store.artifacts import Run
 
 
 @pytest.mark.usefixtures("no_ray")

@@ -13,14 +13,19 @@ import torch
 from ray.data.extensions import ArrowPythonObjectType
 
 from tests.made_run import MadeRun, make_run
-from transfgu import Segmenter, ingest, report
-from transfgu.artifacts import Run
+from transfgu import Segmenter
+from transfgu.datasets import ingest
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
-from transfgu.stages import checkpoints, concepts, evaluation, parts, prediction, pretraining, pseudo_labels, samples
+from transfgu.inference.tokens import PatchTokens
+from transfgu.pretraining import stage
+from transfgu.report import page
+from transfgu.runtime import parts
+from transfgu.stages import concepts, evaluation, prediction, pseudo_labels, samples
 from transfgu.stages.training import training_images
-from transfgu.stages.training_loop import Job, Mirror, Validation
-from transfgu.tokens import PatchTokens
+from transfgu.store.artifacts import Run
+from transfgu.training import checkpoints
+from transfgu.training.worker import Job, Mirror, Validation
 
 
 class Planted:
@@ -136,7 +141,7 @@ PARQUET: dict[str, tuple[str, Callable[[MadeRun, Run, str], object]]] = {
     ),
     "windows of the report": (
         "concepts/nearest.parquet",
-        lambda made, run, _: report._concepts(made.recipe, run, Segmenter.load(run.uri)),
+        lambda made, run, _: page._concepts(made.recipe, run, Segmenter.load(run.uri)),
     ),
     "images that training scores": (
         "training/validation.parquet",
@@ -149,11 +154,11 @@ PARQUET: dict[str, tuple[str, Callable[[MadeRun, Run, str], object]]] = {
     "masks": ("masks/part-0.parquet", lambda made, run, uri: prediction._names(uri)),
     "part to pretrain on, counted": (
         "images/part-00000000.parquet",
-        lambda made, run, uri: pretraining._make_part({"part": uri, "names": ["0"]}, "shapes", 8, 0),
+        lambda made, run, uri: stage._make_part({"part": uri, "names": ["0"]}, "shapes", 8, 0),
     ),
     "part to pretrain on": (
         "images/part-00000000.parquet",
-        lambda made, run, uri: pretraining._read_part({"uri": uri}),
+        lambda made, run, uri: stage._read_part({"uri": uri}),
     ),
 }
 

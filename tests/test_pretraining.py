@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from transfgu import pretraining
 from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from transfgu.errors import UserError
-from transfgu.pretraining import StepSchedule, Student, Teacher, Views
+from transfgu.pretraining import objective
+from transfgu.pretraining.objective import StepSchedule, Student, Teacher, Views
 from transfgu.recipe import PretrainingRecipe
 
 SMALL = PretrainingRecipe(
@@ -41,7 +41,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def small_encoder() -> VisionTransformer:
     torch.manual_seed(0)
-    encoder = pretraining.new_encoder(SMALL)
+    encoder = objective.new_encoder(SMALL)
     for parameter in encoder.parameters():  # far from the initial values, at which attention is all but uniform
         torch.nn.init.normal_(parameter, std=0.3)
     return encoder
@@ -57,19 +57,19 @@ def test_sinkhorn_of_two_samples_by_hand() -> None:
     """
     logits = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])
     expected = torch.tensor([[9 / 14, 5 / 14], [3 / 8, 5 / 8]])
-    torch.testing.assert_close(pretraining.sinkhorn(logits, 1.0, 1), expected)
-    torch.testing.assert_close(pretraining.sinkhorn(logits * 0.1, 0.1, 1), expected)
+    torch.testing.assert_close(objective.sinkhorn(logits, 1.0, 1), expected)
+    torch.testing.assert_close(objective.sinkhorn(logits * 0.1, 0.1, 1), expected)
 
 
 def test_sinkhorn_converges_to_equal_columns() -> None:
     """Of [[3, 1], [1, 1]] the doubly stochastic scaling is [[a, 1 - a], [1 - a, a]], a^2 / (1 - a)^2 = 3."""
     logits = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])
     a = math.sqrt(3) / (1 + math.sqrt(3))
-    torch.testing.assert_close(pretraining.sinkhorn(logits, 1.0, 50), torch.tensor([[a, 1 - a], [1 - a, a]]))
+    torch.testing.assert_close(objective.sinkhorn(logits, 1.0, 50), torch.tensor([[a, 1 - a], [1 - a, a]]))
 
 
 def test_sinkhorn_survives_sharp_logits() -> None:
-    shares = pretraining.sinkhorn(torch.tensor([[1.0, -1.0], [1.0, -1.0]]), 0.001, 3)
+    shares = objective.sinkhorn(torch.tensor([[1.0, -1.0], [1.0, -1.0]]), 0.001, 3)
     assert shares.isfinite().all()
     torch.testing.assert_close(shares.sum(1), torch.ones(2))
 
@@ -80,7 +80,7 @@ def test_sinkhorn_survives_sharp_logits() -> None:
 def test_mosaic_places_tiles_and_says_where() -> None:
     """Four 8 x 8 views, each of one value, patches of 4: a grid of 4 x 4 patches, in 2 x 2 tiles."""
     views = torch.arange(4.0)[:, None, None, None].expand(4, 3, 8, 8)
-    mosaics, inside = pretraining.mosaic(views, 2, 4)
+    mosaics, inside = objective.mosaic(views, 2, 4)
     assert mosaics.shape == (1, 3, 16, 16)
     expected = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]])
     assert (mosaics[0, 0, ::4, ::4] == expected).all()
@@ -90,7 +90,7 @@ def test_mosaic_places_tiles_and_says_where() -> None:
 
 def test_rolled_mosaic_keeps_tiles_and_places_together() -> None:
     views = torch.arange(16.0)[:, None, None, None].expand(16, 3, 8, 8)
-    mosaics, inside = pretraining.mosaic(views, 2, 4, (1, 3))
+    mosaics, inside = objective.mosaic(views, 2, 4, (1, 3))
     assert mosaics.shape[0] == 4
     for number, image in enumerate(mosaics):
         by_patch = image[0, ::4, ::4].flatten()
@@ -102,22 +102,22 @@ def test_rolled_mosaic_keeps_tiles_and_places_together() -> None:
 def test_attention_held_to_a_tile_sees_that_tile_alone() -> None:
     """One block, so tokens at its entrance are local: changing other tiles must not change the feature at all."""
     torch.manual_seed(0)
-    encoder = pretraining.new_encoder(PretrainingRecipe(**{**vars(SMALL), "depth": 1}))
+    encoder = objective.new_encoder(PretrainingRecipe(**{**vars(SMALL), "depth": 1}))
     views = torch.randn(4, 3, 8, 8, generator=generator())
-    mosaics, inside = pretraining.mosaic(views, 2, 4)
+    mosaics, inside = objective.mosaic(views, 2, 4)
     hard = torch.zeros(inside.shape).masked_fill(~inside, -torch.inf)
     bias = F.pad(hard, (1, 0))[None]
-    before = pretraining.class_features(encoder, mosaics, bias=bias)[0]
+    before = objective.class_features(encoder, mosaics, bias=bias)[0]
     changed = views.clone()
     changed[0] += 1
-    after = pretraining.class_features(encoder, pretraining.mosaic(changed, 2, 4)[0], bias=bias)[0]
+    after = objective.class_features(encoder, objective.mosaic(changed, 2, 4)[0], bias=bias)[0]
     assert (after[1:] == before[1:]).all()
     assert not torch.allclose(after[0], before[0])
 
 
 def test_attention_bias_is_hard_or_soft_outside_and_nothing_inside() -> None:
-    _, inside = pretraining.mosaic(torch.zeros(4, 3, 8, 8), 2, 4)
-    bias = pretraining.attention_bias(inside, 50, generator())
+    _, inside = objective.mosaic(torch.zeros(4, 3, 8, 8), 2, 4)
+    bias = objective.attention_bias(inside, 50, generator())
     assert bias.shape == (50, 4, 17)
     assert (bias[:, :, 0] == 0).all()
     places = bias[:, :, 1:]
@@ -136,7 +136,7 @@ def test_class_features_are_the_encoders_class_tokens() -> None:
     state = {name: value.clone() for name, value in encoder.state_dict().items()}
     reader = Encoder.from_state_dict(state, patch_size=4, num_heads=3)
     images = torch.randn(2, 3, 8, 8, generator=generator())
-    features = pretraining.class_features(encoder, images)[:, 0]
+    features = objective.class_features(encoder, images)[:, 0]
     torch.testing.assert_close(features, reader(images).cls, rtol=1e-4, atol=1e-5)
 
 
@@ -144,9 +144,9 @@ def test_forgetting_takes_away_what_earlier_blocks_put_into_the_class_token() ->
     encoder = small_encoder()
     images = torch.randn(2, 3, 8, 8, generator=generator())
     kept, forgotten = torch.tensor([False, False]), torch.tensor([True, False])
-    plain = pretraining.class_features(encoder, images)
-    torch.testing.assert_close(pretraining.class_features(encoder, images, forgotten=kept), plain)
-    half = pretraining.class_features(encoder, images, forgotten=forgotten)
+    plain = objective.class_features(encoder, images)
+    torch.testing.assert_close(objective.class_features(encoder, images, forgotten=kept), plain)
+    half = objective.class_features(encoder, images, forgotten=forgotten)
     assert not torch.allclose(half[0], plain[0])
     torch.testing.assert_close(half[1], plain[1])
 
@@ -162,7 +162,7 @@ def test_teacher_follows_by_its_momentum() -> None:
     for name, parameter in teacher.average.named_parameters():
         torch.testing.assert_close(parameter, before[name] + 0.25)
         assert not parameter.requires_grad
-    assert not any(name.startswith("head") for name in pretraining.encoder_state(teacher))
+    assert not any(name.startswith("head") for name in objective.encoder_state(teacher))
 
 
 # ---- views
@@ -181,7 +181,7 @@ def test_views_repeat_with_their_generator_and_cover_all_sizes() -> None:
 def test_a_view_of_the_whole_grey_image_stays_grey() -> None:
     """Neither hue nor saturation can change grey; brightness and contrast leave a constant image constant."""
     images = torch.full((8, 3, 16, 16), 0.5)
-    views = pretraining.draw_views(images, 8, (1.0, 1.0), generator())
+    views = objective.draw_views(images, 8, (1.0, 1.0), generator())
     mean = torch.tensor(IMAGENET_MEAN)[:, None, None]
     deviation = torch.tensor(IMAGENET_STD)[:, None, None]
     pixels = views * deviation + mean
@@ -192,9 +192,9 @@ def test_a_view_of_the_whole_grey_image_stays_grey() -> None:
 
 def test_colours_turn_by_a_matrix_that_undoes_itself() -> None:
     turn = torch.tensor([0.7, -0.7])
-    there, back = pretraining._colour_matrix(turn, torch.ones(2))
+    there, back = objective._colour_matrix(turn, torch.ones(2))
     torch.testing.assert_close(there @ back, torch.eye(3), atol=1e-5, rtol=0)
-    grey = pretraining._colour_matrix(turn, torch.zeros(2))[0]
+    grey = objective._colour_matrix(turn, torch.zeros(2))[0]
     torch.testing.assert_close(grey, torch.tensor([0.299, 0.587, 0.114]).expand(3, 3), atol=2e-3, rtol=0)
 
 
@@ -205,7 +205,7 @@ def test_contrast_by_hand() -> None:
     """Two images, two views: own pairs agree fully, others are orthogonal; t = 1. Each row: log(1 + e^-1)."""
     unit = torch.eye(2).expand(2, 2, 2)
     expected = torch.tensor(math.log(1 + math.exp(-1)))
-    torch.testing.assert_close(pretraining.contrast(unit, 1.0), expected)
+    torch.testing.assert_close(objective.contrast(unit, 1.0), expected)
 
 
 def test_clustering_compares_each_view_with_the_other_views_target() -> None:
@@ -217,13 +217,13 @@ def test_clustering_compares_each_view_with_the_other_views_target() -> None:
     targets = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
     cosines = torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]])
     expected = torch.tensor(math.log(1 + math.exp(-1)))
-    torch.testing.assert_close(pretraining.clustering(cosines, targets, 1.0), expected)
+    torch.testing.assert_close(objective.clustering(cosines, targets, 1.0), expected)
 
 
 def test_a_local_view_is_compared_with_both_targets() -> None:
     targets = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]])
     cosines = torch.zeros(3, 1, 2)
-    torch.testing.assert_close(pretraining.clustering(cosines, targets, 1.0), torch.tensor(math.log(2)))
+    torch.testing.assert_close(objective.clustering(cosines, targets, 1.0), torch.tensor(math.log(2)))
 
 
 def test_schedule_at_its_landmarks() -> None:
@@ -243,21 +243,21 @@ def test_neighbours_vote() -> None:
     """Two far clusters, each of one class but for one stray in the half that asks."""
     features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]).repeat(2, 1)
     classes = torch.tensor([0, 0, 1, 1, 0, 1, 1, 1])
-    assert pretraining.nearest_neighbour_accuracy(features, classes, 2) == 0.75
+    assert objective.nearest_neighbour_accuracy(features, classes, 2) == 0.75
 
 
 def test_steps_on_the_same_views_lower_the_loss() -> None:
     torch.manual_seed(0)
     recipe = PretrainingRecipe(**{**vars(SMALL), "clustering_starts": 0.0, "learning_rate": 4e-3})
     student = Student(recipe)
-    teacher, optimizer = Teacher(student), pretraining.new_optimizer(student)
+    teacher, optimizer = Teacher(student), objective.new_optimizer(student)
     views = Views.draw(torch.rand(16, 3, 16, 16, generator=generator()), recipe, generator())
     losses = []
     for _ in range(6):
         now = StepSchedule.at(5, recipe)
-        pretraining.apply_schedule(optimizer, now)
+        objective.apply_schedule(optimizer, now)
         unit, cosines = student(views, generator())
-        loss = pretraining.pretraining_loss(unit, cosines, teacher(views), now.clustering_weight, recipe)
+        loss = objective.pretraining_loss(unit, cosines, teacher(views), now.clustering_weight, recipe)
         optimizer.zero_grad()
         loss.total.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -285,7 +285,7 @@ def loss_and_gradients(part: slice) -> tuple[Tensor, Tensor]:
     unit, cosines, teacher = (t[:, part].clone() for t in slices())
     unit.requires_grad_()
     cosines.requires_grad_()
-    loss = pretraining.pretraining_loss(unit, cosines, teacher, 0.7, SMALL)
+    loss = objective.pretraining_loss(unit, cosines, teacher, 0.7, SMALL)
     loss.total.backward()  # type: ignore[no-untyped-call]
     assert unit.grad is not None
     assert cosines.grad is not None

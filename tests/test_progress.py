@@ -2,7 +2,7 @@
 
 import io
 
-from transfgu.progress import Progress
+from transfgu.runtime.progress import Progress
 
 
 def test_progress_in_a_log_is_plain_lines() -> None:

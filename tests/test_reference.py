@@ -11,8 +11,8 @@ from transfgu.decoder import MaskDecoder
 from transfgu.encoder import Encoder
 from transfgu.losses import bootstrapping_loss, pixel_losses
 from transfgu.metrics import confusion_matrix, match_clusters, scores
-from transfgu.optimisation import make_optimiser, training_step
 from transfgu.stages.concepts import kmeans
+from transfgu.training.step import make_optimiser, training_step
 from transfgu.views import crop_views
 from transfgu.windows import crop_windows, select_windows, sliding_windows
 

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from tests.made_run import VALIDATION, MadeRun, make_run
-from transfgu import report
-from transfgu.published import TABLE_1
 from transfgu.recipe import PRESETS
+from transfgu.report import page as report
+from transfgu.report.published import TABLE_1
 from transfgu.segmenter import Segmenter
 
 _VOID = {"meta", "link", "img", "br"}

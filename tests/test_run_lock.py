@@ -13,13 +13,13 @@ import pytest
 
 from tests.conftest import REAL_S3
 from tests.gateway import Gateway
-from transfgu import run_lock, storage
 from transfgu.errors import UserError
-from transfgu.run_lock import Lock, hold
+from transfgu.store import run_lock, storage
+from transfgu.store.run_lock import Lock, hold
 
 HOLD = """
 import sys, time
-from transfgu.run_lock import Lock
+from transfgu.store.run_lock import Lock
 Lock(sys.argv[1]).take(print)
 print("held", flush=True)
 time.sleep(99)
@@ -85,7 +85,7 @@ def test_of_many_that_try_at_once_one_holds_it(tmp_path: Path, said: list[str]) 
 
 
 def test_a_killed_runs_lock_is_taken_over_at_once(tmp_path: Path, said: list[str]) -> None:
-    root = Path(run_lock.__file__).parents[1]
+    root = Path(run_lock.__file__).parents[2]
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=root)
     try:
         assert other.stdout

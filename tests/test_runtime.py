@@ -9,9 +9,9 @@ import psutil
 import pytest
 import ray
 
-from transfgu import runtime
 from transfgu.errors import UserError
 from transfgu.recipe import ComputeRecipe
+from transfgu.runtime import cluster as runtime
 
 
 def cluster(monkeypatch: pytest.MonkeyPatch, *there: dict[str, float], may_be: str = "") -> None:
@@ -39,7 +39,7 @@ def test_a_cluster_is_joined_where_it_is_named_alone(monkeypatch: pytest.MonkeyP
     assert (asked[0]["runtime_env"] is None) == (joined == "local")
     if named:  # an actor or a trial on another node knows what the head was told
         assert asked[0]["runtime_env"]["env_vars"][runtime.NODES] == may_be
-    ours = str(Path(runtime.__file__).parents[1])
+    ours = str(Path(runtime.__file__).parents[2])
     assert asked[0]["path"] == (os.pathsep.join([ours, "/theirs"]) if joined == "local" else "/theirs")
     assert os.environ["PYTHONPATH"] == "/theirs"
     # A single block of work is done here where nobody else could do it sooner.

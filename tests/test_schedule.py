@@ -3,7 +3,7 @@
 import pytest
 
 from transfgu.recipe import TrainingRecipe, preset
-from transfgu.schedule import plan
+from transfgu.training.schedule import plan
 
 FROM_30_BY_TWO = [3, 6, 9, 12, 15, 18, 21, 24, 27, *range(30, 200, 2)]
 UPDATES = {

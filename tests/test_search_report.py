@@ -6,8 +6,10 @@ from html.parser import HTMLParser
 import pytest
 
 from tests.test_trials import search, trial
-from transfgu import charts, search_report, trials
-from transfgu.charts import Axis, Mark
+from transfgu.report import charts
+from transfgu.report import search as search_report
+from transfgu.report.charts import Axis, Mark
+from transfgu.search import trials
 
 
 class Page(HTMLParser):

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from transfgu import search_space
 from transfgu.errors import UserError
 from transfgu.recipe import preset
-from transfgu.schedule import plan
-from transfgu.search_space import DEFAULT, DEFAULT_GRID, Range, apply, parse
+from transfgu.search import space as search_space
+from transfgu.search.space import DEFAULT, DEFAULT_GRID, Range, apply, parse
+from transfgu.training.schedule import plan
 
 SHAPES = preset("shapes")
 

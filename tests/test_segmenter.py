@@ -18,10 +18,10 @@ import transfgu
 from tests.made_run import SIDE, MadeRun, make_run
 from transfgu import segmenter
 from transfgu.datasets import images
-from transfgu.decoder import MaskDecoder
+from transfgu.decoder import MaskDecoder, winners
 from transfgu.encoder import Encoder, normalise
 from transfgu.errors import UserError
-from transfgu.segmenter import Segmenter, class_table, winners
+from transfgu.segmenter import Segmenter, class_table
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import boto3
 import pytest
 
 from tests.gateway import Gateway
-from transfgu import storage
 from transfgu.errors import UserError
+from transfgu.store import storage
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3), "fsspec"])
@@ -248,7 +248,7 @@ def test_profile_and_config_file_count(
 @pytest.mark.s3
 def test_another_process_finds_its_own_way(s3: str) -> None:
     storage.write_bytes(f"{s3}/x", b"from afar")
-    code = f"from transfgu import storage; print(storage.read_bytes('{s3}/x').decode())"
+    code = f"from transfgu.store import storage; print(storage.read_bytes('{s3}/x').decode())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "from afar\n"
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from transfgu.inference.tokens import PatchTokens
 from transfgu.recipe import EncoderRecipe
-from transfgu.tokens import PatchTokens
 
 
 @pytest.mark.parametrize("images", [1, 2, 7])

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from transfgu import tracking
-from transfgu.artifacts import Run
 from transfgu.errors import UserError
 from transfgu.recipe import Recipe, preset
+from transfgu.store.artifacts import Run
+from transfgu.training import tracking
 
 ROW: dict[str, Any] = {
     "epoch": 3,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from transfgu import storage
+from transfgu.store import storage
 
 
 @pytest.mark.parametrize("kind", ["disk", pytest.param("s3", marks=pytest.mark.s3)])

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from transfgu import search_space, trials
-from transfgu.command_line import Parser, add_recipe, recipe_of
+from transfgu.cli.command_line import Parser, add_recipe, recipe_of
 from transfgu.errors import UserError
 from transfgu.recipe import from_yaml, preset
-from transfgu.trials import (
+from transfgu.search import space as search_space
+from transfgu.search import trials
+from transfgu.search.trials import (
     Ledger,
     Search,
     Trial,

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from transfgu.dropout import Dropout, DropoutAttention
 from transfgu.errors import UserError
+
+_NUMBERS = 1 << 24  # logits held at the image's own size: 64 MiB, however large the image
 
 
 class MaskDecoder(nn.Module):
@@ -120,3 +122,20 @@ def _block(width: int, num_heads: int, dropout: float) -> Block:
     block = Block(width, num_heads, attn_drop=dropout, norm_layer=nn.LayerNorm, attn_layer=DropoutAttention)
     block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2 = (Dropout(dropout) for _ in range(3))
     return block
+
+
+def winners(logits: Float[Tensor, "clusters h w"], size: tuple[int, int]) -> Int[Tensor, "H W"]:
+    """The cluster with the largest logit at each pixel, logits resized bilinearly to `size`; the first of equals.
+
+    Clusters are gone through in groups, so that a large photograph takes no more memory than a small one.
+    """
+    at_once = max(1, _NUMBERS // (size[0] * size[1]))
+    best = torch.full(size, -torch.inf, device=logits.device)
+    winner: Tensor = torch.zeros(size, dtype=torch.int64, device=logits.device)
+    for start in range(0, len(logits), at_once):
+        group = F.interpolate(logits[None, start : start + at_once].float(), size, mode="bilinear")[0]
+        value, index = group.max(dim=0)
+        better = value > best
+        winner = torch.where(better, index + start, winner)
+        best = torch.where(better, value, best)
+    return winner

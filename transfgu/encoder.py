@@ -26,9 +26,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from transfgu import storage
 from transfgu.errors import UserError
-from transfgu.weight_files import PACKAGE, read_weights, unwrap
+from transfgu.store import storage
+from transfgu.store.weight_files import PACKAGE, read_weights, unwrap
 
 PositionResize = Literal["dino", "timm"]
 Channels = tuple[float, float, float]

@@ -1,5 +1,7 @@
 """Two ways to fail that are nobody's bug: a user's mistake, and one bad input among many good ones."""
 
+from dataclasses import dataclass
+
 
 class UserError(Exception):
     """A mistake of the user's: one line that names the thing and the remedy.
@@ -17,6 +19,14 @@ class BadInput(Exception):
     The message is the reason, such as ``truncated image``, short enough to be a row of a table: stages count
     bad inputs by reason, name them in the report, and end the run once their share passes the recipe's.
     """
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """One input that was not used: its name in the data set, and why."""
+
+    name: str
+    reason: str
 
 
 def in_words(error: BaseException) -> str:

@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from transfgu import datasets, formats, run_lock, storage, tracking
-from transfgu.artifacts import MODEL, Manifest, Outcome, Run
+from transfgu import datasets, formats
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
-from transfgu.progress import Progress
 from transfgu.recipe import STAGES, Recipe, preset
-from transfgu.trials import Search
+from transfgu.runtime.progress import Progress
+from transfgu.search.trials import Search
+from transfgu.store import run_lock, storage
+from transfgu.store.artifacts import MODEL, Manifest, Outcome, Run
+from transfgu.training import tracking
 
 _SIZES = ("dataset.image_size", "dataset.feature_size", "dataset.training_size", "windows.size")
 
@@ -135,11 +137,11 @@ def run_stage(
     stage: str, recipe: Recipe, run: Run, lock: run_lock.Lock | None = None, *, quiet: bool, verbose: bool
 ) -> Manifest:
     """Run one stage, whose predecessors are complete, and commit its artefact, if `lock` is still held."""
-    from transfgu import runtime
+    from transfgu.runtime import cluster
 
-    runtime.connect(verbose=verbose)
+    cluster.connect(verbose=verbose)
     check_shared(recipe, run)
-    runtime.check_satisfiable(recipe.compute)
+    cluster.check_satisfiable(recipe.compute)
     started = time.monotonic()
     run.artifact(stage).begin(recipe)
     outcome = _stage_function(stage)(recipe, run, Progress(stage, quiet=quiet))
@@ -156,11 +158,11 @@ def check_shared(recipe: Recipe, run: Run | None) -> None:
     Raises:
         UserError: a local folder; the message names its flag.
     """
-    from transfgu import runtime
+    from transfgu.runtime import cluster
 
     for uri, flag in ((run.uri if run else "", "--run"), (recipe.data, "--data"), (recipe.labels, "--labels")):
         if uri:
-            runtime.check_shared(uri, flag)
+            cluster.check_shared(uri, flag)
 
 
 def run_search(search: Search, *, quiet: bool = False, verbose: bool = False) -> dict[str, Any]:
@@ -177,7 +179,8 @@ def run_search(search: Search, *, quiet: bool = False, verbose: bool = False) ->
     Raises:
         UserError: a mistake of the user's, before or while it runs; every trial failed.
     """
-    from transfgu import search_report, trials
+    from transfgu.report import search as search_report
+    from transfgu.search import trials
 
     search = dataclasses.replace(search, recipe=preflight(search.recipe, Run(search.uri)))
 
@@ -186,7 +189,7 @@ def run_search(search: Search, *, quiet: bool = False, verbose: bool = False) ->
             print(text, flush=True)
 
     say(f"{search.recipe.preset}: {search.count} trials of {', '.join(search.space.shown())} in {search.uri}")
-    from transfgu.stages import search as stage  # brings Ray
+    from transfgu.search import stage as stage  # brings Ray
 
     with run_lock.hold(search.uri, say) as lock:
         found = stage.run(search, Progress("search", quiet=quiet), quiet=quiet, verbose=verbose)
@@ -238,9 +241,9 @@ def _conclude(
     }
     storage.write_bytes(run.file("metrics.json"), json.dumps(metrics, indent=1).encode())
     if "evaluation" in manifests:
-        from transfgu import report
+        from transfgu.report import page
 
-        where = report.write(recipe, run, manifests, metrics)
+        where = page.write(recipe, run, manifests, metrics)
         if metrics["mean_iou"] is not None:
             say(f"mIoU {metrics['mean_iou']:.2f} %, pixel accuracy {metrics['pixel_accuracy']:.2f} %")
         else:
@@ -264,7 +267,7 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
     Raises:
         UserError: no decoder, no labels, or a decoder of other classes.
     """
-    from transfgu import runtime
+    from transfgu.runtime import cluster
     from transfgu.stages import evaluation, samples
 
     decoder = recipe.decoder.weights or (run.file(MODEL) if run else "")
@@ -284,9 +287,9 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
     evaluation.check_decoder(recipe, decoder)
     encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
     recipe = fit_to_patch(recipe, encoder.patch_size)
-    runtime.connect(verbose=verbose)
+    cluster.connect(verbose=verbose)
     check_shared(recipe, run)
-    runtime.check_satisfiable(dataclasses.replace(recipe.compute, workers=0))  # a run's own are those that trained
+    cluster.check_satisfiable(dataclasses.replace(recipe.compute, workers=0))  # a run's own are those that trained
     counted = evaluation.evaluate(recipe, {"model": decoder}, rows, Progress("evaluation", quiet=quiet))
     result = evaluation.scores_json(counted.scores("model"))
     return {
@@ -303,14 +306,14 @@ def _by_class(recipe: Recipe, values: list[float | None] | None) -> dict[str, fl
 
 
 def baselines(recipe: Recipe, run: Run) -> dict[str, dict[str, Any]]:
-    """Scores, as :func:`evaluate` has them, of what the run's decoder is compared with; see `transfgu.baselines`.
+    """Scores, as :func:`evaluate` has them, of what the run's decoder is compared with (`transfgu.baselines.tokens`).
 
     Raises:
         UserError: the run has no concepts yet.
     """
-    from transfgu import baselines
+    from transfgu.baselines import tokens
     from transfgu.stages import evaluation
 
     if run.artifact("concepts").manifest() is None:
         raise UserError(f"{storage.shown(run.uri)} has no concepts yet: finish it with jobs/train.py")
-    return {name: evaluation.scores_json(scores) for name, scores in baselines.baselines(recipe, run).items()}
+    return {name: evaluation.scores_json(scores) for name, scores in tokens.baselines(recipe, run).items()}

@@ -353,7 +353,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingRecipe:
-    """Everything that decides what `transfgu.pretraining` teaches an encoder, apart from the images."""
+    """Everything that decides what `transfgu.pretraining.objective` teaches an encoder, apart from the images."""
 
     seed: int = _field(0, "seed of images drawn, initial weights, order and views")
     patch_size: int = _field(8, "patch of the ViT", "pixels")

@@ -19,14 +19,16 @@ from jaxtyping import Float, Float32, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from transfgu import datasets, formats, model_card, storage
-from transfgu.artifacts import BESIDE, MODEL, SCORES, Run
+from transfgu import datasets, formats
 from transfgu.datasets import images
-from transfgu.decoder import MaskDecoder
+from transfgu.decoder import MaskDecoder, winners
 from transfgu.errors import BadInput, UserError
+from transfgu.inference.tokens import PatchTokens
 from transfgu.recipe import Recipe
-from transfgu.tokens import PatchTokens
-from transfgu.weight_files import read_weights
+from transfgu.sharing import model_card
+from transfgu.store import storage
+from transfgu.store.artifacts import BESIDE, MODEL, SCORES, Run
+from transfgu.store.weight_files import read_weights
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 Classes = Int[np.ndarray, "H W"]
@@ -34,7 +36,6 @@ Probabilities = Float32[np.ndarray, "C H W"]
 Photo = Image.Image | np.ndarray | str | Path
 
 _AT_ONCE = 16  # images that go through the encoder together
-_NUMBERS = 1 << 24  # logits held at the image's own size: 64 MiB, however large the image
 _ENCODER = "encoder.safetensors"
 
 
@@ -185,12 +186,12 @@ class Segmenter(ModelHubMixin):
         return maps
 
     def export_onnx(self, folder: str | Path, *, size: tuple[int, int] | None = None) -> tuple[Path, Path]:
-        """Write `encoder.onnx` and `decoder.onnx` into a local folder; see :mod:`transfgu.onnx_export`.
+        """Write `encoder.onnx` and `decoder.onnx` into a local folder; see :mod:`transfgu.sharing.onnx_export`.
 
         Raises:
             UserError: the package onnx is not installed, or the encoder's patch does not divide `size`.
         """
-        from transfgu import onnx_export
+        from transfgu.sharing import onnx_export
 
         return onnx_export.export(self, Path(folder), size=size)
 
@@ -246,23 +247,6 @@ class Segmenter(ModelHubMixin):
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The card of this model, filled from its run."""
         return model_card.write_card(self.recipe, self.classes, self.scores)
-
-
-def winners(logits: Float[Tensor, "clusters h w"], size: tuple[int, int]) -> Int[Tensor, "H W"]:
-    """The cluster with the largest logit at each pixel, logits resized bilinearly to `size`; the first of equals.
-
-    Clusters are gone through in groups, so that a large photograph takes no more memory than a small one.
-    """
-    at_once = max(1, _NUMBERS // (size[0] * size[1]))
-    best = torch.full(size, -torch.inf, device=logits.device)
-    winner: Tensor = torch.zeros(size, dtype=torch.int64, device=logits.device)
-    for start in range(0, len(logits), at_once):
-        group = F.interpolate(logits[None, start : start + at_once].float(), size, mode="bilinear")[0]
-        value, index = group.max(dim=0)
-        better = value > best
-        winner = torch.where(better, index + start, winner)
-        best = torch.where(better, value, best)
-    return winner
 
 
 def class_table(

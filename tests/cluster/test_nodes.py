@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from transfgu import storage
+from transfgu.store import storage
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

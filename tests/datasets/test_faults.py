@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 
 from tests.made_run import write_encoder
-from transfgu import datasets, ingest, pipeline, progress
-from transfgu.artifacts import Run
-from transfgu.datasets import images
+from transfgu import datasets, pipeline
+from transfgu.datasets import images, ingest
 from transfgu.errors import BadInput, UserError
 from transfgu.recipe import Recipe, preset
+from transfgu.runtime import progress
 from transfgu.stages import samples as stage
+from transfgu.store.artifacts import Run
 
 RANDOM = np.random.default_rng(0)
 NOISE = RANDOM.integers(0, 256, (40, 30, 3), dtype=np.uint8)

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from tests.datasets.test_class_lists import PUBLISHED, published_map
-from transfgu import datasets, storage
+from transfgu import datasets
 from transfgu.datasets import coco, images
 from transfgu.errors import UserError
 from transfgu.recipe import Recipe, preset
+from transfgu.store import storage
 
 FOLDERS = {"coco": "coco", "pasc": "voc", "city": "cityscapes", "lip-": "lip"}
 

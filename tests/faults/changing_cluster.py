@@ -20,9 +20,11 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
-from transfgu import pipeline, runtime, storage
-from transfgu.artifacts import Run
+from transfgu import pipeline
 from transfgu.recipe import STAGES, Recipe, from_yaml
+from transfgu.runtime import cluster as runtime
+from transfgu.store import storage
+from transfgu.store.artifacts import Run
 
 NODE = {"CPU": 3, "GPU": 1}
 NODES = 2

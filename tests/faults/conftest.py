@@ -9,8 +9,8 @@ from typing import NamedTuple
 import pytest
 
 from tests.faults.harness import timed_run, write_data
-from transfgu.artifacts import Run
 from transfgu.recipe import STAGES, Recipe
+from transfgu.store.artifacts import Run
 
 
 class Undisturbed(NamedTuple):

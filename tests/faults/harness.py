@@ -19,8 +19,8 @@ from PIL import Image
 from tests.folder_run import small
 from tests.stages.small_run import picture
 from transfgu import pipeline
-from transfgu.artifacts import Run
 from transfgu.recipe import STAGES, Recipe
+from transfgu.store.artifacts import Run
 
 IMAGES = 128  # four parts
 EPOCHS = 4

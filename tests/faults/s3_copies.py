@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from transfgu import storage
-from transfgu.artifacts import Run
 from transfgu.recipe import Recipe
+from transfgu.store import storage
+from transfgu.store.artifacts import Run
 
 
 def on_s3(recipe: Recipe, s3: str) -> Recipe:

@@ -17,9 +17,10 @@ import ray
 from ray._private.internal_api import get_memory_info_reply
 from ray._private.state import state
 
-from transfgu import pipeline, runtime
-from transfgu.artifacts import Run
+from transfgu import pipeline
 from transfgu.recipe import STAGES, from_yaml
+from transfgu.runtime import cluster
+from transfgu.store.artifacts import Run
 
 
 def moved() -> tuple[int, int]:
@@ -31,7 +32,7 @@ def moved() -> tuple[int, int]:
 def main(recipe_file: str, uri: str, held: str) -> None:
     """Run stage by stage."""
     recipe, found = from_yaml(Path(recipe_file).read_text()), {}
-    runtime.connect()
+    cluster.connect()
     looked_at = ray.get(ray.put(np.full(int(held), 7, np.uint8)))
     for stage in STAGES:
         before, started = moved(), time.monotonic()

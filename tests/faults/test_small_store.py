@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.harness import assert_same, row, write_data
-from transfgu.artifacts import Run
 from transfgu.recipe import STAGES, Recipe
+from transfgu.store.artifacts import Run
 
 pytestmark = [pytest.mark.long, pytest.mark.ray]
 

@@ -25,9 +25,9 @@ import pytest
 from tests.faults.commands import output_of, train
 from tests.faults.harness import assert_same, history, row, write_data
 from tests.gateway import HANG_UP, Asked, Gateway
-from transfgu import storage
-from transfgu.artifacts import Run
 from transfgu.recipe import STAGES, Recipe
+from transfgu.store import storage
+from transfgu.store.artifacts import Run
 
 pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.s3]
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from tests.made_run import write_encoder
 from transfgu import datasets
-from transfgu.artifacts import Run
 from transfgu.recipe import Recipe, preset
+from transfgu.store.artifacts import Run
 
 SIDE = 64
 IMAGES = 70  # three parts: 32, 32 and 6

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.test_benchmarks import tiny_recipe
-from transfgu import cost_plan
+from transfgu.benchmarks import stages
 from transfgu.errors import UserError
-from transfgu.measurements import Measurements
-from transfgu.stages import benchmarks
+from transfgu.planning import cost_plan
+from transfgu.planning.measurements import Measurements
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_stages_are_timed_beside_their_bounds(tmp_path: Path, ray_cluster: None) -> None:
     # Ray Data looks for what is done every tenth of a second: a batch of the evaluation must take longer.
     recipe = tiny_recipe(tmp_path).with_fields({"min_background": 0.55, "image_size": (512, 512)})
-    found = benchmarks.measure(recipe, ["features", "evaluation"], images=3, repeats=1, rows=100)
+    found = stages.measure(recipe, ["features", "evaluation"], images=3, repeats=1, rows=100)
     features, scoring = found.timings
     assert (features.stage, features.items, scoring.stage) == ("features", 3, "evaluation")
     windows = features.details["windows an image"] * 3
@@ -40,7 +40,7 @@ def test_stages_are_timed_beside_their_bounds(tmp_path: Path, ray_cluster: None)
 @pytest.mark.long
 def test_from_measurements_to_a_plan(tmp_path: Path, ray_cluster: None) -> None:
     recipe = tiny_recipe(tmp_path).with_fields({"iterations": 5})
-    found = benchmarks.measure(recipe, benchmarks.STAGES, images=2, repeats=1, rows=3000)
+    found = stages.measure(recipe, stages.STAGES, images=2, repeats=1, rows=3000)
     assert [t.stage for t in found.timings] == [
         "features",
         "concepts, one worker",
@@ -59,7 +59,7 @@ def test_from_measurements_to_a_plan(tmp_path: Path, ray_cluster: None) -> None:
 
 def test_a_stage_that_there_is_not_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no stage speed to measure; choose one of features, concepts"):
-        benchmarks.measure(tiny_recipe(tmp_path), ["speed"], images=1, repeats=1, rows=1)
+        stages.measure(tiny_recipe(tmp_path), ["speed"], images=1, repeats=1, rows=1)
 
 
 def test_a_plan_without_measurements_says_what_to_run(tmp_path: Path) -> None:

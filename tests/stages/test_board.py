@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import ray
 
-from transfgu.progress import Progress
-from transfgu.stages.board import Board, may_pass, put_up, watched
+from transfgu.runtime.progress import Progress
+from transfgu.training.board import Board, may_pass, put_up, watched
 
 
 def test_the_board_ends_what_fails_again_and_again() -> None:
@@ -79,7 +79,7 @@ def test_workers_are_answered_even_where_the_question_fails() -> None:
 
 
 def test_its_process_has_no_torch_to_import() -> None:
-    code = "import sys, transfgu.stages.board; sys.exit('torch' in sys.modules)"
+    code = "import sys, transfgu.training.board; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from transfgu import storage
-from transfgu.stages import checkpoints
+from transfgu.store import storage
+from transfgu.training import checkpoints
 
 
 def write(folder: Path, name: str, epochs: int) -> Path:

@@ -13,14 +13,15 @@ import pytest
 import safetensors.numpy
 from numpy import ndarray
 
-from transfgu import runtime, storage
-from transfgu.artifacts import Run
 from transfgu.errors import UserError
 from transfgu.kmeans import Shard, cluster
-from transfgu.progress import Progress
 from transfgu.recipe import Recipe, preset
+from transfgu.runtime import cluster as runtime
+from transfgu.runtime.progress import Progress
 from transfgu.stages import concepts
 from transfgu.stages.concepts import kmeans
+from transfgu.store import storage
+from transfgu.store.artifacts import Run
 
 D = 6
 IMAGES_A_PART = 10

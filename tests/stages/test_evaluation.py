@@ -10,15 +10,16 @@ import torch
 from PIL import Image
 
 from tests.made_run import SIDE, MadeRun, make_run
-from transfgu import ingest, runtime, storage
-from transfgu.datasets import images
+from transfgu.datasets import images, ingest
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import Encoder, normalise
 from transfgu.errors import UserError
 from transfgu.metrics import scores
-from transfgu.progress import Progress
 from transfgu.recipe import Recipe
+from transfgu.runtime import cluster as runtime
+from transfgu.runtime.progress import Progress
 from transfgu.stages import evaluation, samples
+from transfgu.store import storage
 
 QUIET = Progress("evaluation", quiet=True)
 

@@ -10,12 +10,12 @@ import pytest
 import ray.data
 
 from tests.stages.small_run import BAD, recipe_of, write_run
-from transfgu.artifacts import LeftOut
 from transfgu.datasets import images
-from transfgu.errors import UserError
-from transfgu.progress import Progress
-from transfgu.stages import parts, samples
-from transfgu.stages.parts import ReadImages, Summary
+from transfgu.errors import LeftOut, UserError
+from transfgu.runtime import parts
+from transfgu.runtime.parts import ReadImages, Summary
+from transfgu.runtime.progress import Progress
+from transfgu.stages import samples
 
 PROGRESS = Progress("parts", quiet=True)
 SIZE = (40, 24)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from transfgu import run_lock
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
-from transfgu.progress import Progress
+from transfgu.pretraining import stage
+from transfgu.pretraining.stage import Part, PretrainingJob
 from transfgu.recipe import ComputeRecipe, PretrainingRecipe
-from transfgu.stages import pretraining
-from transfgu.stages.pretraining import Part, PretrainingJob
-from transfgu.weight_files import read_weights
+from transfgu.runtime.progress import Progress
+from transfgu.store import run_lock
+from transfgu.store.weight_files import read_weights
 
 TINY = PretrainingRecipe(
     width=12, depth=2, heads=3, patch_size=4, global_size=16, local_size=8, local_views=1, global_mosaic=2,
@@ -38,7 +38,7 @@ def test_two_workers_learn_from_a_folder(ray_cluster: None, tmp_path: Path) -> N
     uri = folder_of_images(tmp_path / "images", 20)
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     job = PretrainingJob(images=uri, out=str(tmp_path / "vit.safetensors"), recipe=TINY, image_size=16, command="x")
-    prepared = pretraining.pretrain(job, ComputeRecipe(workers=2), QUIET)
+    prepared = stage.pretrain(job, ComputeRecipe(workers=2), QUIET)
     assert prepared.images == 20
     assert [bad["reason"] for bad in prepared.left_out] == ["unreadable image"]
 
@@ -56,19 +56,19 @@ def test_two_workers_learn_from_a_folder(ray_cluster: None, tmp_path: Path) -> N
 def test_what_was_learned_is_not_learned_again(ray_cluster: None, tmp_path: Path) -> None:
     uri = folder_of_images(tmp_path / "images", 10)
     job = PretrainingJob(images=uri, out=str(tmp_path / "vit.safetensors"), recipe=TINY, image_size=16)
-    pretraining.pretrain(job, ComputeRecipe(workers=1), QUIET)
+    stage.pretrain(job, ComputeRecipe(workers=1), QUIET)
     first = read_weights(job.out).tensors
     parts = sorted(Path(job.work).glob("images-*/*.parquet"))
     written = [part.stat().st_mtime_ns for part in parts]
     Path(job.out).unlink()
-    pretraining.pretrain(job, ComputeRecipe(workers=1), QUIET)
+    stage.pretrain(job, ComputeRecipe(workers=1), QUIET)
     again = read_weights(job.out).tensors
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
     assert [part.stat().st_mtime_ns for part in parts] == written
 
     # With other images there is more to learn.
     Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(tmp_path / "images" / "new.png")
-    assert pretraining.pretrain(job, ComputeRecipe(workers=1), QUIET).images == 11
+    assert stage.pretrain(job, ComputeRecipe(workers=1), QUIET).images == 11
     more = read_weights(job.out).tensors
     assert not all(torch.equal(more[name], tensor) for name, tensor in first.items())
 
@@ -81,17 +81,17 @@ def test_one_file_of_weights_has_one_writer(ray_cluster: None, tmp_path: Path) -
         run_lock.hold(job.work, print),
         pytest.raises(UserError, match=r"is writing .*vit\.safetensors.*another --out"),
     ):
-        pretraining.pretrain(job, ComputeRecipe(workers=1), QUIET)
+        stage.pretrain(job, ComputeRecipe(workers=1), QUIET)
     assert not list(Path(job.work).glob("images-*"))
 
 
 def test_the_same_parts_go_to_each_worker_once_an_epoch() -> None:
     parts = tuple(Part(uri=str(i), images=10 + i) for i in range(7))
-    dealt = [pretraining.worker_parts(parts, 3, 1, rank, 2) for rank in range(2)]
+    dealt = [stage.worker_parts(parts, 3, 1, rank, 2) for rank in range(2)]
     assert sorted(part.uri for mine in dealt for part in mine) == [str(i) for i in range(7)]
-    assert dealt[0] != pretraining.worker_parts(parts, 3, 2, 0, 2)
+    assert dealt[0] != stage.worker_parts(parts, 3, 2, 0, 2)
     fewest = min(sum(part.images for part in mine) for mine in dealt)
-    assert pretraining.steps_of_epoch(parts, 3, 1, 2, 4) == fewest // 4
+    assert stage.steps_of_epoch(parts, 3, 1, 2, 4) == fewest // 4
 
 
 def test_an_image_is_cut_square_about_its_centre(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_an_image_is_cut_square_about_its_centre(tmp_path: Path) -> None:
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[:, 10:30, 0] = 200
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    small = pretraining.small_square(str(tmp_path / "a.png"), 8)
+    small = stage.small_square(str(tmp_path / "a.png"), 8)
     assert small.shape == (8, 8, 3)
     assert (small == [200, 0, 0]).all()
 
@@ -120,4 +120,4 @@ def test_folders_without_enough_images_are_named(tmp_path: Path) -> None:
     for uri, reason in ((str(tmp_path / "none"), "no image lies in"), (few, "too few")):
         job = PretrainingJob(images=uri, out=str(tmp_path / "vit.safetensors"), recipe=TINY, image_size=16)
         with pytest.raises(UserError, match=reason):  # before any work
-            pretraining.pretrain(job, ComputeRecipe(workers=1), QUIET)
+            stage.pretrain(job, ComputeRecipe(workers=1), QUIET)

@@ -11,15 +11,16 @@ import safetensors.numpy
 import torch
 
 from tests.stages.small_run import BAD, IMAGES, SIDE, recipe_of, write_run
-from transfgu import runtime
-from transfgu.artifacts import LeftOut, Outcome, Run
 from transfgu.datasets import images
+from transfgu.datasets.packed_maps import unpack_maps
 from transfgu.encoder import Encoder, normalise
-from transfgu.packed_maps import unpack_maps
-from transfgu.progress import Progress
+from transfgu.errors import LeftOut
 from transfgu.recipe import Recipe
-from transfgu.stages import parts, pseudo_labels, samples
+from transfgu.runtime import cluster, parts
+from transfgu.runtime.progress import Progress
+from transfgu.stages import pseudo_labels, samples
 from transfgu.stages.pseudo_labels import MapConcepts, WritePseudoLabels
+from transfgu.store.artifacts import Outcome, Run
 
 PROGRESS = Progress("pseudo labels", quiet=True)
 GRID = (SIDE // 8, SIDE // 8)
@@ -62,7 +63,7 @@ def test_a_part_that_alone_is_missing_is_made_here_to_the_same_bits(
 ) -> None:
     wanted = {path.name: path.read_bytes() for path in made.files}
     (made.files[1]).unlink()
-    monkeypatch.setattr(runtime, "works_here", lambda: True)
+    monkeypatch.setattr(cluster, "works_here", lambda: True)
     monkeypatch.setattr(pseudo_labels, "plan", lambda *_: pytest.fail("Ray was asked"))
     outcome = pseudo_labels.run(made.recipe, made.run, PROGRESS)
     assert {path.name: path.read_bytes() for path in made.files} == wanted

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from transfgu import datasets
-from transfgu.artifacts import Run
 from transfgu.datasets import images
 from transfgu.datasets.shapes import scene
-from transfgu.progress import Progress
 from transfgu.recipe import preset
+from transfgu.runtime.progress import Progress
 from transfgu.stages import samples as stage
+from transfgu.store.artifacts import Run
 
 pytestmark = pytest.mark.ray
 

@@ -17,13 +17,16 @@ import pytest
 import ray
 
 from tests.folder_run import photographs, small
-from transfgu import pipeline, run_lock, runtime, search_space
+from transfgu import pipeline
 from transfgu.errors import UserError
-from transfgu.progress import Progress
 from transfgu.recipe import STAGES, from_yaml, preset
-from transfgu.stages import search as stage
-from transfgu.stages.search import SharedRun, allot
-from transfgu.trials import Ledger, Search
+from transfgu.runtime import cluster
+from transfgu.runtime.progress import Progress
+from transfgu.search import space as search_space
+from transfgu.search import stage as stage
+from transfgu.search.stage import SharedRun, allot
+from transfgu.search.trials import Ledger, Search
+from transfgu.store import run_lock
 
 pytestmark = pytest.mark.ray
 
@@ -93,7 +96,7 @@ def test_nodes_with_gpus_read_for_themselves() -> None:
 @pytest.mark.s3
 @pytest.mark.usefixtures("ray_cluster")
 def test_trials_are_for_nodes_that_may_come(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(runtime.NODES, '[{"count": 2, "CPU": 4, "GPU": 1}]')
+    monkeypatch.setenv(cluster.NODES, '[{"count": 2, "CPU": 4, "GPU": 1}]')
     wanted = search(tmp_path, "omega_1=uniform(0,1)", uri=s3, gpus_per_trial=4.0, workers_per_trial=4)
     with pytest.raises(UserError, match=r"a trial asks for 4 x 1 GPUs, and the cluster has 2: lower"):
         stage.run(wanted, Progress("search", quiet=True), quiet=True)

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from tests.made_run import SIDE, TRAIN, MadeRun, make_run
-from transfgu.ingest import Order
-from transfgu.stages import streams
-from transfgu.stages.streams import Resident, Share, Streamed
+from transfgu.datasets.ingest import Order
 from transfgu.stages.training import training_images
+from transfgu.training import batches as streams
+from transfgu.training.batches import Resident, Share, Streamed
 
 pytestmark = pytest.mark.ray
 

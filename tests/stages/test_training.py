@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from tests.made_run import SIDE, TRAIN, MadeRun, make_run
-from transfgu import ingest, schedule, storage
+from transfgu.datasets import ingest
+from transfgu.datasets.ingest import Order
+from transfgu.datasets.packed_maps import maps_of_planes, unpack_planes
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import Encoder, normalise
 from transfgu.errors import UserError
-from transfgu.ingest import Order
-from transfgu.optimisation import make_optimiser, training_step
-from transfgu.packed_maps import maps_of_planes, unpack_planes
-from transfgu.progress import Progress
 from transfgu.recipe import Recipe
+from transfgu.runtime.progress import Progress
 from transfgu.stages import samples, training
 from transfgu.stages.training import training_images
-from transfgu.stages.training_loop import State
+from transfgu.store import storage
+from transfgu.training import schedule
+from transfgu.training.step import make_optimiser, training_step
+from transfgu.training.worker import State
 from transfgu.views import apply_views, draw_views
 
 pytestmark = pytest.mark.ray

@@ -6,7 +6,6 @@ file of its own that says where things lie.
 
 import pyarrow as pa
 
-from transfgu import storage
 from transfgu.datasets.cityscapes import CITYSCAPES
 from transfgu.datasets.class_lists import Classes, class_lists, classes, palette
 from transfgu.datasets.coco import COCO
@@ -16,6 +15,7 @@ from transfgu.datasets.listing import SCHEMA, SPLITS, Layout, Listing
 from transfgu.datasets.voc import VOC
 from transfgu.errors import UserError
 from transfgu.recipe import Recipe
+from transfgu.store import storage
 
 __all__ = [
     "LAYOUTS",

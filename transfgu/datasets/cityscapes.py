@@ -1,8 +1,8 @@
 """Cityscapes: a sample's name, city_sequence_frame, is what its image and its label have in common."""
 
-from transfgu import storage
 from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, stems
 from transfgu.recipe import Recipe
+from transfgu.store import storage
 
 _FOLDERS = {"train": "train", "validation": "val"}
 

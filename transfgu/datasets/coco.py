@@ -9,10 +9,10 @@ import lzma
 import re
 from importlib import resources
 
-from transfgu import storage
 from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, stems
 from transfgu.errors import UserError
 from transfgu.recipe import Recipe
+from transfgu.store import storage
 
 _FOLDERS = {"train": "train2017", "validation": "val2017"}
 _CURATED = {"train": "curated_train.txt.xz", "validation": "curated_val.txt.xz"}

@@ -6,10 +6,10 @@ Labels, if any, lie in a tree of their own under the same relative names, as PNG
 splits, a validation image without its label is left out, and named; in a single tree those with labels are scored.
 """
 
-from transfgu import storage
 from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, stem
 from transfgu.errors import UserError
 from transfgu.recipe import Recipe
+from transfgu.store import storage
 
 _FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Int16, UInt8
 from PIL import Image, UnidentifiedImageError
 
-from transfgu import storage
 from transfgu.datasets.class_lists import Classes
 from transfgu.errors import BadInput
+from transfgu.store import storage
 
 Size = tuple[int, int]
 

@@ -1,8 +1,8 @@
 """LIP (Look into Person), single persons: one list, one image folder and one label folder for each split."""
 
-from transfgu import storage
 from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, read_names, stems
 from transfgu.recipe import Recipe
+from transfgu.store import storage
 
 _PREFIXES = {"train": "train", "validation": "val"}
 

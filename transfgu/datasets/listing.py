@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from transfgu import storage
-from transfgu.artifacts import LeftOut
-from transfgu.errors import UserError
+from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import Recipe
+from transfgu.store import storage
 
 SPLITS = ("train", "validation")
 

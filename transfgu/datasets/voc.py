@@ -1,8 +1,8 @@
 """Pascal VOC 2012: the lists of ImageSets/Segmentation say which images have a segmentation (1,464 and 1,449)."""
 
-from transfgu import storage
 from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, read_names, stems
 from transfgu.recipe import Recipe
+from transfgu.store import storage
 
 _LISTS = {"train": "train.txt", "validation": "val.txt"}
 

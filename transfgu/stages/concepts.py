@@ -26,8 +26,6 @@ import safetensors.numpy
 from jaxtyping import Bool, Float, Float32, Int
 from numpy import ndarray
 
-from transfgu import parquet, storage
-from transfgu.artifacts import Artifact, Outcome, Run
 from transfgu.errors import UserError
 from transfgu.kmeans import (
     CHUNK,
@@ -42,8 +40,10 @@ from transfgu.kmeans import (
     gpu_index,
     least,
 )
-from transfgu.progress import Progress
 from transfgu.recipe import Recipe
+from transfgu.runtime.progress import Progress
+from transfgu.store import parquet, storage
+from transfgu.store.artifacts import Artifact, Outcome, Run
 
 NEAREST = 8
 """Windows kept for each concept, to look at."""
@@ -490,7 +490,7 @@ def _connect() -> None:
     import ray
 
     if not ray.is_initialized():
-        from transfgu import runtime
+        from transfgu.runtime import cluster as runtime
 
         runtime.connect()
 
@@ -503,7 +503,7 @@ def _nodes(size: int = 0) -> Sequence[Mapping[str, float]]:
     """
     import ray
 
-    from transfgu import runtime
+    from transfgu.runtime import cluster as runtime
 
     there = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
     may_be = [node for node in runtime.every_possible_node() if node["CPU"]]
@@ -531,7 +531,7 @@ def _memory(shard: float) -> int:
     """
     import ray
 
-    from transfgu import runtime
+    from transfgu.runtime import cluster as runtime
 
     living = sum(bool(node["Alive"]) for node in ray.nodes())
     grows = len(runtime.every_possible_node()) > living

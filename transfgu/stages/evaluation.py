@@ -18,17 +18,19 @@ import torch
 from jaxtyping import Int
 from ray.data import DataContext, Dataset
 
-from transfgu import formats, ingest, runtime, storage
-from transfgu.artifacts import LAST, MODEL, LeftOut, Outcome, Run
-from transfgu.decoder import MaskDecoder
-from transfgu.errors import UserError
+from transfgu import formats
+from transfgu.datasets import ingest
+from transfgu.decoder import MaskDecoder, winners
+from transfgu.errors import LeftOut, UserError
+from transfgu.inference.tokens import PatchTokens, use_cores
 from transfgu.metrics import Scores, confusion_matrix, scores
-from transfgu.progress import Progress
 from transfgu.recipe import Recipe
-from transfgu.segmenter import winners
-from transfgu.stages import bottleneck, parts, samples
-from transfgu.tokens import PatchTokens, use_cores
-from transfgu.weight_files import read_weights
+from transfgu.runtime import bottleneck, cluster, parts
+from transfgu.runtime.progress import Progress
+from transfgu.stages import samples
+from transfgu.store import storage
+from transfgu.store.artifacts import LAST, MODEL, Outcome, Run
+from transfgu.store.weight_files import read_weights
 
 _BLOCK_ROWS = 32  # images that one task reads at most: fewer where a batch has fewer, so that each batch is one task
 _NO_SCORES = {"mean_iou": None, "pixel_accuracy": None, "iou": None, "assignment": None}
@@ -96,7 +98,7 @@ def evaluate(
         decoders: weights by a name of one's choice: ours, or published ones (`.pt`); paths or URIs.
         rows: labelled images: `name`, `image` (URI), `label` (URI).
         progress: told of images.
-        on_ray: by Ray's actors however few images there are (see `runtime.works_here`).
+        on_ray: by Ray's actors however few images there are (see `transfgu.runtime.cluster.works_here`).
 
     Raises:
         UserError: weights that are missing or don't fit the recipe; more bad labels than `dataset.max_bad_share`.
@@ -108,10 +110,10 @@ def evaluate(
     arguments: dict[str, Any] = {
         "recipe": recipe,
         "decoders": list(decoders.values()),
-        "processes": runtime.actors_per_node(recipe.compute),
+        "processes": cluster.actors_per_node(recipe.compute),
     }
     data: Dataset | None = None
-    if len(rows) <= _BLOCK_ROWS and not on_ray and runtime.works_here():
+    if len(rows) <= _BLOCK_ROWS and not on_ray and cluster.works_here():
         counted: Iterator[Mapping[str, Any]] = _counted_here(
             read(rows), Count(**arguments), recipe.evaluation.batch_size
         )
@@ -163,7 +165,7 @@ def _plan(
                 Count,
                 batch_size=recipe.evaluation.batch_size,
                 fn_constructor_kwargs=arguments,
-                **runtime.encoder_pool(recipe.compute),
+                **cluster.encoder_pool(recipe.compute),
             )
         )
 
@@ -178,7 +180,7 @@ class Count:
     """An actor: decoded images and labels to one confusion matrix a decoder."""
 
     def __init__(self, recipe: Recipe, decoders: list[str], processes: int) -> None:
-        self._recipe, self._device = recipe, runtime.device()
+        self._recipe, self._device = recipe, cluster.device()
         if self._device.type == "cpu":
             use_cores(processes)
         self._encode = PatchTokens(recipe.encoder, self._device)

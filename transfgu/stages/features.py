@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 from jaxtyping import Int, UInt8
 from ray.data import Dataset
 
-from transfgu.artifacts import Outcome, Run
-from transfgu.progress import Progress
 from transfgu.recipe import Recipe
-from transfgu.stages import parts, samples
+from transfgu.runtime import parts
+from transfgu.runtime.progress import Progress
+from transfgu.stages import samples
+from transfgu.store.artifacts import Outcome, Run
 
 _PLACE = ("y0", "y1", "x0", "x1")
 
@@ -60,18 +61,18 @@ def groups(recipe: Recipe) -> tuple[str, ...]:
 
 def plan(recipe: Recipe, missing: Sequence[pa.Table], folder: str) -> Dataset:
     """Parts of the sample list to files in `folder` (URI), a row of the result for each."""
-    from transfgu import runtime
+    from transfgu.runtime import cluster
 
-    return _work(recipe, folder).plan(missing, runtime.encoder_pool(recipe.compute))
+    return _work(recipe, folder).plan(missing, cluster.encoder_pool(recipe.compute))
 
 
 def _work(recipe: Recipe, folder: str) -> parts.Work:
-    from transfgu import runtime
+    from transfgu.runtime import cluster
 
     return parts.Work(
         read=parts.ReadImages(size=recipe.dataset.feature_size, interpolation=recipe.dataset.interpolation),
         actor=EncodeWindows,
-        arguments={"recipe": recipe, "processes": runtime.actors_per_node(recipe.compute)},
+        arguments={"recipe": recipe, "processes": cluster.actors_per_node(recipe.compute)},
         write=WriteFeatures(folder=folder, groups=groups(recipe)),
     )
 
@@ -85,14 +86,14 @@ class EncodeWindows:
 
     def __init__(self, recipe: Recipe, processes: int) -> None:
         # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
-        from transfgu import runtime
-        from transfgu.frozen_encoder import FrozenEncoder
+        from transfgu.inference.frozen_encoder import FrozenEncoder
+        from transfgu.runtime import cluster
         from transfgu.windows import sliding_windows
 
         self._recipe = recipe
         height, width = recipe.dataset.feature_size
         at_once = parts.part_size((height, width))
-        self._frozen = FrozenEncoder(recipe, runtime.device(), processes=processes, images_at_once=at_once)
+        self._frozen = FrozenEncoder(recipe, cluster.device(), processes=processes, images_at_once=at_once)
         patch = self._frozen.encoder.patch_size
         self._windows = sliding_windows((height // patch, width // patch), recipe.windows.scales, patch)
 

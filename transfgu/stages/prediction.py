@@ -21,14 +21,15 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from ray.data import Dataset
 
-from transfgu import formats, parquet, storage
-from transfgu.artifacts import LeftOut, Run
+from transfgu import formats
 from transfgu.datasets import images
 from transfgu.datasets.listing import images_in, stem
-from transfgu.errors import BadInput, UserError
-from transfgu.progress import Progress
+from transfgu.errors import BadInput, LeftOut, UserError
 from transfgu.recipe import ComputeRecipe, Size
-from transfgu.stages import parts
+from transfgu.runtime import parts
+from transfgu.runtime.progress import Progress
+from transfgu.store import parquet, storage
+from transfgu.store.artifacts import Run
 
 Format = Literal["png", "parquet"]
 
@@ -84,12 +85,12 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     """
     names = preflight(job)
     # What costs seconds to import, only now.
-    from transfgu import runtime
+    from transfgu.runtime import cluster
 
-    runtime.connect(verbose=verbose)
+    cluster.connect(verbose=verbose)
     for uri, flag in ((job.out, "--out"), (job.images, "--images")):
-        runtime.check_shared(uri, flag)
-    runtime.check_satisfiable(replace(compute, workers=0))  # nothing is trained
+        cluster.check_shared(uri, flag)
+    cluster.check_satisfiable(replace(compute, workers=0))  # nothing is trained
     samples = _samples(names)
     done, bad = _done(job, samples), _known_bad(job)
     size = _size(job)
@@ -256,14 +257,14 @@ def _todo(samples: pa.Table, size: int, done: set[str], bad: Mapping[str, str], 
 
 def plan(job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: ComputeRecipe) -> Dataset:
     """Parts of the image list to masks in `job.out`, a row of counts for each."""
-    from transfgu import runtime
+    from transfgu.runtime import cluster
 
     data = parts.encoded(
         tables,
         ReadPhotos(size=size, interpolation="bilinear", keep_files=job.overlays),
         PredictMasks,
-        {"run": job.run, "processes": runtime.actors_per_node(compute)},
-        runtime.encoder_pool(compute),
+        {"run": job.run, "processes": cluster.actors_per_node(compute)},
+        cluster.encoder_pool(compute),
     )
     return parts.written(data, WriteMasks(job=job))
 
@@ -319,11 +320,11 @@ class PredictMasks:
 
     def __init__(self, run: str, processes: int) -> None:
         # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
-        from transfgu import runtime
+        from transfgu.inference.tokens import use_cores
+        from transfgu.runtime import cluster
         from transfgu.segmenter import Segmenter
-        from transfgu.tokens import use_cores
 
-        device = runtime.device()
+        device = cluster.device()
         if device.type == "cpu":
             use_cores(processes)
         self._segmenter = Segmenter.load(run, device=device.type)

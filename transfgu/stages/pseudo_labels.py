@@ -14,12 +14,13 @@ import safetensors.numpy
 from jaxtyping import Float
 from ray.data import Dataset
 
-from transfgu import storage
-from transfgu.artifacts import Outcome, Run
 from transfgu.errors import UserError
-from transfgu.progress import Progress
 from transfgu.recipe import Recipe
-from transfgu.stages import parts, samples
+from transfgu.runtime import parts
+from transfgu.runtime.progress import Progress
+from transfgu.stages import samples
+from transfgu.store import storage
+from transfgu.store.artifacts import Outcome, Run
 
 
 def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
@@ -70,27 +71,27 @@ def maps_dataset(recipe: Recipe, listed: pa.Table, centroids: Float[np.ndarray, 
     Returns:
         Rows part, index, name, maps, h, w (see :func:`run`), reason (null, or why there are no maps), note.
     """
-    from transfgu import runtime
+    from transfgu.runtime import cluster
 
     work = _work(recipe, centroids, "")
     tables = parts.split(listed, parts.part_size(recipe.dataset.image_size))
-    return parts.encoded(tables, work.read, work.actor, work.arguments, runtime.encoder_pool(recipe.compute))
+    return parts.encoded(tables, work.read, work.actor, work.arguments, cluster.encoder_pool(recipe.compute))
 
 
 def plan(recipe: Recipe, missing: Sequence[pa.Table], centroids: Float[np.ndarray, "K d"], folder: str) -> Dataset:
     """Parts of the sample list to files in `folder` (URI), a row of the result for each."""
-    from transfgu import runtime
+    from transfgu.runtime import cluster
 
-    return _work(recipe, centroids, folder).plan(missing, runtime.encoder_pool(recipe.compute))
+    return _work(recipe, centroids, folder).plan(missing, cluster.encoder_pool(recipe.compute))
 
 
 def _work(recipe: Recipe, centroids: Float[np.ndarray, "K d"], folder: str) -> parts.Work:
-    from transfgu import runtime
+    from transfgu.runtime import cluster
 
     return parts.Work(
         read=parts.ReadImages(size=recipe.dataset.image_size, interpolation=recipe.dataset.interpolation),
         actor=MapConcepts,
-        arguments={"recipe": recipe, "centroids": centroids, "processes": runtime.actors_per_node(recipe.compute)},
+        arguments={"recipe": recipe, "centroids": centroids, "processes": cluster.actors_per_node(recipe.compute)},
         write=WritePseudoLabels(folder=folder),
     )
 
@@ -102,10 +103,10 @@ class MapConcepts:
         # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
         import torch
 
-        from transfgu import runtime
-        from transfgu.frozen_encoder import FrozenEncoder
+        from transfgu.inference.frozen_encoder import FrozenEncoder
+        from transfgu.runtime import cluster
 
-        device = runtime.device()
+        device = cluster.device()
         self._how = recipe.pseudo_labels
         at_once = parts.part_size(recipe.dataset.image_size)
         self._frozen = FrozenEncoder(recipe, device, processes=processes, images_at_once=at_once)

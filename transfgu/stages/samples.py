@@ -18,13 +18,14 @@ from jaxtyping import UInt8
 from PIL import Image
 from ray.exceptions import RayTaskError
 
-from transfgu import datasets, parquet, storage
-from transfgu.artifacts import Artifact, Outcome, Run
+from transfgu import datasets
 from transfgu.datasets.listing import Listing, table
 from transfgu.datasets.shapes import scene
 from transfgu.errors import UserError
-from transfgu.progress import Progress
 from transfgu.recipe import Recipe
+from transfgu.runtime.progress import Progress
+from transfgu.store import parquet, storage
+from transfgu.store.artifacts import Artifact, Outcome, Run
 
 SCENES = {"train": 200, "validation": 100}
 _STREAMS = {"train": "train", "validation": "val"}

@@ -18,17 +18,20 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from transfgu import ingest, runtime, storage, tracking
-from transfgu.artifacts import LAST, MODEL, Outcome, Run
+from transfgu.datasets import ingest
 from transfgu.errors import UserError
 from transfgu.metrics import merit
-from transfgu.progress import Progress
 from transfgu.recipe import Recipe
-from transfgu.stages import checkpoints, samples
-from transfgu.stages.board import ATTEMPTS, Status, put_up, watched
-from transfgu.stages.deaths import Deaths
-from transfgu.stages.gradients import process_group
-from transfgu.stages.training_loop import Job, work
+from transfgu.runtime import cluster
+from transfgu.runtime.progress import Progress
+from transfgu.stages import samples
+from transfgu.store import storage
+from transfgu.store.artifacts import LAST, MODEL, Outcome, Run
+from transfgu.training import checkpoints, tracking
+from transfgu.training.board import ATTEMPTS, Status, put_up, watched
+from transfgu.training.controller import Deaths
+from transfgu.training.process_group import process_group
+from transfgu.training.worker import Job, work
 
 
 def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
@@ -139,7 +142,7 @@ def fit(
     checkpoints.mend_account(kept)
     fs, root = storage.travelling(storage.absolute(folder))
     board = put_up(attempts)
-    resources, workers = runtime.actor_resources(recipe.compute), runtime.elastic_workers(recipe.compute)
+    resources, workers = cluster.actor_resources(recipe.compute), cluster.elastic_workers(recipe.compute)
     trainer = TorchTrainer(
         # Bound, not a config: Ray Train's controller would unpickle that, and import all that training needs.
         partial(

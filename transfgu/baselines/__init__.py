@@ -1,0 +1,1 @@
+"""The methods that TransFGU is compared with."""

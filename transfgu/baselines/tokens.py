@@ -1,0 +1,188 @@
+"""What the method has to beat on the same images, and what a linear reading of the same tokens could reach at best.
+
+Bottom-up: K-Means over patch tokens, of the run's encoder and of one that never learned. The pseudo labels alone: what
+the decoder adds to them is the worth of training. The ceiling is supervised: one linear layer told the true labels.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import timm
+import torch
+from jaxtyping import Float, Int, Int16, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from transfgu.datasets import ingest
+from transfgu.datasets.images import read_image, resize
+from transfgu.datasets.packed_maps import unpack_maps
+from transfgu.decoder import winners
+from transfgu.encoder import SHIPPED
+from transfgu.errors import BadInput
+from transfgu.inference.frozen_encoder import FrozenEncoder
+from transfgu.inference.tokens import PatchTokens
+from transfgu.kmeans import Shard, cluster
+from transfgu.maps import background_map, scale_maps
+from transfgu.metrics import Scores, confusion_matrix, scores
+from transfgu.recipe import Protocol, Recipe
+from transfgu.stages import samples
+from transfgu.stages.pseudo_labels import load_centroids
+from transfgu.store.artifacts import Run
+
+_TOKENS = 1 << 18  # patch tokens of training images that K-Means and the probe see at most: 100 MB of width 96
+_AT_ONCE = 16  # images
+_PROBE_ITERATIONS = 80
+_PROBE_DECAY = 1e-4
+
+Images = UInt8[np.ndarray, "B 3 H W"]
+Predict = Callable[[Images], Tensor]
+"""From decoded images to scores of classes or clusters, (B, C, h, w)."""
+
+
+def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
+    """Scores of each baseline on the run's labelled validation images, counted and matched like the method's own.
+
+    All is computed in this process, on its GPU if it has one. Left out are the linear probe where no training image
+    has a label, and the untrained encoder where a weight file alone says what the encoder is.
+
+    Args:
+        recipe: the run's.
+        run: a run whose concepts are there.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encode = PatchTokens(recipe.encoder, device)
+    train = samples.load(run, "train")
+    labelled = train.filter(train["label"].is_valid())
+    predictors = {
+        "K-Means over patch tokens": _bottom_up(recipe, encode, train, smoothing=1),
+        "K-Means over patch tokens, smoothed": _bottom_up(recipe, encode, train, smoothing=3),
+        "pseudo labels alone": _pseudo_labels(recipe, run, device),
+    }
+    if recipe.encoder.name == SHIPPED or timm.is_model(recipe.encoder.name):
+        untrained = PatchTokens(replace(recipe.encoder, weights="random"), device)
+        predictors["K-Means over patch tokens, untrained encoder"] = _bottom_up(recipe, untrained, train, smoothing=1)
+    if len(labelled):
+        predictors["linear probe, supervised"] = _linear_probe(recipe, encode, labelled)
+    confusions = {name: np.zeros((recipe.classes, recipe.classes), np.int64) for name in predictors}
+    for images, labels in _labelled(recipe, samples.labelled(recipe, run), recipe.evaluation.protocol):
+        for name, predict in predictors.items():
+            for maps, label in zip(predict(images), labels, strict=True):
+                predicted = winners(maps, (label.shape[0], label.shape[1])).cpu().numpy()
+                confusions[name] += confusion_matrix(label, predicted, recipe.classes)
+    return {name: scores(confusion) for name, confusion in confusions.items()}
+
+
+def _bottom_up(recipe: Recipe, encode: PatchTokens, train: pa.Table, *, smoothing: int) -> Predict:
+    """Each patch is of the cluster whose centroid is nearest to its token."""
+    sample = _Sample(recipe, encode, len(train))
+    rows = [sample.take(_tokens(encode, images, smoothing)) for images in _images(recipe, train)]
+    centroids = torch.from_numpy(cluster(Shard(rows), recipe.classes, seed=recipe.seed).centroids).to(encode.device)
+
+    def predict(images: Images) -> Tensor:
+        # The nearest centroid c of a token x has the largest 2 x c - |c|^2, whatever |x| is.
+        likeness = torch.einsum("bdhw,kd->bkhw", _tokens(encode, images, smoothing), 2 * centroids)
+        return likeness - centroids.square().sum(1)[:, None, None]
+
+    return predict
+
+
+def _pseudo_labels(recipe: Recipe, run: Run, device: torch.device) -> Predict:
+    """What the decoder begins to learn from, made of the validation images themselves."""
+    encoder, centroids = FrozenEncoder(recipe, device), torch.from_numpy(load_centroids(run))
+
+    def predict(images: Images) -> Tensor:
+        packed = encoder.concept_maps(images, centroids, recipe.pseudo_labels)
+        maps = scale_maps(unpack_maps(torch.from_numpy(packed)))
+        if not recipe.background:
+            return maps
+        return torch.cat([background_map(maps, recipe.training.background_threshold), maps], 1)
+
+    return predict
+
+
+def _linear_probe(recipe: Recipe, encode: PatchTokens, labelled: pa.Table) -> Predict:
+    """Logistic regression from a patch's token to the class of most of its pixels."""
+    sample = _Sample(recipe, encode, len(labelled))
+    rows, truths = [], []
+    for images, labels in _labelled(recipe, labelled):
+        rows.append(sample.take(_tokens(encode, images)))
+        truths.append(sample.take(_majority(recipe, labels, encode.encoder.patch_size))[:, 0])
+    known = np.concatenate(truths) >= 0
+    tokens = torch.from_numpy(np.concatenate(rows)[known]).to(encode.device)
+    truth = torch.from_numpy(np.concatenate(truths)[known]).to(encode.device)
+    mean, deviation = tokens.mean(0), tokens.std(0) + 1e-6
+    tokens = (tokens - mean) / deviation
+    weight = torch.zeros(recipe.classes, tokens.shape[1], device=encode.device, requires_grad=True)
+    bias = torch.zeros(recipe.classes, device=encode.device, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weight, bias], max_iter=_PROBE_ITERATIONS)
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = F.cross_entropy(F.linear(tokens, weight, bias), truth) + _PROBE_DECAY * weight.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def predict(images: Images) -> Tensor:
+        seen = (_tokens(encode, images).movedim(1, 3) - mean) / deviation  # (B, d, h, w) -> (B, h, w, d)
+        return F.linear(seen, weight, bias).movedim(3, 1)
+
+    return predict
+
+
+class _Sample:
+    """The same few patches of each image, spread at random, so that all images together give at most `_TOKENS`."""
+
+    def __init__(self, recipe: Recipe, encode: PatchTokens, images: int) -> None:
+        height, width = (side // encode.encoder.patch_size for side in recipe.dataset.image_size)
+        count = max(1, min(height * width, _TOKENS // max(1, images)))
+        self._places = np.sort(np.random.default_rng(recipe.seed).permutation(height * width)[:count])
+
+    def take(self, planes: Float[Tensor, "B d h w"] | Int[Tensor, "B d h w"]) -> np.ndarray:
+        """Rows of d numbers, one a patch of the sample."""
+        flat = planes.flatten(2).mT[:, self._places].flatten(0, 1)  # (B, d, h, w) -> (B n, d)
+        rows: np.ndarray = flat.cpu().numpy()
+        return rows
+
+
+def _tokens(encode: PatchTokens, images: Images, smoothing: int = 1) -> Float[Tensor, "B d h w"]:
+    height, width = (side // encode.encoder.patch_size for side in images.shape[2:])
+    tokens = encode(torch.from_numpy(images)).mT.reshape(len(images), -1, height, width)  # (B, hw, d) -> (B, d, h, w)
+    return F.avg_pool2d(tokens, smoothing, 1, smoothing // 2, count_include_pad=False)
+
+
+def _majority(recipe: Recipe, labels: list[Int16[np.ndarray, "_ _"]], patch: int) -> Int[Tensor, "B 1 h w"]:
+    """The class of most labelled pixels of each patch; -1 without any."""
+    pixels = torch.from_numpy(np.stack(labels)).long()
+    votes = F.one_hot(pixels + 1, recipe.classes + 1).movedim(3, 1)[:, 1:].float()  # (B, C, H, W)
+    share, winner = F.avg_pool2d(votes, patch).max(dim=1, keepdim=True)
+    return torch.where(share > 0, winner, -1)
+
+
+def _images(recipe: Recipe, rows: pa.Table) -> Iterator[Images]:
+    """Decoded images, a batch at a time; those that can't be read are passed over."""
+    size = recipe.dataset.image_size
+    for start in range(0, len(rows), _AT_ONCE):
+        batch = []
+        for uri in rows["image"].slice(start, _AT_ONCE).to_pylist():
+            try:
+                batch.append(resize(read_image(uri), size))
+            except BadInput:  # the features stage has counted and named it
+                continue
+        if batch:
+            yield np.stack(batch)
+
+
+def _labelled(
+    recipe: Recipe, rows: pa.Table, protocol: Protocol = "published"
+) -> Iterator[tuple[Images, list[Int16[np.ndarray, "_ _"]]]]:
+    """Decoded images and their labels, at the images' size where the protocol does not say otherwise."""
+    for start in range(0, len(rows), _AT_ONCE):
+        some = rows.slice(start, _AT_ONCE)
+        images, labels = ingest.usable(ingest.read_labelled_rows(some, recipe=recipe, protocol=protocol))
+        if labels:
+            yield images, labels

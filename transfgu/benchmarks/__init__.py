@@ -1,0 +1,1 @@
+"""Measurements of each stage beside its bound."""

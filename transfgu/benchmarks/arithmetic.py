@@ -1,0 +1,418 @@
+"""A stage can be no faster than the arithmetic it is made of, so each is timed beside that arithmetic alone.
+
+Both do the same work on the same pixels in one run and take turns, so that what else the machine has to do falls on
+both, and medians are compared. The bound is what PyTorch or FAISS takes for it in one process, on data that lie in
+memory already: nothing is read, sent, kept or resumed there.
+"""
+
+import copy
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from numpy import ndarray
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from transfgu.decoder import MaskDecoder
+from transfgu.encoder import patch_grid
+from transfgu.inference.frozen_encoder import FrozenEncoder
+from transfgu.inference.tokens import PatchTokens, use_cores
+from transfgu.kmeans import Shard, cluster, cores, gpu_index, sample_rows
+from transfgu.planning.measurements import Timing, in_turns
+from transfgu.recipe import Recipe, Size
+from transfgu.training.step import make_optimiser, training_step
+from transfgu.views import apply_views, draw_views
+
+_MATMUL = {"cpu": 1024, "cuda": 8192}  # sides at which a matrix product is as fast as it gets
+_SALIENT = 0.3  # of the places of a made map
+
+KMEANS_SEED = 1
+"""Of the K-Means that is timed."""
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is called, and how many cores there are where it is the CPU."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    models = [s for s in _lines("/proc/cpuinfo") if s.startswith("model name")]
+    name = models[0].partition(":")[2].strip() if models else platform.machine()
+    return f"{cores()} cores of {name}"
+
+
+def _lines(file: str) -> list[str]:
+    path = Path(file)
+    return path.read_text(errors="replace").splitlines() if path.exists() else []
+
+
+class Bare:
+    """The encoder and a decoder in one process, on all its cores or its GPU: the bounds, and what needs no Ray.
+
+    Pixels are noise, of which arithmetic takes no notice.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Raises UserError where the encoder or its weights can't be had."""
+        self.recipe = recipe
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._use_cores()
+        self._frozen = FrozenEncoder(recipe, self.device)
+        self._tokens = PatchTokens(recipe.encoder, self.device)
+
+    def _use_cores(self) -> None:
+        # Each call of an actor may find the threads as Ray or another library set them.
+        if self.device.type == "cpu":
+            use_cores(1)
+            faiss.omp_set_num_threads(cores())
+
+    def about(self) -> dict[str, Any]:
+        """The machine: fields of `Measurements`."""
+        self._use_cores()
+        half = self._frozen.half
+        return {
+            "device": device_name(self.device),
+            "precision": "bfloat16" if half else "float32",
+            "date": datetime.date.today().isoformat(),
+            "cores": cores(),
+            "matmul_flops": matmul_flops(self.device, torch.bfloat16 if half else torch.float32),
+        }
+
+    def shape(self) -> tuple[int, int, int]:
+        """The encoder's width, heads and patch."""
+        encoder = self._frozen.encoder
+        return encoder.width, encoder.num_heads, encoder.patch_size
+
+    def forwards(self, work: Mapping[Size, int]) -> tuple[float, float]:
+        """Bare forwards of so many images of each size, a batch at a time, on CPUs a batch on each core.
+
+        Returns:
+            Seconds, and floating-point operations.
+        """
+        self._use_cores()
+        done = [self._forwards(size, count) for size, count in work.items()]
+        return sum(took for took, _ in done), sum(flops for _, flops in done)
+
+    def _forwards(self, size: Size, count: int) -> tuple[float, float]:
+        rows = max(1, min(count, self._frozen.rows(size)))
+        batch = torch.randn(rows, 3, *size, device=self.device)
+
+        def all_of_them() -> None:
+            self._frozen.each(lambda start: self._bare_forward(batch[: count - start]), range(0, count, rows))
+
+        flops = _flops(lambda: self._bare_forward(batch[:1])) * count  # which warms it up, too
+        return self._seconds(all_of_them), flops
+
+    @torch.no_grad()
+    def _bare_forward(self, batch: Float[Tensor, "B 3 H W"]) -> None:
+        with self._frozen.precision():
+            self._frozen.encoder.vit.forward_features(batch)
+
+    def concept_maps(self, repeats: int, *, unfused: bool = False) -> Timing:
+        """Maps of all concepts beside a bare forward of the same batch.
+
+        `unfused` also times the published way on one image: one backward pass a class through a network that keeps its
+        attention matrices. That takes gigabytes; one class is timed, in turns with ours, and stands for the others.
+        """
+        self._use_cores()
+        size, count = self.recipe.dataset.image_size, self.recipe.concepts.count
+        encoder = self._frozen.encoder
+        rows = self._frozen.rows(size)
+        batch = torch.randn(rows, 3, *size, device=self.device)
+        concepts = torch.randn(count, encoder.width, device=self.device)
+
+        def maps() -> None:
+            with torch.no_grad(), self._frozen.precision():
+                encoder.concept_maps(batch, concepts)
+
+        with _Peak(self.device) as peak:
+            ours, bound = in_turns(
+                lambda: self._seconds(maps), lambda: self._seconds(lambda: self._bare_forward(batch)), repeats
+            )
+        details = {}
+        if unfused:
+            published, beside = self._backward_a_class(batch[:1], concepts, lambda: self._seconds(maps), repeats)
+            details = {
+                "one backward pass a class through an unfused network [s]": published * rows,
+                "times as long as ours": published * rows / beside,
+            }
+        flops = _flops(lambda: self._bare_forward(batch))
+        return Timing(
+            stage="concept maps",
+            bound_is=f"a bare forward of the same batch; {count} concepts",
+            items=rows,
+            unit="images",
+            ours=ours,
+            bound=bound,
+            peak_bytes=peak.bytes,
+            flops=flops,
+            details=details,
+        )
+
+    def _backward_a_class(
+        self, image: Float[Tensor, "1 3 H W"], concepts: Float[Tensor, "K d"], ours: Callable[[], float], repeats: int
+    ) -> tuple[float, float]:
+        """Seconds that an image takes so, and those that `ours` says it took in turns with it: medians."""
+        vit = copy.deepcopy(self._frozen.encoder.vit).requires_grad_(True)
+        for block in vit.blocks:
+            block.attn.fused_attn = False
+        made: list[Tensor] = []
+        forward = self._seconds(lambda: made.append(vit.forward_features(image)[:, 0]))
+        loss = 1 - F.cosine_similarity(made[0], concepts[:1]).sum()
+
+        def backward() -> float:
+            vit.zero_grad()
+            return self._seconds(lambda: torch.autograd.backward(loss, retain_graph=True))
+
+        beside, taken = in_turns(ours, backward, repeats)
+        return forward + len(concepts) * statistics.median(taken), statistics.median(beside)
+
+    def training_step(self, batch: int, repeats: int) -> Timing:
+        """A step with a teacher, its encoder forward included, beside that forward alone; images are in memory."""
+        self._use_cores()
+        loop = self._loop(batch)
+        images, maps = loop.views(0)
+        tokens = self._tokens(images)
+        with _Peak(self.device) as peak:
+            ours, bound = in_turns(
+                lambda: self._seconds(lambda: loop.step(self._tokens(images), loop.views(0)[1])),
+                lambda: self._seconds(lambda: self._bare_forward(images)),
+                repeats,
+            )
+        return Timing(
+            stage="training step",
+            bound_is=f"a bare forward of {'x'.join(map(str, images.shape[2:]))}",
+            items=batch,
+            unit="images",
+            ours=ours,
+            bound=bound,
+            peak_bytes=peak.bytes,
+            # Only this thread's are counted, and on CPUs the encoder has others: the bare forward stands for it.
+            flops=_flops(lambda: self._bare_forward(images)) + _flops(lambda: loop.step(tokens, maps)),
+        )
+
+    def training_loop(self, batch: int, steps: int) -> float:
+        """Seconds of so many steps with a teacher, as a bare loop over images and maps that lie in memory."""
+        self._use_cores()
+        loop = self._loop(batch)
+
+        def run() -> None:
+            for step in range(steps):
+                images, maps = loop.views(step)
+                # Seen whole, an image has the same tokens in every epoch, and those are what lies in memory.
+                loop.step(self._tokens(images) if self.recipe.training.views else known, maps)
+
+        images, maps = loop.views(0)
+        known = self._tokens(images)
+        loop.step(known, maps)
+        return self._seconds(run)
+
+    def _loop(self, batch: int) -> "_Loop":
+        return _Loop(self.recipe, self._tokens, batch)
+
+    def concepts(self, count: int, iterations: int, repeats: int) -> Timing:
+        """K-Means on one worker, in this process, beside FAISS's."""
+        self._use_cores()
+        features, k = made_features(count, self._frozen.encoder.width), self.recipe.concepts.count
+        gpu = gpu_index() and self.device.type == "cuda"
+        start = kmeans_start(features, k)
+        with _Peak(torch.device("cpu")) as peak:
+            inertia: dict[str, float] = {}
+
+            def ours() -> float:
+                started = time.perf_counter()
+                rows = Shard([features], gpu=gpu)
+                inertia["ours"] = cluster(rows, k, iterations=iterations, seed=KMEANS_SEED).inertia
+                return time.perf_counter() - started
+
+            def bound() -> float:
+                took, inertia["FAISS"] = faiss_kmeans(features, start, iterations, gpu=gpu)
+                return took
+
+            turns = in_turns(ours, bound, repeats)
+        return concepts_timing("concepts, one worker", features, iterations, turns, inertia, peak.bytes)
+
+    def faiss(
+        self, features: Float32[ndarray, "n d"], start: Float32[ndarray, "k d"], iterations: int, *, gpu: bool
+    ) -> tuple[float, float]:
+        """As `faiss_kmeans`; `gpu` means nothing where this process has none."""
+        self._use_cores()
+        return faiss_kmeans(features, start, iterations, gpu=gpu and self.device.type == "cuda")
+
+    def _seconds(self, work: Callable[[], Any]) -> float:
+        self._wait()
+        started = time.perf_counter()
+        work()
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class _Loop:
+    """Student, teacher and a batch, in memory."""
+
+    def __init__(self, recipe: Recipe, tokens: PatchTokens, batch: int) -> None:
+        self._recipe, self._patch = recipe, tokens.encoder.patch_size
+        size, how, device = recipe.dataset.training_size, recipe.decoder, tokens.device
+        width, heads = tokens.encoder.width, tokens.encoder.num_heads
+        self._student, self._teacher = (
+            MaskDecoder(width, recipe.classes, num_heads=heads, depth=how.depth, dropout=how.dropout).to(device)
+            for _ in range(2)
+        )
+        self._optimiser = make_optimiser(self._student, recipe.training.lr, recipe.training.weight_decay)
+        self._images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, device=device)
+        grid = tuple(side // self._patch for side in recipe.dataset.image_size)
+        maps = torch.rand(batch, recipe.concepts.count, *grid, device=device)
+        self._maps = maps * (maps < _SALIENT)
+        self._permutation = np.random.default_rng(0).permutation(recipe.classes)
+
+    def views(self, step: int) -> tuple[Tensor, Tensor]:
+        """The encoder's input, and the maps."""
+        size = self._recipe.dataset.training_size
+        if self._recipe.training.views:
+            views = draw_views(range(len(self._images)), size, seed=0, epoch=step)
+            return apply_views(self._images, self._maps, views, self._patch)
+        grid = patch_grid(size, self._patch)
+        return self._images.float() / 255, F.interpolate(self._maps, grid, mode="bilinear")
+
+    def step(self, patches: Tensor, maps: Tensor) -> None:
+        """One step with the teacher."""
+        how = self._recipe.training
+        training_step(
+            self._student,
+            self._optimiser,
+            patches,
+            maps,
+            self._teacher,
+            omega_1=how.omega_1,
+            omega_2=how.omega_2,
+            alpha=how.alpha_start,
+            permutation=self._permutation,
+            background_threshold=how.background_threshold if self._recipe.background else None,
+        )
+
+
+def made_features(rows: int, width: int) -> Float32[ndarray, "n d"]:
+    """Rows about 200 centres that overlap, on which K-Means has something to do in every iteration."""
+    generator = np.random.default_rng(0)
+    features = generator.standard_normal((rows, width), np.float32)
+    centres = generator.standard_normal((200, width), np.float32)
+    features += centres[generator.integers(0, len(centres), rows)]
+    return features
+
+
+def kmeans_start(features: Float32[ndarray, "n d"], k: int) -> Float32[ndarray, "k d"]:
+    """The centroids that our K-Means of `KMEANS_SEED` starts from."""
+    return Shard([features]).best_start(sample_rows(len(features), k, KMEANS_SEED), k, KMEANS_SEED)
+
+
+def faiss_kmeans(
+    features: Float32[ndarray, "n d"], start: Float32[ndarray, "k d"], iterations: int, *, gpu: bool = False
+) -> tuple[float, float]:
+    """Seconds of FAISS's own K-Means in this process, on all rows (on the first GPU, if `gpu`), and its inertia.
+
+    It is given ours' start, which ours takes time to find: another one would end in another local optimum, and the
+    inertias would say nothing.
+    """
+    started = time.perf_counter()
+    k, width = start.shape
+    clustering = faiss.Kmeans(width, k, niter=iterations, max_points_per_centroid=len(features))
+    if gpu:  # as ours does it; FAISS's own argument would take all of them, for a 1 too
+        resources = faiss.StandardGpuResources()
+        clustering.index = faiss.index_cpu_to_gpu(resources, 0, clustering.index)
+    clustering.train(features, init_centroids=start)
+    took = time.perf_counter() - started
+    distances, _ = clustering.index.search(features, 1)
+    return took, float(distances.sum(dtype=np.float64))
+
+
+def concepts_timing(
+    stage: str,
+    features: Float32[ndarray, "n d"],
+    iterations: int,
+    turns: tuple[tuple[float, ...], tuple[float, ...]],
+    inertia: Mapping[str, float],
+    peak_bytes: int,
+) -> Timing:
+    """A line of the table for K-Means."""
+    return Timing(
+        stage=stage,
+        bound_is=f"FAISS in one process, {len(features)} x {features.shape[1]}, its start given",
+        items=len(features) * iterations,
+        unit="rows x iterations",
+        ours=turns[0],
+        bound=turns[1],
+        peak_bytes=peak_bytes,
+        details={"inertia, ours by FAISS's": inertia["ours"] / inertia["FAISS"]},
+    )
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+    """Floating-point operations a second of a large matrix product: the best of some tries."""
+    side = _MATMUL[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        product = a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+        del product
+    return 2 * side**3 / best
+
+
+def _flops(work: Callable[[], Any]) -> float:
+    """Floating-point operations of matrix products and attention in some work, which is done for it."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return float(counter.get_total_flops())
+
+
+class _Peak:
+    """The most memory that this process held within the block: of the device, where that is a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.bytes = 0
+
+    def __enter__(self) -> "_Peak":
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            reset_peak()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        gpu = self._device.type == "cuda"
+        self.bytes = torch.cuda.max_memory_allocated(self._device) if gpu else peak_of(os.getpid())
+
+
+def reset_peak() -> None:
+    """Let this process's peak begin anew, where the system can."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+
+
+def peak_of(process: int) -> int:
+    """The most bytes that a process held in memory; 0 where it is gone or the system does not say."""
+    try:
+        line = next((s for s in _lines(f"/proc/{process}/status") if s.startswith("VmHWM")), "VmHWM 0")
+    except OSError:
+        return 0
+    return int(line.split()[1]) * 1024

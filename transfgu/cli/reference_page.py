@@ -1,0 +1,67 @@
+"""The recipe's page in the documents is written from the fields themselves, so it cannot say anything else.
+
+`python -m transfgu.reference_page docs/recipe.md` writes it anew (`make docs`).
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transfgu.cli.command_line import GROUPS
+from transfgu.recipe import FIELDS, PRESETS, SHORT_NAMES, kind_name, preset
+
+_HEAD = """# The recipe
+
+A run is a function of its recipe. Every field below is a flag of `jobs/train.py` under its full name
+(`--training.epochs 4`) or, where there is one, its short name (`--epochs 4`), and a line of `recipe.yaml`, which a run
+writes and `--recipe FILE` reads. Lists are written `0.5,0.4` or `320x320`.
+
+*This page is written by `make docs` from the code; do not edit it.*
+"""
+
+
+def page() -> str:
+    """The page, as Markdown."""
+    return "\n".join([_HEAD, *_components(), *_presets()]) + "\n"
+
+
+def _components() -> Iterator[str]:
+    short = {full: name for name, full in SHORT_NAMES.items()}
+    common, shapes = preset("folder").flat(), preset("shapes").flat()
+    for component, title in GROUPS.items():
+        yield f"## {title[0].upper()}{title[1:]}\n"
+        yield "| field | short | default | type, unit | meaning |"
+        yield "| --- | --- | --- | --- | --- |"
+        for name, info in FIELDS.items():
+            if name.rpartition(".")[0] != component or name == "preset":
+                continue
+            value = f"`{_shown(common[name])}`" if _shown(common[name]) else ""
+            if shapes[name] != common[name]:
+                value += f"; shapes: `{_shown(shapes[name])}`"
+            kind = ", ".join(filter(None, (kind_name(info.kind), info.unit)))
+            row = (f"`{name}`", f"`{short[name]}`" if name in short else "", value, kind, info.doc)
+            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+        yield ""
+
+
+def _presets() -> Iterator[str]:
+    yield "## What each preset sets\n"
+    yield "Against the defaults above, which are those of `folder`.\n"
+    common = preset("folder").flat()
+    for name in PRESETS:
+        if name == "folder":
+            continue
+        flat = preset(name).flat()
+        changed = [n for n in flat if flat[n] != common[n] and n != "preset"]
+        yield f"**{name}**: " + ", ".join(f"`{n} {_shown(flat[n])}`" for n in changed) + "\n"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ("x" if all(isinstance(v, int) for v in value) and len(value) == 2 else ",").join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page())

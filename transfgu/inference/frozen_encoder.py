@@ -1,0 +1,198 @@
+"""Every batch has one shape and one thread, so nothing about a row depends on what came with it.
+
+Matrix products may round otherwise for another number of rows, and for rows that fall to another thread. Here the last
+batch is encoded at full size too, and what is not a row of it thrown away; on CPUs each batch is one thread's, and the
+cores work on different batches, which spares them waiting for each other besides. Features and maps are the same to
+the last bit whoever computes them, in whatever company. Windows are cut into the batch itself, so a crop exists for
+as long as it takes to encode it.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int16, Shaped, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from transfgu.datasets.packed_maps import pack_maps
+from transfgu.encoder import Encoder, normalise
+from transfgu.inference.memory import HalveOnOutOfMemory
+from transfgu.inference.tokens import in_bfloat16
+from transfgu.recipe import PseudoLabelsRecipe, Recipe, Size
+from transfgu.windows import crop_windows
+
+Result = TypeVar("Result")
+
+_CPU_PATCHES = 2048  # patches a batch at most on CPUs: more leave the caches, and are slower and larger
+
+
+class FrozenEncoder:
+    """The recipe's encoder on a device, for saliency, window features and concept maps of decoded images.
+
+    Images are uint8 arrays; results are arrays too. A batch that the device's memory can't hold is halved, and
+    `note` then says so.
+    """
+
+    def __init__(
+        self, recipe: Recipe, device: torch.device, *, processes: int = 1, images_at_once: int | None = None
+    ) -> None:
+        """Load the encoder.
+
+        Args:
+            recipe: says which encoder, how precise, and how many patches a batch has.
+            device: where it is to be.
+            processes: that share the machine's cores.
+            images_at_once: the most that a call is given, if that is known: they fill batches of one size then, none
+                of which is larger for nothing. Windows are batched across images, and take no notice.
+
+        Raises:
+            UserError: an encoder or weights that can't be had.
+        """
+        self.encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights).to(device)
+        self.device = device
+        self.half = in_bfloat16(recipe.encoder, device)
+        self._patches = recipe.encoder.batch_size * self._grid(recipe.windows.size)[2]
+        self._images_at_once = images_at_once
+        self._threads: ThreadPoolExecutor | None = None
+        if device.type == "cpu":
+            self._patches = min(self._patches, _CPU_PATCHES)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            self._threads = ThreadPoolExecutor(max(1, cores // processes), "encoder", torch.set_num_threads, (1,))
+        self._fitting: dict[str, int] = {}  # rows that fitted, by kind of batch, once memory ran out
+
+    @property
+    def note(self) -> str:
+        """What a person should know of the work so far, in one line; empty where all is well."""
+        return "; ".join(
+            f"out of memory: batch of {what} halved to {rows}, and on" for what, rows in sorted(self._fitting.items())
+        )
+
+    def rows(self, size: Size) -> int:
+        """How many images of `size` make a batch: as many as have the patches of the recipe's batch of windows."""
+        return max(1, self._patches // self._grid(size)[2])
+
+    def saliency(self, images: UInt8[np.ndarray, "n 3 H W"], *, times_mean: float) -> Bool[np.ndarray, "n h w"]:
+        """Which patches are salient (see `Encoder.saliency`)."""
+
+        def salient(batch: Tensor) -> Tensor:
+            with self.precision():
+                return self.encoder.saliency(batch, times_mean=times_mean)
+
+        return self._of_images(salient, images, self.rows(_size(images)), "images")
+
+    def window_features(
+        self,
+        images: UInt8[np.ndarray, "n 3 H W"],
+        rows: Int[np.ndarray, " N"],
+        windows: Int[np.ndarray, "N 4"],
+        size: Size,
+    ) -> Float[np.ndarray, "N d"]:
+        """Class tokens of windows, cut from their images, resized bilinear to `size` (height, width), and encoded.
+
+        `rows` says which of `images` each window is cut from; `windows` are rows y0 y1 x0 x1, pixels.
+        """
+        at_once = self.rows(size)
+
+        def batch(start: int) -> Tensor:
+            here, places = rows[start : start + at_once], windows[start : start + at_once]
+            crops = torch.zeros(at_once, 3, *size, device=self.device)
+            for row in np.unique(here):
+                its = np.flatnonzero(here == row)
+                crops[its] = crop_windows(self._normalised(images[row : row + 1])[0], places[its], size)
+            return self._fitted(self._class_tokens, crops, "windows")[: len(here)]
+
+        return self._joined(batch, len(windows), at_once)
+
+    def concept_maps(
+        self, images: UInt8[np.ndarray, "n 3 H W"], concepts: Float[Tensor, "K d"], how: PseudoLabelsRecipe
+    ) -> Int16[np.ndarray, "n planes h w"]:
+        """Packed concept maps (see `pack_maps`) on the patches of the images.
+
+        They are the sum over `how.scales` of the maps of the images resized by these (bilinear, to whole patches),
+        brought to the images' own patches by area, then averaged over squares of `how.smoothing` patches, smaller ones
+        at the border. Source of a single scale's maps: see `Encoder.concept_maps`.
+        """
+        concepts = concepts.to(self.device)
+        height, width = _size(images)
+        patch = self.encoder.patch_size
+        grid = self._grid((height, width))[:2]
+        sizes = [tuple(max(1, round(scale * side / patch)) * patch for side in (height, width)) for scale in how.scales]
+
+        def maps(batch: Tensor) -> Tensor:
+            return self.encoder.concept_maps(batch, concepts, gradient_scale=how.gradient_scale)
+
+        def summed(batch: Tensor) -> Tensor:
+            total = torch.zeros(len(batch), len(concepts), *grid, device=self.device)
+            for size in sizes:
+                resized = batch if size == (height, width) else F.interpolate(batch, size, mode="bilinear")
+                with self.precision():
+                    one = maps(resized)
+                total += one if one.shape[2:] == grid else F.interpolate(one, grid, mode="area")
+            if how.smoothing > 1:
+                total = F.avg_pool2d(total, how.smoothing, 1, how.smoothing // 2, count_include_pad=False)
+            return pack_maps(total)
+
+        rows = min(self.rows((size[0], size[1])) for size in sizes)
+        return self._of_images(summed, images, rows, "maps")
+
+    def _of_images(
+        self, function: Callable[[Tensor], Tensor], images: UInt8[np.ndarray, "n 3 H W"], rows: int, what: str
+    ) -> Shaped[np.ndarray, "n ..."]:
+        """`function` of all images, normalised, a batch of `rows` at a time at most."""
+        if self._images_at_once is not None:  # and not how many there are now: a batch's shape is every call's
+            rows = math.ceil(self._images_at_once / math.ceil(self._images_at_once / rows))
+
+        def batch(start: int) -> Tensor:
+            some = self._normalised(images[start : start + rows])
+            blank = some.new_zeros(rows - len(some), *some.shape[1:])
+            return self._fitted(function, torch.cat([some, blank]), what)[: len(some)]
+
+        return self._joined(batch, len(images), rows)
+
+    def _joined(self, batch: Callable[[int], Tensor], count: int, rows: int) -> Shaped[np.ndarray, "n ..."]:
+        """What `batch` gives for the first row of every batch, joined. Nothing to do takes one batch, for the shape."""
+        joined: Shaped[np.ndarray, "n ..."] = torch.cat(self.each(batch, range(0, max(1, count), rows))).cpu().numpy()
+        return joined
+
+    def each(self, batch: Callable[[int], Result], starts: Iterable[int]) -> list[Result]:
+        """What `batch` gives for each start, without gradients; on CPUs as many at a time as there are threads."""
+
+        def without_gradients(start: int) -> Result:
+            with torch.no_grad():  # it holds for the thread that asks
+                return batch(start)
+
+        return list((map if self._threads is None else self._threads.map)(without_gradients, starts))
+
+    def _fitted(self, function: Callable[[Tensor], Tensor], batch: Tensor, what: str) -> Tensor:
+        halving = HalveOnOutOfMemory(function, f"batch of {what}")
+        halving.size = self._fitting.get(what)
+        result: Tensor = halving(batch)
+        if halving.size is not None:
+            self._fitting[what] = halving.size
+        return result
+
+    def _class_tokens(self, batch: Tensor) -> Tensor:
+        with self.precision():
+            return self.encoder.class_tokens(batch).float()
+
+    def _normalised(self, images: UInt8[np.ndarray, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
+        # Arrays out of Ray's object store are read-only, which torch warns of; nothing here writes to them.
+        return normalise(torch.tensor(images, device=self.device), self.encoder.mean, self.encoder.std)
+
+    def precision(self) -> torch.autocast | nullcontext[None]:
+        """The context that forwards run in."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext()
+
+    def _grid(self, size: Size) -> tuple[int, int, int]:
+        h, w = (max(1, side // self.encoder.patch_size) for side in size)
+        return h, w, h * w
+
+
+def _size(images: UInt8[np.ndarray, "n 3 H W"]) -> Size:
+    return images.shape[2], images.shape[3]

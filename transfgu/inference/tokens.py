@@ -1,0 +1,69 @@
+"""The frozen encoder as training and evaluation use it: pixels in, patch tokens out, never a gradient.
+
+It runs in bfloat16 where the device has it, as fast as the device's memory allows: a batch that does not fit is halved.
+On CPUs each core has a part of the batch to itself, and none waits for another at the end of every product.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from transfgu.encoder import Encoder, normalise
+from transfgu.inference.memory import HalveOnOutOfMemory
+from transfgu.recipe import EncoderRecipe
+
+
+def use_cores(processes: int) -> None:
+    """Let torch use a machine's cores, shared by so many processes of it, where a worker has no GPU.
+
+    Ray holds a process to as many threads as the CPUs it asked for, which is less than what lies idle meanwhile.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // processes))
+
+
+def in_bfloat16(recipe: EncoderRecipe, device: torch.device) -> bool:
+    """Whether the encoder runs in bfloat16 there: where the recipe asks for it, and by "auto" where that is fast."""
+    if recipe.precision != "auto":
+        return recipe.precision == "bfloat16"
+    # GPUs that only emulate it are slower at it than at float32.
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+class PatchTokens:
+    """Images to patch tokens on a device; the recipe says which encoder, and how precise."""
+
+    def __init__(self, recipe: EncoderRecipe, device: torch.device) -> None:
+        """Raises UserError where the encoder or its weights can't be had."""
+        self.encoder = Encoder.from_pretrained(recipe.name, recipe.weights).to(device)
+        self.device = device
+        self._half = in_bfloat16(recipe, device)
+        self._encode = HalveOnOutOfMemory(self._forward, "encoder batch")
+        self._cores = ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,))
+
+    def __call__(self, images: UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B hw d"]:
+        """Patch tokens, float32, of images as they are decoded (uint8), or normalised already (float)."""
+        if not len(images):
+            patch = self.encoder.patch_size
+            hw = images.shape[2] // patch * (images.shape[3] // patch)
+            return torch.empty(0, hw, self.encoder.width, device=self.device)
+        tokens: Tensor = self._encode(images)
+        return tokens
+
+    def _forward(self, images: Tensor) -> Tensor:
+        parts = images.chunk(torch.get_num_threads()) if self.device.type == "cpu" else [images]
+        if len(parts) == 1:
+            return self._part(images)
+        return torch.cat(list(self._cores.map(self._part, parts)))
+
+    @torch.no_grad()
+    def _part(self, images: Tensor) -> Tensor:
+        images = images.to(self.device, non_blocking=True)
+        if not images.is_floating_point():
+            images = normalise(images, self.encoder.mean, self.encoder.std)
+        with torch.autocast(self.device.type, torch.bfloat16) if self._half else nullcontext():
+            return self.encoder.patch_tokens(images).float()

@@ -1,0 +1,1 @@
+"""Checks and costs known before a run starts."""

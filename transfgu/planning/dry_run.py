@@ -1,0 +1,249 @@
+"""A run is checked and counted before it is paid for: what it would do follows from the recipe and the sample list.
+
+The checks are the pipeline's own, so what passes here begins; the plans are those that Ray Data would carry out; and
+the cost is counted in forward passes of the encoder, which is what takes the time, each timed once on this machine.
+"""
+
+import contextlib
+import io
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from transfgu import datasets, pipeline
+from transfgu.datasets.ingest import Order
+from transfgu.datasets.packed_maps import packed_planes
+from transfgu.encoder import normalise
+from transfgu.errors import LeftOut
+from transfgu.inference.tokens import PatchTokens
+from transfgu.recipe import STAGES, Recipe
+from transfgu.runtime import cluster as runtime
+from transfgu.runtime import parts
+from transfgu.runtime.progress import duration
+from transfgu.stages import features, pseudo_labels, samples
+from transfgu.store import storage
+from transfgu.store.artifacts import Run
+from transfgu.windows import sliding_windows
+
+_TIMED = 2  # images in the forward pass that is timed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How many samples there are."""
+
+    train: int
+    validation: int
+    labelled: int
+    left_out: tuple[LeftOut, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a stage would do."""
+
+    what: str
+    """In words."""
+    stored: int = 0
+    """Bytes that it would write, at most."""
+    forwards: int = 0
+    """Passes through the encoder, each as long as `seconds`, at most; divided among `processes`."""
+    seconds: float = 0.0
+    processes: int = 1
+
+    @property
+    def time(self) -> float:
+        """Seconds of the encoder's passes."""
+        return self.forwards * self.seconds / self.processes
+
+
+def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool = False) -> Iterator[str]:
+    """What a run of these arguments would do, line by line; nothing is computed or kept.
+
+    Raises:
+        UserError: what would end the run before it begins: data, weights, storage, resources, another recipe's folder.
+    """
+    recipe = pipeline.preflight(recipe, run)
+    stages = pipeline.stages_until(until)
+    complete = pipeline.check_artifacts(recipe, run)
+    runtime.connect(verbose=verbose)
+    pipeline.check_shared(recipe, run)
+    runtime.check_satisfiable(recipe.compute)
+    held = runtime.actor_resources(recipe.compute)
+    counts = _counts(recipe, run if complete["samples"] else None)
+    encode = PatchTokens(recipe.encoder, runtime.device())
+    timed = not runtime.cluster_gpus() or encode.device.type == "cuda"
+    works = _works(recipe, counts, encode, timed)
+    parameters = sum(p.numel() for p in encode.encoder.parameters())
+    yield f"dry run of {storage.shown(run.uri)}: checked, nothing computed"
+    yield (
+        f"recipe   {recipe.preset}: {recipe.concepts.things} things and {recipe.concepts.stuff} stuff"
+        f"{' before a background' if recipe.background else ''}, "
+        f"{'x'.join(map(str, recipe.dataset.image_size))} pixels; encoder {recipe.encoder.name}, "
+        f"{parameters / 1e6:.1f} million parameters of patch {encode.encoder.patch_size}, {recipe.encoder.weights}"
+    )
+    yield (
+        f"data     {counts.train} training images, {counts.validation} for validation, {counts.labelled} of them "
+        f"labelled{_left_out(counts.left_out)}"
+    )
+    cluster = ray.cluster_resources()
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    yield (
+        f"machine  {nodes} node{'s' * (nodes > 1)}, {cluster.get('CPU', 0):g} CPUs, {cluster.get('GPU', 0):g} GPUs: up "
+        f"to {runtime.pool_size(recipe.compute)} encoder actors, {runtime.training_workers(recipe.compute)} training "
+        f"workers, each holding {held['num_cpus']:g} CPUs and {held['num_gpus']:g} GPUs"
+    )
+    plans = _plans(recipe, encode.encoder.width)
+    for stage in stages:
+        if complete[stage]:
+            yield f"{stage}: complete already, skipped"
+            continue
+        work = works[stage]
+        stored = f"; {_bytes(work.stored)} to write" if work.stored else ""
+        takes = f"; about {duration(work.time)} in the encoder" if work.time else ""
+        yield f"{stage}: {work.what}{stored}{takes}"
+        if stage in plans:
+            yield f"  {' > '.join(plans[stage])}"
+    left = [works[stage] for stage in stages if not complete[stage]]
+    total = f"in all {_bytes(sum(w.stored for w in left))} to write"
+    if timed:
+        total += f", and about {duration(sum(w.time for w in left))} in the encoder, timed on this {encode.device.type}"
+    else:
+        total += "; no times, as this machine has none of the cluster's GPUs"
+    yield f"{total}. Without --dry-run the same command begins."
+
+
+def _counts(recipe: Recipe, run: Run | None) -> Counts:
+    """From the run's list where there is one, else from the data."""
+    if run:
+        tables = {split: samples.load(run, split) for split in datasets.SPLITS}
+        left_out: tuple[LeftOut, ...] = ()
+    elif recipe.dataset.layout == "shapes":
+        drawn = {split: min(n, recipe.limit or n) for split, n in samples.SCENES.items()}
+        return Counts(train=drawn["train"], validation=drawn["validation"], labelled=drawn["validation"], left_out=())
+    else:
+        listings = {split: datasets.listing(recipe, split) for split in datasets.SPLITS}
+        tables = {split: listing.table for split, listing in listings.items()}
+        left_out = tuple(x for listing in listings.values() for x in listing.left_out)
+    labels = tables["validation"]["label"]
+    return Counts(
+        train=len(tables["train"]),
+        validation=len(tables["validation"]),
+        labelled=len(labels) - labels.null_count,
+        left_out=left_out,
+    )
+
+
+def _works(recipe: Recipe, counts: Counts, encode: PatchTokens, timed: bool) -> Mapping[str, Work]:
+    encoder, dataset, training = encode.encoder, recipe.dataset, recipe.training
+
+    def seconds(size: tuple[int, int]) -> float:
+        return _seconds(encode, size) if timed else 0.0
+
+    def patches(size: tuple[int, int]) -> tuple[int, int]:
+        return size[0] // encoder.patch_size, size[1] // encoder.patch_size
+
+    grid = patches(dataset.feature_size)
+    each = len(sliding_windows(grid, recipe.windows.scales, encoder.patch_size))
+    windows = each * counts.train
+    h, w = patches(dataset.image_size)
+    k = recipe.concepts.count
+    order = Order(images=counts.train, passes=training.passes, batch_size=training.batch_size, seed=recipe.seed)
+    view = tuple(side // 2 for side in dataset.training_size) if training.views else dataset.training_size
+    # Images that are seen whole are encoded once; views of them are new in every epoch.
+    seen = order.steps * order.batch * training.epochs if training.views else counts.train
+    scored = counts.labelled * (training.epochs // training.evaluate_every)
+    every = "epoch" if training.evaluate_every == 1 else f"{training.evaluate_every} epochs"
+    actors, workers = runtime.pool_size(recipe.compute), runtime.training_workers(recipe.compute)
+    decoder = 4 * (encoder.width**2 * (12 * recipe.decoder.depth + 3) + encoder.width * recipe.classes)
+    return {
+        "samples": Work(what=f"list {counts.train} and {counts.validation} images"),
+        "features": Work(
+            what=f"encode up to {windows} windows of {'x'.join(map(str, recipe.windows.size))} pixels, {each} an image",
+            stored=windows * 4 * encoder.width,
+            forwards=windows,
+            seconds=seconds(recipe.windows.size),
+            processes=actors,
+        ),
+        "concepts": Work(
+            what=f"K-Means into {recipe.concepts.things} and {recipe.concepts.stuff} clusters, at most "
+            f"{recipe.concepts.iterations} iterations",
+            stored=k * 4 * encoder.width,
+        ),
+        "pseudo_labels": Work(
+            what=f"{k} maps of {h}x{w} patches for each of {counts.train} images",
+            stored=counts.train * 2 * packed_planes(k) * h * w,
+            forwards=counts.train * len(recipe.pseudo_labels.scales),
+            seconds=seconds(dataset.image_size),
+            processes=actors,
+        ),
+        "training": Work(
+            what=f"{training.epochs} epochs of {order.steps} steps of {order.batch} images, "
+            f"{training.epochs * order.steps} steps in all; a score of {counts.labelled} images every {every}",
+            stored=2 * decoder,
+            forwards=seen,
+            seconds=seconds((view[0], view[1])),
+            processes=workers,
+        ),
+        "evaluation": Work(
+            what=f"score {counts.labelled} images ({scored} scores of images are taken while training)",
+            forwards=counts.labelled,
+            seconds=seconds(dataset.image_size),
+            processes=actors,
+        ),
+    }
+
+
+def _seconds(encode: PatchTokens, size: tuple[int, int]) -> float:
+    """One image's forward pass, the quicker of two, seconds."""
+    pixels = torch.zeros(_TIMED, 3, *size, dtype=torch.uint8)
+    encoder = encode.encoder
+    batch = normalise(pixels.to(encode.device), encoder.mean, encoder.std)
+    taken = []
+    for _ in range(2):
+        started = time.monotonic()
+        encode(batch).sum().item()  # waits for the device
+        taken.append(time.monotonic() - started)
+    return min(taken) / _TIMED
+
+
+def _plans(recipe: Recipe, width: int) -> Mapping[str, Sequence[str]]:
+    """Operators of the stages that run on Ray Data, in their order."""
+    one = pa.table({"index": pa.array([0], pa.int32()), "name": ["x"], "image": ["x"]})
+    centroids = np.zeros((recipe.concepts.count, width), np.float32)
+    return {
+        "features": operators(features.plan(recipe, parts.split(one, 1), "")),
+        "pseudo_labels": operators(pseudo_labels.plan(recipe, parts.split(one, 1), centroids, "")),
+    }
+
+
+def operators(data: ray.data.Dataset) -> list[str]:
+    """The physical operators of a plan, first to last, as Ray would carry them out."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        data.explain()
+    physical = shown.getvalue().split("Physical Plan (Optimized)")[1]
+    lines = [line.strip(" +-") for line in physical.splitlines() if "[" in line]
+    kinds = {"TaskPoolMapOperator": "tasks", "ActorPoolMapOperator": "actors"}
+    named = [line.removesuffix("]").partition("[") for line in reversed(lines)]
+    return [
+        f"{name.removeprefix('MapBatches(').removesuffix(')')} ({kinds[kind]})" if kind in kinds else name
+        for kind, _, name in named
+    ]
+
+
+def _left_out(left_out: Sequence[LeftOut]) -> str:
+    return f"; {len(left_out)} left out ({left_out[0].name}: {left_out[0].reason}, ...)" if left_out else ""
+
+
+def _bytes(count: int) -> str:
+    shown, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
+    while shown >= 1000 and len(units) > 1:
+        shown /= 1000
+        units.pop(0)
+    return f"{shown:.0f} {units[0]}" if count < 1000 or shown >= 10 else f"{shown:.1f} {units[0]}"

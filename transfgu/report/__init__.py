@@ -1,0 +1,1 @@
+"""The HTML reports of a run and of a search."""

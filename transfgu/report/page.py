@@ -1,0 +1,565 @@
+"""A run is judged by looking: the report puts its numbers next to the pictures that explain them, in one file.
+
+Everything in it is read from the run's artefacts, so it can be written again at any time, and nothing in it loads from
+anywhere: pictures are embedded, charts are SVG, there is no script.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import safetensors.numpy
+import torch
+from jaxtyping import Float, Int, Int16
+from markupsafe import Markup
+
+from transfgu import datasets, pictures
+from transfgu.datasets import images, ingest
+from transfgu.datasets.packed_maps import unpack_maps
+from transfgu.errors import BadInput
+from transfgu.maps import background_map, scale_maps
+from transfgu.metrics import scores
+from transfgu.recipe import FIELDS, Recipe, preset
+from transfgu.report import charts
+from transfgu.report.charts import Series
+from transfgu.report.published import TABLE_1, Result
+from transfgu.segmenter import Segmenter
+from transfgu.store import parquet, storage
+from transfgu.store.artifacts import Manifest, Run
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+_SHOWN = 12  # images in the grid
+_MAPS_SHOWN = 4  # images whose pseudo labels are shown
+_SIDE = 320  # px, a picture's longer side
+_TILE = 72  # px, a window's side
+_READERS = 8  # images read at a time
+_TABLE_CLASSES = 32  # classes up to which the confusion matrix is a table, beyond a picture
+_BARS = 12  # best and worst classes shown where there are more than twice as many
+_FREE = ("data", "seed", "encoder.batch_size", "evaluation.batch_size")  # what a benchmark's score may differ in
+_NAMED = 10  # inputs left out that are named for each reason
+
+
+def write(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Mapping[str, Any]) -> str:
+    """Write `report.html` into the run's folder.
+
+    Args:
+        recipe: the run's, resolved.
+        run: a run whose evaluation is complete.
+        stages: the stages' manifests, in order.
+        metrics: the content of `metrics.json`.
+
+    Returns:
+        The report's URI.
+
+    Raises:
+        UserError: an artefact is missing or can't be read.
+    """
+    uri = run.file("report.html")
+    storage.write_bytes(uri, render(recipe, run, stages, metrics).encode())
+    return uri
+
+
+def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Mapping[str, Any]) -> str:
+    """The report as HTML; arguments as in :func:`write`."""
+    segmenter = Segmenter.load(run.uri)
+    confusion = _confusion(run)
+    grid = _grid(recipe, run, segmenter)
+    times = _times(stages, metrics)
+    changes = _changes(recipe)
+    return template("report.html").render(
+        recipe=recipe,
+        metrics=metrics,
+        labelled=confusion is not None,
+        facts=_facts(recipe, stages),
+        table=_table_1(recipe, metrics),
+        grid=grid,
+        legend=_legend(segmenter, [p for row in grid for p in row.pictures]),
+        classes=None if confusion is None else class_bars(segmenter, confusion),
+        confusion=None if confusion is None else confusion_view(segmenter, confusion),
+        concepts=_concepts(recipe, run, segmenter),
+        pseudo_labels=_pseudo_labels(recipe, run, segmenter),
+        curves=_curves(run),
+        epochs=_epochs(run, metrics),
+        protocol=_PROTOCOLS[recipe.evaluation.protocol].format(*recipe.dataset.image_size),
+        times=times,
+        slowest=max(times, key=lambda time: time.seconds),
+        total_seconds=sum(time.seconds for time in times),
+        left_out=_left_out(stages),
+        changes=changes,
+        departures=[c["name"] for c in changes if c["name"] not in _FREE],
+        yaml=recipe.to_yaml(),
+        titles=_TITLES,
+    )
+
+
+@cache
+def template(name: str) -> jinja2.Template:
+    """A page of `templates/`."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("transfgu.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["duration"] = duration
+    environment.filters["number"] = lambda n: f"{n:,}".replace(",", "\u202f")
+    return environment.get_template(name)
+
+
+_TITLES = {
+    "samples": "Samples",
+    "features": "Features",
+    "concepts": "Concepts",
+    "pseudo_labels": "Pseudo labels",
+    "training": "Training",
+    "evaluation": "Evaluation",
+}
+
+
+_PROTOCOLS = {
+    "published": "as published: image and label at {} x {} pixels",
+    "label": "at the label's own resolution: the image at {} x {} pixels, its prediction enlarged to the label's size",
+    "stego": "as STEGO and later work do: image and label resized to cover {} x {} pixels, and their centre cropped",
+}
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, such as ``3 min 20 s``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+# What the page shows, one function a section.
+
+
+def _facts(recipe: Recipe, stages: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Numbers for the explanation in words."""
+    images_of = {stage: manifest.outcome.items for stage, manifest in stages.items()}
+    return {"items": images_of, "windows": sum(stages["features"].outcome.details["windows"].values())}
+
+
+def _table_1(recipe: Recipe, metrics: Mapping[str, Any]) -> list[tuple[Result, bool]]:
+    """The published results on this benchmark and this run's among them; whether a row is this run's."""
+    if recipe.preset not in TABLE_1 or metrics["mean_iou"] is None:
+        return []
+    ours = Result("this run", metrics["mean_iou"], metrics["pixel_accuracy"])
+    return [*((result, False) for result in TABLE_1[recipe.preset]), (ours, True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture of the page: its data URI, what it shows in words, and the numbers that stand in it."""
+
+    src: str
+    alt: str
+    title: str
+    keys: Sequence[pictures.Key] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """An image and what goes with it."""
+
+    name: str
+    pictures: Sequence[Picture]
+
+
+def _grid(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
+    """Image, prediction and, where there are labels, ground truth."""
+    table = _samples(run, "validation")
+    if recipe.dataset.curated:
+        table = table.filter(table["curated"])
+    known = datasets.classes(recipe)
+
+    def read(sample: dict[str, Any]) -> tuple[dict[str, Any], pictures.Pixels, pictures.Mask | None]:
+        image = images.read_image(sample["image"])
+        label = None if sample["label"] is None else images.read_label(sample["label"], known, image.shape[:2])
+        return sample, image, label
+
+    rows = []
+    for sample, image, label in _readable(read, _spread(table, _SHOWN)):
+        prediction = segmenter.predict(image)
+        shown = [_photo(image, sample["name"]), _mask(prediction, segmenter, "prediction")]
+        if label is not None:
+            shown.append(_mask(label, segmenter, "ground truth"))
+        rows.append(Row(name=sample["name"], pictures=shown))
+    return rows
+
+
+def _photo(image: pictures.Pixels, name: str) -> Picture:
+    return Picture(src=pictures.jpeg(pictures.shrink(image, _SIDE)), alt=f"image {name}", title="image")
+
+
+def _mask(mask: pictures.Mask, segmenter: Segmenter, title: str) -> Picture:
+    return Picture(
+        src=pictures.png(pictures.paint(mask, segmenter.colours, _SIDE)),
+        alt=f"{title}: {pictures.describe(mask, segmenter.classes)}",
+        title=title,
+        keys=pictures.keys(mask),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassKey:
+    """A class in a legend."""
+
+    number: int
+    name: str
+    colour: str
+
+
+def _class_key(segmenter: Segmenter, number: int) -> ClassKey:
+    return ClassKey(
+        number=number, name=segmenter.classes[number], colour="#{:02x}{:02x}{:02x}".format(*segmenter.colours[number])
+    )
+
+
+def _legend(segmenter: Segmenter, shown: Iterable[Picture]) -> list[ClassKey]:
+    """The classes whose numbers stand in some picture."""
+    return [_class_key(segmenter, n) for n in sorted({key.number for picture in shown for key in picture.keys})]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One class's IoU, percent, and its share of the labelled pixels, percent."""
+
+    key: ClassKey
+    iou: float
+    share: float
+
+
+def class_bars(segmenter: Segmenter, confusion: Int[np.ndarray, "C clusters"]) -> dict[str, list[Bar]]:
+    """Classes from best to worst; where they are many, the best, the worst and those between apart."""
+    iou = scores(confusion).iou
+    share = 100 * confusion.sum(axis=1) / confusion.sum()
+    bars = [
+        Bar(key=_class_key(segmenter, c), iou=float(iou[c]), share=float(share[c]))
+        for c in np.argsort(-iou, kind="stable").tolist()
+        if not np.isnan(iou[c])
+    ]
+    if len(bars) <= 2 * _BARS + 4:
+        return {"best": bars, "between": [], "worst": []}
+    return {"best": bars[:_BARS], "between": bars[_BARS:-_BARS], "worst": bars[-_BARS:]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A share of a true class's pixels: percent as text, and its step on the heat scale, 0 to 10."""
+
+    text: str
+    level: int
+
+
+def confusion_view(segmenter: Segmenter, confusion: Int[np.ndarray, "C clusters"]) -> dict[str, Any]:
+    """The confusion matrix after matching, each true class's pixels as 100 %, and its largest errors."""
+    classes = len(confusion)
+    matched = np.zeros((classes, len(segmenter.classes)), dtype=np.int64)
+    matched[:, segmenter.class_of] = confusion
+    share = matched / np.maximum(matched.sum(axis=1, keepdims=True), 1)
+    errors = matched.astype(float)
+    errors[np.arange(classes), np.arange(classes)] = 0
+    worst = np.argsort(-errors, axis=None, kind="stable")[:8]
+    pairs = [(int(i) // errors.shape[1], int(i) % errors.shape[1]) for i in worst if errors.flat[i] > 0]
+    view: dict[str, Any] = {
+        "errors": [
+            {
+                "true": segmenter.classes[t],
+                "predicted": segmenter.classes[p],
+                "share": 100 * share[t, p],
+                "of_all": 100 * errors[t, p] / max(1, matched.sum()),
+            }
+            for t, p in pairs
+        ],
+        "keys": [_class_key(segmenter, c) for c in range(len(segmenter.classes))],
+        "rows": [],
+        "picture": None,
+    }
+    if len(segmenter.classes) <= _TABLE_CLASSES:
+        view["rows"] = [
+            [Cell(text=f"{100 * v:.0f}" if v >= 0.005 else "", level=round(10 * float(v))) for v in row]
+            for row in share
+        ]
+    else:
+        tone = (255 * (1 - share**0.5)).round().astype(np.uint8)  # the root makes small shares visible
+        sheet = np.stack([tone, tone, np.maximum(tone, 90)], axis=-1)
+        scale = max(1, 720 // sheet.shape[1])
+        view["picture"] = pictures.png(sheet.repeat(scale, axis=0).repeat(scale, axis=1))
+    return view
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """A concept: the class it was matched to, how many windows it gathered, and the nearest of them."""
+
+    number: int
+    kind: str
+    key: ClassKey
+    windows: int
+    src: str
+    alt: str
+
+
+def _concepts(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concept]:
+    """The concepts with their nearest windows, cut from the images."""
+    folder = run.artifact("concepts")
+    counts = safetensors.numpy.load(storage.read_bytes(folder.file("concepts.safetensors")))["counts"]
+    nearest = parquet.read(folder.file("nearest.parquet"))
+    nearest = nearest.sort_by([("concept", "ascending"), ("distance", "ascending")])
+    columns = 4
+    rows = 2 if len(counts) <= 2 * _TABLE_CLASSES else 1
+    by_concept: dict[int, list[dict[str, Any]]] = {}
+    for window in nearest.to_pylist():
+        chosen = by_concept.setdefault(window["concept"], [])
+        if len(chosen) < rows * columns:
+            chosen.append(window)
+    paths = _samples(run, "train")["image"]
+    by_image: dict[int, list[dict[str, Any]]] = {}
+    for chosen in by_concept.values():
+        for window in chosen:
+            by_image.setdefault(window["index"], []).append(window)
+
+    def cut(item: tuple[int, list[dict[str, Any]]]) -> list[tuple[int, float, pictures.Pixels]]:
+        # Windows are in pixels of the resized image; the picture is cut where they lie in the image as it is.
+        index, windows = item
+        image = images.read_image(paths[index].as_py())
+        scale = np.array(image.shape[:2]) / recipe.dataset.feature_size
+        tiles = []
+        for window in windows:
+            y0, x0 = np.floor(np.array((window["y0"], window["x0"])) * scale).astype(int)
+            y1, x1 = np.ceil(np.array((window["y1"], window["x1"])) * scale).astype(int)
+            tiles.append((window["concept"], window["distance"], pictures.square(image[y0:y1, x0:x1], _TILE)))
+        return tiles
+
+    found: dict[int, list[tuple[float, pictures.Pixels]]] = {}
+    for tiles in _readable(cut, by_image.items()):
+        for concept, distance, tile in tiles:
+            found.setdefault(concept, []).append((distance, tile))
+    views = []
+    for number, count in enumerate(counts):
+        ordered = [tile for _, tile in sorted(found.get(number, []), key=lambda pair: pair[0])]
+        key = _class_key(segmenter, int(segmenter.class_of[number + int(recipe.background)]))
+        views.append(
+            Concept(
+                number=number,
+                kind="thing" if number < recipe.concepts.things else "stuff",
+                key=key,
+                windows=int(count),
+                src=pictures.jpeg(pictures.tiles(ordered, _TILE, columns)) if ordered else "",
+                alt=f"the {len(ordered)} windows nearest to concept {number}, matched to {key.name}",
+            )
+        )
+    return sorted(views, key=lambda concept: concept.key.number)
+
+
+def _pseudo_labels(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
+    """For a few training images: the label that the maps make, and the strongest maps themselves."""
+    parts = [uri for uri in storage.list_files(run.artifact("pseudo_labels").uri) if uri.endswith(".parquet")]
+    places = ingest.index_maps(_evenly(parts, _MAPS_SHOWN))
+    places = places.take(_evenly(range(len(places)), _MAPS_SHOWN))
+    samples = _samples(run, "train").select(["name", "image"])
+
+    def read(place: tuple[int, Int16[np.ndarray, "planes h w"]]) -> tuple[Any, str, pictures.Pixels]:
+        index, maps = place
+        sample = samples.slice(index, 1).to_pylist()[0]
+        return maps, sample["name"], images.read_image(sample["image"])
+
+    rows = []
+    found = zip(places["index"].to_pylist(), ingest.read_maps(places), strict=True)
+    for maps, name, image in _readable(read, found):
+        scaled, label = _pseudo_label(recipe, maps)
+        mask = segmenter.class_of[_enlarge(label, image.shape[:2])]
+        shown = [_photo(image, name), _mask(mask, segmenter, "pseudo label")]
+        strongest = np.argsort(-scaled.mean(axis=(1, 2)), kind="stable")[:3]
+        small = pictures.shrink(image, _SIDE)
+        for concept in strongest:
+            title = segmenter.classes[segmenter.class_of[concept + int(recipe.background)]]
+            shown.append(
+                Picture(
+                    src=pictures.jpeg(pictures.glow(small, scaled[concept])),
+                    alt=f"where the concept of {title} is in image {name}, bright where its map is high",
+                    title=title,
+                )
+            )
+        rows.append(Row(name=name, pictures=shown))
+    return rows
+
+
+def _pseudo_label(
+    recipe: Recipe, maps: Int16[np.ndarray, "planes h w"]
+) -> tuple[Float[np.ndarray, "K h w"], Int[np.ndarray, "h w"]]:
+    """An image's maps scaled to [0, 1], and the cluster that is largest at each patch, as training begins from them."""
+    scaled = scale_maps(unpack_maps(torch.from_numpy(maps)[None]))
+    evidence = scaled
+    if recipe.background:
+        evidence = torch.cat((background_map(scaled, recipe.training.background_threshold), scaled), dim=1)
+    return scaled[0].numpy(), evidence.argmax(dim=1)[0].numpy()
+
+
+def _enlarge(label: Int[np.ndarray, "h w"], size: tuple[int, int]) -> Int[np.ndarray, "H W"]:
+    rows, columns = (np.arange(side) * cells // side for side, cells in zip(size, label.shape, strict=True))
+    enlarged: Int[np.ndarray, "H W"] = label[rows[:, None], columns]
+    return enlarged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A chart and the numbers in it."""
+
+    title: str
+    svg: Markup
+
+
+def _curves(run: Run) -> dict[str, Any]:
+    """Scores and losses by epoch, with the epochs at which the student became the teacher."""
+    history = run.history()
+    updates = [float(epoch["epoch"]) for epoch in history if epoch["teacher_updated"]]
+    ends = (float(history[0]["epoch"]), float(history[-1]["epoch"]))
+    groups: list[tuple[str, str, tuple[tuple[str, str], ...]]] = [
+        ("Scores on the validation images", " %", (("accuracy", "pixel_accuracy"), ("mIoU", "mean_iou"))),
+        ("Total loss", "", (("total", "total"),)),
+        ("Peer loss", "", (("peer", "peer"),)),
+        ("Diversity loss", "", (("diversity", "diversity"),)),
+        ("Uncertainty loss", "", (("uncertainty", "uncertainty"),)),
+        ("Alpha, the weight of the negative labels", "", (("alpha", "alpha"),)),
+    ]
+    drawn = []
+    for title, unit, lines in groups:
+        points = {
+            name: [(float(e["epoch"]), float(e[key])) for e in history if e[key] is not None] for name, key in lines
+        }
+        series = [Series(name=name, points=found) for name, found in points.items() if found]
+        if series:
+            svg = charts.line_chart(
+                title, series, x_label="epoch", x_range=ends, unit=unit, marks=updates, from_zero=bool(unit)
+            )
+            drawn.append(Curve(title=title, svg=svg))
+    return {"charts": drawn, "updates": updates, "history": history}
+
+
+def _epochs(run: Run, metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """What the best epoch and the last one score: title, mIoU, accuracy; nothing where one decoder alone was scored."""
+    scored = [e for e in run.history() if e["mean_iou"] is not None]
+    if not scored or "last" not in metrics:
+        return []
+    best = max(scored, key=lambda e: e["mean_iou"] + e["pixel_accuracy"])
+    return [
+        (f"{title}, {epoch['epoch']}", found["mean_iou"], found["pixel_accuracy"])
+        for title, epoch, found in (("best", best, metrics), ("last", scored[-1], metrics["last"]))
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Time:
+    """A stage's time."""
+
+    title: str
+    seconds: float
+    share: float
+    items: int
+    skipped: bool
+    details: str
+
+
+def _times(stages: Mapping[str, Manifest], metrics: Mapping[str, Any]) -> list[Time]:
+    total = sum(manifest.seconds for manifest in stages.values()) or 1.0
+    return [
+        Time(
+            title=_TITLES[stage],
+            seconds=manifest.seconds,
+            share=100 * manifest.seconds / total,
+            items=manifest.outcome.items,
+            skipped=metrics["stages"][stage]["skipped"],
+            details=", ".join(_details(manifest.outcome.details)),
+        )
+        for stage, manifest in stages.items()
+    ]
+
+
+def _details(details: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in details.items():
+        if isinstance(value, Mapping):
+            yield from (f"{kind} {name} {count}" for kind, count in value.items())
+        elif isinstance(value, int | float | str):
+            yield f"{name.replace('_', ' ')} {_value(value)}"
+
+
+def _value(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _left_out(stages: Mapping[str, Manifest]) -> list[dict[str, Any]]:
+    """Inputs that were not used, by stage and reason, the commonest first."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for stage, manifest in stages.items():
+        for left in manifest.outcome.left_out:
+            groups.setdefault((stage, left.reason), []).append(left.name)
+    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    return [
+        {"stage": _TITLES[stage], "reason": reason, "count": len(names), "names": names[:_NAMED]}
+        for (stage, reason), names in ordered
+    ]
+
+
+def _changes(recipe: Recipe) -> list[dict[str, str]]:
+    """The fields that differ from the preset's."""
+    published, own = preset(recipe.preset).flat(), recipe.flat()
+    return [
+        {"name": name, "doc": FIELDS[name].doc, "value": _shown(own[name]), "preset": _shown(published[name])}
+        for name in own
+        if own[name] != published[name] and not name.startswith("compute.")
+    ]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "none" if value == "" else str(value)
+
+
+# Reading artefacts.
+
+
+def _confusion(run: Run) -> Int[np.ndarray, "C clusters"] | None:
+    """Pixels of the validation set, true class by cluster; None where not one was labelled."""
+    data = storage.read_bytes_or_none(run.artifact("evaluation").file("confusion.safetensors"))
+    confusion = None if data is None else safetensors.numpy.load(data)["model"]
+    return confusion if confusion is not None and confusion.any() else None
+
+
+def _samples(run: Run, split: str) -> pa.Table:
+    return parquet.read(run.artifact("samples").file(f"{split}.parquet"))
+
+
+def _evenly(items: Sequence[T], count: int) -> list[T]:
+    """`count` of the items at even distances, from the first on; all where they are fewer."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _spread(table: pa.Table, count: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = table.take(_evenly(range(len(table)), count)).to_pylist()
+    return rows
+
+
+def _readable(read: Callable[[S], T], items: Iterable[S]) -> list[T]:
+    """What `read` returns for each item, in order, read side by side; those that can't be read are left out."""
+
+    def attempt(item: S) -> T | None:
+        try:
+            return read(item)
+        except BadInput:
+            return None
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [result for result in pool.map(attempt, items) if result is not None]

@@ -1,0 +1,415 @@
+"""A search is the list of its trials' records: which to stop, what to try next and who won all follow from it.
+
+No searcher and no scheduler has a state of its own. So a search that was killed goes on from its records as if nothing
+had happened, whatever was in memory.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from transfgu import formats
+from transfgu.errors import UserError
+from transfgu.metrics import merit
+from transfgu.recipe import STAGES, Recipe, field_name
+from transfgu.search import space as search_space
+from transfgu.search.space import Parameters, Space
+from transfgu.store import storage
+
+OBJECTIVES = ("mean_iou", "label_free")
+SEARCHERS = ("random", "grid", "tpe")
+SCHEDULERS = ("asha", "none")
+STATUSES = ("finished", "stopped", "failed", "running")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What a search is asked to do; checked when built."""
+
+    recipe: Recipe
+    """What trials begin from."""
+    uri: str
+    """The search's folder."""
+    space: Space
+    trials: int
+    objective: str = "mean_iou"
+    searcher: str = "random"
+    scheduler: str = "asha"
+    grace: int = 1
+    """Epochs after which ASHA first compares."""
+    reduction: int = 4
+    """ASHA lets the best 1/reduction go on."""
+    concurrent: int = 0
+    """Trials at a time; 0: as many as the cluster holds."""
+    workers_per_trial: int = 1
+    gpus_per_trial: float = 0.0
+    """0: one a worker, where there are GPUs."""
+    hours: float = 0.0
+    """0: no limit."""
+
+    def __post_init__(self) -> None:
+        positive = {"--trials": self.trials, "--workers-per-trial": self.workers_per_trial, "--grace": self.grace}
+        for name, number in positive.items():
+            if number <= 0:
+                raise UserError(f"{name} must be positive, not {number}")
+        for name, limit in (
+            ("--concurrent", self.concurrent),
+            ("--gpus-per-trial", self.gpus_per_trial),
+            ("--hours", self.hours),
+        ):
+            if not limit >= 0:
+                raise UserError(f"{name} must not be negative, not {limit:g}")
+        if self.reduction < 2:
+            raise UserError(f"--reduction must be at least 2, not {self.reduction}")
+        for name, value, known in (
+            ("--objective", self.objective, OBJECTIVES),
+            ("--searcher", self.searcher, SEARCHERS),
+            ("--scheduler", self.scheduler, SCHEDULERS),
+        ):
+            if value not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, not {value}")
+        if self.searcher == "grid":
+            self.space.grid()
+        elif listed := next((r for r in self.space.ranges if r.kind == "grid"), None):
+            raise UserError(
+                f"--search {listed} needs --searcher grid; for another searcher write {listed.name}=choice(...)"
+            )
+        layout = self.recipe.dataset.layout
+        if self.objective == "mean_iou" and layout == "folder" and not self.recipe.labels:
+            raise UserError(
+                "--objective mean_iou needs labels, and there are none: give --labels, or --objective label_free"
+            )
+
+    @property
+    def count(self) -> int:
+        """Trials in all; a grid has an end."""
+        return min(self.trials, len(self.space.grid())) if self.searcher == "grid" else self.trials
+
+    def file(self, name: str) -> str:
+        """URI of a file of the search."""
+        return storage.join(self.uri, name)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same where a search is continued."""
+        fields = {name: value for name, value in self.recipe.flat().items() if not name.startswith("compute.")}
+        own = ("objective", "searcher", "scheduler", "grace", "reduction")
+        return {**fields, "--search": self.space.shown(), **{f"--{name}": getattr(self, name) for name in own}}
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One trial's record."""
+
+    number: int
+    """From 0 on."""
+    parameters: Parameters
+    epochs: int
+    """What its recipe asks for."""
+    status: str = "running"
+    """`running` (or the search was stopped meanwhile), `finished`, `stopped` by the scheduler, or `failed`."""
+    reason: str = ""
+    """Why it failed or was stopped."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """A row an epoch, as training reports it."""
+    stages: list[str] = field(default_factory=list)
+    """Stages that had to be computed for this trial."""
+    repeated: int = 0
+    """Epochs that were trained a second time, because the checkpoint of the first was lost."""
+
+    def add(self, row: dict[str, Any]) -> bool:
+        """Take an epoch's row; False where the epoch was known already, as from the checkpoint after a restart."""
+        if row["epoch"] <= len(self.history):
+            self.repeated += row != self.history[row["epoch"] - 1]
+            return False
+        self.history.append(row)
+        return True
+
+    def value(self, objective: str, epochs: int | None = None) -> float | None:
+        """What it reached after `epochs` epochs (all, unless given); None without a score.
+
+        For `mean_iou` that is the mIoU of the epoch whose decoder the run would keep, the one with the highest mIoU +
+        accuracy so far. Without labels the last decoder is kept: `label_free` is the last epoch's.
+        """
+        rows = [row for row in self.history[:epochs] if row.get(objective) is not None]
+        if not rows:
+            return None
+        chosen = max(rows, key=merit) if objective == "mean_iou" else rows[-1]
+        return float(chosen[objective])
+
+    def summary(self) -> dict[str, Any]:
+        """Its row of `trials.json`."""
+        best = max((row for row in self.history if row["mean_iou"] is not None), key=merit, default=None)
+        last = self.history[-1] if self.history else {}
+        return {
+            "number": self.number,
+            "parameters": self.parameters,
+            "mean_iou": self.value("mean_iou"),
+            "best_epoch": best["epoch"] if best else None,
+            "last_mean_iou": last.get("mean_iou"),
+            "label_free": self.value("label_free"),
+            "epochs": len(self.history),
+            "status": "unfinished" if self.status == "running" else self.status,
+            "reason": self.reason,
+            "repeated_epochs": self.repeated,
+            "seconds": round(sum(row["seconds"] for row in self.history), 3),
+            "stages": self.stages,
+        }
+
+
+def _read_trial(uri: str) -> Trial:
+    """A trial's record; raises UserError where it is damaged, or of a format to come."""
+    name, remedy = storage.shown(uri), "delete it: the search runs that trial again"
+    tree = formats.read_json(storage.read_bytes(uri), name, remedy)
+    with formats.damage(name, remedy):
+        trial = Trial(**tree)
+        if trial.status not in STATUSES or not all(row["epoch"] for row in trial.history):
+            raise ValueError(trial.status)
+    return replace(trial, parameters={field_name(n): value for n, value in trial.parameters.items()})
+
+
+class Ledger:
+    """The records of a search, in its folder: `trials/0000.json` and so on, one writer."""
+
+    def __init__(self, uri: str) -> None:
+        """Reads what an earlier attempt left in the search's folder `uri`."""
+        self._uri = uri
+        with ThreadPoolExecutor(16) as pool:
+            found = sorted(
+                pool.map(_read_trial, storage.list_files(storage.join(uri, "trials"))), key=lambda trial: trial.number
+            )
+        self.trials: dict[int, Trial] = {trial.number: trial for trial in found}
+
+    @staticmethod
+    def read(uri: str, number: int) -> Trial:
+        """The record of trial `number` in the search's folder `uri`."""
+        return _read_trial(Ledger._file(uri, number))
+
+    @staticmethod
+    def _file(uri: str, number: int) -> str:
+        return storage.join(uri, f"trials/{number:04d}.json")
+
+    def save(self, trial: Trial) -> None:
+        """Keep a record, new or changed."""
+        self.trials[trial.number] = trial
+        content = json.dumps(formats.stamp(asdict(trial)), indent=1)
+        storage.write_bytes(self._file(self._uri, trial.number), content.encode())
+
+    def unfinished(self) -> list[Trial]:
+        """Those that an earlier attempt began and did not end."""
+        return [trial for trial in self.trials.values() if trial.status == "running"]
+
+
+def rungs(grace: int, reduction: int, epochs: int) -> list[int]:
+    """Epochs after which trials are compared: `grace`, and each next `reduction` times the last, short of the end."""
+    found = []
+    rung = grace
+    while rung < epochs:
+        found.append(rung)
+        rung *= reduction
+    return found
+
+
+def is_stopped(value: float | None, others: Iterable[float | None], reduction: int) -> bool:
+    """Whether a trial ends at a rung: it does unless it is among the best 1/`reduction` that have come so far.
+
+    Trials are compared as they come, none waits for another: asynchronous successive halving (Li et al., *A System for
+    Massively Parallel Hyperparameter Tuning*, MLSys 2020), in the variant that stops trials in place of pausing them.
+
+    Args:
+        value: the trial's; None, where nothing was scored, never ends one.
+        others: of the trials that came to this rung before.
+        reduction: of `n` trials, this one included, the best n / reduction (at least one) go on.
+    """
+    if value is None:
+        return False
+    known = [other for other in others if other is not None]
+    better = sum(other >= value for other in known)
+    return better >= max(1, (len(known) + 1) // reduction)
+
+
+def stop_reason(search: Search, trials: Iterable[Trial], trial: Trial) -> str:
+    """Why ASHA ends a trial now that an epoch was added; empty where it goes on."""
+    epoch = len(trial.history)
+    if epoch not in rungs(search.grace, search.reduction, trial.epochs):
+        return ""
+    others = [
+        other.value(search.objective, epoch)
+        for other in trials
+        if other.number != trial.number and len(other.history) >= epoch
+    ]
+    if not is_stopped(trial.value(search.objective, epoch), others, search.reduction):
+        return ""
+    return f"not among the best 1/{search.reduction} of {len(others) + 1} trials after epoch {epoch}"
+
+
+def suggest(search: Search, trials: Sequence[Trial]) -> Parameters:
+    """The next trial's values, from the records of all before it.
+
+    Args:
+        search: its recipe's seed is the searcher's, too.
+        trials: every trial so far, running ones too; the new one's number is their count.
+    """
+    number, seed = len(trials), search.recipe.seed
+    if search.searcher == "grid":
+        return search.space.grid()[number]
+    if search.searcher == "random":
+        return search.space.draw(seed, number)
+    own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    return _suggest_tpe(search.space, trials, search.objective, own)
+
+
+def _suggest_tpe(space: Space, trials: Sequence[Trial], objective: str, seed: int) -> Parameters:
+    """By a tree-structured Parzen estimator over all fields jointly; the first ten are random."""
+    import warnings
+
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    axes: dict[str, optuna.distributions.BaseDistribution] = {}
+    for r in space.ranges:
+        low, high = r.values[0], r.values[-1]
+        if r.kind == "randint":
+            axes[r.name] = optuna.distributions.IntDistribution(int(low), int(high))
+        elif r.listed:
+            axes[r.name] = optuna.distributions.CategoricalDistribution(r.listed)
+        else:
+            axes[r.name] = optuna.distributions.FloatDistribution(low, high, log=r.log)
+    states = {
+        "finished": optuna.trial.TrialState.COMPLETE,
+        "stopped": optuna.trial.TrialState.PRUNED,
+        "failed": optuna.trial.TrialState.FAIL,
+        "running": optuna.trial.TrialState.RUNNING,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        # Running trials count as bad ones, so that those side by side differ.
+        sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed)
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        for trial in trials:
+            value = trial.value(objective)
+            values = {epoch: trial.value(objective, epoch) for epoch in range(1, len(trial.history) + 1)}
+            state = states[trial.status]
+            if trial.status == "finished" and value is None:
+                state = optuna.trial.TrialState.FAIL
+            study.add_trial(
+                optuna.trial.create_trial(
+                    state=state,
+                    value=value if state == optuna.trial.TrialState.COMPLETE else None,
+                    params=trial.parameters,
+                    distributions=axes,
+                    intermediate_values={epoch: v for epoch, v in values.items() if v is not None},
+                )
+            )
+        asked: Mapping[str, Any] = study.ask(axes).params
+    return dict(asked)
+
+
+def best(trials: Iterable[Trial], objective: str) -> Trial | None:
+    """The winner: of the trials that were trained to their end, or of all, where there are none."""
+    scored = [trial for trial in trials if trial.status != "failed" and trial.value(objective) is not None]
+    ended = [trial for trial in scored if trial.status == "finished"]
+
+    def value(trial: Trial) -> float:
+        return trial.value(objective) or 0.0
+
+    return max(ended or scored, key=value, default=None)
+
+
+def rank_correlation(trials: Iterable[Trial], epoch: int | None = None) -> tuple[float | None, int]:
+    """Spearman's correlation of `label_free` with mIoU, and over how many trials.
+
+    Args:
+        trials: failed ones are left out.
+        epoch: compare all after this epoch; None: finished trials after their last.
+    """
+    from scipy.stats import spearmanr
+
+    rows = [
+        trial.history[-1 if epoch is None else epoch - 1]
+        for trial in trials
+        if (trial.status == "finished" if epoch is None else len(trial.history) >= epoch)
+    ]
+    pairs = [
+        (r["label_free"], r["mean_iou"]) for r in rows if r.get("label_free") is not None and r["mean_iou"] is not None
+    ]
+    if len(pairs) < 3 or any(len(set(column)) == 1 for column in zip(*pairs, strict=True)):
+        return None, len(pairs)
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic), len(pairs)
+
+
+def write_results(search: Search, trials: Sequence[Trial], stages: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `trials.json`, `best.yaml` (where a trial has a score) and `metrics.json` into the search's folder.
+
+    Args:
+        search: what was asked.
+        trials: their records.
+        stages: of the shared stages, `seconds`, `items` and `skipped`, as a run's `metrics.json` has them.
+
+    Returns:
+        The content of `metrics.json`.
+    """
+    write = partial(_write, search.uri)
+    write("trials.json", json.dumps([trial.summary() for trial in trials], indent=1))
+    winner = best(trials, search.objective)
+    if winner:
+        value = winner.value(search.objective)
+        recipe = search_space.apply(search.recipe, winner.parameters)
+        head = (
+            f"# Trial {winner.number} of {len(trials)}: {search.objective} {value:.2f} after {len(winner.history)} of "
+            f"{winner.epochs} epochs.\n# Train it: python jobs/train.py --recipe {search.file('best.yaml')}\n"
+        )
+        write("best.yaml", head + recipe.to_yaml())
+    metrics = {
+        "preset": search.recipe.preset,
+        "objective": search.objective,
+        "best": winner.summary() if winner else None,
+        "trials": {status: sum(t.status == status for t in trials) for status in STATUSES},
+        "epochs": {"trained": sum(len(t.history) for t in trials), "asked": sum(t.epochs for t in trials)},
+        "rank_correlation": {
+            "finished": dict(zip(("spearman", "trials"), rank_correlation(trials), strict=True)),
+            "epoch 1": dict(zip(("spearman", "trials"), rank_correlation(trials, 1), strict=True)),
+        },
+        "stages": dict(stages),
+        "stages_of_single_trials": {
+            stage: count for stage in STAGES if (count := sum(t.stages.count(stage) for t in trials))
+        },
+    }
+    write("metrics.json", json.dumps(metrics, indent=1))
+    return metrics
+
+
+def _write(uri: str, name: str, text: str) -> None:
+    storage.write_bytes(storage.join(uri, name), text.encode())
+
+
+def table(search: Search, trials: Iterable[Trial]) -> list[str]:
+    """The trials as lines of text, best first, failed ones last."""
+    names = [name.rpartition(".")[2] for name in search.space.names]
+    rows = [["trial", *names, "mIoU", "label_free", "epochs", "status"]]
+    for trial in ranked(trials, search.objective):
+        values = [f"{value:.4g}" for value in trial.parameters.values()]
+        scores = ["" if v is None else f"{v:.2f}" for v in map(trial.value, OBJECTIVES)]
+        status = trial.summary()["status"] + (f": {trial.reason}" if trial.reason else "")
+        rows.append([str(trial.number), *values, *scores, str(len(trial.history)), status])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([*(cell.rjust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True)), row[-1]])
+        for row in rows
+    ]
+
+
+def ranked(trials: Iterable[Trial], objective: str) -> list[Trial]:
+    """Finished trials from best to worst, then stopped and unfinished ones likewise, then failed ones."""
+
+    def key(trial: Trial) -> tuple[int, float]:
+        value = trial.value(objective)
+        rank = {"finished": 0, "failed": 2}.get(trial.status, 1)
+        return rank, math.inf if value is None else -value
+
+    return sorted(trials, key=key)

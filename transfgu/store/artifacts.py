@@ -1,0 +1,256 @@
+"""What a run keeps where: an artefact exists once its manifest does, and the manifest is written last, in one piece.
+
+A stage may be stopped at any instant. What it wrote before counts only as far as it says so itself (complete part
+files), and what it made counts for others once `manifest.json` lies beside it. The manifest holds the recipe's fields
+that the artefact depends on, so another recipe's work is refused by naming the fields that differ.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from transfgu import formats
+from transfgu.errors import LeftOut, UserError
+from transfgu.recipe import Recipe, from_yaml, given_in, upgraded
+from transfgu.store import storage
+
+MODEL = "model.safetensors"
+"""The run's decoder, in the run's folder: of the best epoch, or of the last where no validation image is labelled."""
+SCORES = "evaluation/scores.json"
+"""What evaluation counted."""
+BESIDE = "run:"
+"""In front of `encoder.weights` in a recipe: a file in the folder that holds the recipe."""
+LAST = "last.safetensors"
+"""The decoder of the last epoch, in the training artefact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a stage reports when it is done.
+
+    Args:
+        items: inputs it worked through, images mostly; those of an earlier, interrupted attempt included.
+        left_out: inputs that could not be used.
+        details: small, JSON-ready facts for the report, such as the number of windows or the final inertia.
+    """
+
+    items: int
+    left_out: tuple[LeftOut, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A complete artefact's certificate."""
+
+    stage: str
+    digest: str
+    fields: dict[str, Any]
+    seconds: float
+    outcome: Outcome
+
+    def to_json(self) -> str:
+        """As JSON text; :meth:`from_json` reads it back."""
+        tree = {
+            "stage": self.stage,
+            "digest": self.digest,
+            "fields": self.fields,
+            "seconds": self.seconds,
+            "items": self.outcome.items,
+            "left_out": [vars(x) for x in self.outcome.left_out],
+            "details": self.outcome.details,
+        }
+        return json.dumps(formats.stamp(tree), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, name: str = "the manifest", remedy: str = "make it anew") -> "Manifest":
+        """Read what :meth:`to_json` wrote, in this version or an earlier one.
+
+        Args:
+            text: the file's content.
+            name: what an error calls the file.
+            remedy: what the user should do about a damaged one.
+
+        Raises:
+            UserError: the text is no manifest, or one of a format to come.
+        """
+        tree = formats.read_json(text, name, remedy)
+        with formats.damage(name, remedy):
+            outcome = Outcome(
+                items=int(tree["items"]),
+                left_out=tuple(LeftOut(**x) for x in tree["left_out"]),
+                details=dict(tree["details"]),
+            )
+            return cls(
+                stage=str(tree["stage"]),
+                digest=str(tree["digest"]),
+                fields=dict(tree["fields"]),
+                seconds=float(tree["seconds"]),
+                outcome=outcome,
+            )
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The folder of one stage's results within a run."""
+
+    stage: str
+    uri: str
+
+    def file(self, name: str) -> str:
+        """URI of a file of this artefact."""
+        return storage.join(self.uri, name)
+
+    def manifest(self) -> Manifest | None:
+        """The certificate, or None while the artefact is not complete."""
+        uri = self.file("manifest.json")
+        text = storage.read_bytes_or_none(uri)
+        return None if text is None else Manifest.from_json(text, storage.shown(uri), self._remedy)
+
+    @property
+    def _remedy(self) -> str:
+        return f"delete the folder {storage.shown(self.uri)}, and the same command makes it anew"
+
+    def check(self, recipe: Recipe) -> bool:
+        """Whether the artefact is complete; False where there is nothing yet, or an interrupted attempt of `recipe`.
+
+        Raises:
+            UserError: it holds what another recipe made, if only in part; the message names the fields that differ.
+        """
+        manifest = self.manifest()
+        held = manifest.fields if manifest else self._claimed()
+        wanted = recipe.stage_fields(self.stage)
+        if held is not None:
+            held = {n: value for n, value in upgraded(held).items() if n in held or n in wanted}
+        if held is not None and held != wanted:
+            differing = [
+                f"{n} ({_shown(held.get(n))} there, {_shown(wanted.get(n))} asked)"
+                for n in dict.fromkeys([*held, *wanted])
+                if held.get(n) != wanted.get(n)
+            ]
+            raise UserError(
+                f"{self.uri} holds another recipe's work, differing in {', '.join(differing)}: "
+                "choose another --run, or delete that folder"
+            )
+        return manifest is not None
+
+    def _claimed(self) -> dict[str, Any] | None:
+        """The fields that an attempt began with, or None where there was none."""
+        uri = self.file("fields.json")
+        text = storage.read_bytes_or_none(uri)
+        return None if text is None else formats.read_json(text, storage.shown(uri), self._remedy)
+
+    def begin(self, recipe: Recipe) -> None:
+        """Claim the folder for `recipe`, before the first part is written."""
+        fields = formats.stamp(recipe.stage_fields(self.stage))
+        storage.write_bytes(self.file("fields.json"), json.dumps(fields, indent=1).encode())
+
+    def commit(self, recipe: Recipe, outcome: Outcome, started: float) -> Manifest:
+        """Declare the artefact complete; `started` is the attempt's start by :func:`time.monotonic`."""
+        manifest = Manifest(
+            stage=self.stage,
+            digest=recipe.digest(self.stage),
+            fields=recipe.stage_fields(self.stage),
+            seconds=round(time.monotonic() - started, 3),
+            outcome=outcome,
+        )
+        storage.write_bytes(self.file("manifest.json"), manifest.to_json().encode())
+        return manifest
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None or value == "" else str(value)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, on any storage.
+
+    It holds `recipe.yaml`, one folder a stage, `model.safetensors`, `metrics.json`, `report.html`, and `ray/`:
+    Ray's own state, which evaluation, prediction and `Segmenter` never read.
+    """
+
+    uri: str
+
+    def recipe(self) -> Recipe:
+        """Read the recipe of the run, or of a model's folder; weights beside it get their URI.
+
+        Raises:
+            UserError: the folder holds no recipe, a damaged one, or one of a format to come.
+        """
+        uri = self.file("recipe.yaml")
+        text = storage.read_bytes_or_none(uri)
+        if text is None:
+            raise UserError(
+                f"{storage.shown(self.uri)} is no run's folder, as it holds no recipe.yaml: "
+                "give what --run named in training"
+            )
+        recipe = from_yaml(text, storage.shown(uri), resolved=True)
+        if recipe.encoder.weights.startswith(BESIDE):
+            recipe = recipe.with_fields({"encoder.weights": self.file(recipe.encoder.weights.removeprefix(BESIDE))})
+        return recipe
+
+    def continued(self, asked: Recipe) -> Recipe:
+        """Return `asked` with the run's own value in each field that its user gave neither then nor now.
+
+        A preset may have changed since the run was made; its values then still hold for that run.
+
+        Args:
+            asked: the recipe of a command that goes on with the run.
+
+        Raises:
+            UserError: the run's recipe is damaged, or of a format to come.
+        """
+        uri = self.file("recipe.yaml")
+        text = storage.read_bytes_or_none(uri)
+        if text is None:
+            return asked
+        held = from_yaml(text, storage.shown(uri), resolved=True)
+        if held.preset != asked.preset:
+            return asked
+        given = asked.given() | given_in(text, storage.shown(uri))
+        kept = {n: v for n, v in held.flat().items() if n not in given and not n.startswith("compute.")}
+        return asked.with_fields(kept)
+
+    def model(self) -> str:
+        """Return the URI of the decoder that the run predicts by: other weights than its own where it scored such."""
+        return self.recipe().decoder.weights or self.file(MODEL)
+
+    def scores(self) -> dict[str, Any] | None:
+        """Read the scores of the run's evaluation, or None where it was not evaluated.
+
+        Raises:
+            UserError: the file is damaged, or of a format to come.
+        """
+        uri = self.file(SCORES)
+        text = storage.read_bytes_or_none(uri)
+        if text is None:
+            return None
+        remedy = f"delete the folder {storage.shown(self.file('evaluation'))}, and train again to count them anew"
+        scores = formats.read_json(text, storage.shown(uri), remedy)
+        with formats.damage(storage.shown(uri), remedy):
+            _ = scores["mean_iou"], scores["pixel_accuracy"], scores["iou"], scores["assignment"]
+            dict(scores.get("last", {}))
+        return scores
+
+    def history(self) -> list[dict[str, Any]]:
+        """Read the training's history: one row per epoch.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        uri = self.artifact("training").file("history.json")
+        remedy = f"delete the folder {storage.shown(self.file('training'))}, and the same command trains again"
+        data = storage.read_bytes(uri)
+        with formats.damage(storage.shown(uri), remedy):
+            rows = json.loads(data)
+            return [{**row, "epoch": int(row["epoch"])} for row in rows]
+
+    def artifact(self, stage: str) -> Artifact:
+        """The folder of a stage's results."""
+        return Artifact(stage, self.file(stage))
+
+    def file(self, name: str) -> str:
+        """URI of a file of the run."""
+        return storage.join(self.uri, name)

@@ -1,0 +1,1 @@
+"""The trainer: order, step, schedule, worker, checkpoints and trackers."""

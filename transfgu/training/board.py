@@ -1,0 +1,182 @@
+"""What workers have to say goes to a board beside the driver, which reads it twice a second and never waits for them.
+
+No torch here, nor what brings it: the board is an actor, whose process should be up in a moment.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from transfgu.runtime.progress import Progress
+
+ATTEMPTS = 5
+"""In vain, at one epoch, before a fault counts as one that trying again won't mend."""
+_WATCH_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """What the board says."""
+
+    done: int
+    total: int
+    """Steps of the whole training."""
+    notes: list[str]
+    """Lines for the user that were not read before."""
+    rows: list[dict[str, Any]]
+    """Of the history of epochs, those that were not read before."""
+    failure: str
+    is_mistake: bool
+    """Whether the failure is a user's mistake."""
+
+
+class Board:
+    """An actor: workers write on it how far they are, and what must not be tried again."""
+
+    def __init__(self, attempts: int = ATTEMPTS) -> None:
+        """`attempts` in vain at one epoch end the training."""
+        self._limit = attempts
+        self._done = self._total = 0
+        self._notes: list[str] = []
+        self._rows: list[dict[str, Any]] = []
+        self._failure = ""
+        self._is_mistake = False
+        self._last_error = "a worker died"
+        self._attempts: tuple[tuple[int, int], int] = ((-1, 0), 0)
+        self._errors: set[str] = set()
+        self._errors_before: set[str] = set()  # of the attempt before, at the same epoch
+        self._answered, self._goes_on = 0, True
+
+    def begin(self, epoch: int, workers: int) -> bool:
+        """Whether `workers` workers should go on from `epoch`; each attempt asks once."""
+        key, count = self._attempts
+        same = key == (epoch, workers)
+        count = count + 1 if same else 1
+        self._errors, self._errors_before = set(), self._errors if same else set()
+        self._attempts = ((epoch, workers), count)
+        if count > self._limit and not self._failure:
+            self._failure = f"training failed {self._limit} times in epoch {epoch + 1}, at last with {self._last_error}"
+        return not self._failure
+
+    def step(self, done: int, total: int) -> None:
+        """So many steps of the whole training are done."""
+        self._done, self._total = done, total
+
+    def note(self, text: str) -> None:
+        """A line for the user."""
+        self._notes.append(text)
+
+    def epochs(self, rows: list[dict[str, Any]]) -> None:
+        """Rows of the history, each with its `epoch`; an epoch that was begun again counts once."""
+        self._rows += [row for row in rows if row["epoch"] > len(self._rows)]
+
+    def answer(self, epoch: int, goes_on: bool) -> None:
+        """Whether training goes on after its first `epoch` epochs; once it does not, it never does again."""
+        self._answered, self._goes_on = max(self._answered, epoch), self._goes_on and goes_on
+
+    def goes_on(self, epoch: int) -> bool | None:
+        """What was answered for the first `epoch` epochs; None where that is yet to come."""
+        return self._goes_on if not self._goes_on or self._answered >= epoch else None
+
+    def fail(self, error: str, *, is_mistake: bool, may_pass: bool = False) -> None:
+        """An attempt ended in an error.
+
+        There is no other after a user's mistake, nor after an error that comes a second time at the same epoch, unless
+        it `may_pass`.
+        """
+        if is_mistake:
+            self._failure, self._is_mistake = error, True
+        elif error in self._errors_before and not may_pass:
+            epoch = self._attempts[0][0]
+            self._failure = self._failure or f"training failed twice alike in epoch {epoch + 1}, with {error}"
+        self._errors.add(error)
+        # Where one worker ran out of memory, the others fail because it is gone.
+        if not self._last_error.startswith("out of memory"):
+            self._last_error = error
+
+    def read(self, notes: int, rows: int = 0) -> Status:
+        """Everything, but for the first `notes` notes and `rows` rows."""
+        return Status(
+            done=self._done,
+            total=self._total,
+            notes=self._notes[notes:],
+            rows=self._rows[rows:],
+            failure=self._failure,
+            is_mistake=self._is_mistake,
+        )
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error comes from other processes, machines or the network, and not from what is computed."""
+    if isinstance(error, (OSError, RayError)):
+        return True
+    # What torch's collectives raise when another worker is gone, told without torch.
+    text = str(error).lower()
+    return type(error).__module__.startswith("torch.distributed") or "gloo" in text or "nccl" in text
+
+
+def put_up(attempts: int = ATTEMPTS) -> Any:
+    """A new board on the driver's own node: the handle of its actor. `attempts` in vain at one epoch are the end."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote(attempts)
+
+
+@contextmanager
+def watched(
+    board: Any,
+    progress: Progress,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    goes_on: Callable[[dict[str, Any]], bool] | None = None,
+) -> Iterator[None]:
+    """Tell `progress` and `on_epoch` what the board says while the body runs, and the board what `goes_on` says.
+
+    Args:
+        board: its handle.
+        progress: the driver's.
+        on_epoch: is told each epoch's row.
+        goes_on: is asked with each epoch's row whether training goes on. It ends where that raises, too.
+
+    Raises:
+        Exception: what `goes_on` raised.
+    """
+    ended = threading.Event()
+    raised: list[Exception] = []
+
+    def watch() -> None:
+        seen, told, done, over = 0, 0, 0, False
+        while not over:
+            over = ended.wait(_WATCH_SECONDS)  # one more look after the end
+            status: Status = ray.get(board.read.remote(seen, told))
+            seen += len(status.notes)
+            told += len(status.rows)
+            if status.done > done:
+                done = status.done
+                progress.update(done, status.total, "steps")
+            for text in status.notes:
+                progress.note(text)
+            for row in status.rows:
+                if on_epoch:
+                    on_epoch(row)
+                if goes_on:
+                    try:
+                        answer = goes_on(row)
+                    except Exception as error:  # workers wait for an answer, whatever it is
+                        raised.append(error)
+                        answer = False
+                    ray.get(board.answer.remote(row["epoch"], answer))
+
+    thread = threading.Thread(target=watch, name="training progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    if raised:
+        raise raised[0]

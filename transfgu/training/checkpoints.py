@@ -1,0 +1,92 @@
+"""A checkpoint counts if every file in it is what was written; the newest that counts is gone on from.
+
+Which one that is, is seen in the folder itself and not in Ray's own account of it, which is written later, and not in
+one piece. So a file cut short, or a driver killed between the two, costs an epoch at most, and needs nobody.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transfgu import formats
+from transfgu.store import storage
+
+HISTORY = "history.json"
+_DIGESTS = "digests.json"
+_RAYS_ACCOUNT = "checkpoint_manager_snapshot.json"
+
+
+class Found(NamedTuple):
+    """A whole checkpoint."""
+
+    uri: str
+    history: list[dict[str, Any]]
+    """One row for each epoch that is done in it."""
+
+
+def seal(folder: Path) -> None:
+    """Write down what the folder's files are, once they are all there."""
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    (folder / _DIGESTS).write_text(json.dumps(formats.stamp({"files": digests})))
+
+
+def newest(uri: str, say: Callable[[str], object] = lambda _: None) -> Found | None:
+    """The whole checkpoint with the most epochs in the folder `uri`, or None; `say` is told of damaged ones."""
+    files: dict[str, set[str]] = {}
+    for file in storage.list_files(uri):
+        folder, _, name = file.rpartition("/")
+        files.setdefault(folder, set()).add(name)
+    found = [Found(folder, _history(folder)) for folder, names in files.items() if _DIGESTS in names]
+    # Those that can't even say how far they are come first: they are told of, and passed over.
+    for checkpoint in sorted(found, key=lambda c: (not c.history, len(c.history), c.uri), reverse=True):
+        if checkpoint.history and _is_whole(checkpoint.uri):
+            return checkpoint
+        say(f"checkpoint {checkpoint.uri.rpartition('/')[2]} is damaged: going on from the one before")
+    return None
+
+
+def download(uri: str, folder: Path) -> None:
+    """Copy a checkpoint's files to a local folder."""
+    for file in storage.list_files(uri, recursive=False):
+        (folder / file.rpartition("/")[2]).write_bytes(storage.read_bytes(file))
+
+
+def mend_account(uri: str) -> None:
+    """Remove Ray's account of the checkpoints in `uri` where it was cut short or names one that is gone.
+
+    Ray would end the training over it, and does without.
+    """
+    account = storage.join(uri, _RAYS_ACCOUNT)
+    data = storage.read_bytes_or_none(account)
+    if data is None:
+        return
+    try:
+        named = [result["checkpoint_dir_name"] for result in json.loads(data)["checkpoint_results"]]
+        if all(storage.exists(storage.join(uri, name)) for name in named):
+            return
+    except (ValueError, TypeError, KeyError):
+        pass
+    storage.delete(account)
+
+
+def _history(folder: str) -> list[dict[str, Any]]:
+    try:
+        history = json.loads(storage.read_bytes_or_none(storage.join(folder, HISTORY)) or b"")
+        return history if all("epoch" in row for row in history) else []
+    except (ValueError, TypeError):
+        return []
+
+
+def _is_whole(folder: str) -> bool:
+    try:
+        tree = json.loads(storage.read_bytes(storage.join(folder, _DIGESTS)))
+        number = formats.check(tree.get(formats.KEY), f"checkpoint {storage.shown(folder)}")
+        digests = tree if number == 1 else tree["files"]
+        return all(
+            hashlib.sha256(storage.read_bytes_or_none(storage.join(folder, name)) or b"").hexdigest() == digest
+            for name, digest in digests.items()
+        )
+    except (ValueError, AttributeError, KeyError):
+        return False

@@ -1,0 +1,72 @@
+"""A few images are shown in every epoch, always the same: how their masks change is how training goes.
+
+The frozen encoder's tokens of them are kept, so a picture costs the decoder alone.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from transfgu import datasets, pictures
+from transfgu.datasets import images
+from transfgu.decoder import MaskDecoder, winners
+from transfgu.encoder import patch_grid
+from transfgu.errors import BadInput
+from transfgu.inference.tokens import PatchTokens
+from transfgu.recipe import Recipe
+from transfgu.training import tracking
+
+_IMAGES = 6
+_SIDE = 160  # px, a picture's longer side
+
+
+class Shown:
+    """The images that are shown, and what a decoder makes of them."""
+
+    def __init__(self, recipe: Recipe, rows: pa.Table, encode: PatchTokens, folder: str) -> None:
+        """Take images at even distances through `rows` (`image`, URI); their pictures go to `folder` (URI)."""
+        self._folder, self._size = folder, recipe.dataset.image_size
+        self._grid = patch_grid(self._size, encode.encoder.patch_size)
+        self._colours = datasets.classes(recipe).colours
+        count = min(_IMAGES, len(rows))
+        self._images = list(_readable(rows["image"].take([i * len(rows) // count for i in range(count)]).to_pylist()))
+        resized = [images.resize(image, self._size) for image in self._images]
+        self._tokens: Tensor | None = encode(torch.from_numpy(np.stack(resized))) if resized else None
+
+    @torch.inference_mode()
+    def paint(self, epoch: int, decoder: MaskDecoder) -> None:
+        """Write the picture of an epoch, from 1; clusters are painted in the order that the decoder has them in."""
+        if self._tokens is None:
+            return
+        decoder.eval()
+        logits = decoder(self._tokens)[0].mT.unflatten(2, self._grid)  # (B, hw, C) -> (B, C, h, w)
+        decoder.train()
+        pairs = []
+        for image, each in zip(self._images, logits, strict=True):
+            small = pictures.shrink(image, _SIDE)
+            mask = winners(each, (small.shape[0], small.shape[1])).cpu().numpy()
+            pairs.append((small, pictures.paint(mask, self._colours, max(small.shape[:2]))))
+        # Of unlike shapes the first one's decides, so that they stand in rows.
+        height, width = pairs[0][0].shape[:2]
+        fitted = [(_fitted(a, height, width), _fitted(b, height, width)) for a, b in pairs]
+        tracking.write_picture(self._folder, epoch, fitted)
+
+
+def _readable(uris: Sequence[str]) -> list[pictures.Pixels]:
+    found = []
+    for uri in uris:
+        try:
+            found.append(images.read_image(uri))
+        except BadInput:
+            continue  # training itself says so where it needs the image
+    return found
+
+
+def _fitted(picture: pictures.Pixels, height: int, width: int) -> pictures.Resized:
+    """A picture cut, or filled up in white, to a size."""
+    cut = picture[:height, :width]
+    missing = ((0, height - cut.shape[0]), (0, width - cut.shape[1]), (0, 0))
+    return np.pad(cut, missing, constant_values=255)

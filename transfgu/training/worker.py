@@ -1,0 +1,479 @@
+"""One worker's training: run, epoch, step. All that is random follows from the seed and a counter.
+
+So a state is weights, moments and counters; there is no generator's state to save, and an epoch that is begun again,
+by fewer workers or by more, sees the same images in the same views, the same permutations and the same order.
+"""
+
+import copy
+import errno
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.train
+import ray.train.torch
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int16
+from ray.train import Checkpoint
+from ray.train.collective import broadcast_from_rank_zero
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Adam
+
+from transfgu import formats
+from transfgu.datasets import ingest
+from transfgu.datasets.ingest import Order
+from transfgu.datasets.packed_maps import maps_of_planes, packed_planes, unpack_planes
+from transfgu.decoder import MaskDecoder, winners
+from transfgu.encoder import patch_grid
+from transfgu.errors import UserError, in_words
+from transfgu.inference.tokens import PatchTokens, use_cores
+from transfgu.losses import worker_count
+from transfgu.metrics import Scores, confusion_matrix, invariant_information, merit, scores
+from transfgu.recipe import Recipe
+from transfgu.runtime.failures import find_user_error
+from transfgu.store import parquet, storage
+from transfgu.training import checkpoints, schedule
+from transfgu.training.batches import Batch, Resident, Share, Source, Streamed, load, stream
+from transfgu.training.board import may_pass
+from transfgu.training.epoch_pictures import Shown
+from transfgu.training.step import StepResult, make_optimiser, training_step
+from transfgu.views import apply_views, draw_views
+
+View = Callable[[Batch, int], tuple[Tensor, Tensor]]
+"""From a batch and its epoch to patch tokens (B, hw, d) and maps (B, K, h, w) on the device."""
+
+_LOAD_BATCH = 64  # images that are encoded at a time where they are encoded once
+_TELL_SECONDS = 0.3  # between two words to the driver
+_ASK_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every worker is told."""
+
+    recipe: Recipe
+    images: str
+    """URI of the table of training images by position: `image`, `part`, `row`."""
+    validation: str
+    """URI of the table of labelled validation images (`image`, `label`); empty where there are none."""
+    checkpoints: str
+    """URI of the folder that Ray Train puts them in."""
+    board: Any
+    """Handle of the driver's `board.Board`."""
+    pictures: str = ""
+    """URI of a folder for a picture of each epoch; empty: none is wanted."""
+    unlabelled: str = ""
+    """URI of a table of images (`image`) that predictions are compared on without labels; empty: none."""
+    beside: int = 1
+    """Trainings, this one included, that share a machine's cores."""
+    asks: bool = False
+    """Whether the driver says after each epoch if training goes on."""
+
+
+@dataclass(kw_only=True)
+class State:
+    """What a checkpoint holds, as safetensors and JSON."""
+
+    student: MaskDecoder
+    optimiser: Adam
+    teacher: MaskDecoder | None = None
+    best: dict[str, Tensor] | None = None
+    """Weights of the epoch with the highest sum of mIoU and accuracy; None where none is scored yet."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One row a finished epoch."""
+
+    def save(self, folder: Path, metadata: dict[str, str]) -> None:
+        """Write it to a folder; `metadata` goes into the weight files."""
+        moments = {
+            f"{name}:{moment}": value
+            for name, parameter in self.student.named_parameters()
+            for moment, value in self.optimiser.state.get(parameter, {}).items()
+        }
+        files = {"student": self.student.state_dict(), "moments": moments, "best": self.best}
+        files["teacher"] = self.teacher.state_dict() if self.teacher else None
+        for name, tensors in files.items():
+            if tensors:
+                tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+                safetensors.torch.save_file(tensors, folder / f"{name}.safetensors", metadata)
+        (folder / checkpoints.HISTORY).write_text(json.dumps(self.history))
+        checkpoints.seal(folder)
+
+    def load(self, folder: Path, device: torch.device) -> None:
+        """Take it from a folder."""
+        tensors = {
+            file.stem: safetensors.torch.load_file(file, device=str(device)) for file in folder.glob("*.safetensors")
+        }
+        self.student.load_state_dict(tensors["student"])
+        parameters = dict(self.student.named_parameters())
+        for key, value in tensors.get("moments", {}).items():
+            name, _, moment = key.rpartition(":")
+            self.optimiser.state[parameters[name]][moment] = value
+        if "teacher" in tensors:
+            self.promote()
+            assert self.teacher
+            self.teacher.load_state_dict(tensors["teacher"])
+        self.best = tensors.get("best")
+        self.history = json.loads((folder / checkpoints.HISTORY).read_text())
+
+    def promote(self) -> None:
+        """Make the student, as it is, the teacher."""
+        self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
+
+
+def work(job: Job) -> None:
+    """What Ray Train runs on each worker, from the last checkpoint on."""
+    try:
+        may_begin, checkpoint = _begin(job)
+        if may_begin:
+            Worker(job, checkpoint).run()
+    except Exception as error:
+        mistake = find_user_error(error)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            # Trying again would fill no less.
+            mistake = UserError(f"can't write {storage.shown(job.checkpoints)}: {error.strerror or error}: make room")
+        passing = mistake is None and may_pass(error)
+        text = in_words(mistake or error)
+        ray.get(job.board.fail.remote(text, is_mistake=mistake is not None, may_pass=passing))
+        # Raised, so that workers which wait for this one are ended too; the board keeps it from being tried again.
+        if mistake is None or ray.train.get_context().get_world_size() > 1:
+            raise
+
+
+def _begin(job: Job) -> tuple[bool, str]:
+    """Ask the board, once for all workers, whether one more attempt makes sense; and the checkpoint to go on from."""
+    context = ray.train.get_context()
+    answer = None
+    if context.get_world_rank() == 0:
+        found = checkpoints.newest(job.checkpoints, job.board.note.remote)
+        if found:
+            ray.get(job.board.epochs.remote(found.history))
+        may_begin = ray.get(job.board.begin.remote(len(found.history) if found else 0, context.get_world_size()))
+        answer = (bool(may_begin), found.uri if found else "")
+    answered: tuple[bool, str] = broadcast_from_rank_zero(answer)
+    return answered
+
+
+class Worker:
+    """One worker of the training, its model and its data at hand."""
+
+    def __init__(self, job: Job, checkpoint: str) -> None:
+        """`checkpoint` is the URI of the one to go on from; empty: from the beginning."""
+        context = ray.train.get_context()
+        self.job, self.recipe = job, job.recipe
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        # A simulated cluster's GPUs are claimed, not there.
+        self.device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
+        if self.device.type == "cpu":
+            use_cores(context.get_local_world_size() * job.beside)
+        self.encode = PatchTokens(self.recipe.encoder, self.device)
+        self.state = self._restore(checkpoint)
+        self.student: nn.Module = ray.train.torch.prepare_model(self.state.student, move_to_device=self.device)
+        rows = parquet.read(job.images)
+        training = self.recipe.training
+        self.order = Order(
+            images=len(rows), passes=training.passes, batch_size=training.batch_size, seed=self.recipe.seed
+        )
+        self.source, self.view = self._source(rows)
+        self.validation = Validation(job, self.encode, self.rank, self.world) if job.validation else None
+        self.shown = Shown(self.recipe, rows, self.encode, job.pictures) if job.pictures and self.rank == 0 else None
+        self.mirror = Mirror(job, self.encode, self.rank, self.world) if job.unlabelled else None
+        self.part: int | None = None  # images the decoder takes at a time; None until memory ran out
+        self._told = 0.0
+
+    def _restore(self, checkpoint: str) -> State:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.seed)
+            decoder = MaskDecoder(
+                self.encode.encoder.width,
+                self.recipe.classes,
+                num_heads=self.encode.encoder.num_heads,
+                depth=self.recipe.decoder.depth,
+                dropout=self.recipe.decoder.dropout,
+            )
+        self.initial = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+        decoder = decoder.to(self.device)
+        training = self.recipe.training
+        state = State(student=decoder, optimiser=make_optimiser(decoder, training.lr, training.weight_decay))
+        if checkpoint:
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoints.download(checkpoint, Path(folder))
+                state.load(Path(folder), self.device)
+        return state
+
+    def _source(self, rows: pa.Table) -> tuple[Source, View]:
+        """Where batches come from, and how they become what the decoder sees."""
+        recipe, patch = self.recipe, self.encode.encoder.patch_size
+        height, width = recipe.dataset.image_size
+        share = Share(
+            order=self.order,
+            rows=rows,
+            size=recipe.dataset.training_size,
+            maps=(packed_planes(recipe.concepts.count), height // patch, width // patch),
+            rank=self.rank,
+            world=self.world,
+        )
+        view = self._random_views if recipe.training.views else self._whole_images
+        if share.bytes > recipe.compute.resident_gib * 2**30:
+            return Streamed(share, recipe.training.epochs), view
+        if recipe.training.views:
+            return Resident(share, *load(share, lambda images: images, _LOAD_BATCH)), view
+        # Seen whole, an image has the same patch tokens in every epoch.
+        return Resident(share, *load(share, self.encode, _LOAD_BATCH)), self._known_tokens
+
+    def _random_views(self, batch: Batch, epoch: int) -> tuple[Float[Tensor, "B hw d"], Float[Tensor, "B K h w"]]:
+        encoder = self.encode.encoder
+        # By slots: an image that an epoch passes twice is seen in two views.
+        views = draw_views(batch.slots.tolist(), self.recipe.dataset.training_size, seed=self.recipe.seed, epoch=epoch)
+        images, planes = batch.inputs.to(self.device), unpack_planes(batch.maps.to(self.device))
+        images, planes = apply_views(images, planes, views, encoder.patch_size, mean=encoder.mean, std=encoder.std)
+        return self.encode(images), maps_of_planes(planes)
+
+    def _whole_images(self, batch: Batch, epoch: int) -> tuple[Float[Tensor, "B hw d"], Float[Tensor, "B K h w"]]:
+        return self._known_tokens(batch._replace(inputs=self.encode(batch.inputs)), epoch)
+
+    def _known_tokens(self, batch: Batch, epoch: int) -> tuple[Float[Tensor, "B hw d"], Float[Tensor, "B K h w"]]:
+        planes = unpack_planes(batch.maps.to(self.device))
+        grid = patch_grid(self.recipe.dataset.training_size, self.encode.encoder.patch_size)
+        if planes.shape[2:] != grid:
+            planes = F.interpolate(planes, grid, mode="bilinear")
+        return batch.inputs.to(self.device), maps_of_planes(planes)
+
+    def run(self) -> None:
+        """Train what epochs are left, or as many of them as the driver wants."""
+        for epoch in range(len(self.state.history), self.recipe.training.epochs):
+            if not self._goes_on(epoch):
+                return
+            self.epoch(epoch)
+
+    def _goes_on(self, epoch: int) -> bool:
+        """The driver's word, once it has it, after `epoch` epochs; the same for all workers."""
+        if not self.job.asks or not epoch:
+            return True
+        answer = None
+        while self.rank == 0 and answer is None:
+            answer = ray.get(self.job.board.goes_on.remote(epoch))
+            if answer is None:
+                time.sleep(_ASK_SECONDS)
+        return bool(broadcast_from_rank_zero(answer))
+
+    def epoch(self, epoch: int) -> None:
+        """One epoch, its score, its checkpoint."""
+        started = time.monotonic()
+        recipe, state = self.recipe, self.state
+        plan = schedule.plan(recipe.training, epoch)
+        if plan.updates_teacher:
+            state.promote()
+            state.student.load_state_dict(self.initial)
+        # Dropout differs from worker to worker; an epoch that is begun again draws it anew.
+        torch.manual_seed(int(np.random.SeedSequence([recipe.seed, epoch, self.rank]).generate_state(1)[0]))
+        results = []
+        for index, batch in enumerate(self.source.epoch(epoch)):
+            results.append(self.step(batch, epoch, index, plan.alpha))
+            self._tell(epoch, index + 1)
+        seconds = time.monotonic() - started
+        row = {
+            "epoch": epoch + 1,
+            **{name: float(np.mean([getattr(r, name) for r in results])) for name in _LOSSES},
+            "alpha": plan.alpha if state.teacher else None,
+            "teacher_updated": plan.updates_teacher,
+            "skipped_steps": sum(r.skipped for r in results),
+            **self._score(epoch),
+            **({"label_free": self.mirror.score(state.student)} if self.mirror else {}),
+            "workers": self.world,
+            "seconds": round(seconds, 3),
+            "images_per_second": round(self.order.steps * self.order.batch / seconds, 2),
+        }
+        state.history.append(row)
+        if self.shown:
+            self.shown.paint(epoch + 1, state.student)
+        self._report(row)
+
+    def step(self, batch: Batch, epoch: int, index: int, alpha: float) -> StepResult:
+        """One step of the optimiser."""
+        training, state = self.recipe.training, self.state
+        patches, maps = self.view(batch, epoch)
+        permutation = np.random.default_rng([self.recipe.seed, epoch, index]).permutation(self.recipe.classes)
+        try:
+            result = training_step(
+                self.student,
+                state.optimiser,
+                patches,
+                maps,
+                state.teacher,
+                omega_1=training.omega_1,
+                omega_2=training.omega_2,
+                alpha=alpha,
+                permutation=permutation,
+                background_threshold=training.background_threshold if self.recipe.background else None,
+                part=self.part,
+            )
+        except FloatingPointError as error:
+            where = f"step {index + 1} of epoch {epoch + 1}"
+            raise UserError(f"in {where}, {error}: now {training.lr:g}, set --training.lr") from None
+        if result.part < len(patches):
+            self.part = result.part
+        return result
+
+    def _score(self, epoch: int) -> dict[str, float | None]:
+        """Scores on the validation images where they are due; the best weights so far are kept."""
+        training = self.recipe.training
+        due = (epoch + 1) % training.evaluate_every == 0 or epoch + 1 == training.epochs
+        if not (self.validation and due):
+            return {"mean_iou": None, "pixel_accuracy": None}
+        score = self.validation.score(self.state.student)
+        if math.isnan(score.pixel_accuracy):  # not one label could be read
+            return {"mean_iou": None, "pixel_accuracy": None}
+        best = max((merit(row) for row in self.state.history), default=-1.0)
+        row: dict[str, float | None] = {"mean_iou": score.mean_iou, "pixel_accuracy": score.pixel_accuracy}
+        if merit(row) > best:
+            weights = self.state.student.state_dict()
+            self.state.best = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        return row
+
+    def _report(self, row: dict[str, Any]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if self.rank == 0:
+                self.state.save(Path(folder), self._metadata())
+                checkpoint = Checkpoint.from_directory(folder)
+                self.job.board.note.remote(_line(row, self.recipe.training.epochs))
+                self.job.board.epochs.remote([row])
+            ray.train.report(row, checkpoint=checkpoint)
+
+    def _metadata(self) -> dict[str, str]:
+        """What a weight file says of the decoder in it."""
+        recipe, encoder = self.recipe, self.encode.encoder
+        return {
+            formats.WEIGHTS_KEY: str(formats.FORMAT),
+            "classes": str(recipe.classes),
+            "num_heads": str(encoder.num_heads),
+            "patch_size": str(encoder.patch_size),
+            "encoder": recipe.encoder.name,
+            "recipe": recipe.digest("training"),
+        }
+
+    def _tell(self, epoch: int, steps: int) -> None:
+        now = time.monotonic()
+        if self.rank == 0 and now - self._told > _TELL_SECONDS:
+            self._told = now
+            self.job.board.step.remote(epoch * self.order.steps + steps, self.recipe.training.epochs * self.order.steps)
+
+
+_LOSSES = ("total", "peer", "diversity", "uncertainty")
+
+
+def _line(row: dict[str, Any], epochs: int) -> str:
+    """An epoch's row of the history, for the user."""
+    score = ""
+    if row["mean_iou"] is not None:
+        score = f", mIoU {row['mean_iou']:.1f}, accuracy {row['pixel_accuracy']:.1f}"
+    teacher = ", new teacher" if row["teacher_updated"] else ""
+    return f"epoch {row['epoch']} of {epochs}: loss {row['total']:.3f}{score}{teacher}, {row['seconds']:.1f} s"
+
+
+class Validation:
+    """One worker's share of the validation images, scored with all workers'."""
+
+    def __init__(self, job: Job, encode: PatchTokens, rank: int, world: int) -> None:
+        self._recipe, self._encode, self._world = job.recipe, encode, world
+        rows = parquet.read(job.validation)
+        self._rows = rows.take(np.arange(rank, len(rows), world))
+        size, patch = self._recipe.dataset.image_size, encode.encoder.patch_size
+        self._grid = (size[0] // patch, size[1] // patch)
+        # The encoder is frozen: what it makes of a small set is kept.
+        image = 4 * self._grid[0] * self._grid[1] * encode.encoder.width + 2 * size[0] * size[1]
+        self._keep = len(self._rows) * image <= job.recipe.compute.resident_gib * 2**30
+        self._kept: list[tuple[Tensor, Int16[np.ndarray, "B H W"]]] | None = None
+
+    def score(self, decoder: MaskDecoder) -> Scores:
+        """The scores of the whole validation set; every worker must call it."""
+        decoder.eval()
+        classes, size = self._recipe.classes, self._recipe.dataset.image_size
+        confusion = torch.zeros(classes, classes, dtype=torch.int64)
+        for patches, labels in self._batches():
+            with torch.inference_mode():
+                logits = decoder(patches.to(self._encode.device))[0].mT.unflatten(2, self._grid)
+            for image, label in zip(logits, labels, strict=True):
+                confusion += torch.from_numpy(confusion_matrix(label, winners(image, size).cpu().numpy(), classes))
+        decoder.train()
+        confusion = confusion.to(self._encode.device)
+        if worker_count() > 1:
+            dist.all_reduce(confusion)
+        return scores(confusion.cpu().numpy())
+
+    def _batches(self) -> Iterator[tuple[Float[Tensor, "B hw d"], Int16[np.ndarray, "B H W"]]]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept = []
+        read = partial(ingest.read_labelled_rows, recipe=self._recipe)
+        for columns in stream(self._rows, read, self._recipe.evaluation.batch_size, world=self._world):
+            images, labels = ingest.usable(columns)
+            if not labels:
+                continue
+            batch = (self._encode(torch.from_numpy(images)).cpu(), np.stack(labels))
+            if self._keep:
+                kept.append(batch)
+            yield batch
+        if self._keep:
+            self._kept = kept
+
+
+class Mirror:
+    """One worker's share of images and their mirror images, on which predictions are compared without labels."""
+
+    def __init__(self, job: Job, encode: PatchTokens, rank: int, world: int) -> None:
+        self._recipe, self._encode, self._world = job.recipe, encode, world
+        rows = parquet.read(job.unlabelled)
+        self._rows = rows.take(np.arange(rank, len(rows), world))
+        self._grid = patch_grid(self._recipe.dataset.image_size, encode.encoder.patch_size)
+        image = 2 * 4 * self._grid[0] * self._grid[1] * encode.encoder.width
+        self._keep = len(self._rows) * image <= job.recipe.compute.resident_gib * 2**30
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
+
+    def score(self, decoder: MaskDecoder) -> float:
+        """See :func:`transfgu.metrics.invariant_information`; every worker must call it."""
+        classes = self._recipe.classes
+        joint = torch.zeros(classes * classes, dtype=torch.int64, device=self._encode.device)
+        decoder.eval()
+        with torch.inference_mode():
+            for pair in self._batches():
+                one, other = (
+                    decoder(patches.to(self._encode.device))[0].argmax(dim=2).unflatten(1, self._grid)
+                    for patches in pair
+                )  # (B, hw, C) -> (B, h, w)
+                joint += torch.bincount((one * classes + other.flip(2)).flatten(), minlength=classes * classes)
+        decoder.train()
+        if worker_count() > 1:
+            dist.all_reduce(joint)
+        return invariant_information(joint.reshape(classes, classes).cpu().numpy())
+
+    def _batches(self) -> Iterator[tuple[Float[Tensor, "B hw d"], Float[Tensor, "B hw d"]]]:
+        """Patch tokens of images and of their mirror images."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept = []
+        read = partial(ingest.read_plain_rows, size=self._recipe.dataset.image_size)
+        for columns in stream(self._rows, read, self._recipe.evaluation.batch_size, world=self._world):
+            images = torch.from_numpy(columns["image"][columns["good"]])
+            if not len(images):
+                continue
+            pair = (self._encode(images).cpu(), self._encode(images.flip(3)).cpu())
+            if self._keep:
+                kept.append(pair)
+            yield pair
+        if self._keep:
+            self._kept = kept
