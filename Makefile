@@ -14,7 +14,7 @@ ON_RAY := -m "ray and not long"
 # The package is imported by many short processes, and compiled for the first of them alone.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-pure coverage faults lint types docs setup clean
+.PHONY: demo test test-pure test-ray coverage faults lint types docs site hooks setup clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +30,7 @@ demo: setup  ## the embedded demonstration, from scenes to report
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
 
 types: setup
 	$(VENV)/bin/mypy
@@ -37,8 +38,10 @@ types: setup
 test-pure: setup  ## the part that needs no Ray
 	$(PY) -m pytest -q $(PURE)
 
-test: lint types test-pure  ## lint, types, and the whole suite
+test-ray: setup  ## the part that needs Ray
 	$(PY) -m pytest -q $(ON_RAY)
+
+test: lint types test-pure test-ray  ## lint, types, and the whole suite
 
 coverage: setup  ## the whole suite, which lines it runs, in Ray's workers too
 	$(PY) -m coverage erase
@@ -53,5 +56,15 @@ faults: setup  ## what takes long: machines, servers and disks that fail in mid-
 docs: setup  ## the pages that are written from the code
 	$(PY) -m transfgu.cli.reference_page docs/recipe.md
 
+site: $(VENV)/.docs  ## the documentation site, in site/; a broken link or reference is an error
+	$(VENV)/bin/mkdocs build --quiet --strict
+
+$(VENV)/.docs: $(VENV)/.installed mkdocs.yml
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]' $(EDITABLE)
+	@touch $@
+
+hooks: setup  ## lint and types before each commit
+	$(VENV)/bin/pre-commit install
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	rm -rf site $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

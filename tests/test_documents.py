@@ -6,10 +6,12 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 import transfgu
@@ -18,7 +20,10 @@ from transfgu.datasets import shapes
 from transfgu.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 TUTORIAL = ROOT / "docs" / "tutorial-images.md"
 
 
@@ -46,7 +51,7 @@ def test_the_recipes_page_is_what_the_code_says() -> None:
     assert written == reference_page.page(), "docs/recipe.md is out of date: make docs"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
@@ -59,6 +64,21 @@ def test_a_folder_of_runs_is_not_taken_for_the_package(tmp_path: Path) -> None:
     script.write_text("import transfgu; print(transfgu.__version__)")
     ended = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert ended.stdout.strip() == transfgu.__version__, ended.stderr
+
+
+def test_the_site_shows_every_page_and_loads_nothing_from_elsewhere() -> None:
+    site = (ROOT / "mkdocs.yml").read_text()
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        assert f": {page.relative_to(ROOT / 'docs')}\n" in site, f"{page.name} is missing from nav in mkdocs.yml"
+    assert "http" not in site
+    assert yaml.safe_load(site)["theme"]["font"] is False
+
+
+def test_the_version_stands_in_one_place() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert transfgu.__version__ == version, "pyproject.toml has another version than the installed package: make setup"
+    for name in ("transfgu/__init__.py", "CITATION.cff", "mkdocs.yml"):
+        assert version not in (ROOT / name).read_text()
 
 
 def test_there_are_commands_to_try() -> None:

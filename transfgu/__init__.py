@@ -1,6 +1,7 @@
 """TransFGU on Ray: semantic segmentation learned without a single label.
 
-Importing the package costs nothing: what it exports is loaded when it is first asked for, and never Ray.
+Importing the package loads nothing else: each export is loaded on first use, and none of them loads Ray. The version
+is the one in `pyproject.toml`, read from the installed package's metadata.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transfgu.segmenter import Segmenter
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = ["Segmenter", "__version__"]
 
 
@@ -17,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from transfgu.segmenter import Segmenter
 
         return Segmenter
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version(__name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

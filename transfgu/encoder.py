@@ -79,6 +79,20 @@ class Encoder(nn.Module):
     It wraps timm's `VisionTransformer` or `Eva` (rotary positions), as DINO, DINOv2 and DINOv3 have them. Images are
     (B, 3, H, W), normalised by `mean` and `std`, of any sides that `patch_size` divides. `patch_size`, `width`,
     `num_heads` and `depth` are the transformer's.
+
+    Examples:
+        The small encoder of this package (patch 8, width 96, 3 heads) on one image of 64 x 128 pixels:
+
+        >>> import torch
+        >>> from transfgu.encoder import Encoder, normalise
+        >>> encoder = Encoder.from_pretrained("vit_shapes")
+        >>> images = normalise(torch.zeros(1, 3, 64, 128, dtype=torch.uint8))
+        >>> output = encoder(images)
+        >>> output.grid, tuple(output.cls.shape), tuple(output.patches.shape), tuple(output.cls_attention.shape)
+        ((8, 16), (1, 96), (1, 128, 96), (1, 3, 128))
+        >>> concepts = torch.eye(5, encoder.width)  # as K-Means finds them: one class token each
+        >>> tuple(encoder.concept_maps(images, concepts).shape)
+        (1, 5, 8, 16)
     """
 
     def __init__(

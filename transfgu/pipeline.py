@@ -96,6 +96,22 @@ def run_stages(
 
     Raises:
         UserError: a mistake of the user's, before or while the stages run.
+
+    Examples:
+        Eight drawn scenes and one epoch; the second call finds every stage complete:
+
+        >>> from pathlib import Path
+        >>> from transfgu.artifacts import Run
+        >>> from transfgu.pipeline import run_stages
+        >>> from transfgu.recipe import preset
+        >>> recipe = preset("shapes").with_fields({"limit": 8, "epochs": 1})
+        >>> run = Run(str(Path.home() / "transfgu" / "small"))
+        >>> metrics = run_stages(recipe, run, quiet=True)
+        >>> list(metrics["stages"])
+        ['samples', 'features', 'concepts', 'pseudo_labels', 'training', 'evaluation']
+        >>> again = run_stages(recipe, run, quiet=True)
+        >>> again["mean_iou"] == metrics["mean_iou"], {stage["skipped"] for stage in again["stages"].values()}
+        (True, {True})
     """
     stages = stages_until(until)
     recipe = preflight(recipe, run)

@@ -40,10 +40,25 @@ _ENCODER = "encoder.safetensors"
 
 
 class Segmenter(ModelHubMixin):
-    """Images to class indices. Made by :meth:`load`; runs on the device that it was loaded to.
+    """Images to class indices. Made by `load`; runs on the device that it was loaded to.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's: what they write and read is this
     model's folder, on a disk or on the Hub.
+
+    Examples:
+        The run of `make demo`, on a scene that it was not trained on:
+
+        >>> from pathlib import Path
+        >>> from transfgu import Segmenter
+        >>> from transfgu.datasets.shapes import scene
+        >>> segmenter = Segmenter.load(Path.home() / "transfgu" / "shapes")
+        >>> image, label = scene(seed=7, split="val", index=0)
+        >>> segmenter.predict(image).shape  # class indices, (H, W)
+        (128, 128)
+        >>> segmenter.predict(image, probabilities=True).shape  # (C, H, W)
+        (10, 128, 128)
+        >>> segmenter.classes[:3]
+        ('target', 'quilt', 'pennant')
     """
 
     recipe: Recipe
@@ -51,7 +66,7 @@ class Segmenter(ModelHubMixin):
     scores: Mapping[str, Any] | None
     """What the run scored, as its `evaluation/scores.json` has it; None where it was not evaluated."""
     classes: tuple[str, ...]
-    """A name for each index that :meth:`predict` returns.
+    """A name for each index that `predict` returns.
 
     Where the run had labels, clusters were matched to classes one to one (Hungarian matching, as evaluation does), and
     these are the classes' names. Without labels it is the index itself, ``concept 7``, and ``background`` for 0 where
@@ -73,7 +88,7 @@ class Segmenter(ModelHubMixin):
             encode: the frozen encoder, on its device.
             decoder: the mask decoder, on the same.
             recipe: of the run: the images' size, the classes.
-            scores: see :attr:`scores`.
+            scores: see `scores`.
         """
         self.encode = encode
         self.decoder = decoder
@@ -132,7 +147,7 @@ class Segmenter(ModelHubMixin):
                 the largest.
 
         Returns:
-            (H, W) indices into :attr:`classes`, or (C, H, W) float32 that add up to 1 at each pixel; for a list, one
+            (H, W) indices into `classes`, or (C, H, W) float32 that add up to 1 at each pixel; for a list, one
             such array for each image.
 
         Raises:
@@ -153,7 +168,7 @@ class Segmenter(ModelHubMixin):
     def predict_resized(
         self, resized: UInt8[np.ndarray, "n 3 h w"], sizes: Sequence[tuple[int, int]]
     ) -> Iterator[Classes]:
-        """As :meth:`predict`, of images that are brought to the recipe's size already.
+        """As `predict`, of images that are brought to the recipe's size already.
 
         Args:
             resized: the images.
@@ -186,7 +201,7 @@ class Segmenter(ModelHubMixin):
         return maps
 
     def export_onnx(self, folder: str | Path, *, size: tuple[int, int] | None = None) -> tuple[Path, Path]:
-        """Write `encoder.onnx` and `decoder.onnx` into a local folder; see :mod:`transfgu.sharing.onnx_export`.
+        """Write `encoder.onnx` and `decoder.onnx` into a local folder; see `transfgu.sharing.onnx_export`.
 
         Raises:
             UserError: the package onnx is not installed, or the encoder's patch does not divide `size`.

@@ -74,6 +74,18 @@ def kmeans(features: Any, k: int, *, iterations: int = 100, seed: int = 0, worke
         UserError: features of another form, values that are not finite, or more clusters than features.
 
     Source: TransFGU, section 3.1.
+
+    Examples:
+        Two pairs of points, each pair around its mean:
+
+        >>> import numpy as np
+        >>> from transfgu.stages.concepts import kmeans
+        >>> points = np.array([[0, 0], [0, 2], [10, 0], [10, 4]], dtype=np.float32)
+        >>> found = kmeans(points, 2)
+        >>> sorted(found.centroids.tolist())
+        [[0.0, 1.0], [10.0, 2.0]]
+        >>> found.counts.tolist(), found.inertia  # inertia: 1 + 1 + 4 + 4
+        ([2, 2], 10.0)
     """
     with shards(features, workers) as spread:
         return cluster(spread, k, iterations=iterations, seed=seed)
@@ -81,7 +93,7 @@ def kmeans(features: Any, k: int, *, iterations: int = 100, seed: int = 0, worke
 
 @contextlib.contextmanager
 def shards(features: Any, workers: int) -> Iterator[Shards]:
-    """Features as shards, in memory and ready; arguments and errors are those of :func:`kmeans`."""
+    """Features as shards, in memory and ready; arguments and errors are those of `kmeans`."""
     if workers < 1:
         raise UserError(f"workers must be positive, not {workers}")
     if _is_dataset(features):

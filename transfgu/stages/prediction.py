@@ -77,11 +77,44 @@ class Prediction:
 
 
 def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, verbose: bool = False) -> Prediction:
-    """Make the masks that `job.out` lacks; an image that can't be used is named, and ends nothing.
+    """Write the masks that `job.out` lacks. An image that can't be used is left out and named in the result.
+
+    Args:
+        job: the run, the images, and the folder to fill.
+        compute: actors, CPUs and GPUs to use.
+        progress: reports how many images are done.
+        verbose: let Ray's messages through.
+
+    Returns:
+        How many masks were there, how many were made now, and which images were left out. `summary.json` in `job.out`
+        holds the same.
 
     Raises:
         UserError: before Ray starts: no model, no images, a folder that can't be written or holds another model's
             masks, images and masks in one place.
+
+    Examples:
+        Masks of two scenes, by the run of `make demo`; the second call finds both:
+
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from transfgu.datasets.shapes import scene
+        >>> from transfgu.progress import Progress
+        >>> from transfgu.recipe import ComputeRecipe
+        >>> from transfgu.stages.prediction import PredictionJob, predict
+        >>> home = Path.home()
+        >>> (home / "scenes").mkdir()
+        >>> for index in range(2):
+        ...     image, label = scene(seed=7, split="val", index=index)
+        ...     Image.fromarray(image).save(home / "scenes" / f"{index}.png")
+        >>> run = home / "transfgu" / "shapes"
+        >>> job = PredictionJob(run=str(run), images=str(home / "scenes"), out=str(home / "masks"))
+        >>> predict(job, ComputeRecipe(), Progress("prediction", quiet=True))
+        Prediction(images=2, found=0, made=2, left_out=())
+        >>> predict(job, ComputeRecipe(), Progress("prediction", quiet=True)).found
+        2
+        >>> sorted(path.name for path in (home / "masks" / "masks").iterdir())
+        ['0.png', '1.png']
     """
     names = preflight(job)
     # What costs seconds to import, only now.
