@@ -16,7 +16,7 @@ from PIL import Image
 
 import transfgu
 from tests.made_run import SIDE, MadeRun, make_run
-from transfgu import segmenter
+from transfgu import decoder
 from transfgu.datasets import images
 from transfgu.decoder import MaskDecoder, winners
 from transfgu.encoder import Encoder, normalise
@@ -149,7 +149,7 @@ def test_concepts_are_numbered_as_they_stand_in_a_mask(labelled: MadeRun) -> Non
 
 
 def test_winners_of_a_large_image_are_those_of_all_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segmenter, "_NUMBERS", 3 * 210 * 210 + 1)  # three clusters at a time
+    monkeypatch.setattr(decoder, "_NUMBERS", 3 * 210 * 210 + 1)  # three clusters at a time
     logits = torch.randn(5, 4, 6)
     size = (210, 210)
     everything = F.interpolate(logits[None], size, mode="bilinear")[0]

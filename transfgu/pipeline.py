@@ -101,7 +101,7 @@ def run_stages(
         Eight drawn scenes and one epoch; the second call finds every stage complete:
 
         >>> from pathlib import Path
-        >>> from transfgu.artifacts import Run
+        >>> from transfgu.store.artifacts import Run
         >>> from transfgu.pipeline import run_stages
         >>> from transfgu.recipe import preset
         >>> recipe = preset("shapes").with_fields({"limit": 8, "epochs": 1})

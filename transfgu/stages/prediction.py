@@ -99,7 +99,7 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
         >>> from pathlib import Path
         >>> from PIL import Image
         >>> from transfgu.datasets.shapes import scene
-        >>> from transfgu.progress import Progress
+        >>> from transfgu.runtime.progress import Progress
         >>> from transfgu.recipe import ComputeRecipe
         >>> from transfgu.stages.prediction import PredictionJob, predict
         >>> home = Path.home()
