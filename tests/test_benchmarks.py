@@ -49,6 +49,10 @@ def test_operations_of_a_forward_are_those_of_the_formula(bare: Bare) -> None:
     assert bare.about()["matmul_flops"] > 1e8
 
 
+def test_counting_is_timed(bare: Bare) -> None:
+    assert bare.counting(2) > 1
+
+
 def test_maps_are_timed_beside_a_forward_and_the_published_way(bare: Bare) -> None:
     found = bare.concept_maps(2, unfused=True)
     assert found.flops == found.items * forward_operations(SIDE)

@@ -1,11 +1,22 @@
 """Scores by hand on matrices small enough to add up in one's head, and what no renaming may change."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transfgu.metrics import confusion_matrix, invariant_information, match_clusters, merit, scores
+from transfgu.metrics import (
+    _confusion_on_device,
+    batch_confusion,
+    confusion_matrix,
+    invariant_information,
+    match_clusters,
+    merit,
+    scores,
+)
 
 
 def test_confusion_matrix_by_hand() -> None:
@@ -37,6 +48,57 @@ def test_bad_predictions_are_refused() -> None:
         confusion_matrix([0, 1], [0, 2], 2)
     with pytest.raises(ValueError, match="do not fit 2 clusters"):
         confusion_matrix([0, 1], [0, -1], 2)
+
+
+def on_device(
+    labels: np.ndarray, predictions: np.ndarray, num_classes: int, num_clusters: int | None = None
+) -> np.ndarray:
+    """What a GPU would count, here on the CPU."""
+    tensors = torch.from_numpy(labels), torch.from_numpy(predictions)
+    counted: np.ndarray = _confusion_on_device(*tensors, num_classes, num_clusters or num_classes).numpy()
+    return counted
+
+
+def test_a_batch_by_hand() -> None:
+    """Two images, each a row of pixels: runs go on from one to the next, and end at the last pixel."""
+    labels = np.array([[0, 0, 1, 1], [1, 1, -1, 2]], np.int16)
+    predictions = np.array([[2, 2, 2, 1], [1, 0, 0, 2]], np.uint8)
+    expected = [[0, 0, 2], [1, 2, 1], [0, 0, 1]]
+    array = batch_confusion(labels, predictions, 3)
+    tensor = batch_confusion(torch.from_numpy(labels), torch.from_numpy(predictions), 3)
+    assert array.dtype == np.int64
+    assert tensor.dtype == torch.int64
+    assert array.tolist() == tensor.tolist() == on_device(labels, predictions, 3).tolist() == expected
+    assert batch_confusion(labels[:0], predictions[:0], 3).tolist() == np.zeros((3, 3)).tolist()
+    assert on_device(labels[:0], predictions[:0], 3).tolist() == np.zeros((3, 3)).tolist()
+
+
+@pytest.mark.parametrize("count", [batch_confusion, on_device])
+def test_a_batch_with_bad_predictions_is_refused(count: Callable[..., np.ndarray]) -> None:
+    labels = np.array([[0, -1], [1, 1]])
+    with pytest.raises(ValueError, match=r"labels \(2, 2\) and predictions \(2, 1\) differ"):
+        count(labels, labels[:, :1], 2)
+    for bad in (-1, 2):
+        assert count(labels, np.array([[0, bad], [0, 1]]), 2).tolist() == [[1, 0], [1, 1]]  # not labelled there
+        predictions = np.array([[0, 0], [bad, 1]])
+        with pytest.raises(ValueError, match=f"from {min(0, bad)} to {max(1, bad)} do not fit 2 clusters"):
+            count(labels, predictions, 2)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 1000), side=st.integers(1, 9), zoom=st.integers(1, 5), clusters=st.integers(1, 300))
+def test_a_batch_is_the_sum_of_its_images(seed: int, side: int, zoom: int, clusters: int) -> None:
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(-1, 5, (3, side, side)).astype(np.int16).repeat(zoom, 2)
+    predictions = draw.integers(0, clusters, (3, side, side * zoom))
+    expected = np.zeros((4, clusters), np.int64)
+    for true, predicted in zip(labels.ravel().tolist(), predictions.ravel().tolist(), strict=True):
+        if 0 <= true < 4:
+            expected[true, predicted] += 1
+    np.testing.assert_array_equal(batch_confusion(labels, predictions, 4, clusters), expected)
+    np.testing.assert_array_equal(on_device(labels, predictions, 4, clusters), expected)
+    one_by_one = sum(confusion_matrix(x, y, 4, clusters) for x, y in zip(labels, predictions, strict=True))
+    np.testing.assert_array_equal(one_by_one, expected)
 
 
 def test_scores_by_hand() -> None:

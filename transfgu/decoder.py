@@ -139,3 +139,8 @@ def winners(logits: Float[Tensor, "clusters h w"], size: tuple[int, int]) -> Int
         winner = torch.where(better, index + start, winner)
         best = torch.where(better, value, best)
     return winner
+
+
+def all_winners(logits: Float[Tensor, "B clusters h w"], size: tuple[int, int]) -> Int[Tensor, "B H W"]:
+    """Return :func:`winners` of each image, on the device that holds the logits."""
+    return torch.stack([winners(image, size) for image in logits])

@@ -27,6 +27,7 @@ def test_stages_are_timed_beside_their_bounds(tmp_path: Path, ray_cluster: None)
     assert windows == round(windows) > 0
     assert features.bound_is == f"bare forwards: {windows:g} of 32 x 32, 3 of 128 x 128"
     assert scoring.bound_is == "bare forwards: 3 of 512 x 512"
+    assert scoring.details["counting [images/s]"] > 1
     assert scoring.ratio > 0.5  # the forwards of a batch are in it
     for timing in found.timings:
         assert timing.seconds > 0

@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from transfgu.decoder import MaskDecoder
+from transfgu.decoder import MaskDecoder, all_winners
 from transfgu.encoder import patch_grid
 from transfgu.inference.frozen_encoder import FrozenEncoder
 from transfgu.inference.tokens import PatchTokens, use_cores
 from transfgu.kmeans import Shard, cluster, cores, gpu_index, sample_rows
+from transfgu.metrics import batch_confusion
 from transfgu.planning.measurements import Timing, in_turns
 from transfgu.recipe import Recipe, Size
 from transfgu.training.step import make_optimiser, training_step
@@ -116,6 +117,20 @@ class Bare:
     def _bare_forward(self, batch: Float[Tensor, "B 3 H W"]) -> None:
         with self._frozen.precision():
             self._frozen.encoder.vit.forward_features(batch)
+
+    def counting(self, images: int) -> float:
+        """Images a second, all counted into one confusion matrix, from logits and labels that lie on the device."""
+        self._use_cores()
+        size, classes = self.recipe.dataset.image_size, self.recipe.classes
+        grid = patch_grid(size, self._frozen.encoder.patch_size)
+        logits = torch.randn(images, classes, *grid, device=self.device)
+        labels = all_winners(logits.roll(1, 0), size)
+
+        def count() -> None:
+            batch_confusion(labels, all_winners(logits, size), classes)
+
+        count()
+        return images / self._seconds(count)
 
     def concept_maps(self, repeats: int, *, unfused: bool = False) -> Timing:
         """Maps of all concepts beside a bare forward of the same batch.

@@ -311,7 +311,9 @@ class _Bench:
             evaluation.evaluate(how, {"model": weights}, rows, clock, on_ray=True)
             return (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
 
-        return self._beside_forwards("evaluation", "Count", ours, lambda: {how.dataset.image_size: self._images})
+        timing = self._beside_forwards("evaluation", "Count", ours, lambda: {how.dataset.image_size: self._images})
+        counting: float = ray.get(self.bare.counting.remote(self._images))
+        return replace(timing, details={"counting [images/s]": counting})
 
     def _tables(self, size: Size) -> list[pa.Table]:
         """Parts: the warming images one by one, those that count, as the stage parts images of `size`, and more."""

@@ -16,7 +16,6 @@ import numpy as np
 
 from transfgu import formats
 from transfgu.errors import UserError
-from transfgu.metrics import merit
 from transfgu.recipe import STAGES, Recipe, field_name
 from transfgu.search import space as search_space
 from transfgu.search.space import Parameters, Space
@@ -139,12 +138,12 @@ class Trial:
         rows = [row for row in self.history[:epochs] if row.get(objective) is not None]
         if not rows:
             return None
-        chosen = max(rows, key=merit) if objective == "mean_iou" else rows[-1]
+        chosen = max(rows, key=_merit) if objective == "mean_iou" else rows[-1]
         return float(chosen[objective])
 
     def summary(self) -> dict[str, Any]:
         """Its row of `trials.json`."""
-        best = max((row for row in self.history if row["mean_iou"] is not None), key=merit, default=None)
+        best = max((row for row in self.history if row["mean_iou"] is not None), key=_merit, default=None)
         last = self.history[-1] if self.history else {}
         return {
             "number": self.number,
@@ -413,3 +412,9 @@ def ranked(trials: Iterable[Trial], objective: str) -> list[Trial]:
         return rank, math.inf if value is None else -value
 
     return sorted(trials, key=key)
+
+
+def _merit(row: Mapping[str, Any]) -> float:
+    from transfgu.metrics import merit  # it imports torch, which takes seconds: a command line is parsed without
+
+    return merit(row)

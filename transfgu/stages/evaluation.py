@@ -15,15 +15,16 @@ import pyarrow as pa
 import ray
 import safetensors.numpy
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int, Int16
 from ray.data import DataContext, Dataset
+from torch import Tensor
 
 from transfgu import formats
 from transfgu.datasets import ingest
-from transfgu.decoder import MaskDecoder, winners
+from transfgu.decoder import MaskDecoder, all_winners
 from transfgu.errors import LeftOut, UserError
 from transfgu.inference.tokens import PatchTokens, use_cores
-from transfgu.metrics import Scores, confusion_matrix, scores
+from transfgu.metrics import Scores, batch_confusion, scores
 from transfgu.recipe import Recipe
 from transfgu.runtime import bottleneck, cluster, parts
 from transfgu.runtime.progress import Progress
@@ -204,9 +205,9 @@ class Count:
             patches = self._encode(torch.from_numpy(images))
             for confusion, decoder in zip(confusions[0], self._decoders, strict=True):
                 logits = decoder(patches)[0].mT.unflatten(2, self._grid)  # (B, hw, C) -> (B, C, h, w)
-                for image, label in zip(logits, labels, strict=True):
-                    predicted = winners(image, (label.shape[0], label.shape[1])).cpu().numpy()
-                    confusion += confusion_matrix(label, predicted, classes)
+                for batch_logits, batch_labels in self._same_size(logits, labels):
+                    predicted = all_winners(batch_logits, (batch_labels.shape[1], batch_labels.shape[2]))
+                    confusion += batch_confusion(batch_labels, predicted, classes).cpu().numpy()
         left_out = [
             {"name": name, "reason": reason}
             for name, reason in zip(batch["name"], batch["reason"], strict=True)
@@ -217,6 +218,16 @@ class Count:
             "images": np.array([len(labels)]),
             "left_out": np.array([json.dumps(left_out)], object),
         }
+
+    def _same_size(
+        self, logits: Float[Tensor, "B C h w"], labels: list[Int16[np.ndarray, "_ _"]]
+    ) -> Iterator[tuple[Float[Tensor, "b C h w"], Int16[Tensor, "b H W"]]]:
+        """Logits and labels of images that are counted together, on the device."""
+        # Labels at their own resolution differ in size, and may be large: one at a time.
+        at_once = 1 if self._recipe.evaluation.protocol == "label" else len(labels)
+        for start in range(0, len(labels), at_once):
+            some = torch.from_numpy(np.stack(labels[start : start + at_once]))
+            yield logits[start : start + at_once], some.to(self._device)
 
 
 def load_decoder(uri: str, num_heads: int) -> MaskDecoder:

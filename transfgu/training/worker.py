@@ -35,12 +35,12 @@ from transfgu import formats
 from transfgu.datasets import ingest
 from transfgu.datasets.ingest import Order
 from transfgu.datasets.packed_maps import maps_of_planes, packed_planes, unpack_planes
-from transfgu.decoder import MaskDecoder, winners
+from transfgu.decoder import MaskDecoder, all_winners
 from transfgu.encoder import patch_grid
 from transfgu.errors import UserError, in_words
 from transfgu.inference.tokens import PatchTokens, use_cores
 from transfgu.losses import worker_count
-from transfgu.metrics import Scores, confusion_matrix, invariant_information, merit, scores
+from transfgu.metrics import Scores, batch_confusion, invariant_information, merit, scores
 from transfgu.recipe import Recipe
 from transfgu.runtime.failures import find_user_error
 from transfgu.store import parquet, storage
@@ -395,25 +395,24 @@ class Validation:
         # The encoder is frozen: what it makes of a small set is kept.
         image = 4 * self._grid[0] * self._grid[1] * encode.encoder.width + 2 * size[0] * size[1]
         self._keep = len(self._rows) * image <= job.recipe.compute.resident_gib * 2**30
-        self._kept: list[tuple[Tensor, Int16[np.ndarray, "B H W"]]] | None = None
+        self._kept: list[tuple[Tensor, Int16[Tensor, "B H W"]]] | None = None
 
     def score(self, decoder: MaskDecoder) -> Scores:
         """The scores of the whole validation set; every worker must call it."""
         decoder.eval()
         classes, size = self._recipe.classes, self._recipe.dataset.image_size
-        confusion = torch.zeros(classes, classes, dtype=torch.int64)
+        confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self._encode.device)
         for patches, labels in self._batches():
             with torch.inference_mode():
                 logits = decoder(patches.to(self._encode.device))[0].mT.unflatten(2, self._grid)
-            for image, label in zip(logits, labels, strict=True):
-                confusion += torch.from_numpy(confusion_matrix(label, winners(image, size).cpu().numpy(), classes))
+                predicted = all_winners(logits, size)
+            confusion += batch_confusion(labels.to(self._encode.device), predicted, classes)
         decoder.train()
-        confusion = confusion.to(self._encode.device)
         if worker_count() > 1:
             dist.all_reduce(confusion)
         return scores(confusion.cpu().numpy())
 
-    def _batches(self) -> Iterator[tuple[Float[Tensor, "B hw d"], Int16[np.ndarray, "B H W"]]]:
+    def _batches(self) -> Iterator[tuple[Float[Tensor, "B hw d"], Int16[Tensor, "B H W"]]]:
         if self._kept is not None:
             yield from self._kept
             return
@@ -423,7 +422,7 @@ class Validation:
             images, labels = ingest.usable(columns)
             if not labels:
                 continue
-            batch = (self._encode(torch.from_numpy(images)).cpu(), np.stack(labels))
+            batch = (self._encode(torch.from_numpy(images)).cpu(), torch.from_numpy(np.stack(labels)))
             if self._keep:
                 kept.append(batch)
             yield batch
