@@ -1,6 +1,6 @@
 """The recipe's page in the documents is written from the fields themselves, so it cannot say anything else.
 
-`python -m transfgu.reference_page docs/recipe.md` writes it anew (`make docs`).
+`python -m transfgu.cli.reference_page docs/recipe.md` writes it anew (`make docs`).
 """
 
 import sys
