@@ -1,82 +1,167 @@
-"""MaskContrast: a pixel of an object is pulled to the mean of the object in another view, and away from other objects.
+"""MaskContrast: every pixel of an object is pulled to the mean of that object in another view.
 
-Van Gansbeke, Vandenhende, Georgoulis and Van Gool, *Unsupervised Semantic Segmentation by Contrasting Object Mask
-Proposals*, ICCV 2021.
+What it is pushed from are the means of other objects, in the batch and in a queue of earlier batches, so that no
+labels are needed: an object mask says which pixels belong together, and that is all the supervision there is.
+
+Source: Van Gansbeke, Vandenhende, Georgoulis and Van Gool, "Unsupervised Semantic Segmentation by Contrasting Object
+Mask Proposals", ICCV 2021, equations 2 to 5. Written from the formulae.
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
-from torch import Tensor
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor, nn
 
-_ENET = 1.02  # c of ENet's class weights, 1 / log(c + share)
+# To type checkers an int is a float; to the run-time checks of the tests it is not.
+Real = float | int
+
+_ENET = 1.02  # bounds a class weight by 1 / log 1.02 = 50
 
 
 @dataclass(frozen=True)
 class ContrastiveLoss:
-    """The loss and what it is made of; P pixels of objects, B images, Q places of the queue."""
+    """The loss over the N object pixels of the queries, and what it was computed from."""
 
     loss: Float[Tensor, ""]
-    logits: Float[Tensor, "P classes"]
-    """Similarity of each pixel with the B prototypes and the queue, over the temperature."""
-    targets: Int[Tensor, " P"]
-    """The image that each pixel is of."""
-    class_weights: Float[Tensor, " classes"]
+    logits: Float[Tensor, "N P"]
+    """Cosines over the temperature: with the prototypes of the B keys, then with those of the queue; P = B + Q."""
+    targets: Int64[Tensor, " N"]
+    """The image that each pixel is from, which is the number of its prototype."""
+    class_weights: Float[Tensor, " P"]
     prototypes: Float[Tensor, "B d"]
-    """The means of the objects, of unit length; they take the first places of the queue afterwards."""
+    """Mean of each key's object, of unit length; zeros where its mask is empty. They have no gradient."""
 
 
 def contrastive_loss(
     query: Float[Tensor, "B d h w"],
-    key: Float[Tensor, "B d h w"],
-    query_mask: Shaped[Tensor, "B h w"],
-    key_mask: Shaped[Tensor, "B h w"],
-    queue: Float[Tensor, "d Q"],
+    key: Float[Tensor, "B2 d2 h2 w2"],
+    query_mask: Shaped[Tensor, "B3 h3 w3"],
+    key_mask: Shaped[Tensor, "B4 h4 w4"],
+    queue: Float[Tensor, "d5 Q"],
     *,
-    temperature: float = 0.5,
+    temperature: Real = 0.5,
 ) -> ContrastiveLoss:
-    """Return the loss that tells objects apart by the prototypes of another view (equation 3).
+    """Cross-entropy of each object pixel between its own object's prototype and all others, classes balanced.
 
     Args:
-        query: pixel embeddings of one view, normalised inside; gradients flow into them.
-        key: those of the other view by the momentum encoder, normalised inside; no gradients flow into them.
-        query_mask: 1 at pixels of the object, else 0.
-        key_mask: the same in the other view.
-        queue: prototypes of earlier batches, of unit length.
-        temperature: of the softmax.
+        query: pixel embeddings of one view, of any length; brought to unit length here.
+        key: pixel embeddings of the other view, from the momentum encoder; may be of another resolution.
+        query_mask: 1 at the pixels of the query's object, 0 elsewhere.
+        key_mask: the same for the key.
+        queue: prototypes of earlier batches in its columns, of unit length.
+        temperature: divides the cosines.
 
     Returns:
-        The cross-entropy over all pixels of objects, weighted by ENet's class weights (Paszke et al. 2016), with its
-        parts. Without a pixel of an object the loss is 0.
+        The loss is 0 where no query has an object. An image without one in the query has no pixel in the loss.
 
     Raises:
-        ValueError: the temperature is not positive.
+        ValueError: shapes that do not belong together, or a temperature that is not positive.
     """
+    batch, width = query.shape[:2]
+    if key.shape[:2] != query.shape[:2]:
+        raise ValueError(
+            f"the views differ: {tuple(query.shape)} and {tuple(key.shape)}; images and channels must agree"
+        )
+    for name, mask, view in (("query_mask", query_mask, query), ("key_mask", key_mask, key)):
+        if mask.shape != (batch, *view.shape[2:]):
+            raise ValueError(f"{name} must be {(batch, *view.shape[2:])}, one for each pixel, not {tuple(mask.shape)}")
+    if queue.shape[0] != width:
+        raise ValueError(f"a queue of {queue.shape[0]} channels can't be compared with embeddings of {width}")
     if temperature <= 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
-    query, key = F.normalize(query, dim=1), F.normalize(key.detach(), dim=1)
-    inside = key_mask.to(key.dtype)
-    means = torch.einsum("bdhw,bhw->bd", key, inside) / inside.sum((1, 2)).clamp(min=1)[:, None]
-    prototypes = F.normalize(means, dim=1)
-    where = query_mask.bool()
-    pixels = query.permute(0, 2, 3, 1)[where]  # (P, d)
-    targets = torch.arange(len(query), device=query.device)[:, None, None].expand_as(where)[where]
-    logits = torch.cat([pixels @ prototypes.T, pixels @ queue], dim=1) / temperature
-    shares = torch.bincount(targets, minlength=logits.shape[1]).to(logits.dtype) / max(1, len(targets))
-    class_weights = 1 / torch.log(_ENET + shares)
-    loss = F.cross_entropy(logits, targets, class_weights) if len(targets) else logits.sum()
-    return ContrastiveLoss(loss, logits, targets, class_weights, prototypes)
+        raise ValueError(f"the temperature must be more than 0, not {temperature}")
+    precision = torch.promote_types(query.dtype, torch.float32)
+    prototypes = object_prototypes(key.to(precision), key_mask)
+    targets, rows, columns = (query_mask != 0).nonzero(as_tuple=True)
+    pixels = F.normalize(query[targets, :, rows, columns].to(precision), dim=1)  # (N, d)
+    logits = pixels @ torch.cat((prototypes.mT, queue.detach().to(precision)), dim=1) / temperature
+    counts = torch.bincount(targets, minlength=logits.shape[1])
+    weights = enet_class_weights(counts.to(precision) / max(1, len(targets)))
+    total = (weights * counts).sum()
+    loss = F.cross_entropy(logits, targets, weights, reduction="sum") / total.masked_fill(total == 0, 1)
+    return ContrastiveLoss(loss, logits, targets, weights, prototypes)
 
 
-def balanced_cross_entropy(logits: Float[Tensor, "B h w"], labels: Shaped[Tensor, "B h w"]) -> Float[Tensor, ""]:
-    """Return the binary cross-entropy of object masks, each side weighted by the other side's share of the pixels.
+@torch.no_grad()
+def object_prototypes(embeddings: Float[Tensor, "B d h w"], masks: Shaped[Tensor, "B h w"]) -> Float[Tensor, "B d"]:
+    """Mean direction of each object's pixels, of unit length; zeros where a mask is empty."""
+    sums = torch.einsum("bdhw,bhw->bd", F.normalize(embeddings, dim=1), masks.to(embeddings.dtype))
+    return F.normalize(sums, dim=1)
+
+
+def enet_class_weights(shares: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
+    """Weights ``1 / log(1.02 + p)`` of classes that have the share p of the pixels.
+
+    Source: Paszke et al., "ENet", 2016, section 5.2.
+    """
+    return 1 / (_ENET + shares).log()
+
+
+def balanced_cross_entropy(logits: Float[Tensor, "*S"], labels: Shaped[Tensor, "*S2"]) -> Float[Tensor, ""]:
+    """Binary cross-entropy in which object and background have the same say, mean over all pixels.
+
+    An object's pixel weighs the background's share of the batch, and the other way about; so a batch without an
+    object, or of objects alone, has loss 0.
 
     Args:
-        logits: of a pixel's being part of an object.
-        labels: 1 at objects, else 0.
+        logits: of being an object's.
+        labels: 1 for an object's pixel, 0 elsewhere; same shape.
+
+    Raises:
+        ValueError: shapes differ.
+
+    Source: Xie and Tu, "Holistically-Nested Edge Detection", ICCV 2015, equation 2.
     """
-    target = labels.to(logits.dtype)
-    weight = 1 - target.mean()  # of objects: the share of the background
-    return F.binary_cross_entropy_with_logits(logits, target, weight * target + (1 - weight) * (1 - target))
+    if logits.shape != labels.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} need labels of the same shape, not {tuple(labels.shape)}")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = labels.to(logits.dtype)
+    objects = labels.mean()
+    weights = labels * (1 - objects) + (1 - labels) * objects
+    return F.binary_cross_entropy_with_logits(logits, labels, weights)
+
+
+class PrototypeQueue(nn.Module):
+    """Prototypes of the latest batches; a full queue forgets the oldest.
+
+    Its state is part of a checkpoint, since a resumed run must be pushed from the same prototypes.
+
+    Args:
+        width: d, channels of an embedding.
+        size: Q, prototypes that it holds; 256 published.
+        generator: draws the random directions that it begins with.
+
+    Raises:
+        ValueError: a size that holds no prototype.
+    """
+
+    columns: Float[Tensor, "d Q"]
+    position: Int64[Tensor, ""]
+
+    def __init__(self, width: int, size: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"a queue must hold 1 prototype or more, not {size}")
+        self.register_buffer("columns", F.normalize(torch.randn(width, size, generator=generator), dim=0))
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def push(self, prototypes: Float[Tensor, "n d"]) -> None:
+        """Put prototypes in place of the oldest; those of an image without an object, zeros, are left out."""
+        size = self.columns.shape[1]
+        kept = prototypes[prototypes.any(dim=1)]
+        places = (self.position + torch.arange(len(kept), device=kept.device)) % size
+        last = slice(max(0, len(kept) - size), None)  # of more than it holds, the last
+        self.columns[:, places[last]] = kept[last].mT.to(self.columns.dtype)
+        self.position.copy_((self.position + len(kept)) % size)
+
+
+@torch.no_grad()
+def update_momentum_encoder(momentum_encoder: nn.Module, encoder: nn.Module, momentum: Real = 0.999) -> None:
+    """Move the weights of the keys' encoder towards the queries' one, by 1 - `momentum` of the way.
+
+    Buffers, such as the statistics of batch norm, are each encoder's own.
+    """
+    for slow, fast in zip(momentum_encoder.parameters(), encoder.parameters(), strict=True):
+        slow.lerp_(fast.to(slow.dtype), 1 - momentum)

@@ -1,159 +1,285 @@
-"""PiCIE: pixels are clustered in two views, and each view learns its own clusters and the other's.
+"""PiCIE: pixels of two views are clustered apart, and each view must also find the other one's clusters.
 
-Cho, Mall, Bala and Hariharan, *PiCIE: Unsupervised Semantic Segmentation using Invariance and Equivariance in
-Clustering*, CVPR 2021; repository janghyuncho/PiCIE.
+Within a view the loss makes clusters compact; across views it makes them indifferent to colour and faithful to
+geometry. Classes are not learned: the centroids themselves are the classifier.
+
+Source: Cho, Mall, Bala and Hariharan, "PiCIE: Unsupervised Semantic Segmentation using Invariance and Equivariance in
+Clustering", CVPR 2021; repository janghyuncho/PiCIE.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
+from transfgu.errors import UserError
 
-def assign(
-    features: Float[Tensor, "B d h w"], centroids: Float[Tensor, "K d"]
-) -> tuple[Int[Tensor, "B h w"], Float[Tensor, " K"]]:
-    """Assign each pixel to the centroid with the largest product with the pixel's unit feature.
-
-    Args:
-        features: pixel features, normalised inside.
-        centroids: cluster centroids, used as they are.
-
-    Returns:
-        The cluster of each pixel, and each cluster's share of the pixels: the class weights, as published.
-    """
-    labels = _similarities(features, centroids).argmax(1)
-    return labels, torch.bincount(labels.flatten(), minlength=len(centroids)).to(features.dtype) / labels.numel()
+_ROWS = 1 << 15  # of features that are looked at together; with 128 channels 32 MB in double precision
+_UNIT = 1 << 32  # steps of 1.0 in exact sums: 2^31 rows of unit length cannot overflow 64 bits
 
 
 @dataclass(frozen=True)
 class ClusteringLoss:
-    """The loss of both views and its two halves, scalars."""
+    """PiCIE's loss and its two halves."""
 
     total: Float[Tensor, ""]
+    """Mean of `within` and `across`."""
     within: Float[Tensor, ""]
-    """Each view learns the clusters of its own features."""
+    """Each view's features against its own labels and centroids, mean of both views."""
     across: Float[Tensor, ""]
-    """Each view learns the clusters of the other view's features."""
+    """Each view's features against the other one's labels and centroids, mean of both views."""
+
+
+@torch.no_grad()
+def assign(
+    features: Float[Tensor, "B d h w"], centroids: Float[Tensor, "K d2"]
+) -> tuple[Int64[Tensor, "B h w"], Float[Tensor, " K"]]:
+    """The nearest centroid of each pixel, and the share of the pixels that each cluster has.
+
+    Args:
+        features: of any length; they are brought to unit length here.
+        centroids: compared by Euclidean distance, as they are.
+
+    Returns:
+        labels, and the clusters' shares, which `clustering_loss` takes as class weights: the published code weights
+        the classes by their frequency. A cluster without pixels has weight 0.
+
+    Raises:
+        ValueError: features and centroids differ in width.
+    """
+    _check_width(features.shape[1], centroids.shape[1])
+    batch, _, height, width = features.shape
+    clusters = centroids.shape[0]
+    rows = features.movedim(1, 3).flatten(0, 2)  # (B, d, h, w) -> (B h w, d)
+    labels = torch.cat([_nearest(some, centroids)[0] for some in _unit_rows(rows)])
+    counts = torch.bincount(labels, minlength=clusters)
+    shares = counts.double() / max(1, len(labels))
+    return labels.reshape(batch, height, width), shares.to(centroids.dtype)
 
 
 def clustering_loss(
     features_1: Float[Tensor, "B d h w"],
-    features_2: Float[Tensor, "B d h w"],
-    labels_1: Int[Tensor, "B h w"],
-    labels_2: Int[Tensor, "B h w"],
+    features_2: Float[Tensor, "B2 d2 h2 w2"],
+    labels_1: Int[Tensor, "B3 h3 w3"],
+    labels_2: Int[Tensor, "B4 h4 w4"],
     centroids_1: Float[Tensor, "K d"],
-    centroids_2: Float[Tensor, "K d"],
+    centroids_2: Float[Tensor, "K2 d"],
     weights_1: Float[Tensor, " K"],
-    weights_2: Float[Tensor, " K"],
+    weights_2: Float[Tensor, " K2"],
 ) -> ClusteringLoss:
-    """Return the cross-entropy of two views within and across their clusterings (section 3.3, equations 7 to 9).
+    """Weighted cross-entropy of cosine logits, within each view and across both.
 
     Args:
-        features_1: features of the first view, normalised inside.
-        features_2: those of the second view, at the same pixels.
-        labels_1: clusters of the first view's pixels, from :func:`assign`.
-        labels_2: those of the second view's pixels.
-        centroids_1: centroids of the first view's clustering.
-        centroids_2: those of the second view's.
-        weights_1: class weights of the first view's clusters.
-        weights_2: those of the second view's.
+        features_1: first view's, in the frame of the geometric transform; brought to unit length here.
+        features_2: second view's, in the same frame.
+        labels_1: cluster of each pixel of the first view, among `centroids_1`.
+        labels_2: cluster of each pixel of the second view, among `centroids_2`.
+        centroids_1: the first view's classifier; it has no gradient.
+        centroids_2: the second view's.
+        weights_1: class weights for `labels_1`, as `assign` returns them over the whole data set.
+        weights_2: class weights for `labels_2`.
 
     Returns:
-        `within` and `across`, each a mean over the two views, and `total`, the mean of the two.
+        Means weighted by the class of each pixel; 0 where no pixel has a class of positive weight.
+
+    Raises:
+        ValueError: shapes that do not belong together.
     """
+    shape = (features_1.shape[0], *features_1.shape[2:])
+    if features_1.shape != features_2.shape:
+        raise ValueError(f"the views differ: {tuple(features_1.shape)} and {tuple(features_2.shape)}")
+    for name, labels in (("labels_1", labels_1), ("labels_2", labels_2)):
+        if labels.shape != shape:
+            raise ValueError(f"{name} must be {shape}, one for each pixel of the features, not {tuple(labels.shape)}")
+    precision = torch.promote_types(features_1.dtype, torch.float32)
+    first, second = (F.normalize(features.to(precision), dim=1) for features in (features_1, features_2))
+    of_1, of_2 = (labels_1, centroids_1, weights_1), (labels_2, centroids_2, weights_2)
+    within = (_cross_entropy(first, *of_1) + _cross_entropy(second, *of_2)) / 2
+    across = (_cross_entropy(first, *of_2) + _cross_entropy(second, *of_1)) / 2
+    return ClusteringLoss((within + across) / 2, within, across)
 
-    def entropy(features: Tensor, centroids: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        return F.cross_entropy(_similarities(features, centroids), labels, weights)
 
-    first, second = (centroids_1, labels_1, weights_1), (centroids_2, labels_2, weights_2)
-    within = (entropy(features_1, *first) + entropy(features_2, *second)) / 2
-    across = (entropy(features_1, *second) + entropy(features_2, *first)) / 2
-    return ClusteringLoss(total=(within + across) / 2, within=within, across=across)
-
-
-def _similarities(features: Tensor, centroids: Tensor) -> Tensor:
-    return F.conv2d(F.normalize(features, dim=1), centroids[:, :, None, None])
+def _cross_entropy(features: Tensor, labels: Tensor, centroids: Tensor, weights: Tensor) -> Tensor:
+    logits = torch.einsum("bdhw,kd->bkhw", features, centroids.detach().to(features.dtype))
+    labels, weights = labels.long(), weights.to(features.dtype)
+    weight = weights[labels].sum()
+    return F.cross_entropy(logits, labels, weights, reduction="sum") / weight.masked_fill(weight == 0, 1)
 
 
-class MiniBatchKMeans:
-    """K-Means that works in one batch of features at a time; a cluster's step is its new rows over all its rows.
+def head_balance(clusters: int, auxiliary_clusters: int) -> tuple[float, float]:
+    """Weights of the main loss and of the auxiliary over-clustering's, which sum to 1.
 
-    Args:
-        centroids: (K, d) where it starts.
-        counts: (K,) rows that each cluster has had so far.
+    Chance level is log K for K clusters: each loss is weighted by the other one's, so that both have the same say.
+
+    Raises:
+        ValueError: fewer than two clusters, whose loss is always 0.
+
+    Source: PiCIE, section 4, "+H".
     """
+    if min(clusters, auxiliary_clusters) < 2:
+        raise ValueError(f"{clusters} and {auxiliary_clusters} clusters can't be balanced: each needs two or more")
+    main, auxiliary = math.log(clusters), math.log(auxiliary_clusters)
+    return auxiliary / (main + auxiliary), main / (main + auxiliary)
 
-    def __init__(self, centroids: Float[Tensor, "K d"], counts: Shaped[Tensor, " K"]) -> None:
-        self.centroids = centroids.clone()
-        self.counts = counts.to(centroids.dtype)
 
-    def sums(self, features: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "K d"], Float[Tensor, " K"]]:
-        """Return what a share of a batch adds: sums of unit features, and rows, by nearest centroid.
-
-        The shares of several workers add up to those of the whole batch.
-        """
-        rows = F.normalize(features, dim=1).to(self.centroids.dtype)
-        nearest = (2 * rows @ self.centroids.T - self.centroids.square().sum(1)).argmax(1)
-        total = torch.zeros_like(self.centroids).index_add_(0, nearest, rows)
-        return total, torch.bincount(nearest, minlength=len(self.centroids)).to(rows.dtype)
-
-    def step(self, total: Float[Tensor, "K d"], rows: Float[Tensor, " K"]) -> None:
-        """Work in the added :meth:`sums` of a batch; clusters without rows stay where they are."""
-        self.counts = self.counts + rows
-        rate = rows / self.counts.clamp(min=1)
-        mean = total / rows.clamp(min=1)[:, None]
-        self.centroids = torch.where(
-            rows[:, None] > 0, (1 - rate)[:, None] * self.centroids + rate[:, None] * mean, self.centroids
-        )
-
-    def update(self, features: Float[Tensor, "n d"]) -> None:
-        """Work in a batch of features, normalised inside."""
-        self.step(*self.sums(features))
+# ---- network ----
 
 
 class FPNDecoder(nn.Module):
     """A feature pyramid over a ResNet's four stages: 1 x 1 convolutions, added from coarse to fine.
 
+    Parameters carry the published names, which count the stages from coarse to fine: `layer1` reads `res5`.
+
     Args:
-        widths: channels of the stages, from fine (res2) to coarse (res5).
-        width: channels of the output.
+        widths: channels of the stages from fine to coarse, `res2` to `res5`.
+        width: d, channels of the output.
     """
 
-    def __init__(self, widths: tuple[int, int, int, int] = (64, 128, 256, 512), width: int = 128) -> None:
+    def __init__(self, widths: Sequence[int] = (64, 128, 256, 512), width: int = 128) -> None:
         super().__init__()
-        res2, res3, res4, res5 = widths
-        self.layer4 = nn.Conv2d(res2, width, 1)
-        self.layer3 = nn.Conv2d(res3, width, 1)
-        self.layer2 = nn.Conv2d(res4, width, 1)
-        self.layer1 = nn.Conv2d(res5, width, 1)
+        self.layer4, self.layer3, self.layer2, self.layer1 = (nn.Conv2d(stage, width, 1) for stage in widths)
 
-    @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> "FPNDecoder":
-        """Build the decoder whose weights these are, under the published names (`layer1.weight`, ...).
+    @staticmethod
+    def from_state_dict(state_dict: Mapping[str, Tensor]) -> "FPNDecoder":
+        """A decoder with these weights, its sizes read off the tensors, in evaluation mode.
+
+        Args:
+            state_dict: the decoder's own, or a whole published network's (``module.decoder.``).
 
         Raises:
-            KeyError: a weight is missing.
+            UserError: the tensors are not those of a decoder.
         """
-        layers = [state_dict[f"layer{number}.weight"] for number in (4, 3, 2, 1)]
-        res2, res3, res4, res5 = (layer.shape[1] for layer in layers)
-        decoder = cls((res2, res3, res4, res5), layers[0].shape[0])
-        decoder.load_state_dict(dict(state_dict))
-        return decoder
+        own = {
+            name[name.rfind("decoder.") + len("decoder.") :]: t for name, t in state_dict.items() if "decoder." in name
+        }
+        weights = own or dict(state_dict)
+        try:
+            stages = [weights[f"layer{stage}.weight"] for stage in (4, 3, 2, 1)]
+            decoder = FPNDecoder([stage.shape[1] for stage in stages], stages[0].shape[0])
+            decoder.load_state_dict(weights)
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise UserError(f"these weights are not those of a PiCIE decoder (layer1 to layer4): {error}") from error
+        return decoder.eval()
 
     def forward(
         self,
-        res2: Float[Tensor, "B d2 h w"],
-        res3: Float[Tensor, "B d3 h3 w3"],
-        res4: Float[Tensor, "B d4 h4 w4"],
-        res5: Float[Tensor, "B d5 h5 w5"],
+        res2: Float[Tensor, "B _ h w"],
+        res3: Float[Tensor, "B _ _ _"],
+        res4: Float[Tensor, "B _ _ _"],
+        res5: Float[Tensor, "B _ _ _"],
     ) -> Float[Tensor, "B d h w"]:
-        """Join the stages' features at the resolution of `res2`."""
+        """The stages' features joined at the resolution of `res2`."""
         joined: Tensor = self.layer1(res5)
-        for features, layer in ((res4, self.layer2), (res3, self.layer3), (res2, self.layer4)):
-            size = features.shape[2:]
-            joined = F.interpolate(joined, size=size, mode="bilinear", align_corners=False) + layer(features)
+        for layer, stage in ((self.layer2, res4), (self.layer3, res3), (self.layer4, res2)):
+            larger = F.interpolate(joined, size=stage.shape[2:], mode="bilinear", align_corners=False)
+            joined = larger + layer(stage)
         return joined
+
+
+# ---- mini-batch K-Means ----
+
+
+@dataclass(frozen=True)
+class ClusterSums:
+    """What some rows add to the clusters they are nearest to; sums over shards of a batch are those of the batch.
+
+    Rows are rounded to multiples of 2^-32 and added as integers, so that order and shards do not matter at all.
+    """
+
+    sums: Int64[Tensor, "K d"]
+    """Of unit-length rows, in units of 2^-32."""
+    counts: Int64[Tensor, " K"]
+    inertia: Int64[Tensor, ""]
+    """Sum of squared distances to the nearest centroid, in units of 2^-32."""
+
+    @property
+    def mean_distance(self) -> float:
+        """Mean squared distance of a row to its centroid; 0 without rows."""
+        return int(self.inertia) / _UNIT / max(1, int(self.counts.sum()))
+
+    def __add__(self, other: "ClusterSums") -> "ClusterSums":
+        return ClusterSums(self.sums + other.sums, self.counts + other.counts, self.inertia + other.inertia)
+
+
+class MiniBatchKMeans:
+    """Spherical features, clustered as they pass: a cluster's step is its new rows over all its rows so far.
+
+    Args:
+        centroids: (K, d), to begin with; the published code takes K-Means of the first batches.
+        counts: (K,), rows that each of them stands for.
+
+    Raises:
+        ValueError: not one count for each centroid.
+    """
+
+    def __init__(self, centroids: Tensor | np.ndarray, counts: Tensor | np.ndarray) -> None:
+        self.centroids = torch.as_tensor(centroids).detach().clone()
+        """(K, d); where a cluster has no rows, the centroid that it began with."""
+        self.counts = torch.as_tensor(counts).detach().to(self.centroids.device, torch.int64)
+        """(K,), rows worked in so far."""
+        if self.counts.shape != self.centroids.shape[:1]:
+            raise ValueError(f"{len(self.centroids)} centroids need as many counts, not {tuple(self.counts.shape)}")
+
+    def update(self, features: Tensor | np.ndarray) -> float:
+        """Work in a batch, (n, d); returns the mean squared distance of its rows to the centroids before.
+
+        Raises:
+            ValueError: features of another width.
+        """
+        rows = torch.as_tensor(features).to(self.centroids.device)
+        return self.step(self.sums(rows))
+
+    @torch.no_grad()
+    def sums(self, features: Float[Tensor, "n d"]) -> ClusterSums:
+        """Sums and counts of the rows nearest to each centroid, rows brought to unit length.
+
+        Distributed, each worker calls it with its rows, the three tensors are added over workers, and each worker
+        takes the same `step`.
+
+        Raises:
+            ValueError: features of another width.
+        """
+        _check_width(features.shape[1], self.centroids.shape[1])
+        clusters, device = len(self.centroids), self.centroids.device
+        sums = torch.zeros(self.centroids.shape, dtype=torch.int64, device=device)
+        counts = torch.zeros(clusters, dtype=torch.int64, device=device)
+        inertia = torch.zeros((), dtype=torch.int64, device=device)
+        for rows in _unit_rows(features):
+            labels, squared = _nearest(rows, self.centroids)
+            sums.index_add_(0, labels, (rows * _UNIT).round().long())
+            counts += torch.bincount(labels, minlength=clusters)
+            inertia += (squared * _UNIT).round().long().sum()
+        return ClusterSums(sums, counts, inertia)
+
+    def step(self, batch: ClusterSums) -> float:
+        """Work in the added `sums` of a batch, found at these centroids; returns as `update`."""
+        self.counts = self.counts + batch.counts
+        new = batch.counts > 0
+        means = batch.sums[new].double() / _UNIT / batch.counts[new, None]
+        steps = (batch.counts[new] / self.counts[new]).double()[:, None]
+        moved = self.centroids.clone()
+        moved[new] = torch.lerp(moved[new].double(), means, steps).to(moved.dtype)
+        self.centroids = moved
+        return batch.mean_distance
+
+
+def _unit_rows(rows: Float[Tensor, "n d"]) -> Iterator[Tensor]:
+    """Chunks of rows brought to unit length, in double precision: a row's centroid does not depend on its chunk."""
+    return (F.normalize(chunk.double(), dim=1) for chunk in torch.split(rows, _ROWS))
+
+
+def _nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of the nearest centroid c of each unit-length row x, and |x - c|^2 = |x|^2 - (2 x c - |c|^2)."""
+    wide = centroids.to(rows.device, rows.dtype)
+    likeness, labels = torch.addmm(-wide.square().sum(1), rows, wide.mT, alpha=2).max(1)
+    return labels, (rows.square().sum(1) - likeness).clamp(min=0)
+
+
+def _check_width(features: int, centroids: int) -> None:
+    if features != centroids:
+        raise ValueError(f"features of {features} channels can't be compared with centroids of {centroids}")

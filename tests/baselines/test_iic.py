@@ -1,0 +1,242 @@
+"""IIC's loss against the published implementation, a transcription of its formula, and what can be said by hand."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from transfgu.baselines import iic
+from transfgu.baselines.iic import displaced_joint, information_loss, mutual_information_loss
+
+Reference = Callable[[str], dict[str, np.ndarray]]
+IDENTITY = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
+
+
+def identity(images: int) -> Tensor:
+    return IDENTITY.expand(images, 2, 3)
+
+
+def probabilities(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    logits = 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return logits.softmax(1).to(dtype)
+
+
+def pair(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Two views that gradients are taken of."""
+    first, second = (probabilities(*shape, seed=seed + n, dtype=dtype).requires_grad_() for n in (0, 1))
+    return first, second
+
+
+@pytest.mark.parametrize("case", ["collapsed", "uncollapsed"])
+def test_agrees_with_the_published_loss(reference: Reference, case: str) -> None:
+    arrays = {name.removeprefix("iic/"): array for name, array in reference("iic").items()}
+    logits = [torch.from_numpy(arrays[f"logits_{view}"]).requires_grad_() for view in (1, 2)]
+    loss = mutual_information_loss(
+        logits[0].softmax(1),
+        logits[1].softmax(1),
+        torch.from_numpy(arrays["affine_2_to_1"]),
+        torch.from_numpy(arrays["mask"]),
+        weight=float(arrays[f"{case}/lambda"]),
+        half_side=int(arrays[f"{case}/half_side"]),
+        collapsed=case == "collapsed",
+    )
+    assert loss.dtype == torch.float32
+    # The collapsed loss, 1.5e-4, is what is left of terms of about 1 in single precision.
+    np.testing.assert_allclose(loss.item(), arrays[f"{case}/loss"], rtol=1e-4, atol=1e-7)
+    for view, gradient in enumerate(torch.autograd.grad(loss, logits), 1):
+        # The gradients are about 1e-5, so an absolute tolerance of as much would pass anything.
+        np.testing.assert_allclose(gradient, arrays[f"{case}/grad_{view}"], rtol=1e-4, atol=1e-9)
+
+
+def literal_loss(first: Tensor, second: Tensor, mask: Tensor, weight: float, half_side: int, collapsed: bool) -> Tensor:
+    """The formula, displacement by displacement, for views in the same frame."""
+    (_, classes, height, width), steps = first.shape, range(-half_side, half_side + 1)
+    joints = []
+    for down, right in itertools.product(steps, steps):
+        joint = first.new_zeros(classes, classes)
+        for y, x in itertools.product(range(height), range(width)):
+            if 0 <= y + down < height and 0 <= x + right < width:
+                one = first[:, :, y + down, x + right] * mask[:, y + down, x + right, None]
+                other = second[:, :, y, x] * mask[:, y, x, None]
+                joint = joint + one.mT @ other
+        joints.append(joint)
+    if collapsed:
+        joints = [torch.stack(joints).sum(0)]
+    losses = []
+    for joint in joints:
+        if joint.sum() == 0:
+            losses.append(joint.sum())
+            continue
+        joint = joint / (joint.sum().detach() if collapsed else joint.sum())
+        joint = (joint + joint.mT) / 2
+        rows, columns = joint.sum(1, keepdim=True), joint.sum(0, keepdim=True)
+        losses.append(-(joint * (joint.log() - weight * rows.log() - weight * columns.log())).sum())
+    return torch.stack(losses).mean()
+
+
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 1000),
+    images=st.integers(1, 3),
+    classes=st.integers(1, 4),
+    grid=st.tuples(st.integers(2, 4), st.integers(2, 4)),
+    half_side=st.integers(0, 5),
+    weight=st.floats(0.5, 2),
+    collapsed=st.booleans(),
+    some=st.booleans(),
+)
+def test_is_its_formula(
+    seed: int,
+    images: int,
+    classes: int,
+    grid: tuple[int, int],
+    half_side: int,
+    weight: float,
+    collapsed: bool,
+    some: bool,
+) -> None:
+    """Boxes larger than the image too, and masks without a pixel."""
+    views = pair(images, classes, *grid, seed=seed)
+    mask = (torch.rand(images, *grid, generator=torch.Generator().manual_seed(seed)) < (0.6 if some else 0)).double()
+    expected = literal_loss(*views, mask, weight, half_side, collapsed)
+    loss = mutual_information_loss(
+        *views, identity(images).double(), mask, weight=weight, half_side=half_side, collapsed=collapsed
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+    gradients = torch.autograd.grad(expected, views, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, views), gradients, rtol=1e-7, atol=1e-11)
+
+
+def test_next_to_nothing_is_not_nothing() -> None:
+    """Joint probabilities of 1e-9 in single precision: what a logarithm takes for 0 is 2e-16, as published."""
+    logits = torch.tensor([10.0, -10.0])[None, :, None, None] + torch.arange(4.0).reshape(1, 1, 2, 2) / 8
+    first, second = (torch.cat([view[:, :1], -view[:, :1]], 1).softmax(1) for view in (logits, logits.flip(3)))
+    exact = [view.double().requires_grad_() for view in (first, second)]
+    expected = literal_loss(exact[0], exact[1], torch.ones(1, 2, 2).double(), 2, 0, False)
+    views = [first.requires_grad_(), second.requires_grad_()]
+    loss = mutual_information_loss(views[0], views[1], identity(1), torch.ones(1, 2, 2), half_side=0, weight=2)
+    for found, wanted in zip(torch.autograd.grad(loss, views), torch.autograd.grad(expected, exact), strict=True):
+        assert wanted.abs().max() > 1
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def one_hot_views(classes: int) -> Tensor:
+    """One image of two rows, each with one pixel of each class."""
+    return torch.eye(classes)[None, :, None, :].repeat(1, 1, 2, 1)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_sure_balanced_and_equal_classes_give_all_information_there_is(classes: int) -> None:
+    views = one_hot_views(classes)
+    loss = mutual_information_loss(views, views, identity(1), torch.ones(1, 2, classes), half_side=0)
+    assert loss.item() == pytest.approx(-math.log(classes))
+    # H(joint) = log C is taken from lambda times both marginals' entropies.
+    heavy = mutual_information_loss(views, views, identity(1), torch.ones(1, 2, classes), half_side=0, weight=1.5)
+    assert heavy.item() == pytest.approx(-(2 * 1.5 - 1) * math.log(classes))
+
+
+def test_independent_views_tell_nothing() -> None:
+    first, second = torch.full((1, 3, 4, 4), 1 / 3), probabilities(1, 3, 4, 4, dtype=torch.float32)
+    joint = displaced_joint(first, second, identity(1), torch.ones(1, 4, 4), half_side=0)
+    # Symmetrised, the marginals are the mean of both, so the loss is not exactly 0 for an unequal second view.
+    both = (joint[..., 0, 0] + joint[..., 0, 0].mT) / 2 / joint.sum()
+    information = (both * (both / both.sum(0) / both.sum(1, keepdim=True)).log()).sum()
+    assert information_loss(joint).item() == pytest.approx(-information.item(), abs=1e-9)
+    uniform = mutual_information_loss(first, first, identity(1), torch.ones(1, 4, 4), half_side=2)
+    assert uniform.item() == pytest.approx(0, abs=1e-9)
+
+
+def test_the_affine_map_brings_the_second_view_back() -> None:
+    """A mirrored second view, and the mirror as the map: as good as the first view twice."""
+    view, mask = probabilities(2, 3, 4, 5), torch.ones(2, 4, 5)
+    mirror = torch.tensor([[-1.0, 0, 0], [0, 1, 0]], dtype=torch.float64).expand(2, 2, 3)
+    plain = mutual_information_loss(view, view, identity(2).double(), mask, half_side=1)
+    back = mutual_information_loss(view, view.flip(3), mirror, mask, half_side=1)
+    torch.testing.assert_close(back, plain)
+    assert mutual_information_loss(view, view.flip(3), identity(2).double(), mask, half_side=1) > plain
+
+
+def test_displacements_are_counted_where_the_first_view_lies_further_on() -> None:
+    """A point at (1, 2) of the first view and at (0, 0) of the second: displaced by 1 down, 2 to the right."""
+    first, second = torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 3, 3)
+    first[0, 0, 1, 2], second[0, 0, 0, 0] = 1, 1
+    joint = displaced_joint(first, second, identity(1), torch.ones(1, 3, 3), half_side=2)
+    expected = torch.zeros(5, 5, dtype=torch.float64)
+    expected[2 + 1, 2 + 2] = 1
+    torch.testing.assert_close(joint[0, 0], expected, rtol=0, atol=1e-12)
+
+
+def test_parts_of_a_batch_add_up() -> None:
+    (first, second), mask = pair(5, 4, 6, 6), torch.ones(5, 6, 6)
+    whole = displaced_joint(first, second, identity(5).double(), mask, half_side=2)
+    parts = [
+        displaced_joint(first[rows], second[rows], identity(n).double(), mask[rows], half_side=2)
+        for rows, n in ((slice(0, 2), 2), (slice(2, 5), 3))
+    ]
+    torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_of_classes_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    views = pair(2, 5, 6, 7)
+
+    def found() -> tuple[Tensor, ...]:
+        loss = mutual_information_loss(*views, identity(2).double(), torch.ones(2, 6, 7), half_side=3)
+        return loss, *torch.autograd.grad(loss, views)
+
+    at_once = found()
+    monkeypatch.setattr(iic, "_BLOCK_BYTES", 1)
+    torch.testing.assert_close(found(), at_once, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_taken_in_single(dtype: torch.dtype) -> None:
+    views = pair(2, 3, 8, 8, dtype=dtype)
+    loss = mutual_information_loss(*views, identity(2), torch.ones(2, 8, 8, dtype=torch.bool), half_side=2)
+    exact = mutual_information_loss(views[0].float(), views[1].float(), identity(2), torch.ones(2, 8, 8), half_side=2)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, views))
+
+
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_an_empty_mask_has_no_loss_and_no_gradient(collapsed: bool) -> None:
+    views = pair(2, 3, 4, 4)
+    loss = mutual_information_loss(*views, identity(2).double(), torch.zeros(2, 4, 4), half_side=1, collapsed=collapsed)
+    assert loss.item() == 0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(loss, views))
+
+
+def test_gradient_is_the_slope() -> None:
+    views = pair(1, 2, 3, 4)
+    turned = torch.tensor([[[0.9, -0.3, 0.1], [0.2, 1.1, 0.0]]], dtype=torch.float64)
+
+    def loss(first: Tensor, second: Tensor) -> Tensor:
+        return mutual_information_loss(first, second, turned, torch.ones(1, 3, 4), half_side=1)
+
+    assert torch.autograd.gradcheck(loss, views)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    view, mask = probabilities(2, 3, 4, 4), torch.ones(2, 4, 4)
+    with pytest.raises(ValueError, match="the views differ"):
+        mutual_information_loss(view, view[:, :2], identity(2), mask)
+    with pytest.raises(ValueError, match=r"second_to_first must be \(2, 2, 3\), not \(1, 2, 3\)"):
+        mutual_information_loss(view, view, identity(1), mask)
+    with pytest.raises(ValueError, match=r"mask must be \(2, 4, 4\), not \(2, 4, 3\)"):
+        mutual_information_loss(view, view, identity(2), mask[..., 1:])
+    with pytest.raises(ValueError, match="half_side must be 0 pixels or more, not -1"):
+        mutual_information_loss(view, view, identity(2), mask, half_side=-1)
+
+
+def test_agrees_with_a_convolution() -> None:
+    """The published way: one view is the kernel that the other one is convolved with."""
+    first, second = (probabilities(3, 4, 9, 7, seed=n) for n in (0, 1))
+    joint = displaced_joint(first, second, identity(3).double(), torch.ones(3, 9, 7), half_side=2)
+    torch.testing.assert_close(joint, F.conv2d(first.movedim(1, 0), second.movedim(1, 0), padding=2))
