@@ -22,8 +22,8 @@ GREY = (0.2989, 0.587, 0.114)  # luma of red, green, blue (ITU-R 601)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Views:
-    """How each image of a batch is to be seen."""
+class Colours:
+    """How the colours of each image of a batch are changed."""
 
     jitter: Bool[ndarray, " B"]
     order: Int[ndarray, "B 4"]  # in which the four are applied, as indices into the next
@@ -33,6 +33,12 @@ class Views:
     grey: Bool[ndarray, " B"]
     blur: Bool[ndarray, " B"]
     sigma: Float[ndarray, " B"]  # of the blur, pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views(Colours):
+    """How each image of a batch is to be seen."""
+
     boxes: Int[ndarray, "B 4"]  # crop, y0 y1 x0 x1 in pixels, half-open
     flip: Bool[ndarray, " B"]
 
@@ -81,7 +87,7 @@ def apply_views(
     Maps cover the whole image, at any resolution; theirs of the view is one value a patch, and not scaled: the loss
     scales it.
     """
-    colours = _photometric(images.float() / 255, views)
+    colours = change_colours(images.float() / 255, views)
     size = (images.shape[2] // 2, images.shape[3] // 2)
     colours, maps = crop_views(colours, maps, views.boxes, size, (size[0] // patch_size, size[1] // patch_size))
     colours = (colours - colours.new_tensor(mean).view(3, 1, 1)) / colours.new_tensor(std).view(3, 1, 1)
@@ -128,7 +134,7 @@ def _resample(images: Float[Tensor, "B 3 H W"], spans: Int[ndarray, "B 2"], leng
     return take(low).lerp(take(np.minimum(low + 1, cut - 1)), weight)
 
 
-def _photometric(images: Float[Tensor, "B 3 H W"], views: Views) -> Float[Tensor, "B 3 H W"]:
+def change_colours(images: Float[Tensor, "B 3 H W"], views: Colours) -> Float[Tensor, "B 3 H W"]:
     """Jitter, greyscale and blur, in place, of those images whose views have them; values 0 to 1 before and after."""
     steps: list[tuple[ndarray, Callable[[Tensor, Tensor], Tensor], ndarray]] = [
         (views.jitter & (views.order[:, place] == which), adjust, views.factors[:, which])

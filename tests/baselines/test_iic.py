@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from transfgu.baselines import iic
-from transfgu.baselines.iic import displaced_joint, information_loss, mutual_information_loss
+from transfgu.baselines.iic import (
+    Pairs,
+    SegmentationNetwork,
+    apply_pairs,
+    displaced_joint,
+    draw_pairs,
+    information_loss,
+    mutual_information_loss,
+    warp,
+    with_edges,
+)
 
 Reference = Callable[[str], dict[str, np.ndarray]]
 IDENTITY = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
@@ -240,3 +250,125 @@ def test_agrees_with_a_convolution() -> None:
     first, second = (probabilities(3, 4, 9, 7, seed=n) for n in (0, 1))
     joint = displaced_joint(first, second, identity(3).double(), torch.ones(3, 9, 7), half_side=2)
     torch.testing.assert_close(joint, F.conv2d(first.movedim(1, 0), second.movedim(1, 0), padding=2))
+
+
+# ---- network ----
+
+SMALL = (4, 6, 8, 8, 8, 8)
+
+
+def test_each_head_gives_probabilities_at_the_images_size() -> None:
+    network = SegmentationNetwork(3, 9, sub_heads=2, widths=SMALL)
+    for head, classes in (("main", 3), ("auxiliary", 9)):
+        maps = network(torch.rand(2, 3, 18, 13), head)
+        assert [some.shape for some in maps] == [(2, classes, 18, 13)] * 2
+        torch.testing.assert_close(maps[0].sum(1), torch.ones(2, 18, 13))
+        assert not torch.equal(maps[0], maps[1])
+
+
+def test_the_published_network_has_its_parameters() -> None:
+    """By hand: 9 weights for each pair of channels of a 3 x 3 convolution, two numbers of batch norm for a channel."""
+    network = SegmentationNetwork(15, 45)
+    channels = (5, 64, 128, 256, 256, 512, 512)
+    trunk = sum(9 * a * b + 2 * b for a, b in itertools.pairwise(channels))
+    assert sum(p.numel() for p in network.parameters()) == trunk + 512 * (15 + 45)
+
+
+def test_class_maps_stay_in_place() -> None:
+    """What one pixel changes lies around that pixel: at most 4 + 2 + 2 x (2 + 4) pixels away, and upsampling's 2."""
+    network = SegmentationNetwork(2, 4, widths=SMALL).eval()
+    images = torch.full((1, 3, 64, 64), 0.5)
+    changed = images.clone()
+    changed[0, :, 40, 20] = 1
+    moved = (network(images)[0] - network(changed)[0]).abs().sum((0, 1)).detach()
+    rows, columns = torch.nonzero(moved > 0, as_tuple=True)
+    for found, place in ((rows, 40), (columns, 20)):
+        # The images' own edges change nothing: they are the same in both.
+        assert abs((found.min() + found.max()).item() / 2 - place) <= 1
+
+
+def test_edges_by_hand() -> None:
+    """A white half on the right: Sobel's leftward derivative is -4 beside the edge, and there is no other."""
+    images = torch.zeros(1, 3, 5, 6)
+    images[..., 3:] = 1
+    grey = 0.2989 + 0.587 + 0.114
+    edges = with_edges(images)
+    torch.testing.assert_close(edges[:, :3], images)
+    assert edges[0, 3, 2].tolist() == pytest.approx([0, 0, -4 * grey, -4 * grey, 0, 4 * grey], abs=1e-6)
+    assert edges[0, 4, 1:-1].abs().max() < 1e-6
+
+
+def test_a_network_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 and 3 classes, 1 sub-heads, 6 widths: give 2 classes or more"):
+        SegmentationNetwork(1, 3)
+
+
+def test_training_raises_the_information() -> None:
+    """From next to nothing to more than a third of the most there could be, log 2, with both classes in use."""
+    torch.manual_seed(0)
+    images = torch.zeros(4, 3, 16, 16)
+    images[..., 8:] = 1
+    images = (images + 0.2 * torch.rand(4, 3, 16, 16)) / 1.2
+    network = SegmentationNetwork(2, 4, widths=SMALL)
+    optimiser = torch.optim.Adam(network.parameters(), lr=0.01)
+    mirror, losses = torch.tensor([[-1.0, 0, 0], [0, 1, 0]]).expand(4, 2, 3), []
+    for _ in range(25):
+        first, second = network(images)[0], network(images.flip(3))[0]
+        loss = mutual_information_loss(first, second, mirror, torch.ones(4, 16, 16), half_side=1)
+        losses.append(loss.item())
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    assert abs(losses[0]) < 0.01
+    assert -math.log(2) <= losses[-1] < -math.log(2) / 3
+    assert 0.3 < network(images)[0].argmax(1).float().mean() < 0.7
+
+
+# ---- pairs ----
+
+
+def two_colours(size: tuple[int, int]) -> Tensor:
+    """Smooth images, which resampling there and back hardly changes."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, size[0]), torch.linspace(0, 1, size[1]), indexing="ij")
+    return (255 * torch.stack((x, y, (x + y) / 2)))[None].round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_the_second_view_comes_back_into_place(affine: bool, size: tuple[int, int]) -> None:
+    images = two_colours(size).expand(8, -1, -1, -1)
+    pairs = draw_pairs(range(8), size, seed=1, epoch=0, affine=affine)
+    plain = Pairs(
+        colours=draw_pairs([], size, seed=1, epoch=0).colours,
+        second_to_first=pairs.second_to_first,
+        first_to_second=pairs.first_to_second,
+    )
+    first, second = apply_pairs(images, plain)
+    seen = warp(torch.ones_like(second), torch.from_numpy(pairs.second_to_first)) > 0.999
+    seen &= warp(warp(torch.ones_like(second), torch.from_numpy(pairs.first_to_second)),
+                 torch.from_numpy(pairs.second_to_first)) > 0.999  # fmt: skip
+    back = warp(second, torch.from_numpy(pairs.second_to_first))
+    assert seen.float().mean() > 0.5
+    assert (back - first)[seen].abs().max() < 0.02
+    mirrored = [float(np.linalg.det(matrix[:, :2])) < 0 for matrix in pairs.first_to_second]
+    assert 0 < sum(mirrored) < 8
+
+
+def test_rotation_is_in_pixels_whatever_the_sides() -> None:
+    """Without a mirror image, shear and scale are small, so a matrix in pixels is nearly orthogonal."""
+    size = (11, 101)
+    sides = np.array([size[1] - 1, size[0] - 1])
+    for matrix in draw_pairs(range(20), size, seed=0, epoch=0, affine=True).first_to_second:
+        pixels = matrix[:, :2] * sides[:, None] / sides[None]
+        assert 0.8 * 0.98 < np.linalg.norm(pixels[:, 0]) < 1.2 * 1.02
+        cosine = pixels[:, 0] @ pixels[:, 1] / np.linalg.norm(pixels[:, 0]) / np.linalg.norm(pixels[:, 1])
+        assert abs(cosine) <= math.sin(math.radians(10)) + 1e-4
+
+
+def test_a_pair_does_not_depend_on_its_batch() -> None:
+    images = torch.randint(0, 256, (3, 3, 8, 10), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    together = apply_pairs(images, draw_pairs([4, 5, 6], (8, 10), seed=3, epoch=2, affine=True))[1]
+    alone = apply_pairs(images[1:2], draw_pairs([5], (8, 10), seed=3, epoch=2, affine=True))[1]
+    torch.testing.assert_close(together[1:2], alone)
+    other = apply_pairs(images[1:2], draw_pairs([5], (8, 10), seed=3, epoch=3, affine=True))[1]
+    assert not torch.equal(other, alone)

@@ -1,5 +1,6 @@
 """MaskContrast's losses against the published implementation, their formulae, and what can be said by hand."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transfgu.baselines.maskcontrast import (
+    EmbeddingNetwork,
     PrototypeQueue,
     balanced_cross_entropy,
     contrastive_loss,
@@ -207,6 +209,20 @@ def test_the_momentum_encoder_moves_a_part_of_the_way_and_keeps_its_statistics()
     assert [float(x) for x in slow.state_dict()["running_mean"]] == [0, 0]
     with pytest.raises(ValueError, match=r"shorter|longer"):
         update_momentum_encoder(slow, nn.PReLU(2))
+
+
+def test_the_network_gives_embeddings_and_saliency_at_the_images_size() -> None:
+    network = EmbeddingNetwork("resnet18", "random", width=6)
+    embeddings, saliency = network(normal(2, 3, 48, 40))
+    assert embeddings.shape == (2, 6, 48, 40)
+    assert saliency.shape == (2, 48, 40)
+    assert network.backbone(normal(1, 3, 64, 64))[0].shape == (1, 512, 8, 8)  # an eighth of the side
+    keys = copy.deepcopy(network)
+    mask = masks(2, 48, 40)
+    found = contrastive_loss(embeddings, keys(normal(2, 3, 48, 40, seed=1))[0], mask, mask, normal(6, 8))
+    (found.loss + balanced_cross_entropy(saliency, mask)).backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    assert all(p.grad is None for p in keys.parameters())
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -2,15 +2,28 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from transfgu.baselines import picie
-from transfgu.baselines.picie import FPNDecoder, MiniBatchKMeans, assign, clustering_loss, head_balance
+from transfgu.baselines.picie import (
+    FeatureNetwork,
+    FPNDecoder,
+    MiniBatchKMeans,
+    Transforms,
+    assign,
+    clustering_loss,
+    draw_transforms,
+    head_balance,
+    make_views,
+    transform,
+)
 from transfgu.errors import UserError
 
 Reference = Callable[[str], dict[str, np.ndarray]]
@@ -171,6 +184,84 @@ def test_weights_of_something_else_are_refused(reference: Reference, broken: str
         weights = {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}
     with pytest.raises(UserError, match="these weights are not those of a PiCIE decoder"):
         FPNDecoder.from_state_dict(weights)
+
+
+def test_features_have_a_quarter_of_the_images_sides() -> None:
+    network = FeatureNetwork("resnet18", "random", width=16)
+    features = network(normal(2, 3, 64, 96))
+    assert features.shape == (2, 16, 16, 24)
+    again = FeatureNetwork("resnet18", "random", width=16)
+    assert torch.equal(network.backbone.state_dict()["conv1.weight"], again.backbone.state_dict()["conv1.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["", "module.encoder_q."])
+def test_weights_are_read_from_a_file(tmp_path: Path, prefix: str) -> None:
+    """A file of torchvision's names, with a classifier; and one of MoCo's, with the key encoder beside."""
+    full = timm.create_model("resnet18", pretrained=False)
+    tensors = {prefix + name: tensor for name, tensor in full.state_dict().items()}
+    if prefix:
+        tensors |= {name.replace("encoder_q", "encoder_k"): tensor + 1 for name, tensor in tensors.items()}
+    torch.save({"state_dict": tensors}, tmp_path / "weights.pth")
+    network = FeatureNetwork("resnet18", str(tmp_path / "weights.pth"))
+    for name, tensor in network.backbone.state_dict().items():
+        torch.testing.assert_close(tensor, full.state_dict()[name])
+
+
+def test_wrong_weights_and_networks_are_refused(tmp_path: Path) -> None:
+    torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="are not those of resnet50: there is"):
+        FeatureNetwork("resnet50", str(tmp_path / "weights.pth"))
+    with pytest.raises(UserError, match="there is no residual network 'vit_tiny_patch16_224': use a ResNet"):
+        FeatureNetwork("vit_tiny_patch16_224", "random")
+
+
+# ---- views ----
+
+
+def smooth(height: int, width: int) -> Tensor:
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    return (255 * torch.stack((x, y, (x + y) / 2)))[None].round().to(torch.uint8)
+
+
+def test_features_of_the_second_view_lie_where_the_first_view_s_do() -> None:
+    """With the pixels themselves for features: cut before or after, it is the same picture."""
+    images = smooth(64, 96).expand(6, -1, -1, -1)
+    drawn = draw_transforms(range(6), seed=0, epoch=0)
+    nothing = draw_transforms([], seed=0, epoch=0).colours
+    first, second = make_views(images, Transforms(colours=nothing, geometry=drawn.geometry), (32, 48))
+    assert first.shape == second.shape == (6, 3, 32, 48)
+    # Half a pixel of a ramp over 48 pixels, in deviations of about 0.225.
+    assert (transform(second, drawn, (32, 48)) - first).abs().max() < 0.5 / 48 / 0.22
+    assert (first - second).abs().max() > 0.5
+
+
+def test_a_cut_by_hand() -> None:
+    """Half of the side, in the top left corner, mirrored."""
+    plane = torch.arange(16.0).reshape(1, 1, 4, 4)
+    geometry = np.array([[[-0.5, 0, -0.5], [0, 0.5, -0.5]]], np.float32)
+    drawn = Transforms(colours=draw_transforms([0], seed=0, epoch=0).colours, geometry=geometry)
+    assert transform(plane, drawn, (2, 2)).tolist() == [[[[1, 0], [5, 4]]]]
+
+
+def test_cuts_stay_inside_the_image() -> None:
+    drawn = draw_transforms(range(200), seed=0, epoch=1)
+    corners = np.abs(drawn.geometry[:, [0, 1], [0, 1]]) + np.abs(drawn.geometry[:, :, 2])
+    assert corners.max() <= 1 + 1e-6
+    sides = drawn.geometry[:, 1, 1]
+    assert 0.5 <= sides.min() < 0.55 < 0.95 < sides.max() <= 1
+    assert 60 < (drawn.geometry[:, 0, 0] < 0).sum() < 140
+
+
+def test_transforms_do_not_depend_on_their_batch() -> None:
+    together, alone = draw_transforms([3, 4, 5], seed=1, epoch=2), draw_transforms([4], seed=1, epoch=2)
+    np.testing.assert_array_equal(together.geometry[1:2], alone.geometry)
+    images = (255 * torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
+    for found, expected in zip(
+        make_views(images, together, (8, 8)), make_views(images[1:2], alone, (8, 8)), strict=True
+    ):
+        torch.testing.assert_close(found[1:2], expected)
+    first, second = make_views(images, together, (8, 8))
+    assert not torch.equal(first, second)
 
 
 # ---- mini-batch K-Means ----

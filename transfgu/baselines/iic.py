@@ -9,13 +9,18 @@ Segmentation", ICCV 2019, equations 3 to 5; repository xu-ji/IIC.
 """
 
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float64, Shaped
-from torch import Tensor
+from jaxtyping import Float, Float64, Shaped, UInt8
+from numpy import ndarray
+from torch import Tensor, nn
+
+from transfgu.views import GREY, Colours, change_colours
 
 # To type checkers an int is a float; to the run-time checks of the tests it is not.
 Real = float | int
@@ -189,3 +194,152 @@ def _row_blocks(spectrum: Tensor) -> Iterator[slice]:
     frequencies, classes, _ = spectrum.shape
     step = max(1, _BLOCK_BYTES // (frequencies * classes * spectrum.element_size()))
     return (slice(start, start + step) for start in range(0, classes, step))
+
+
+# ---- network ----
+
+Head = Literal["main", "auxiliary"]
+
+
+class SegmentationNetwork(nn.Module):
+    """The network of IIC's segmentation experiments: six convolutions like VGG's, then a linear head.
+
+    The auxiliary head has more classes than are wanted: it keeps the trunk from forgetting what the main head does not
+    need yet. Published, the heads are trained in turns, an epoch each.
+
+    Args:
+        classes: C of the main head.
+        auxiliary_classes: C of the over-clustering head; published, three times as many for COCO-Stuff.
+        sub_heads: copies of each head, each with its own start; the loss is the mean over them.
+        edges: give the trunk Sobel edges of the grey image beside its colours.
+        widths: channels of the six convolutions.
+
+    Raises:
+        ValueError: a number of classes, copies or widths that makes no network.
+
+    Source: repository xu-ji/IIC, SegmentationNet10aTwoHead. There a dilated convolution is padded by 1 pixel and a head
+    by 1, so that class maps are stretched by 3 %; here they stay in place.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        auxiliary_classes: int,
+        *,
+        sub_heads: int = 1,
+        edges: bool = True,
+        widths: Sequence[int] = (64, 128, 256, 256, 512, 512),
+    ) -> None:
+        super().__init__()
+        if min(classes, auxiliary_classes) < 2 or sub_heads < 1 or len(widths) != 6:
+            raise ValueError(
+                f"{classes} and {auxiliary_classes} classes, {sub_heads} sub-heads, {len(widths)} widths: "
+                "give 2 classes or more, 1 sub-head or more, and 6 widths"
+            )
+        self.edges = edges
+        layers: list[nn.Module] = []
+        channels = 5 if edges else 3
+        for place, width in enumerate(widths):
+            if place == 2:
+                layers.append(nn.MaxPool2d(2))
+            dilation = 2 if place >= 4 else 1
+            convolution = nn.Conv2d(channels, width, 3, padding=dilation, dilation=dilation, bias=False)
+            layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            channels = width
+        self.trunk = nn.Sequential(*layers)
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.ModuleList(nn.Conv2d(channels, count, 1, bias=False) for _ in range(sub_heads))
+                for name, count in (("main", classes), ("auxiliary", auxiliary_classes))
+            }
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+
+    def forward(self, images: Float[Tensor, "B 3 H W"], head: Head = "main") -> list[Float[Tensor, "B C H W"]]:
+        """Class probabilities at the images' size, from each copy of a head; pixels are 0 to 1."""
+        size = images.shape[2:]
+        features = self.trunk(with_edges(images) if self.edges else images)
+        copies = self.heads[head]
+        assert isinstance(copies, nn.ModuleList)
+        maps = (copy(features).softmax(1) for copy in copies)
+        return [F.interpolate(some, size=size, mode="bilinear", align_corners=False) for some in maps]
+
+
+def with_edges(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 5 H W"]:
+    """Colours, and Sobel's two derivatives of the grey image: to the left, and upwards."""
+    grey = (images * images.new_tensor(GREY).view(3, 1, 1)).sum(1, keepdim=True)
+    leftwards = images.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]])
+    kernels = torch.stack((leftwards, leftwards.mT))[:, None]
+    return torch.cat((images, F.conv2d(grey, kernels, padding=1)), dim=1)
+
+
+# ---- pairs of views ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """How the second view of each image of a batch is made of the first one, the image itself."""
+
+    colours: Colours
+    second_to_first: Float[ndarray, "B 2 3"]
+    """Brings the second view's class maps into the image's frame: `mutual_information_loss` takes it."""
+    first_to_second: Float[ndarray, "B 2 3"]
+    """Its inverse, which makes the second view."""
+
+
+def draw_pairs(samples: Sequence[int], size: tuple[int, int], *, seed: int, epoch: int, affine: bool = False) -> Pairs:
+    """Parameters of a random second view of each sample, for images of `size` = (H, W) pixels.
+
+    Colour jitter of 0.4 (brightness, contrast, saturation) and 0.125 (hue), in random order, and a mirror image with
+    probability 0.5. Each image has its own generator, so a pair does not depend on its batch.
+
+    Args:
+        samples: the images' places in the epoch.
+        size: sides of the images; rotations are by the angle in pixels, whatever the sides.
+        seed: of the run.
+        epoch: of training.
+        affine: also rotate by up to 30 degrees, shear by up to 10 and scale by 0.8 to 1.2. The paper describes it; the
+            published commands for COCO-Stuff leave it out.
+
+    Source: repository xu-ji/IIC, defaults of the segmentation scripts.
+    """
+    drawn = np.array([np.random.default_rng((seed, epoch, sample)).random(12) for sample in samples]).reshape(-1, 12)
+    factors, order, (mirror, turn, shear, scale) = drawn[:, :4], drawn[:, 4:8], drawn[:, 8:].T
+    batch = len(drawn)
+    nothing = np.zeros(batch, bool)
+    angle = np.radians(60 * turn - 30) * affine
+    sheared = angle + np.radians(20 * shear - 10) * affine
+    length = 0.8 + 0.4 * scale if affine else np.ones(batch)
+    # Columns are where the axes go, x before y, in pixels.
+    matrix = np.array([[np.cos(angle), -np.sin(sheared)], [np.sin(angle), np.cos(sheared)]]).transpose(2, 0, 1)
+    matrix = matrix * length[:, None, None]
+    sides = np.array([max(size[1] - 1, 1), max(size[0] - 1, 1)])
+    matrix = matrix * sides[None, None, :] / sides[None, :, None]  # pixels -> coordinates from -1 to 1
+    flip = np.stack([np.where(mirror < 0.5, -1.0, 1.0), np.ones(batch)], 1)
+    return Pairs(
+        colours=Colours(
+            jitter=~nothing,
+            order=order.argsort(1),
+            factors=factors * (0.8, 0.8, 0.8, 0.25) + (0.6, 0.6, 0.6, -0.125),
+            grey=nothing,
+            blur=nothing,
+            sigma=np.ones(batch),
+        ),
+        second_to_first=_without_shift(flip[:, :, None] * np.linalg.inv(matrix)),
+        first_to_second=_without_shift(matrix * flip[:, None, :]),
+    )
+
+
+def _without_shift(matrices: Float[ndarray, "B 2 2"]) -> Float[ndarray, "B 2 3"]:
+    return np.concatenate([matrices, np.zeros((len(matrices), 2, 1))], 2).astype(np.float32)
+
+
+def apply_pairs(
+    images: UInt8[Tensor, "B 3 H W"], pairs: Pairs
+) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, "B 3 H W"]]:
+    """Both views, pixels 0 to 1; beyond the image's edge the second one is black."""
+    first = images.float() / 255
+    matrices = torch.from_numpy(pairs.first_to_second).to(images.device)
+    return first, warp(change_colours(first.clone(), pairs.colours), matrices)

@@ -7,12 +7,16 @@ Source: Van Gansbeke, Vandenhende, Georgoulis and Van Gool, "Unsupervised Semant
 Mask Proposals", ICCV 2021, equations 2 to 5. Written from the formulae.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
+from torchvision.models.segmentation.deeplabv3 import ASPP
+
+from transfgu.baselines.resnet import residual_network, widths
 
 # To type checkers an int is a float; to the run-time checks of the tests it is not.
 Real = float | int
@@ -165,3 +169,51 @@ def update_momentum_encoder(momentum_encoder: nn.Module, encoder: nn.Module, mom
     """
     for slow, fast in zip(momentum_encoder.parameters(), encoder.parameters(), strict=True):
         slow.lerp_(fast.to(slow.dtype), 1 - momentum)
+
+
+class EmbeddingNetwork(nn.Module):
+    """Pixel embeddings and object logits: a dilated ResNet, DeepLab's pyramid of dilations, and two linear heads.
+
+    Args:
+        name: the ResNet, timm's name; resnet50 published.
+        weights: as `residual_network` takes them; published, MoCo v2's after 800 epochs.
+        width: d, channels of an embedding.
+        dilations: of the pyramid's three convolutions, in steps of 8 pixels.
+
+    Raises:
+        UserError: an unknown network, or weights that are not its own.
+
+    Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017.
+    """
+
+    def __init__(
+        self,
+        name: str = "resnet50",
+        weights: str = "pretrained",
+        width: int = 32,
+        dilations: Sequence[int] = (12, 24, 36),
+    ) -> None:
+        super().__init__()
+        self.backbone = residual_network(name, weights, stages=(4,), stride=8)
+        inside = 256
+        self.pyramid = nn.Sequential(
+            ASPP(widths(self.backbone)[0], list(dilations), inside),
+            nn.Conv2d(inside, inside, 3, padding=1, bias=False),
+            nn.BatchNorm2d(inside),
+            nn.ReLU(),
+        )
+        self.embedding = nn.Conv2d(inside, width, 1)
+        self.saliency = nn.Conv2d(inside, 1, 1, bias=False)
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B d H W"], Float[Tensor, "B H W"]]:
+        """Embeddings, not yet of unit length, and logits of being an object's, at the images' size.
+
+        Pixels are normalised by ImageNet's mean and deviation. In training mode a batch needs two images or more.
+        """
+        features = self.pyramid(self.backbone(images)[0])
+        size = images.shape[2:]
+        embeddings, saliency = (
+            F.interpolate(head(features), size=size, mode="bilinear", align_corners=False)
+            for head in (self.embedding, self.saliency)
+        )
+        return embeddings, saliency[:, 0]

@@ -14,10 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int, Int64, UInt8
+from numpy import ndarray
 from torch import Tensor, nn
 
+from transfgu.baselines.resnet import residual_network, widths
+from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD
 from transfgu.errors import UserError
+from transfgu.views import Colours, change_colours
 
 _ROWS = 1 << 15  # of features that are looked at together; with 128 channels 32 MB in double precision
 _UNIT = 1 << 32  # steps of 1.0 in exact sums: 2^31 rows of unit length cannot overflow 64 bits
@@ -181,6 +185,107 @@ class FPNDecoder(nn.Module):
         return joined
 
 
+class FeatureNetwork(nn.Module):
+    """Pixel features: a ResNet and the pyramid over its four stages, at a quarter of the images' sides.
+
+    Args:
+        name: the ResNet, timm's name; resnet18 published.
+        weights: as `residual_network` takes them; published, learned from ImageNet's labels.
+        width: d, channels of a feature.
+
+    Raises:
+        UserError: an unknown network, or weights that are not its own.
+    """
+
+    def __init__(self, name: str = "resnet18", weights: str = "pretrained", width: int = 128) -> None:
+        super().__init__()
+        self.backbone = residual_network(name, weights, stages=(1, 2, 3, 4))
+        self.decoder = FPNDecoder(widths(self.backbone), width)
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B d h w"]:
+        """Features, not yet of unit length; pixels are normalised by ImageNet's mean and deviation."""
+        features: Tensor = self.decoder(*self.backbone(images))
+        return features
+
+
+# ---- views ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transforms:
+    """What is done to each image of a batch: two changes of colour, and one of geometry."""
+
+    colours: tuple[Colours, Colours]
+    geometry: Float[ndarray, "B 2 3"]
+    """From places in the cut to places in the whole image, coordinates from -1 to 1 at the outer edges."""
+
+
+def draw_transforms(
+    samples: Sequence[int], *, seed: int, epoch: int, smallest: float = 0.5, largest: float = 1.0
+) -> Transforms:
+    """Random transforms of each sample, the same in clustering and in training of an epoch.
+
+    Brightness, contrast, saturation (0.3) and hue (0.1), in this order, each with probability 0.8; blur 0.5. The cut
+    has `smallest` to `largest` of both sides, and is mirrored with probability 0.5. Each image has its own generator.
+
+    Source: repository janghyuncho/PiCIE. There the grey image, asked for by a name that is misspelt, never comes; the
+    blur has up to 2 pixels (here 3 x 3 pixels with that sigma); and a cut is rounded to whole pixels, in the image
+    and in its features apart.
+    """
+    drawn = np.array([np.random.default_rng((seed, epoch, sample)).random(24) for sample in samples]).reshape(-1, 24)
+    scale = smallest + (largest - smallest) * drawn[:, 20]
+    mirror = np.where(drawn[:, 21] < 0.5, -1.0, 1.0)
+    across, down = (1 - scale) * (2 * drawn[:, 22] - 1), (1 - scale) * (2 * drawn[:, 23] - 1)
+    nothing = np.zeros(len(drawn))
+    rows = [[scale * mirror, nothing, across], [nothing, scale, down]]
+    return Transforms(
+        colours=(_colours(drawn[:, :10]), _colours(drawn[:, 10:20])),
+        geometry=np.array(rows).transpose(2, 0, 1).astype(np.float32),
+    )
+
+
+def _colours(drawn: Float[ndarray, "B 10"]) -> Colours:
+    factors = drawn[:, :4] * (0.6, 0.6, 0.6, 0.2) + (0.7, 0.7, 0.7, -0.1)
+    batch = len(drawn)
+    return Colours(
+        jitter=np.ones(batch, bool),
+        order=np.tile(np.arange(4), (batch, 1)),
+        factors=np.where(drawn[:, 4:8] < 0.8, factors, (1, 1, 1, 0)),
+        grey=np.zeros(batch, bool),
+        blur=drawn[:, 8] < 0.5,
+        sigma=0.1 + 1.9 * drawn[:, 9],
+    )
+
+
+def transform(
+    planes: Float[Tensor, "B c h w"], transforms: Transforms, size: tuple[int, int]
+) -> Float[Tensor, "B c h2 w2"]:
+    """The geometric transform of images or of features, resampled to `size` (bilinear)."""
+    matrices = torch.from_numpy(transforms.geometry).to(planes.device, planes.dtype)
+    grid = F.affine_grid(matrices, [*planes.shape[:2], *size], align_corners=False)
+    return F.grid_sample(planes, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def make_views(
+    images: UInt8[Tensor, "B 3 H W"], transforms: Transforms, size: tuple[int, int]
+) -> tuple[Float[Tensor, "B 3 h w"], Float[Tensor, "B 3 h w"]]:
+    """The first view, cut from the image; and the second, all of it: its *features* are cut, by `transform`.
+
+    Args:
+        images: at twice the size of a view, so that a cut of half the side loses nothing.
+        transforms: of each image.
+        size: sides of a view.
+
+    Returns:
+        Both views, normalised by ImageNet's mean and deviation.
+    """
+    pixels = images.float() / 255
+    first, second = (change_colours(pixels.clone(), colours) for colours in transforms.colours)
+    second = F.interpolate(second, size=size, mode="bilinear", align_corners=False, antialias=True)
+    mean, deviation = (pixels.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (transform(first, transforms, size) - mean) / deviation, (second - mean) / deviation
+
+
 # ---- mini-batch K-Means ----
 
 
@@ -217,7 +322,7 @@ class MiniBatchKMeans:
         ValueError: not one count for each centroid.
     """
 
-    def __init__(self, centroids: Tensor | np.ndarray, counts: Tensor | np.ndarray) -> None:
+    def __init__(self, centroids: Tensor | ndarray, counts: Tensor | ndarray) -> None:
         self.centroids = torch.as_tensor(centroids).detach().clone()
         """(K, d); where a cluster has no rows, the centroid that it began with."""
         self.counts = torch.as_tensor(counts).detach().to(self.centroids.device, torch.int64)
@@ -225,7 +330,7 @@ class MiniBatchKMeans:
         if self.counts.shape != self.centroids.shape[:1]:
             raise ValueError(f"{len(self.centroids)} centroids need as many counts, not {tuple(self.counts.shape)}")
 
-    def update(self, features: Tensor | np.ndarray) -> float:
+    def update(self, features: Tensor | ndarray) -> float:
         """Work in a batch, (n, d); returns the mean squared distance of its rows to the centroids before.
 
         Raises:
