@@ -5,7 +5,7 @@ class maps, which in the frequency domain is one small matrix product per freque
 convolution with kernels as large as the image, and in double precision more exact.
 
 Source: Ji, Henriques and Vedaldi, "Invariant Information Clustering for Unsupervised Image Classification and
-Segmentation", ICCV 2019, equations 3 to 5; repository xu-ji/IIC.
+Segmentation", ICCV 2019, section 3.3; repository xu-ji/IIC.
 """
 
 import sys

@@ -4,7 +4,7 @@ What it is pushed from are the means of other objects, in the batch and in a que
 labels are needed: an object mask says which pixels belong together, and that is all the supervision there is.
 
 Source: Van Gansbeke, Vandenhende, Georgoulis and Van Gool, "Unsupervised Semantic Segmentation by Contrasting Object
-Mask Proposals", ICCV 2021, equations 2 to 5. Written from the formulae.
+Mask Proposals", ICCV 2021. Written from the formulae.
 """
 
 from collections.abc import Sequence
@@ -97,7 +97,7 @@ def object_prototypes(embeddings: Float[Tensor, "B d h w"], masks: Shaped[Tensor
 def enet_class_weights(shares: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
     """Weights ``1 / log(1.02 + p)`` of classes that have the share p of the pixels.
 
-    Source: Paszke et al., "ENet", 2016, section 5.2.
+    Source: Paszke et al., "ENet: A Deep Neural Network Architecture for Real-Time Semantic Segmentation", 2016.
     """
     return 1 / (_ENET + shares).log()
 

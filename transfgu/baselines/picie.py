@@ -123,7 +123,7 @@ def head_balance(clusters: int, auxiliary_clusters: int) -> tuple[float, float]:
     Raises:
         ValueError: fewer than two clusters, whose loss is always 0.
 
-    Source: PiCIE, section 4, "+H".
+    Source: the paper's experiments with auxiliary clustering ("+H"); the repository has none.
     """
     if min(clusters, auxiliary_clusters) < 2:
         raise ValueError(f"{clusters} and {auxiliary_clusters} clusters can't be balanced: each needs two or more")
