@@ -81,6 +81,9 @@ def test_text_is_converted_to_each_fields_type() -> None:
         ("min_foreground", "1.5", "windows.min_foreground must lie in 0..1"),
         ("smoothing", "2", "pseudo_labels.smoothing must be odd"),
         ("dropout", "1", r"decoder.dropout must lie in \[0, 1\)"),
+        ("evaluation.scales", "1 0", "evaluation.scales must be positive"),
+        ("evaluation.scales", "", "evaluation.scales must be positive"),
+        ("flip", "2", "evaluation.flip must be true or false, not '2'"),
         ("max_bad_share", "3", "dataset.max_bad_share must lie in 0..1"),
         ("limit", "-1", "limit must not be negative"),
         ("views", "maybe", "training.views must be true or false, not 'maybe'"),
@@ -129,12 +132,22 @@ def test_a_stage_depends_on_its_own_fields_and_earlier_ones_alone() -> None:
         "windows.scales": "features",
         "limit": "samples",
         "evaluation.protocol": "evaluation",
+        "evaluation.scales": "evaluation",
+        "evaluation.flip": "evaluation",
     }
-    values = {"omega_1": 2, "gradient_scale": 1, "concepts.iterations": 5, "windows.scales": (0.5,), "limit": 3}
+    values = {
+        **{"omega_1": 2, "gradient_scale": 1, "concepts.iterations": 5, "windows.scales": (0.5,), "limit": 3},
+        **{"evaluation.protocol": "label", "evaluation.scales": (0.75, 1.0), "evaluation.flip": True},
+    }
     for name, first in changed.items():
-        other = recipe.with_fields({name: values.get(name, "label")})
+        other = recipe.with_fields({name: values[name]})
         same = [s for s in STAGES if other.digest(s) == recipe.digest(s)]
         assert same == list(STAGES[: STAGES.index(first)]), name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_logits_are_averaged_only_where_it_is_asked_for(name: str) -> None:
+    assert (preset(name).evaluation.scales, preset(name).evaluation.flip) == ((1.0,), False)
 
 
 def test_where_it_runs_changes_no_digest() -> None:

@@ -73,6 +73,12 @@ def patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     return size[0] // patch_size, size[1] // patch_size
 
 
+def scaled_size(size: tuple[int, int], scale: float | int, patch_size: int) -> tuple[int, int]:
+    """`size` = (H, W) times `scale`, each side rounded to whole patches, and at least one."""
+    height, width = (max(1, round(scale * side / patch_size)) * patch_size for side in size)
+    return height, width
+
+
 class Encoder(nn.Module):
     """A frozen, self-supervised vision transformer: class token, patch tokens, the class token's attention, and maps.
 

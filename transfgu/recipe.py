@@ -208,8 +208,16 @@ class EvaluationRecipe:
         "resolution; stego: shorter side to dataset.image_size and centre crop, as others count COCO-Stuff-27 since",
     )
     batch_size: int = _field(16, "images evaluated at a time", "images")
+    scales: tuple[float, ...] = _field(
+        (1.0,),
+        "image sizes whose logits are averaged in evaluation and prediction, relative to dataset.image_size; the "
+        "scores between epochs are of size 1 alone",
+        before=(1.0,),
+    )
+    flip: bool = _field(False, "also average with the logits of the image mirrored left to right", before=False)
 
     def __post_init__(self) -> None:
+        _check(bool(self.scales) and min(self.scales) > 0, f"evaluation.scales must be positive, not {self.scales}")
         _check(self.batch_size > 0, f"evaluation.batch_size must be positive, not {self.batch_size}")
 
 
@@ -623,7 +631,9 @@ _OWN_FIELDS: Mapping[str, typing.Callable[[Recipe], list[str]]] = types.MappingP
         "concepts": _component("concepts", "seed"),
         "pseudo_labels": lambda r: ["dataset.image_size", *_component("pseudo_labels")(r)],
         "training": lambda r: ["dataset.training_size", "decoder.depth", "decoder.dropout", *_component("training")(r)],
-        "evaluation": lambda r: ["decoder.weights", "evaluation.protocol"],
+        "evaluation": lambda r: [
+            *("decoder.weights", "evaluation.protocol", "evaluation.scales", "evaluation.flip"),
+        ],
     }
 )
 # dataset.max_bad_share decides whether a run ends, not what it makes; batch sizes of frozen forwards change speed.

@@ -23,6 +23,7 @@ from transfgu import datasets, formats
 from transfgu.datasets import images
 from transfgu.decoder import MaskDecoder, winners
 from transfgu.errors import BadInput, UserError
+from transfgu.inference.averaging import averaged_logits
 from transfgu.inference.tokens import PatchTokens
 from transfgu.recipe import Recipe
 from transfgu.sharing import model_card
@@ -139,7 +140,8 @@ class Segmenter(ModelHubMixin):
     ) -> Classes | Probabilities | list[Classes] | list[Probabilities]:
         """Which class each pixel is of, or how probable each class is there.
 
-        As in evaluation, the image is resized to the recipe's size, and the logits bilinearly to the image's own.
+        As in evaluation, the image is resized to the recipe's size, the logits are averaged over its
+        `evaluation.scales` and `evaluation.flip`, and resized bilinearly to the image's own size.
 
         Args:
             image: a PIL image, an (H, W, 3) uint8 array, a path or URI; or a list of these.
@@ -192,13 +194,13 @@ class Segmenter(ModelHubMixin):
             batch = torch.from_numpy(resized[start : start + _AT_ONCE])
             yield from zip(self.logits(batch), sizes[start : start + _AT_ONCE], strict=True)
 
-    @torch.inference_mode()
     def logits(self, batch: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B clusters h w"]:
-        """Logits of every patch, clusters as the decoder orders them; images must have the recipe's size."""
-        logits, _ = self.decoder(self.encode(batch))  # (B, hw, clusters)
-        height, width = (side // self.encode.encoder.patch_size for side in self.size)
-        maps: Tensor = logits.mT.unflatten(2, (height, width))
-        return maps
+        """Logits of every patch, clusters as the decoder orders them; images must have the recipe's size.
+
+        They are averaged over the recipe's `evaluation.scales` and `evaluation.flip`, as in evaluation, and have the
+        patches of the largest scale.
+        """
+        return averaged_logits(self.encode, [self.decoder], batch, self.recipe.evaluation)[0]
 
     def export_onnx(self, folder: str | Path, *, size: tuple[int, int] | None = None) -> tuple[Path, Path]:
         """Write `encoder.onnx` and `decoder.onnx` into a local folder; see `transfgu.sharing.onnx_export`.

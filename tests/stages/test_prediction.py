@@ -128,6 +128,12 @@ def test_another_models_masks_stay_as_they_are(made: MadeRun, tmp_path: Path) ->
         prediction.preflight(job(made, tmp_path, format="parquet"))
     claim = tmp_path / "out" / "prediction.json"
     told = json.loads(claim.read_text())
+    assert told["averaged"] == {"scales": [1.0], "flip": False}
+    claim.write_text(json.dumps({**told, "averaged": {"scales": [1.0], "flip": True}}))
+    with pytest.raises(UserError, match=r"holds masks of another evaluation.scales or evaluation.flip: choose"):
+        prediction.preflight(job(made, tmp_path))
+    claim.write_text(json.dumps({name: value for name, value in told.items() if name != "averaged"}))
+    prediction.preflight(job(made, tmp_path))  # made before anything was averaged
     assert told["classes"][0] == {"index": 0, "name": "target", "colour": [228, 26, 28]}
     claim.write_text(json.dumps({**told, "model": "0", "run": "s3://other/run"}))
     with pytest.raises(UserError, match="holds masks of s3://other/run"):
@@ -141,7 +147,16 @@ def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path
     def claim(model: int) -> str:
         start.wait()
         try:
-            prediction._claim(asked, {"model": str(model), "run": f"/{model}", "files": "png", "classes": []})
+            prediction._claim(
+                asked,
+                {
+                    "model": str(model),
+                    "run": f"/{model}",
+                    "files": "png",
+                    "averaged": {"scales": [1.0], "flip": False},
+                    "classes": [],
+                },
+            )
             return str(model)
         except UserError as error:
             return str(error)

@@ -31,7 +31,7 @@ from transfgu.datasets import ingest
 from transfgu.datasets.ingest import Order
 from transfgu.datasets.packed_maps import packed_planes
 from transfgu.decoder import MaskDecoder
-from transfgu.encoder import patch_grid
+from transfgu.encoder import patch_grid, scaled_size
 from transfgu.errors import UserError
 from transfgu.kmeans import cluster, gpu_index
 from transfgu.planning.measurements import Measurements, Timing, in_turns
@@ -216,11 +216,10 @@ class _Bench:
 
     def _pseudo_labels(self) -> Timing:
         how, folder = self._recipe, self._folder("pseudo_labels")
-        centroids, (height, width), patch = self._centroids(), how.dataset.image_size, self._patch
+        centroids, (height, width) = self._centroids(), how.dataset.image_size
         work = Counter[Size]()
         for scale in how.pseudo_labels.scales:
-            h, w = (max(1, round(scale * side / patch)) * patch for side in (height, width))
-            work[h, w] += self._images
+            work[scaled_size((height, width), scale, self._patch)] += self._images
 
         def ours() -> float:
             return self._timed(pseudo_labels.plan(how, self._tables((height, width)), centroids, folder))[0]
@@ -311,7 +310,10 @@ class _Bench:
             evaluation.evaluate(how, {"model": weights}, rows, clock, on_ray=True)
             return (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
 
-        timing = self._beside_forwards("evaluation", "Count", ours, lambda: {how.dataset.image_size: self._images})
+        work = Counter[Size]()
+        for scale in how.evaluation.scales:
+            work[scaled_size(how.dataset.image_size, scale, self._patch)] += self._images * (1 + how.evaluation.flip)
+        timing = self._beside_forwards("evaluation", "Count", ours, lambda: work)
         counting: float = ray.get(self.bare.counting.remote(self._images))
         return replace(timing, details={"counting [images/s]": counting})
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from transfgu.datasets.packed_maps import pack_maps
-from transfgu.encoder import Encoder, normalise
+from transfgu.encoder import Encoder, normalise, scaled_size
 from transfgu.inference.memory import HalveOnOutOfMemory
 from transfgu.inference.tokens import in_bfloat16
 from transfgu.recipe import PseudoLabelsRecipe, Recipe, Size
@@ -120,9 +120,8 @@ class FrozenEncoder:
         """
         concepts = concepts.to(self.device)
         height, width = _size(images)
-        patch = self.encoder.patch_size
         grid = self._grid((height, width))[:2]
-        sizes = [tuple(max(1, round(scale * side / patch)) * patch for side in (height, width)) for scale in how.scales]
+        sizes = [scaled_size((height, width), scale, self.encoder.patch_size) for scale in how.scales]
 
         def maps(batch: Tensor) -> Tensor:
             return self.encoder.concept_maps(batch, concepts, gradient_scale=how.gradient_scale)
@@ -138,7 +137,7 @@ class FrozenEncoder:
                 total = F.avg_pool2d(total, how.smoothing, 1, how.smoothing // 2, count_include_pad=False)
             return pack_maps(total)
 
-        rows = min(self.rows((size[0], size[1])) for size in sizes)
+        rows = min(self.rows(size) for size in sizes)
         return self._of_images(summed, images, rows, "maps")
 
     def _of_images(

@@ -192,7 +192,7 @@ def _works(recipe: Recipe, counts: Counts, encode: PatchTokens, timed: bool) -> 
         ),
         "evaluation": Work(
             what=f"score {counts.labelled} images ({scored} scores of images are taken while training)",
-            forwards=counts.labelled,
+            forwards=counts.labelled * len(recipe.evaluation.scales) * (1 + recipe.evaluation.flip),
             seconds=seconds(dataset.image_size),
             processes=actors,
         ),

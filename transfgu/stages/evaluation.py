@@ -23,6 +23,7 @@ from transfgu import formats
 from transfgu.datasets import ingest
 from transfgu.decoder import MaskDecoder, all_winners
 from transfgu.errors import LeftOut, UserError
+from transfgu.inference.averaging import averaged_logits
 from transfgu.inference.tokens import PatchTokens, use_cores
 from transfgu.metrics import Scores, batch_confusion, scores
 from transfgu.recipe import Recipe
@@ -95,7 +96,8 @@ def evaluate(
 
     Args:
         recipe: says the encoder, the images' size, the classes and, by `evaluation.protocol`, what is counted
-            (see `ingest.read_labelled_rows`). Logits are resized bilinear to the label.
+            (see `ingest.read_labelled_rows`), and by `evaluation.scales` and `.flip` what logits are averaged over.
+            Logits are resized bilinear to the label.
         decoders: weights by a name of one's choice: ours, or published ones (`.pt`); paths or URIs.
         rows: labelled images: `name`, `image` (URI), `label` (URI).
         progress: told of images.
@@ -186,7 +188,6 @@ class Count:
             use_cores(processes)
         self._encode = PatchTokens(recipe.encoder, self._device)
         encoder = self._encode.encoder
-        self._grid = tuple(side // encoder.patch_size for side in recipe.dataset.image_size)
         self._decoders = [load_decoder(uri, encoder.num_heads).to(self._device) for uri in decoders]
         for decoder, uri in zip(self._decoders, decoders, strict=True):
             if decoder.proj_dec.in_features != encoder.width:
@@ -202,9 +203,8 @@ class Count:
         confusions = np.zeros((1, len(self._decoders), classes, classes), np.int64)
         images, labels = ingest.usable(batch)
         if labels:
-            patches = self._encode(torch.from_numpy(images))
-            for confusion, decoder in zip(confusions[0], self._decoders, strict=True):
-                logits = decoder(patches)[0].mT.unflatten(2, self._grid)  # (B, hw, C) -> (B, C, h, w)
+            averaged = averaged_logits(self._encode, self._decoders, torch.from_numpy(images), self._recipe.evaluation)
+            for confusion, logits in zip(confusions[0], averaged, strict=True):
                 for batch_logits, batch_labels in self._same_size(logits, labels):
                     predicted = all_winners(batch_logits, (batch_labels.shape[1], batch_labels.shape[2]))
                     confusion += batch_confusion(batch_labels, predicted, classes).cpu().numpy()

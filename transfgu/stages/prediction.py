@@ -39,6 +39,7 @@ SUMMARY = "summary.json"
 """Says how the last prediction that came to its end went."""
 
 _FILES_AS = "files"  # in the claim: how masks are stored
+_AVERAGED = "averaged"  # in the claim: what logits are averaged over
 _WRITERS = 8  # files that one task writes at a time
 _SCHEMA = pa.schema([("name", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("mask", pa.large_binary())])
 
@@ -178,6 +179,10 @@ def preflight(job: PredictionJob) -> dict[str, str]:
         "model": hashlib.sha256(storage.read_bytes(Run(job.run).model())).hexdigest(),
         "run": storage.shown(storage.absolute(job.run)),
         _FILES_AS: job.format,
+        _AVERAGED: {
+            "scales": list(segmenter.recipe.evaluation.scales),
+            "flip": segmenter.recipe.evaluation.flip,
+        },
         "classes": [
             {"index": i, "name": name, "colour": list(colour)}
             for i, (name, colour) in enumerate(zip(segmenter.classes, segmenter.colours, strict=True))
@@ -195,9 +200,9 @@ def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
             return
         text = storage.read_bytes(uri)  # of one that began at the same time
     held = _read_claim(job, text)
-    differing = [n for n in ("model", _FILES_AS, "classes") if held[n] != claim[n]]
+    differing = [n for n in ("model", _FILES_AS, _AVERAGED, "classes") if held[n] != claim[n]]
     if differing:
-        other = "format" if differing[0] == _FILES_AS else differing[0]
+        other = {_FILES_AS: "format", _AVERAGED: "evaluation.scales or evaluation.flip"}.get(differing[0], differing[0])
         theirs = f"masks of {held['run']}" if "model" in differing else f"masks of another {other}"
         raise UserError(f"{storage.shown(job.out)} holds {theirs}: choose another --out, or delete what is there")
 
@@ -212,6 +217,7 @@ def _read_claim(job: PredictionJob, text: bytes) -> dict[str, Any]:
             first[_FILES_AS] = first.pop(formats.KEY)
         text = json.dumps(first).encode()
     held = formats.read_json(text, uri, remedy)
+    held.setdefault(_AVERAGED, {"scales": [1.0], "flip": False})  # masks that were made before there were others
     with formats.damage(uri, remedy):
         _ = held["model"], held["run"], held[_FILES_AS], [x["colour"] for x in held["classes"]]
     return held
