@@ -65,7 +65,7 @@ def main() -> None:
         **{name: getattr(arguments, name) for name in own},
     )
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
-    from transfgu.pipeline import run_search
+    from transfgu.search.stage import run_search
 
     run_search(search, quiet=arguments.quiet, verbose=arguments.verbose)
 

@@ -17,7 +17,7 @@ import safetensors.torch
 import yaml
 from PIL import Image
 
-from transfgu import Segmenter, formats, pipeline, recipe
+from transfgu import Segmenter, formats, pipeline, presets, recipe
 from transfgu.errors import UserError
 from transfgu.recipe import FIELDS, STAGES, Recipe, preset
 from transfgu.runtime.progress import Progress
@@ -150,7 +150,7 @@ def test_a_field_that_came_later_has_the_value_of_its_time(
     assert all(pipeline.check_artifacts(asked(), without_smoothing).values())
     assert without_smoothing.recipe().pseudo_labels.smoothing == 3
     # A preset that smooths over 5 from now on does so in new runs; this one goes on as it was made.
-    monkeypatch.setitem(recipe._PRESETS["shapes"], "smoothing", 5)
+    monkeypatch.setitem(presets.PRESET_FIELDS["shapes"], "smoothing", 5)
     assert asked().pseudo_labels.smoothing == 5
     continued = without_smoothing.continued(asked())
     assert continued.pseudo_labels.smoothing == 3

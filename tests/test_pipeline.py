@@ -11,7 +11,7 @@ from transfgu import pipeline
 from transfgu.errors import UserError
 from transfgu.pipeline import fit_to_patch
 from transfgu.recipe import STAGES, preset
-from transfgu.store import run_lock
+from transfgu.store import lock
 from transfgu.store.artifacts import Run
 
 
@@ -61,7 +61,7 @@ def test_a_folder_that_another_run_writes(tmp_path: Path) -> None:
     photographs(tmp_path)
     run = Run(str(tmp_path / "run"))
     with (
-        run_lock.hold(run.uri, print),
+        lock.hold(run.uri, print),
         pytest.raises(UserError, match=r"another run is writing .*run \(process \d+ on .*choose another --run"),
     ):
         pipeline.run_stages(small(tmp_path), run, quiet=True)

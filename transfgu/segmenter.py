@@ -28,7 +28,7 @@ from transfgu.recipe import Recipe
 from transfgu.sharing import model_card
 from transfgu.store import storage
 from transfgu.store.artifacts import BESIDE, MODEL, SCORES, Run
-from transfgu.store.weight_files import read_weights
+from transfgu.store.weights import read_weights
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 Classes = Int[np.ndarray, "H W"]

@@ -20,9 +20,9 @@ def details(data: Dataset, recipe: Recipe) -> dict[str, str]:
     Such as "MapBatches(EncodeWindows) busy 93 % of 12.1 s, MapBatches(ReadImages) 21 %", the busiest first; nothing
     where nothing was measured.
     """
-    from transfgu.runtime import cluster  # it brings torch, which the tasks of this package's plans start without
+    from transfgu.runtime import capacity  # it brings torch, which the tasks of this package's plans start without
 
-    actors = cluster.pool_size(recipe.compute)
+    actors = capacity.pool_size(recipe.compute)
     cpus = ray.cluster_resources().get("CPU", 1) - actors * recipe.compute.cpus_per_actor
     seconds, worked = measured(data)
     busy = {
