@@ -20,6 +20,7 @@ from PIL import Image
 from transfgu import Segmenter, formats, pipeline, presets, recipe
 from transfgu.errors import UserError
 from transfgu.recipe import FIELDS, STAGES, Recipe, preset
+from transfgu.report import page
 from transfgu.runtime.progress import Progress
 from transfgu.search.trials import Ledger
 from transfgu.stages import prediction
@@ -54,7 +55,7 @@ def masks(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_training_finds_every_stage_complete(golden: Run) -> None:
-    metrics = pipeline.run_stages(asked(), golden, quiet=True)
+    metrics = pipeline.run_stages(asked(), golden, report=page.write, quiet=True)
     assert [stage for stage in STAGES if metrics["stages"][stage]["skipped"]] == list(STAGES)
     for name in ("mean_iou", "pixel_accuracy", "iou", "assignment", "last"):
         assert metrics[name] == METRICS[name]
@@ -247,7 +248,7 @@ def test_a_damaged_file_is_told_in_one_line(golden: Run, file: str, content: byt
     if file == "training/history.json" and content == b"[]":
         pytest.skip("a history of no epoch is whole")
     with pytest.raises(UserError, match=r"is damaged: delete the folder"):
-        pipeline.run_stages(asked(), golden, quiet=True)
+        pipeline.run_stages(asked(), golden, report=page.write, quiet=True)
 
 
 @pytest.mark.parametrize("content", [c for c in DAMAGE if c != b'{"stage": "x"}'])

@@ -6,7 +6,7 @@ What can be known to fail is found before Ray starts: a GPU is held only for a r
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transfgu import datasets, formats
@@ -79,15 +79,26 @@ def stages_until(until: str) -> tuple[str, ...]:
     return STAGES[: STAGES.index(until) + 1]
 
 
+Report = Callable[[Recipe, Run, Mapping[str, Manifest], Mapping[str, Any]], str]
+"""Writes a run's report from its manifests and the content of `metrics.json`, and returns its URI."""
+
+
 def run_stages(
-    recipe: Recipe, run: Run, *, until: str = STAGES[-1], quiet: bool = False, verbose: bool = False
+    recipe: Recipe,
+    run: Run,
+    *,
+    until: str = STAGES[-1],
+    report: Report | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
 ) -> dict[str, Any]:
-    """Run the stages up to and including `until`, then write `metrics.json` and `report.html`.
+    """Run the stages up to and including `until`, then write `metrics.json`.
 
     Args:
         recipe: what to compute.
         run: where; stages that are complete there are skipped.
         until: the last stage to run.
+        report: writes the report once the run is evaluated (`transfgu.report.page.write`); None: no report is written.
         quiet: print nothing.
         verbose: let Ray's messages through.
 
@@ -137,7 +148,7 @@ def run_stages(
             else:
                 continue
             manifests[stage] = manifest
-        return _conclude(recipe, run, manifests, complete, say)
+        return _conclude(recipe, run, manifests, complete, report, say)
 
 
 def check_artifacts(recipe: Recipe, run: Run) -> dict[str, bool]:
@@ -191,6 +202,7 @@ def _conclude(
     run: Run,
     manifests: dict[str, Manifest],
     complete: dict[str, bool],
+    report: Report | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     scores: dict[str, Any] = {}
@@ -214,14 +226,13 @@ def _conclude(
     }
     storage.write_bytes(run.file("metrics.json"), json.dumps(metrics, indent=1).encode())
     if "evaluation" in manifests:
-        from transfgu.report import page
-
-        where = page.write(recipe, run, manifests, metrics)
+        where = report(recipe, run, manifests, metrics) if report else ""
         if metrics["mean_iou"] is not None:
             say(f"mIoU {metrics['mean_iou']:.2f} %, pixel accuracy {metrics['pixel_accuracy']:.2f} %")
         else:
-            say("no labels, no scores: the report shows the predictions")
-        say(f"report: {where}")
+            say(f"no labels, no scores{': the report shows the predictions' if where else ''}")
+        if where:
+            say(f"report: {where}")
     return metrics
 
 

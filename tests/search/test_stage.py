@@ -19,6 +19,7 @@ import ray
 from tests.folder_run import photographs, small
 from transfgu.errors import UserError
 from transfgu.recipe import STAGES, from_yaml, preset
+from transfgu.report.search import write
 from transfgu.runtime import capacity
 from transfgu.runtime.progress import Progress
 from transfgu.search import space as search_space
@@ -113,7 +114,7 @@ def test_recipes_share_what_they_have_in_common(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_small_search(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = search(tmp_path, "omega_1=loguniform(0.1,10)", "alpha=uniform(0,0.1)", epochs=2, searcher="tpe")
-    metrics = run_search(wanted, quiet=True)
+    metrics = run_search(wanted, report=write, quiet=True)
     rows = json.loads((tmp_path / "search" / "trials.json").read_text())
     assert [r["number"] for r in rows] == [0, 1, 2]
     assert {r["status"] for r in rows} <= {"finished", "stopped"}
@@ -200,7 +201,7 @@ def test_a_trial_that_fails_is_told_and_the_search_goes_on(tmp_path: Path, bad: 
     # Two steps an epoch: each epoch has a new student here, and a step's harm shows in the next one.
     grid: dict[str, Any] = {"searcher": "grid", "scheduler": "none", "trials": 4}
     wanted = search(tmp_path, bad, "omega_2=grid(0.3,0.4)", epochs=2, passes=2, **grid)
-    metrics = run_search(wanted, quiet=True)
+    metrics = run_search(wanted, report=write, quiet=True)
     rows = json.loads((tmp_path / "search" / "trials.json").read_text())
     assert [r["status"] for r in rows] == ["finished", "finished", "failed", "failed"]
     for row in rows[2:]:

@@ -9,12 +9,11 @@ CPU free, whatever the number of trials, and trials share the rest, in fractions
 cluster may come to have, as trials are what brings them.
 """
 
-import dataclasses
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,11 @@ from ray.tune.search import Searcher
 
 from transfgu import formats, pipeline
 from transfgu.errors import UserError, in_words
-from transfgu.pipeline import preflight
 from transfgu.recipe import STAGES, ComputeRecipe, Recipe, upgraded
 from transfgu.runtime import capacity, connect
 from transfgu.runtime.failures import find_user_error
 from transfgu.runtime.progress import Progress
-from transfgu.search import space
+from transfgu.search import space, trials
 from transfgu.search.trials import Ledger, Search, Trial, stop_reason, suggest
 from transfgu.stages import samples, training
 from transfgu.store import parquet, storage
@@ -462,11 +460,19 @@ class _Recorder(FIFOScheduler):
         return {}
 
 
-def run_search(search: Search, *, quiet: bool = False, verbose: bool = False) -> dict[str, Any]:
-    """Search for a better recipe; writes `trials.json`, `best.yaml`, `metrics.json` and `report.html`.
+def run_search(
+    search: Search,
+    *,
+    report: Callable[[Search, Sequence[Trial], Mapping[str, Any]], str] | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Search for a better recipe; writes `trials.json`, `best.yaml` and `metrics.json`.
 
     Args:
         search: what to try, and where; trials that ended there are kept, and those that did not go on.
+        report: writes the search's report from its trials and metrics, and returns its URI
+            (`transfgu.report.search.write`); None: no report is written.
         quiet: print nothing.
         verbose: let Ray's messages through.
 
@@ -476,25 +482,21 @@ def run_search(search: Search, *, quiet: bool = False, verbose: bool = False) ->
     Raises:
         UserError: a mistake of the user's, before or while it runs; every trial failed.
     """
-    from transfgu.report import search as search_report
-    from transfgu.search import trials
-
-    search = dataclasses.replace(search, recipe=preflight(search.recipe, Run(search.uri)))
+    search = replace(search, recipe=pipeline.preflight(search.recipe, Run(search.uri)))
 
     def say(text: str) -> None:
         if not quiet:
             print(text, flush=True)
 
     say(f"{search.recipe.preset}: {search.count} trials of {', '.join(search.space.shown())} in {search.uri}")
-    from transfgu.search import stage as stage  # brings Ray
-
     with hold(search.uri, say) as lock:
-        found = stage.run(search, Progress("search", quiet=quiet), quiet=quiet, verbose=verbose)
+        found = run(search, Progress("search", quiet=quiet), quiet=quiet, verbose=verbose)
         lock.check()
         metrics = trials.write_results(search, found.trials, found.stages)
         for line in trials.table(search, found.trials):
             say(line)
-        say(f"report: {search_report.write(search, found.trials, metrics)}")
+        if report:
+            say(f"report: {report(search, found.trials, metrics)}")
     failed = [trial for trial in found.trials if trial.status == "failed"]
     if failed and len(failed) == len(found.trials):
         raise UserError(f"every trial failed; trial {failed[0].number}: {failed[0].reason}")
