@@ -4,15 +4,12 @@ The checks are the pipeline's own, so what passes here begins; the plans are tho
 the cost is counted in forward passes of the encoder, which is what takes the time, each timed once on this machine.
 """
 
-import contextlib
-import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from transfgu import datasets, pipeline
@@ -23,6 +20,7 @@ from transfgu.inference import device
 from transfgu.inference.tokens import PatchTokens
 from transfgu.recipe import STAGES, Recipe
 from transfgu.runtime import capacity, connect, parts
+from transfgu.runtime.bottleneck import operators
 from transfgu.runtime.progress import duration
 from transfgu.stages import features, pseudo_labels, samples
 from transfgu.store import storage
@@ -91,10 +89,9 @@ def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool
         f"data     {counts.train} training images, {counts.validation} for validation, {counts.labelled} of them "
         f"labelled{_left_out(counts.left_out)}"
     )
-    cluster = ray.cluster_resources()
-    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    nodes, cpus, gpus = capacity.present()
     yield (
-        f"machine  {nodes} node{'s' * (nodes > 1)}, {cluster.get('CPU', 0):g} CPUs, {cluster.get('GPU', 0):g} GPUs: up "
+        f"machine  {nodes} node{'s' * (nodes > 1)}, {cpus:g} CPUs, {gpus:g} GPUs: up "
         f"to {capacity.pool_size(recipe.compute)} encoder actors, {capacity.training_workers(recipe.compute)} training "
         f"workers, each holding {held['num_cpus']:g} CPUs and {held['num_gpus']:g} GPUs"
     )
@@ -220,21 +217,6 @@ def _plans(recipe: Recipe, width: int) -> Mapping[str, Sequence[str]]:
         "features": operators(features.plan(recipe, parts.split(one, 1), "")),
         "pseudo_labels": operators(pseudo_labels.plan(recipe, parts.split(one, 1), centroids, "")),
     }
-
-
-def operators(data: ray.data.Dataset) -> list[str]:
-    """The physical operators of a plan, first to last, as Ray would carry them out."""
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown):
-        data.explain()
-    physical = shown.getvalue().split("Physical Plan (Optimized)")[1]
-    lines = [line.strip(" +-") for line in physical.splitlines() if "[" in line]
-    kinds = {"TaskPoolMapOperator": "tasks", "ActorPoolMapOperator": "actors"}
-    named = [line.removesuffix("]").partition("[") for line in reversed(lines)]
-    return [
-        f"{name.removeprefix('MapBatches(').removesuffix(')')} ({kinds[kind]})" if kind in kinds else name
-        for kind, _, name in named
-    ]
 
 
 def _left_out(left_out: Sequence[LeftOut]) -> str:

@@ -68,6 +68,13 @@ def _told_nodes(text: str) -> list[Nodes]:
         ) from None
 
 
+def present() -> tuple[int, float, float]:
+    """How many nodes the cluster has now, and their CPUs and GPUs."""
+    resources = ray.cluster_resources()
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    return nodes, float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+
+
 def cluster_gpus() -> float:
     """GPUs that the cluster may come to have."""
     return sum(nodes.count * nodes.resources["GPU"] for nodes in possible_nodes())
