@@ -208,7 +208,9 @@ class Segmenter(ModelHubMixin):
         """
         from transfgu.sharing import onnx_export
 
-        return onnx_export.export(self, Path(folder), size=size)
+        return onnx_export.export(
+            self.encode.encoder, self.decoder, self.class_of, Path(folder), size=size or self.size
+        )
 
     # What huggingface_hub's mixin asks for.
 
