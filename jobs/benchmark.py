@@ -47,12 +47,12 @@ def measure() -> None:
     from transfgu import pipeline
     from transfgu.benchmarks import stages as benchmarks
     from transfgu.encoder import Encoder
-    from transfgu.runtime import cluster
+    from transfgu.runtime import connect
 
     stages = benchmarks.STAGES if arguments.stage == "all" else (arguments.stage,)
     encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
     recipe = pipeline.fit_to_patch(recipe, encoder.patch_size)
-    cluster.connect(verbose=arguments.verbose)
+    connect.connect(verbose=arguments.verbose)
     found = benchmarks.measure(
         recipe,
         stages,

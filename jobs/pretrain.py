@@ -30,7 +30,7 @@ def main() -> None:
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
     from transfgu.pretraining.stage import SHAPES, PretrainingJob, pretrain
     from transfgu.recipe import ComputeRecipe
-    from transfgu.runtime import cluster
+    from transfgu.runtime import capacity, connect
     from transfgu.runtime.progress import Progress
     from transfgu.store import storage
 
@@ -45,9 +45,9 @@ def main() -> None:
     if job.images != SHAPES:
         storage.check_readable(job.images)
     storage.check_writable(job.work)
-    cluster.connect(verbose=given.verbose)
-    compute = ComputeRecipe(workers=cluster.training_workers(ComputeRecipe(workers=given.workers)))
-    cluster.check_satisfiable(compute)  # of all of them, as their number is the same from the first step to the last
+    connect.connect(verbose=given.verbose)
+    compute = ComputeRecipe(workers=capacity.training_workers(ComputeRecipe(workers=given.workers)))
+    capacity.check_satisfiable(compute)  # of all of them, as their number is the same from the first step to the last
     prepared = pretrain(job, compute, Progress("pretraining", quiet=given.quiet))
     if prepared.left_out and not given.quiet:
         print(f"{len(prepared.left_out)} images were left out, such as {prepared.left_out[0]['name']}")

@@ -36,6 +36,7 @@ def main() -> None:
     recipe = recipe_of(arguments)
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
     from transfgu.pipeline import run_stages
+    from transfgu.report.page import write
 
     run = Run(arguments.run or str(Path.home() / "transfgu" / recipe.preset))
     if arguments.dry_run:
@@ -44,7 +45,7 @@ def main() -> None:
         for line in describe(recipe, run, until=arguments.until, verbose=arguments.verbose):
             print(line)
         return
-    run_stages(recipe, run, until=arguments.until, quiet=arguments.quiet, verbose=arguments.verbose)
+    run_stages(recipe, run, until=arguments.until, report=write, quiet=arguments.quiet, verbose=arguments.verbose)
 
 
 if __name__ == "__main__":

@@ -65,9 +65,10 @@ def main() -> None:
         **{name: getattr(arguments, name) for name in own},
     )
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
-    from transfgu.pipeline import run_search
+    from transfgu.report.search import write
+    from transfgu.search.stage import run_search
 
-    run_search(search, quiet=arguments.quiet, verbose=arguments.verbose)
+    run_search(search, report=write, quiet=arguments.quiet, verbose=arguments.verbose)
 
 
 if __name__ == "__main__":

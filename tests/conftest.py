@@ -68,10 +68,10 @@ def ray_cluster(s3_environment: str) -> Iterator[None]:
     import ray
 
     from tests import worker_coverage
-    from transfgu.runtime import cluster
+    from transfgu.runtime import connect as runtime_connect
 
-    cluster.connect(setup_hook=worker_coverage.start if worker_coverage.wanted() else None)
-    cluster._embedded = False  # stages should pass through Ray, however little there is for them
+    runtime_connect.connect(setup_hook=worker_coverage.start if worker_coverage.wanted() else None)
+    runtime_connect._embedded = False  # stages should pass through Ray, however little there is for them
     yield
     ray.shutdown()
 
@@ -79,12 +79,12 @@ def ray_cluster(s3_environment: str) -> Iterator[None]:
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any attempt to start Ray fails the test."""
-    from transfgu.runtime import cluster
+    from transfgu.runtime import connect as runtime_connect
 
     def connect(**_: object) -> None:
         pytest.fail("Ray was started")
 
-    monkeypatch.setattr(cluster, "connect", connect)
+    monkeypatch.setattr(runtime_connect, "connect", connect)
 
 
 REAL_S3 = "AWS_ENDPOINT_URL_S3" in os.environ

@@ -17,9 +17,10 @@ import safetensors.torch
 import yaml
 from PIL import Image
 
-from transfgu import Segmenter, formats, pipeline, recipe
+from transfgu import Segmenter, formats, pipeline, presets, recipe
 from transfgu.errors import UserError
 from transfgu.recipe import FIELDS, STAGES, Recipe, preset
+from transfgu.report import page
 from transfgu.runtime.progress import Progress
 from transfgu.search.trials import Ledger
 from transfgu.stages import prediction
@@ -54,7 +55,7 @@ def masks(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_training_finds_every_stage_complete(golden: Run) -> None:
-    metrics = pipeline.run_stages(asked(), golden, quiet=True)
+    metrics = pipeline.run_stages(asked(), golden, report=page.write, quiet=True)
     assert [stage for stage in STAGES if metrics["stages"][stage]["skipped"]] == list(STAGES)
     for name in ("mean_iou", "pixel_accuracy", "iou", "assignment", "last"):
         assert metrics[name] == METRICS[name]
@@ -150,7 +151,7 @@ def test_a_field_that_came_later_has_the_value_of_its_time(
     assert all(pipeline.check_artifacts(asked(), without_smoothing).values())
     assert without_smoothing.recipe().pseudo_labels.smoothing == 3
     # A preset that smooths over 5 from now on does so in new runs; this one goes on as it was made.
-    monkeypatch.setitem(recipe._PRESETS["shapes"], "smoothing", 5)
+    monkeypatch.setitem(presets.PRESET_FIELDS["shapes"], "smoothing", 5)
     assert asked().pseudo_labels.smoothing == 5
     continued = without_smoothing.continued(asked())
     assert continued.pseudo_labels.smoothing == 3
@@ -247,7 +248,7 @@ def test_a_damaged_file_is_told_in_one_line(golden: Run, file: str, content: byt
     if file == "training/history.json" and content == b"[]":
         pytest.skip("a history of no epoch is whole")
     with pytest.raises(UserError, match=r"is damaged: delete the folder"):
-        pipeline.run_stages(asked(), golden, quiet=True)
+        pipeline.run_stages(asked(), golden, report=page.write, quiet=True)
 
 
 @pytest.mark.parametrize("content", [c for c in DAMAGE if c != b'{"stage": "x"}'])

@@ -14,9 +14,9 @@ from transfgu.metrics import (
     confusion_matrix,
     invariant_information,
     match_clusters,
-    merit,
     scores,
 )
+from transfgu.training.checkpoints import merit
 
 
 def test_confusion_matrix_by_hand() -> None:

@@ -11,7 +11,8 @@ from transfgu import pipeline
 from transfgu.errors import UserError
 from transfgu.pipeline import fit_to_patch
 from transfgu.recipe import STAGES, preset
-from transfgu.store import run_lock
+from transfgu.report import page
+from transfgu.store import lock
 from transfgu.store.artifacts import Run
 
 
@@ -61,7 +62,7 @@ def test_a_folder_that_another_run_writes(tmp_path: Path) -> None:
     photographs(tmp_path)
     run = Run(str(tmp_path / "run"))
     with (
-        run_lock.hold(run.uri, print),
+        lock.hold(run.uri, print),
         pytest.raises(UserError, match=r"another run is writing .*run \(process \d+ on .*choose another --run"),
     ):
         pipeline.run_stages(small(tmp_path), run, quiet=True)
@@ -98,7 +99,7 @@ def test_the_whole_method_and_again_nothing(tmp_path: Path, capsys: pytest.Captu
     recipe, run = small(tmp_path), Run(str(tmp_path / "run"))
     pipeline.run_stages(recipe, run, until="concepts")
     assert not Path(run.file("pseudo_labels")).exists()
-    metrics = pipeline.run_stages(recipe, run)
+    metrics = pipeline.run_stages(recipe, run, report=page.write)
     assert set(metrics["stages"]) == set(STAGES)
     assert [s for s in STAGES if metrics["stages"][s]["skipped"]] == ["samples", "features", "concepts"]
     assert 0 <= metrics["mean_iou"] <= 100
@@ -143,7 +144,7 @@ def test_the_whole_method_and_again_nothing(tmp_path: Path, capsys: pytest.Captu
 def test_without_labels_there_is_a_report_and_no_score(tmp_path: Path) -> None:
     photographs(tmp_path, labels=False)
     recipe = small(tmp_path, labels="", stuff=3, epochs=1)
-    metrics = pipeline.run_stages(recipe, Run(str(tmp_path / "run")), quiet=True)
+    metrics = pipeline.run_stages(recipe, Run(str(tmp_path / "run")), report=page.write, quiet=True)
     assert metrics["mean_iou"] is None
     assert "no labels" in (tmp_path / "run" / "report.html").read_text().lower()
     with pytest.raises(UserError, match="no validation image"):

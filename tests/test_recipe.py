@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transfgu.errors import UserError
-from transfgu.recipe import FIELDS, PRESETS, SHORT_NAMES, STAGES, Recipe, from_yaml, preset
+from transfgu.presets import PRESETS
+from transfgu.recipe import FIELDS, SHORT_NAMES, STAGES, Recipe, from_yaml, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

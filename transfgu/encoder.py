@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from transfgu.errors import UserError
 from transfgu.store import storage
-from transfgu.store.weight_files import PACKAGE, read_weights, unwrap
+from transfgu.store.weights import PACKAGE, read_weights, unwrap
 
 PositionResize = Literal["dino", "timm"]
 Channels = tuple[float, float, float]

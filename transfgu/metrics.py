@@ -4,7 +4,6 @@ Clusters carry no names: each true class is first given its own cluster by Hunga
 set's matrix, and IoU and accuracy follow from the matched cells.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -173,11 +172,6 @@ def scores(confusion: Num[np.ndarray, "C clusters"]) -> Scores:
     )
 
 
-def merit(row: Mapping[str, Any]) -> float:
-    """What the best epoch of a training's history has most of: mIoU + accuracy; below zero without a score."""
-    return -1.0 if row["mean_iou"] is None else float(row["mean_iou"] + row["pixel_accuracy"])
-
-
 def invariant_information(joint: Int[np.ndarray, "C C"]) -> float:
     """How much the prediction for a place says about the prediction for the same place in a changed image; no labels.
 
@@ -202,3 +196,17 @@ def invariant_information(joint: Int[np.ndarray, "C C"]) -> float:
     seen = share > 0
     information = float((share[seen] * np.log(share[seen] / independent[seen])).sum())
     return max(0.0, 100 * information / float(np.log(classes)))
+
+
+def scores_json(score: Scores) -> dict[str, Any]:
+    """Scores as `scores.json` and `metrics.json` hold them; null where there is nothing to score."""
+    return {
+        "mean_iou": _number(score.mean_iou),
+        "pixel_accuracy": _number(score.pixel_accuracy),
+        "iou": [_number(x) for x in score.iou],
+        "assignment": [int(x) for x in score.clusters],
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

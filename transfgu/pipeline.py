@@ -6,7 +6,7 @@ What can be known to fail is found before Ray starts: a GPU is held only for a r
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transfgu import datasets, formats
@@ -14,9 +14,9 @@ from transfgu.encoder import Encoder
 from transfgu.errors import UserError
 from transfgu.recipe import STAGES, Recipe, preset
 from transfgu.runtime.progress import Progress
-from transfgu.search.trials import Search
-from transfgu.store import run_lock, storage
+from transfgu.store import storage
 from transfgu.store.artifacts import MODEL, Manifest, Outcome, Run
+from transfgu.store.lock import Lock, hold
 from transfgu.training import tracking
 
 _SIZES = ("dataset.image_size", "dataset.feature_size", "dataset.training_size", "windows.size")
@@ -79,15 +79,26 @@ def stages_until(until: str) -> tuple[str, ...]:
     return STAGES[: STAGES.index(until) + 1]
 
 
+Report = Callable[[Recipe, Run, Mapping[str, Manifest], Mapping[str, Any]], str]
+"""Writes a run's report from its manifests and the content of `metrics.json`, and returns its URI."""
+
+
 def run_stages(
-    recipe: Recipe, run: Run, *, until: str = STAGES[-1], quiet: bool = False, verbose: bool = False
+    recipe: Recipe,
+    run: Run,
+    *,
+    until: str = STAGES[-1],
+    report: Report | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
 ) -> dict[str, Any]:
-    """Run the stages up to and including `until`, then write `metrics.json` and `report.html`.
+    """Run the stages up to and including `until`, then write `metrics.json`.
 
     Args:
         recipe: what to compute.
         run: where; stages that are complete there are skipped.
         until: the last stage to run.
+        report: writes the report once the run is evaluated (`transfgu.report.page.write`); None: no report is written.
         quiet: print nothing.
         verbose: let Ray's messages through.
 
@@ -120,7 +131,7 @@ def run_stages(
         if not quiet:
             print(text, flush=True)
 
-    with run_lock.hold(run.uri, say) as lock:
+    with hold(run.uri, say) as lock:
         complete = check_artifacts(recipe, run)
         storage.write_bytes(run.file("recipe.yaml"), recipe.to_yaml().encode())
         say(f"{recipe.preset}: {', '.join(stages)} in {storage.shown(run.uri)}")
@@ -137,7 +148,7 @@ def run_stages(
             else:
                 continue
             manifests[stage] = manifest
-        return _conclude(recipe, run, manifests, complete, say)
+        return _conclude(recipe, run, manifests, complete, report, say)
 
 
 def check_artifacts(recipe: Recipe, run: Run) -> dict[str, bool]:
@@ -150,14 +161,14 @@ def check_artifacts(recipe: Recipe, run: Run) -> dict[str, bool]:
 
 
 def run_stage(
-    stage: str, recipe: Recipe, run: Run, lock: run_lock.Lock | None = None, *, quiet: bool, verbose: bool
+    stage: str, recipe: Recipe, run: Run, lock: Lock | None = None, *, quiet: bool, verbose: bool
 ) -> Manifest:
     """Run one stage, whose predecessors are complete, and commit its artefact, if `lock` is still held."""
-    from transfgu.runtime import cluster
+    from transfgu.runtime import capacity, connect
 
-    cluster.connect(verbose=verbose)
+    connect.connect(verbose=verbose)
     check_shared(recipe, run)
-    cluster.check_satisfiable(recipe.compute)
+    capacity.check_satisfiable(recipe.compute)
     started = time.monotonic()
     run.artifact(stage).begin(recipe)
     outcome = _stage_function(stage)(recipe, run, Progress(stage, quiet=quiet))
@@ -174,54 +185,11 @@ def check_shared(recipe: Recipe, run: Run | None) -> None:
     Raises:
         UserError: a local folder; the message names its flag.
     """
-    from transfgu.runtime import cluster
+    from transfgu.runtime import capacity
 
     for uri, flag in ((run.uri if run else "", "--run"), (recipe.data, "--data"), (recipe.labels, "--labels")):
         if uri:
-            cluster.check_shared(uri, flag)
-
-
-def run_search(search: Search, *, quiet: bool = False, verbose: bool = False) -> dict[str, Any]:
-    """Search for a better recipe; writes `trials.json`, `best.yaml`, `metrics.json` and `report.html`.
-
-    Args:
-        search: what to try, and where; trials that ended there are kept, and those that did not go on.
-        quiet: print nothing.
-        verbose: let Ray's messages through.
-
-    Returns:
-        The content of `metrics.json`.
-
-    Raises:
-        UserError: a mistake of the user's, before or while it runs; every trial failed.
-    """
-    from transfgu.report import search as search_report
-    from transfgu.search import trials
-
-    search = dataclasses.replace(search, recipe=preflight(search.recipe, Run(search.uri)))
-
-    def say(text: str) -> None:
-        if not quiet:
-            print(text, flush=True)
-
-    say(f"{search.recipe.preset}: {search.count} trials of {', '.join(search.space.shown())} in {search.uri}")
-    from transfgu.search import stage as stage  # brings Ray
-
-    with run_lock.hold(search.uri, say) as lock:
-        found = stage.run(search, Progress("search", quiet=quiet), quiet=quiet, verbose=verbose)
-        lock.check()
-        metrics = trials.write_results(search, found.trials, found.stages)
-        for line in trials.table(search, found.trials):
-            say(line)
-        say(f"report: {search_report.write(search, found.trials, metrics)}")
-    failed = [trial for trial in found.trials if trial.status == "failed"]
-    if failed and len(failed) == len(found.trials):
-        raise UserError(f"every trial failed; trial {failed[0].number}: {failed[0].reason}")
-    if metrics["best"]:
-        say(f"best recipe: {search.file('best.yaml')}")
-    if left := search.count - sum(trial.status != "running" for trial in found.trials):
-        say(f"{left} trials are left: the same command goes on")
-    return metrics
+            capacity.check_shared(uri, flag)
 
 
 def _left_out_note(manifest: Manifest) -> str:
@@ -234,6 +202,7 @@ def _conclude(
     run: Run,
     manifests: dict[str, Manifest],
     complete: dict[str, bool],
+    report: Report | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     scores: dict[str, Any] = {}
@@ -257,14 +226,13 @@ def _conclude(
     }
     storage.write_bytes(run.file("metrics.json"), json.dumps(metrics, indent=1).encode())
     if "evaluation" in manifests:
-        from transfgu.report import page
-
-        where = page.write(recipe, run, manifests, metrics)
+        where = report(recipe, run, manifests, metrics) if report else ""
         if metrics["mean_iou"] is not None:
             say(f"mIoU {metrics['mean_iou']:.2f} %, pixel accuracy {metrics['pixel_accuracy']:.2f} %")
         else:
-            say("no labels, no scores: the report shows the predictions")
-        say(f"report: {where}")
+            say(f"no labels, no scores{': the report shows the predictions' if where else ''}")
+        if where:
+            say(f"report: {where}")
     return metrics
 
 
@@ -283,7 +251,8 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
     Raises:
         UserError: no decoder, no labels, or a decoder of other classes.
     """
-    from transfgu.runtime import cluster
+    from transfgu.metrics import scores_json
+    from transfgu.runtime import capacity, connect
     from transfgu.stages import evaluation, samples
 
     decoder = recipe.decoder.weights or (run.file(MODEL) if run else "")
@@ -303,11 +272,11 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
     evaluation.check_decoder(recipe, decoder)
     encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
     recipe = fit_to_patch(recipe, encoder.patch_size)
-    cluster.connect(verbose=verbose)
+    connect.connect(verbose=verbose)
     check_shared(recipe, run)
-    cluster.check_satisfiable(dataclasses.replace(recipe.compute, workers=0))  # a run's own are those that trained
+    capacity.check_satisfiable(dataclasses.replace(recipe.compute, workers=0))  # a run's own are those that trained
     counted = evaluation.evaluate(recipe, {"model": decoder}, rows, Progress("evaluation", quiet=quiet))
-    result = evaluation.scores_json(counted.scores("model"))
+    result = scores_json(counted.scores("model"))
     return {
         **result,
         "iou": _by_class(recipe, result["iou"]),
@@ -328,8 +297,8 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, dict[str, Any]]:
         UserError: the run has no concepts yet.
     """
     from transfgu.baselines import tokens
-    from transfgu.stages import evaluation
+    from transfgu.metrics import scores_json
 
     if run.artifact("concepts").manifest() is None:
         raise UserError(f"{storage.shown(run.uri)} has no concepts yet: finish it with jobs/train.py")
-    return {name: evaluation.scores_json(scores) for name, scores in tokens.baselines(recipe, run).items()}
+    return {name: scores_json(scores) for name, scores in tokens.baselines(recipe, run).items()}

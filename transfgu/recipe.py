@@ -9,122 +9,103 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 
 from transfgu import formats
 from transfgu.errors import UserError
+from transfgu.fields import MISSING, FieldInfo, check, convert, field, field_infos, listed
+from transfgu.presets import PRESET_FIELDS, PRESETS
 
 Size = tuple[int, int]
 Protocol = Literal["published", "label", "stego"]
 
 _GIVEN = "given"  # in a recipe's file: the fields that are not its preset's
 
-MISSING = object()
-"""Stands for a value that is not there where None may be one."""
 
 STAGES = ("samples", "features", "concepts", "pseudo_labels", "training", "evaluation")
-
-
-def _field(default: Any, doc: str, unit: str = "", **history: Any) -> Any:
-    """One field of a recipe.
-
-    Args:
-        default: its value unless a preset or the user gives another.
-        doc: its meaning, for `--help` and the documents.
-        unit: of its value.
-        history: `before`, for a field that is younger than the first format: the value that runs made before it
-            had; `was`, a tuple of the dotted names that it had earlier.
-    """
-    return dataclasses.field(default=default, metadata={"doc": doc, "unit": unit, **history})
-
-
-def _check(good: bool, message: str) -> None:
-    if not good:
-        raise UserError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetRecipe:
     """What the images are, and the sizes they are brought to."""
 
-    layout: Literal["shapes", "coco", "voc", "cityscapes", "lip", "folder"] = _field(
+    layout: Literal["shapes", "coco", "voc", "cityscapes", "lip", "folder"] = field(
         "shapes", "folder layout of the data set"
     )
-    classes: str = _field("shapes", "name of the label map and class list; `auto` numbers the concepts")
-    curated: bool = _field(False, "train and evaluate on the curated COCO-Stuff ids alone")
-    image_size: Size = _field((320, 320), "images for pseudo labels and evaluation", "pixels, height width")
-    feature_size: Size = _field((640, 640), "images the windows are cut from", "pixels, height width")
-    training_size: Size = _field((320, 320), "images the training views are cropped from", "pixels, height width")
-    interpolation: Literal["bilinear", "nearest"] = _field(
+    classes: str = field("shapes", "name of the label map and class list; `auto` numbers the concepts")
+    curated: bool = field(False, "train and evaluate on the curated COCO-Stuff ids alone")
+    image_size: Size = field((320, 320), "images for pseudo labels and evaluation", "pixels, height width")
+    feature_size: Size = field((640, 640), "images the windows are cut from", "pixels, height width")
+    training_size: Size = field((320, 320), "images the training views are cropped from", "pixels, height width")
+    interpolation: Literal["bilinear", "nearest"] = field(
         "bilinear", "how images are resized for features and pseudo labels; the published code used nearest for COCO"
     )
-    max_bad_share: float = _field(0.1, "share of unusable images or labels that ends the run", "0 to 1")
+    max_bad_share: float = field(0.1, "share of unusable images or labels that ends the run", "0 to 1")
 
     def __post_init__(self) -> None:
         for name in ("image_size", "feature_size", "training_size"):
             size = getattr(self, name)
-            _check(len(size) == 2 and min(size) > 0, f"dataset.{name} must be two positive sides, not {size}")
-        _check(0 <= self.max_bad_share <= 1, f"dataset.max_bad_share must lie in 0..1, not {self.max_bad_share}")
+            check(len(size) == 2 and min(size) > 0, f"dataset.{name} must be two positive sides, not {size}")
+        check(0 <= self.max_bad_share <= 1, f"dataset.max_bad_share must lie in 0..1, not {self.max_bad_share}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderRecipe:
     """The frozen self-supervised vision transformer."""
 
-    name: str = _field("vit_small_patch8_224.dino", "timm model name, or vit_shapes for the packaged one")
-    weights: str = _field("pretrained", "`pretrained`, `random`, or a path or URI (.pth, .safetensors)")
-    batch_size: int = _field(64, "windows encoded at a time", "windows")
-    precision: Literal["auto", "float32", "bfloat16"] = _field(
+    name: str = field("vit_small_patch8_224.dino", "timm model name, or vit_shapes for the packaged one")
+    weights: str = field("pretrained", "`pretrained`, `random`, or a path or URI (.pth, .safetensors)")
+    batch_size: int = field(64, "windows encoded at a time", "windows")
+    precision: Literal["auto", "float32", "bfloat16"] = field(
         "auto", "arithmetic of the encoder's forward; auto: bfloat16 on GPUs that have it, else float32"
     )
 
     def __post_init__(self) -> None:
-        _check(self.batch_size > 0, f"encoder.batch_size must be positive, not {self.batch_size}")
+        check(self.batch_size > 0, f"encoder.batch_size must be positive, not {self.batch_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowsRecipe:
     """The sliding windows whose class tokens are clustered."""
 
-    scales: tuple[float, ...] = _field(
+    scales: tuple[float, ...] = field(
         (0.5, 0.4, 0.3, 0.2), "window sides as shares of the image's shorter side", "0 to 1"
     )
-    groups: Literal["both", "foreground", "all"] = _field(
+    groups: Literal["both", "foreground", "all"] = field(
         "both", "windows kept: foreground and background apart, foreground alone, or all of them together"
     )
-    min_foreground: float = _field(0.5, "salient share above which a window is foreground", "0 to 1")
-    min_background: float = _field(0.8, "unsalient share above which a window is background", "0 to 1")
-    saliency_factor: float = _field(1.0, "a patch is salient where its class attention exceeds this times the mean")
-    size: Size = _field((320, 320), "windows are resized to this before encoding", "pixels, height width")
+    min_foreground: float = field(0.5, "salient share above which a window is foreground", "0 to 1")
+    min_background: float = field(0.8, "unsalient share above which a window is background", "0 to 1")
+    saliency_factor: float = field(1.0, "a patch is salient where its class attention exceeds this times the mean")
+    size: Size = field((320, 320), "windows are resized to this before encoding", "pixels, height width")
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             bool(self.scales) and all(0 < s <= 1 for s in self.scales),
             f"windows.scales must lie in (0, 1], not {self.scales}",
         )
         for name in ("min_foreground", "min_background"):
-            _check(0 <= getattr(self, name) <= 1, f"windows.{name} must lie in 0..1, not {getattr(self, name)}")
-        _check(self.saliency_factor > 0, f"windows.saliency_factor must be positive, not {self.saliency_factor}")
+            check(0 <= getattr(self, name) <= 1, f"windows.{name} must lie in 0..1, not {getattr(self, name)}")
+        check(self.saliency_factor > 0, f"windows.saliency_factor must be positive, not {self.saliency_factor}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptsRecipe:
     """K-Means over the class tokens."""
 
-    things: int = _field(0, "concepts clustered from foreground windows", "concepts")
-    stuff: int = _field(0, "concepts clustered from background windows", "concepts")
-    iterations: int = _field(100, "K-Means iterations at most", "iterations")
+    things: int = field(0, "concepts clustered from foreground windows", "concepts")
+    stuff: int = field(0, "concepts clustered from background windows", "concepts")
+    iterations: int = field(100, "K-Means iterations at most", "iterations")
 
     def __post_init__(self) -> None:
-        _check(self.things >= 0 and self.stuff >= 0, "concepts.things and concepts.stuff must not be negative")
-        _check(self.iterations > 0, f"concepts.iterations must be positive, not {self.iterations}")
+        check(self.things >= 0 and self.stuff >= 0, "concepts.things and concepts.stuff must not be negative")
+        check(self.iterations > 0, f"concepts.iterations must be positive, not {self.iterations}")
 
     @property
     def count(self) -> int:
@@ -136,14 +117,14 @@ class ConceptsRecipe:
 class PseudoLabelsRecipe:
     """The concept maps that the decoder learns from."""
 
-    gradient_scale: float = _field(1.0, "factor of the gradients; the published code's was 1 / batch: 1/8 or 1/2")
-    scales: tuple[float, ...] = _field((1.0,), "input sizes whose maps are summed, relative to dataset.image_size")
-    smoothing: int = _field(1, "side of the mean filter over the maps; 1: none", "patches")
+    gradient_scale: float = field(1.0, "factor of the gradients; the published code's was 1 / batch: 1/8 or 1/2")
+    scales: tuple[float, ...] = field((1.0,), "input sizes whose maps are summed, relative to dataset.image_size")
+    smoothing: int = field(1, "side of the mean filter over the maps; 1: none", "patches")
 
     def __post_init__(self) -> None:
-        _check(self.gradient_scale > 0, f"pseudo_labels.gradient_scale must be positive, not {self.gradient_scale}")
-        _check(bool(self.scales) and min(self.scales) > 0, f"pseudo_labels.scales must be positive, not {self.scales}")
-        _check(
+        check(self.gradient_scale > 0, f"pseudo_labels.gradient_scale must be positive, not {self.gradient_scale}")
+        check(bool(self.scales) and min(self.scales) > 0, f"pseudo_labels.scales must be positive, not {self.scales}")
+        check(
             self.smoothing > 0 and self.smoothing % 2 == 1, f"pseudo_labels.smoothing must be odd, not {self.smoothing}"
         )
 
@@ -152,48 +133,48 @@ class PseudoLabelsRecipe:
 class DecoderRecipe:
     """The mask decoder."""
 
-    depth: int = _field(2, "transformer blocks", "blocks")
-    dropout: float = _field(0.1, "dropout probability in training", "0 to 1")
-    weights: str = _field(
+    depth: int = field(2, "transformer blocks", "blocks")
+    dropout: float = field(0.1, "dropout probability in training", "0 to 1")
+    weights: str = field(
         "", "decoder weights to evaluate instead of the run's own: a path or URI (.pt, .pth, .safetensors)"
     )
 
     def __post_init__(self) -> None:
-        _check(self.depth > 0, f"decoder.depth must be positive, not {self.depth}")
-        _check(0 <= self.dropout < 1, f"decoder.dropout must lie in [0, 1), not {self.dropout}")
+        check(self.depth > 0, f"decoder.depth must be positive, not {self.depth}")
+        check(0 <= self.dropout < 1, f"decoder.dropout must lie in [0, 1), not {self.dropout}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecipe:
     """Bootstrapped training of the decoder."""
 
-    epochs: int = _field(200, "epochs; the teacher's schedule and the scores count in them", "epochs")
-    passes: int = _field(1, "passes over the training images in one epoch", "passes")
-    lr: float = _field(1e-4, "Adam's learning rate, constant")
-    batch_size: int = _field(256, "global batch, divided among the workers", "images")
-    weight_decay: float = _field(5e-4, "weight decay on parameters of two or more dimensions")
-    omega_1: float = _field(1.0, "weight of the diversity loss")
-    omega_2: float = _field(0.3, "weight of the uncertainty loss")
-    alpha_start: float = _field(0.03, "weight of the negative label in the peer loss, after a teacher update")
-    alpha_step: float = _field(0.01, "rise of alpha", "per epoch")
-    alpha_end: float = _field(0.10, "alpha's upper limit")
-    background_threshold: float = _field(
+    epochs: int = field(200, "epochs; the teacher's schedule and the scores count in them", "epochs")
+    passes: int = field(1, "passes over the training images in one epoch", "passes")
+    lr: float = field(1e-4, "Adam's learning rate, constant")
+    batch_size: int = field(256, "global batch, divided among the workers", "images")
+    weight_decay: float = field(5e-4, "weight decay on parameters of two or more dimensions")
+    omega_1: float = field(1.0, "weight of the diversity loss")
+    omega_2: float = field(0.3, "weight of the uncertainty loss")
+    alpha_start: float = field(0.03, "weight of the negative label in the peer loss, after a teacher update")
+    alpha_step: float = field(0.01, "rise of alpha", "per epoch")
+    alpha_end: float = field(0.10, "alpha's upper limit")
+    background_threshold: float = field(
         0.1, "T_bg: background where no scaled map exceeds it (benchmarks with a background)"
     )
-    teacher_start: int = _field(2, "epoch at whose start the student first becomes the teacher", "epochs")
-    teacher_every: tuple[int, ...] = _field(
+    teacher_start: int = field(2, "epoch at whose start the student first becomes the teacher", "epochs")
+    teacher_every: tuple[int, ...] = field(
         (2,), "epochs between teacher updates; each value holds for ten epochs", "epochs"
     )
-    views: bool = _field(True, "random views (jitter, greyscale, blur, crop, flip); off: the resized image itself")
-    evaluate_every: int = _field(1, "epochs between scores on the validation set", "epochs")
+    views: bool = field(True, "random views (jitter, greyscale, blur, crop, flip); off: the resized image itself")
+    evaluate_every: int = field(1, "epochs between scores on the validation set", "epochs")
 
     def __post_init__(self) -> None:
         for name in ("epochs", "passes", "batch_size", "evaluate_every", "teacher_start"):
-            _check(getattr(self, name) > 0, f"training.{name} must be positive, not {getattr(self, name)}")
-        _check(self.lr > 0, f"training.lr must be positive, not {self.lr}")
+            check(getattr(self, name) > 0, f"training.{name} must be positive, not {getattr(self, name)}")
+        check(self.lr > 0, f"training.lr must be positive, not {self.lr}")
         for name in ("omega_1", "omega_2", "alpha_start", "alpha_step", "alpha_end", "weight_decay"):
-            _check(getattr(self, name) >= 0, f"training.{name} must not be negative, not {getattr(self, name)}")
-        _check(
+            check(getattr(self, name) >= 0, f"training.{name} must not be negative, not {getattr(self, name)}")
+        check(
             bool(self.teacher_every) and min(self.teacher_every) > 0, "training.teacher_every must list positive epochs"
         )
 
@@ -202,63 +183,63 @@ class TrainingRecipe:
 class EvaluationRecipe:
     """How the scores are counted."""
 
-    protocol: Protocol = _field(
+    protocol: Protocol = field(
         "published",
         "what scores are counted on; published: image and label at dataset.image_size; label: the label's own "
         "resolution; stego: shorter side to dataset.image_size and centre crop, as others count COCO-Stuff-27 since",
     )
-    batch_size: int = _field(16, "images evaluated at a time", "images")
-    scales: tuple[float, ...] = _field(
+    batch_size: int = field(16, "images evaluated at a time", "images")
+    scales: tuple[float, ...] = field(
         (1.0,),
         "image sizes whose logits are averaged in evaluation and prediction, relative to dataset.image_size; the "
         "scores between epochs are of size 1 alone",
         before=(1.0,),
     )
-    flip: bool = _field(False, "also average with the logits of the image mirrored left to right", before=False)
+    flip: bool = field(False, "also average with the logits of the image mirrored left to right", before=False)
 
     def __post_init__(self) -> None:
-        _check(bool(self.scales) and min(self.scales) > 0, f"evaluation.scales must be positive, not {self.scales}")
-        _check(self.batch_size > 0, f"evaluation.batch_size must be positive, not {self.batch_size}")
+        check(bool(self.scales) and min(self.scales) > 0, f"evaluation.scales must be positive, not {self.scales}")
+        check(self.batch_size > 0, f"evaluation.batch_size must be positive, not {self.batch_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeRecipe:
     """Where it runs, and who is told. No artefact depends on it, so it is in no digest."""
 
-    workers: int = _field(
+    workers: int = field(
         0,
         "training workers; 0: one for each `gpus_per_actor` of the cluster's GPUs, without GPUs one in all",
         "workers",
     )
-    actors: int = _field(
+    actors: int = field(
         0,
         "encoder actors at most; 0: one for each `gpus_per_actor` of the cluster's GPUs, without GPUs one a node",
         "actors",
     )
-    gpus_per_actor: float = _field(
+    gpus_per_actor: float = field(
         1.0, "share of a GPU that an encoder actor or a training worker holds, where there are GPUs", "GPUs"
     )
-    cpus_per_actor: float = _field(1.0, "CPUs that an encoder actor or a training worker holds", "CPUs")
-    resize_seconds: float = _field(
+    cpus_per_actor: float = field(1.0, "CPUs that an encoder actor or a training worker holds", "CPUs")
+    resize_seconds: float = field(
         60.0,
         "how often training looks for nodes that came; where there are some it begins the epoch in hand again, with "
         "more workers",
         "seconds",
     )
-    resident_gib: float = _field(
+    resident_gib: float = field(
         1.0,
         "what a training worker keeps in memory of its images, decoded, if they are no larger; else they pass by anew "
         "in each epoch (1: 2,700 images of 320 x 320)",
         "GiB",
     )
-    track: str = _field(
+    track: str = field(
         "tensorboard", "who is told of each epoch: any of tensorboard, mlflow, wandb, with commas between; or none"
     )
 
     def __post_init__(self) -> None:
         for name in ("workers", "actors", "resident_gib", "resize_seconds"):
-            _check(getattr(self, name) >= 0, f"compute.{name} must not be negative, not {getattr(self, name)}")
-        _check(
+            check(getattr(self, name) >= 0, f"compute.{name} must not be negative, not {getattr(self, name)}")
+        check(
             self.gpus_per_actor > 0 and self.cpus_per_actor > 0,
             "compute.gpus_per_actor and cpus_per_actor must be positive",
         )
@@ -268,11 +249,11 @@ class ComputeRecipe:
 class Recipe:
     """Everything a run's result depends on, plus `compute`, on which it does not."""
 
-    preset: str = _field("shapes", "name of the preset it started from")
-    data: str = _field("", "the data set's folder: a path or URI; empty: drawn (shapes alone)")
-    labels: str = _field("", "folder of label PNGs, for the folder layout: a path or URI; empty: none")
-    limit: int = _field(0, "images of each split at most; 0: all", "images")
-    seed: int = _field(2021, "seed of scenes, K-Means and training")
+    preset: str = field("shapes", "name of the preset it started from")
+    data: str = field("", "the data set's folder: a path or URI; empty: drawn (shapes alone)")
+    labels: str = field("", "folder of label PNGs, for the folder layout: a path or URI; empty: none")
+    limit: int = field(0, "images of each split at most; 0: all", "images")
+    seed: int = field(2021, "seed of scenes, K-Means and training")
     dataset: DatasetRecipe = DatasetRecipe()
     encoder: EncoderRecipe = EncoderRecipe()
     windows: WindowsRecipe = WindowsRecipe()
@@ -284,12 +265,12 @@ class Recipe:
     compute: ComputeRecipe = ComputeRecipe()
 
     def __post_init__(self) -> None:
-        _check(self.limit >= 0, f"limit must not be negative, not {self.limit}")
-        _check(
+        check(self.limit >= 0, f"limit must not be negative, not {self.limit}")
+        check(
             self.windows.groups == "both" or self.concepts.stuff == 0 or self.windows.groups == "all",
             "concepts.stuff needs background windows: set windows.groups to both or all",
         )
-        _check(self.concepts.count >= 2, "a run needs at least two concepts: set --things and --stuff")
+        check(self.concepts.count >= 2, "a run needs at least two concepts: set --things and --stuff")
 
     @property
     def background(self) -> bool:
@@ -341,7 +322,7 @@ class Recipe:
         fields = {
             (FIELDS[name].was or (name,))[0]: value
             for name, value in self.stage_fields(stage).items()
-            if FIELDS[name].before is MISSING or value != _listed(FIELDS[name].before)
+            if FIELDS[name].before is MISSING or value != listed(FIELDS[name].before)
         }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
@@ -357,68 +338,6 @@ class Recipe:
             component, _, leaf = name.rpartition(".")
             (tree.setdefault(component, {}) if component else tree)[leaf] = value
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainingRecipe:
-    """Everything that decides what `transfgu.pretraining.objective` teaches an encoder, apart from the images."""
-
-    seed: int = _field(0, "seed of images drawn, initial weights, order and views")
-    patch_size: int = _field(8, "patch of the ViT", "pixels")
-    width: int = _field(96, "channels of the ViT", "channels")
-    depth: int = _field(4, "blocks of the ViT", "blocks")
-    heads: int = _field(3, "attention heads of the ViT", "heads")
-    global_size: int = _field(48, "side of the large views, which is the ViT's own", "pixels")
-    local_size: int = _field(24, "side of the small views", "pixels")
-    local_views: int = _field(4, "small views of an image; the last of them is shown in mosaics", "views")
-    global_area: tuple[float, float] = _field((0.25, 1.0), "share of the image that large views see", "0 to 1")
-    local_area: tuple[float, float] = _field((0.08, 0.35), "share of the image that small views see", "0 to 1")
-    global_mosaic: int = _field(2, "tiles along a side of a mosaic of large views", "tiles")
-    local_mosaic: int = _field(4, "tiles along a side of a mosaic of small views", "tiles")
-    forget: float = _field(0.5, "share of views whose class token is reset before the last block", "0 to 1")
-    prototypes: int = _field(32, "prototypes of DINO's cross-entropy: the clusters that it looks for", "prototypes")
-    hidden: int = _field(256, "width of the projection head", "channels")
-    bottleneck: int = _field(64, "width of what is compared", "channels")
-    contrast_temperature: float = _field(0.15, "temperature of InfoNCE")
-    student_temperature: float = _field(0.1, "temperature of the student's shares of prototypes")
-    teacher_temperature: float = _field(0.05, "temperature of the teacher's")
-    sinkhorn_iterations: int = _field(3, "Sinkhorn-Knopp iterations that balance the teacher's shares", "iterations")
-    clustering_starts: float = _field(0.1, "share of the steps before DINO's cross-entropy sets in", "0 to 1")
-    clustering_full: float = _field(0.25, "share of the steps after which it counts fully", "0 to 1")
-    contrast_kept: float = _field(0.5, "weight that InfoNCE keeps from then on", "0 to 1")
-    steps: int = _field(2400, "optimiser steps", "steps")
-    batch_size: int = _field(64, "global batch, divided among the workers", "images")
-    learning_rate: float = _field(1e-3, "AdamW's learning rate at a batch of 64")
-    warmup: int = _field(100, "steps in which the learning rate rises", "steps")
-    weight_decay: tuple[float, float] = _field((0.04, 0.2), "weight decay at the first and at the last step")
-    teacher_momentum: float = _field(0.99, "of the teacher's average at the first step; 1 at the last", "0 to 1")
-    clip: float = _field(3.0, "norm to which gradients are clipped")
-
-    def __post_init__(self) -> None:
-        positive = (
-            *("patch_size", "width", "depth", "heads", "global_size", "local_size", "global_mosaic", "local_mosaic"),
-            *("prototypes", "hidden", "bottleneck", "contrast_temperature", "student_temperature"),
-            *("teacher_temperature", "steps", "batch_size", "learning_rate", "warmup", "clip"),
-        )
-        for name in positive:
-            _check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("local_views", "sinkhorn_iterations"):
-            _check(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}")
-        for name in ("forget", "clustering_starts", "clustering_full", "contrast_kept", "teacher_momentum"):
-            _check(0 <= getattr(self, name) <= 1, f"{name} must lie in 0..1, not {getattr(self, name)}")
-        for name in ("global_area", "local_area"):
-            low, high = getattr(self, name)
-            _check(0 < low <= high <= 1, f"{name} must be two rising shares in (0, 1], not {low},{high}")
-        for name in ("global_size", "local_size"):
-            _check(
-                getattr(self, name) % self.patch_size == 0,
-                f"{name} {getattr(self, name)} is not a multiple of patch_size {self.patch_size}",
-            )
-        _check(self.width % self.heads == 0, f"width {self.width} is not a multiple of heads {self.heads}")
-        _check(
-            self.batch_size % self.local_mosaic**2 == 0 and self.batch_size % self.global_mosaic**2 == 0,
-            f"batch_size {self.batch_size} does not fill mosaics of {self.local_mosaic**2} tiles",
-        )
 
 
 def from_yaml(text: str | bytes, name: str = "the recipe", *, resolved: bool = False) -> Recipe:
@@ -485,26 +404,8 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
         The same under today's names, and each later field with the value that runs had before it.
     """
     now = {_FORMER_NAMES.get(name, name): value for name, value in values.items()}
-    later = {n: _listed(info.before) for n, info in FIELDS.items() if info.before is not MISSING and n not in now}
+    later = {n: listed(info.before) for n, info in FIELDS.items() if info.before is not MISSING and n not in now}
     return {**now, **later}
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-@dataclass(frozen=True)
-class FieldInfo:
-    """One field as a person meets it: dotted name, type, meaning and unit."""
-
-    name: str
-    kind: Any
-    doc: str
-    unit: str
-    before: Any = MISSING
-    """The value that runs had before the field came; MISSING for a field of the first format."""
-    was: tuple[str, ...] = ()
-    """Its former dotted names, the first one first."""
 
 
 def _walk(recipe: Recipe) -> Iterator[tuple[str, Any]]:
@@ -517,27 +418,12 @@ def _walk(recipe: Recipe) -> Iterator[tuple[str, Any]]:
             yield f.name, value
 
 
-def _field_infos(recipe: type, prefix: str = "") -> dict[str, FieldInfo]:
-    hints = get_type_hints(recipe)
-    infos: dict[str, FieldInfo] = {}
-    for f in dataclasses.fields(recipe):
-        name, kind = prefix + f.name, hints[f.name]
-        if dataclasses.is_dataclass(kind):
-            infos |= _field_infos(cast(type, kind), f"{name}.")
-        else:
-            infos[name] = FieldInfo(name, kind, **f.metadata)
-    return infos
-
-
-FIELDS: dict[str, FieldInfo] = _field_infos(Recipe)
+FIELDS: dict[str, FieldInfo] = field_infos(Recipe)
 """Every field of the recipe by dotted name."""
 
 _FORMER_NAMES: Mapping[str, str] = types.MappingProxyType(
     {former: name for name, info in FIELDS.items() for former in info.was}
 )
-
-PRETRAINING_FIELDS: dict[str, FieldInfo] = _field_infos(PretrainingRecipe)
-"""Every field of the pretraining's recipe by name."""
 
 
 def _short_names() -> dict[str, str]:
@@ -561,53 +447,6 @@ def field_name(name: str) -> str:
         near = difflib.get_close_matches(name, [*FIELDS, *SHORT_NAMES], n=4, cutoff=0.4)
         raise UserError(f"the recipe has no field {name}; near ones: {', '.join(near) or ', '.join(FIELDS)}")
     return full
-
-
-def convert(name: str, kind: Any, value: Any) -> Any:
-    """`value`, which may be text, as the type `kind` of field `name`.
-
-    Lists are written ``1,2`` or ``1 2`` or ``1x2``.
-
-    Raises:
-        UserError: it is not of that type.
-    """
-    origin, args = get_origin(kind), get_args(kind)
-    try:
-        if origin is Literal:
-            if value not in args:
-                raise UserError(f"{name} must be one of {', '.join(map(str, args))}, not {value}")
-            return value
-        if origin is tuple:
-            items = (
-                value.replace("x", " ").replace(",", " ").strip("[]() ").split()
-                if isinstance(value, str)
-                else list(value)
-            )
-            if args[-1] is not Ellipsis and len(items) != len(args):
-                raise UserError(f"{name} takes {len(args)} numbers, as in {'x'.join(['320'] * len(args))}, not {value}")
-            return tuple(convert(name, args[0], i) for i in items)
-        if kind is bool:
-            words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-            return value if isinstance(value, bool) else words[str(value).lower()]
-        if kind is int and isinstance(value, float) and not value.is_integer():
-            raise ValueError
-        converted = kind(value)
-        if kind is float and not math.isfinite(converted):
-            raise ValueError
-        return converted
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{name} must be {kind_name(kind)}, not {value!r}") from None
-
-
-def kind_name(kind: Any) -> str:
-    """A field's type in words."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin is tuple:
-        many = "a list of" if args[-1] is Ellipsis else f"{len(args)}"
-        return f"{many} {'numbers' if args[0] is float else 'whole numbers'}"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[cast(type, kind)]
 
 
 def _component(*names: str) -> typing.Callable[[Recipe], list[str]]:
@@ -643,62 +482,12 @@ def _published(**changes: Any) -> Recipe:
     return Recipe(concepts=ConceptsRecipe(things=12, stuff=15)).with_fields(changes)
 
 
-_COCO_27: dict[str, Any] = {
-    "dataset.layout": "coco", "dataset.classes": "coco_stuff_27", "things": 12, "stuff": 15, "gradient_scale": 1 / 8,
-}  # fmt: skip
-_COCO_SLOW: dict[str, Any] = {"teacher_start": 3, "teacher_every": (3, 3, 3, 2)}
-_FIXED_WINDOWS: dict[str, Any] = {"groups": "all", "gradient_scale": 1 / 2}
-_LIP: dict[str, Any] = {
-    **_FIXED_WINDOWS, "dataset.layout": "lip", "epochs": 100, "training.batch_size": 512, "lr": 2e-5, "stuff": 0,
-    "image_size": (640, 320), "feature_size": (1280, 640), "training_size": (480, 240),
-}  # fmt: skip
-
-_PRESETS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
-    {
-        "shapes": {
-            "dataset.layout": "shapes", "dataset.classes": "shapes", "things": 6, "stuff": 4,
-            "image_size": (128, 128), "feature_size": (128, 128), "training_size": (128, 128),
-            "encoder.name": "vit_shapes", "encoder.batch_size": 256, "windows.size": (48, 48),
-            "pseudo_labels.scales": (0.75, 1.0, 1.5), "smoothing": 3, "epochs": 4, "passes": 4, "lr": 1e-3,
-            "training.batch_size": 16, "views": False,
-        },
-        "coco-stuff-27": _COCO_27,
-        "coco-stuff-27-curated": {**_COCO_27, "curated": True, "lr": 2.2e-4, "teacher_start": 1, "teacher_every": (1,)},
-        "coco-stuff-171": {**_COCO_27, **_COCO_SLOW, "dataset.classes": "coco_stuff_171", "things": 80, "stuff": 91},
-        "coco-80": {
-            **_COCO_27, **_COCO_SLOW, "dataset.classes": "coco_80", "things": 80, "stuff": 0, "groups": "foreground",
-        },
-        "pascal-voc": {
-            "dataset.layout": "voc", "dataset.classes": "pascal_voc", "things": 20, "stuff": 0, "groups": "foreground",
-            "windows.scales": (0.6, 0.5, 0.4, 0.3), "gradient_scale": 1 / 8, "epochs": 100, "passes": 20,
-            "training.batch_size": 512, "teacher_start": 5, "teacher_every": (5, 5, 5, 5, 4, 4, 4, 4, 4, 3),
-        },
-        "cityscapes": {
-            **_FIXED_WINDOWS, "dataset.layout": "cityscapes", "dataset.classes": "cityscapes_27",
-            "things": 0, "stuff": 27,
-            "image_size": (320, 640), "feature_size": (640, 1280), "training_size": (320, 640),
-            "epochs": 50, "passes": 20, "lr": 5e-5, "teacher_start": 1, "teacher_every": (1,),
-        },
-        "lip-5": {**_LIP, "dataset.classes": "lip_5", "things": 5, "lr": 1e-4},
-        "lip-16": {**_LIP, "dataset.classes": "lip_16", "things": 16},
-        "lip-19": {
-            **_LIP, **_COCO_SLOW, "dataset.classes": "lip_19", "things": 19, "training_size": (640, 320),
-            "training.batch_size": 256,
-        },
-        "folder": {"dataset.layout": "folder", "dataset.classes": "auto", "things": 12, "stuff": 15},
-    }
-)  # fmt: skip
-
-PRESETS: tuple[str, ...] = tuple(_PRESETS)
-"""The benchmarks of the paper (Table 1), `folder` for one's own images, and `shapes`, the embedded demonstration."""
-
-
 def preset(name: str) -> Recipe:
     """The recipe of a benchmark as published.
 
     Raises:
         UserError: unknown name; the message lists the good ones.
     """
-    if name not in _PRESETS:
+    if name not in PRESET_FIELDS:
         raise UserError(f"unknown preset {name}; choose one of {', '.join(PRESETS)}")
-    return _published(preset=name, **_PRESETS[name])
+    return _published(preset=name, **PRESET_FIELDS[name])

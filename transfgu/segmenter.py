@@ -29,7 +29,7 @@ from transfgu.recipe import Recipe
 from transfgu.sharing import model_card
 from transfgu.store import storage
 from transfgu.store.artifacts import BESIDE, MODEL, SCORES, Run
-from transfgu.store.weight_files import read_weights
+from transfgu.store.weights import read_weights
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 Classes = Int[np.ndarray, "H W"]
@@ -210,7 +210,9 @@ class Segmenter(ModelHubMixin):
         """
         from transfgu.sharing import onnx_export
 
-        return onnx_export.export(self, Path(folder), size=size)
+        return onnx_export.export(
+            self.encode.encoder, self.decoder, self.class_of, Path(folder), size=size or self.size
+        )
 
     # What huggingface_hub's mixin asks for.
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from transfgu.runtime import cluster
+from transfgu.runtime import capacity
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "simulated.py"
 
@@ -26,7 +26,7 @@ def simulated() -> ModuleType:
 
 def test_jobs_are_told_of_the_nodes_that_the_autoscaler_may_add(simulated: ModuleType) -> None:
     types = simulated.configuration(3, 6379)["available_node_types"]
-    (told,) = json.loads(simulated.environment(3, 6379)[cluster.NODES])
+    (told,) = json.loads(simulated.environment(3, 6379)[capacity.NODES])
     assert told.pop("count") == types["gpu"]["max_workers"]
     assert told == {name: types["gpu"]["resources"][name] for name in ("CPU", "GPU")}
 

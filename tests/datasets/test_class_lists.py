@@ -9,7 +9,8 @@ import pytest
 from transfgu import datasets
 from transfgu.datasets import shapes
 from transfgu.errors import UserError
-from transfgu.recipe import PRESETS, preset
+from transfgu.presets import PRESETS
+from transfgu.recipe import preset
 
 PUBLISHED = {
     "coco-stuff-27": "coco_stuff_27",

@@ -16,7 +16,8 @@ from PIL import Image
 
 from tests.made_run import write_encoder
 from transfgu import datasets, pipeline
-from transfgu.datasets import images, ingest
+from transfgu.datasets import images
+from transfgu.datasets.rows import read_labelled_rows, usable
 from transfgu.errors import BadInput, UserError
 from transfgu.recipe import Recipe, preset
 from transfgu.runtime import progress
@@ -326,7 +327,7 @@ def test_every_layout_names_what_is_bad_and_keeps_the_rest(layout: str, tmp_path
     suffix = ".jpg" if layout == "folder" else ""
     folder = "val/" if layout == "folder" else ""
     assert [(x.name, x.reason) for x in validation.left_out] == [(f"{folder}b1{suffix}", "missing label")]
-    found = ingest.read_labelled_rows(validation.table, recipe=recipe)
+    found = read_labelled_rows(validation.table, recipe=recipe)
     unknown = 77 if layout != "coco" else None  # of COCO's values, 77 is the microwave
     assert found["reason"].tolist() == [
         "truncated image",
@@ -425,10 +426,10 @@ def test_good_labels_are_the_same_with_every_bad_one_beside_them(tmp_path: Path)
             where = {"image": str(tmp_path / f"{i} {kind}.jpg"), "label": str(tmp_path / f"{i} {kind}.png")}
             rows.append({"name": f"{name} {kind}", **where})
             wanted.append(reason if kind == "bad" else "")
-    beside = ingest.read_labelled_rows(pa.Table.from_pylist(rows), recipe=recipe)
-    alone = ingest.read_labelled_rows(pa.Table.from_pylist(rows[::2]), recipe=recipe)
+    beside = read_labelled_rows(pa.Table.from_pylist(rows), recipe=recipe)
+    alone = read_labelled_rows(pa.Table.from_pylist(rows[::2]), recipe=recipe)
     assert beside["reason"].tolist() == wanted
-    (pixels, labels), (other_pixels, other_labels) = ingest.usable(beside), ingest.usable(alone)
+    (pixels, labels), (other_pixels, other_labels) = usable(beside), usable(alone)
     np.testing.assert_array_equal(pixels, other_pixels)
     np.testing.assert_array_equal(labels, other_labels)
     assert len(labels) == len(LABELS)

@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 
 from transfgu import pipeline
 from transfgu.recipe import STAGES, Recipe, from_yaml
-from transfgu.runtime import cluster as runtime
+from transfgu.runtime import capacity as runtime
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
 

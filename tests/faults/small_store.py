@@ -19,7 +19,7 @@ from ray._private.state import state
 
 from transfgu import pipeline
 from transfgu.recipe import STAGES, from_yaml
-from transfgu.runtime import cluster
+from transfgu.runtime import connect
 from transfgu.store.artifacts import Run
 
 
@@ -32,7 +32,7 @@ def moved() -> tuple[int, int]:
 def main(recipe_file: str, uri: str, held: str) -> None:
     """Run stage by stage."""
     recipe, found = from_yaml(Path(recipe_file).read_text()), {}
-    cluster.connect()
+    connect.connect()
     looked_at = ray.get(ray.put(np.full(int(held), 7, np.uint8)))
     for stage in STAGES:
         before, started = moved(), time.monotonic()

@@ -14,7 +14,7 @@ import pytest
 
 from tests.faults.harness import history, row, write_data
 from transfgu.recipe import STAGES
-from transfgu.runtime import cluster
+from transfgu.runtime import capacity
 from transfgu.store.artifacts import Run
 
 pytestmark = [pytest.mark.long, pytest.mark.ray]
@@ -79,7 +79,9 @@ def answers() -> bool:
 def submit(recipe: Path, run: Run) -> tuple[str, float]:
     """What the job printed, and how long it took."""
     started = time.monotonic()
-    says = json.dumps({"env_vars": {cluster.NODES: "[]"}})  # of its nodes, as a driver on any machine but the head must
+    says = json.dumps(
+        {"env_vars": {capacity.NODES: "[]"}}
+    )  # of its nodes, as a driver on any machine but the head must
     command = [RAY, "job", "submit", "--address", ADDRESS, "--working-dir", ".", "--runtime-env-json", says, "--"]
     command += ["python", "jobs/train.py", "--recipe", str(recipe), "--run", run.uri]
     done = subprocess.run(

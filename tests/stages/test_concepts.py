@@ -16,7 +16,7 @@ from numpy import ndarray
 from transfgu.errors import UserError
 from transfgu.kmeans import Shard, cluster
 from transfgu.recipe import Recipe, preset
-from transfgu.runtime import cluster as runtime
+from transfgu.runtime import capacity as runtime
 from transfgu.runtime.progress import Progress
 from transfgu.stages import concepts
 from transfgu.stages.concepts import kmeans

@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 
 from tests.made_run import SIDE, MadeRun, make_run
-from transfgu.datasets import images, ingest
+from transfgu.datasets import images
+from transfgu.datasets.rows import read_labelled_rows
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import Encoder, normalise
 from transfgu.errors import UserError
 from transfgu.metrics import scores
 from transfgu.recipe import Recipe
-from transfgu.runtime import cluster as runtime
+from transfgu.runtime import connect as runtime
 from transfgu.runtime.progress import Progress
 from transfgu.stages import evaluation, samples
 from transfgu.store import storage
@@ -58,7 +59,7 @@ def counted(recipe: Recipe, made: MadeRun, weights: str, names: list[str], *, ow
 def counted_here(recipe: Recipe, decoders: dict[str, str], made: MadeRun) -> dict[str, np.ndarray]:
     """What the stage's reader and actor count of all images, without Ray around them."""
     rows = samples.labelled(recipe, made.run)
-    batch = ingest.read_labelled_rows(rows, recipe=recipe, protocol=recipe.evaluation.protocol)
+    batch = read_labelled_rows(rows, recipe=recipe, protocol=recipe.evaluation.protocol)
     counts = evaluation.Count(recipe, list(decoders.values()), 1)(batch)
     assert counts["images"] == [5]
     return dict(zip(decoders, counts["confusions"][0], strict=True))

@@ -17,7 +17,7 @@ from transfgu.datasets import images
 from transfgu.encoder import Encoder, normalise
 from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import Recipe
-from transfgu.runtime import cluster, parts
+from transfgu.runtime import capacity, parts
 from transfgu.runtime.progress import Progress
 from transfgu.stages import features, samples
 from transfgu.stages.features import EncodeWindows, WriteFeatures
@@ -174,7 +174,7 @@ def test_plan_reads_in_tasks_encodes_in_actors_and_passes_no_crop(
 def test_on_gpus_the_plan_is_the_same(
     made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(cluster.NODES, '[{"count": 2, "CPU": 4, "GPU": 1}]')
+    monkeypatch.setenv(capacity.NODES, '[{"count": 2, "CPU": 4, "GPU": 1}]')
     features.plan(made.recipe, parts.split(samples.load(made.run, "train"), 32), "unused").explain()
     assert "ActorPoolMapOperator[MapBatches(EncodeWindows)]" in capsys.readouterr().out
 

@@ -23,7 +23,7 @@ from tests.made_run import MadeRun, make_run
 from tests.stages.small_run import BAD, picture, spoil
 from transfgu.errors import UserError
 from transfgu.recipe import ComputeRecipe
-from transfgu.runtime import cluster
+from transfgu.runtime import capacity
 from transfgu.runtime.progress import Progress
 from transfgu.segmenter import Segmenter
 from transfgu.stages import prediction
@@ -246,7 +246,7 @@ def test_operators_have_readable_names(made: MadeRun, tmp_path: Path, capsys: py
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_actor_has_the_cores_of_its_node(made: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cluster.NODES, '[{"count": 8, "CPU": 8}]')
+    monkeypatch.setenv(capacity.NODES, '[{"count": 8, "CPU": 8}]')
     table = samples("a.jpg").append_column("height", pa.array([1]))
     planned = prediction.plan(job(made, tmp_path), [table], (64, 64), ComputeRecipe(actors=9))
     operator: Any = planned._logical_plan.dag.input_dependencies[0]

@@ -16,7 +16,7 @@ from transfgu.datasets.packed_maps import unpack_maps
 from transfgu.encoder import Encoder, normalise
 from transfgu.errors import LeftOut
 from transfgu.recipe import Recipe
-from transfgu.runtime import cluster, parts
+from transfgu.runtime import connect, parts
 from transfgu.runtime.progress import Progress
 from transfgu.stages import pseudo_labels, samples
 from transfgu.stages.pseudo_labels import MapConcepts, WritePseudoLabels
@@ -63,7 +63,7 @@ def test_a_part_that_alone_is_missing_is_made_here_to_the_same_bits(
 ) -> None:
     wanted = {path.name: path.read_bytes() for path in made.files}
     (made.files[1]).unlink()
-    monkeypatch.setattr(cluster, "works_here", lambda: True)
+    monkeypatch.setattr(connect, "works_here", lambda: True)
     monkeypatch.setattr(pseudo_labels, "plan", lambda *_: pytest.fail("Ray was asked"))
     outcome = pseudo_labels.run(made.recipe, made.run, PROGRESS)
     assert {path.name: path.read_bytes() for path in made.files} == wanted

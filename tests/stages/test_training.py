@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from tests.made_run import SIDE, TRAIN, MadeRun, make_run
-from transfgu.datasets import ingest
-from transfgu.datasets.ingest import Order
 from transfgu.datasets.packed_maps import maps_of_planes, unpack_planes
+from transfgu.datasets.rows import read_training_rows
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import Encoder, normalise
 from transfgu.errors import UserError
@@ -23,10 +22,11 @@ from transfgu.recipe import Recipe
 from transfgu.runtime.progress import Progress
 from transfgu.stages import samples, training
 from transfgu.stages.training import training_images
-from transfgu.store import storage
+from transfgu.store import parquet, storage
 from transfgu.training import schedule
+from transfgu.training.order import Order
+from transfgu.training.state import State
 from transfgu.training.step import make_optimiser, training_step
-from transfgu.training.worker import State
 from transfgu.views import apply_views, draw_views
 
 pytestmark = pytest.mark.ray
@@ -82,7 +82,7 @@ def one_process(recipe: Recipe, made: MadeRun) -> tuple[dict[str, Tensor], list[
     student = MaskDecoder(encoder.width, recipe.classes, num_heads=encoder.num_heads, dropout=0.0)
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     optimiser = make_optimiser(student, recipe.training.lr, recipe.training.weight_decay)
-    columns = ingest.read_training_rows(training_images(made.run), size=(SIDE, SIDE))
+    columns = read_training_rows(training_images(made.run), size=(SIDE, SIDE))
     images, planes = torch.from_numpy(columns["image"]), unpack_planes(torch.from_numpy(columns["maps"]))
     order = Order(images=TRAIN, passes=recipe.training.passes, batch_size=4, seed=recipe.seed)
     teacher, losses = None, []
@@ -170,7 +170,7 @@ def test_two_workers_train_as_one_process_does(tmp_path: Path, ray_cluster: None
 
     # Of other images it goes on from nothing.
     table = samples.load(made.run, "train")
-    training.write_table(made.run.file("samples/train.parquet"), rotated(table))
+    parquet.write_table(made.run.file("samples/train.parquet"), rotated(table))
     training.run(recipe, made.run, again)
     assert [note.split(":")[0] for note in again.notes] == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]
 

@@ -15,9 +15,9 @@ from jaxtyping import Float, Int, Int16, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from transfgu.datasets import ingest
 from transfgu.datasets.images import read_image, resize
 from transfgu.datasets.packed_maps import unpack_maps
+from transfgu.datasets.rows import read_labelled_rows, usable
 from transfgu.decoder import winners
 from transfgu.encoder import SHIPPED
 from transfgu.errors import BadInput
@@ -183,6 +183,6 @@ def _labelled(
     """Decoded images and their labels, at the images' size where the protocol does not say otherwise."""
     for start in range(0, len(rows), _AT_ONCE):
         some = rows.slice(start, _AT_ONCE)
-        images, labels = ingest.usable(ingest.read_labelled_rows(some, recipe=recipe, protocol=protocol))
+        images, labels = usable(read_labelled_rows(some, recipe=recipe, protocol=protocol))
         if labels:
             yield images, labels

@@ -26,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from transfgu.decoder import MaskDecoder, all_winners
 from transfgu.encoder import patch_grid
+from transfgu.inference.device import use_cores
 from transfgu.inference.frozen_encoder import FrozenEncoder
-from transfgu.inference.tokens import PatchTokens, use_cores
+from transfgu.inference.tokens import PatchTokens
 from transfgu.kmeans import Shard, cluster, cores, gpu_index, sample_rows
 from transfgu.metrics import batch_confusion
 from transfgu.planning.measurements import Timing, in_turns

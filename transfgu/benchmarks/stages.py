@@ -27,8 +27,7 @@ from PIL import Image
 from ray.data import Dataset
 
 from transfgu.benchmarks.arithmetic import KMEANS_SEED, Bare, concepts_timing, kmeans_start, made_features, peak_of
-from transfgu.datasets import ingest
-from transfgu.datasets.ingest import Order
+from transfgu.datasets import map_files
 from transfgu.datasets.packed_maps import packed_planes
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import patch_grid, scaled_size
@@ -36,13 +35,14 @@ from transfgu.errors import UserError
 from transfgu.kmeans import cluster, gpu_index
 from transfgu.planning.measurements import Measurements, Timing, in_turns
 from transfgu.recipe import Recipe, Size
-from transfgu.runtime import cluster as runtime
+from transfgu.runtime import capacity as runtime
 from transfgu.runtime import parts
 from transfgu.runtime.progress import Progress
 from transfgu.stages import concepts, evaluation, features, pseudo_labels, samples, training
-from transfgu.store import storage
+from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Run
 from transfgu.training.batches import Share, Streamed
+from transfgu.training.order import Order
 
 STAGES = ("features", "concepts", "pseudo-labels", "training", "evaluation")
 """What can be measured."""
@@ -250,7 +250,7 @@ class _Bench:
             pass
         table = training.training_images(self._run)
         images = self._run.artifact("training").file("images.parquet")
-        training.write_table(images, table)
+        parquet.write_table(images, table)
         steps = len(table) // self._images
         bound = [ray.get(self.bare.training_loop.remote(self._images, steps))]
         started = time.perf_counter()
@@ -357,8 +357,8 @@ class _Bench:
 
     def _reading(self, folder: str) -> float:
         """Seconds that a core reads an image's maps for."""
-        rows = ingest.index_maps(self._counted(folder))
-        return statistics.median(_seconds(lambda: ingest.read_maps(rows)) for _ in range(_READINGS)) / len(rows)
+        rows = map_files.index_maps(self._counted(folder))
+        return statistics.median(_seconds(lambda: map_files.read_maps(rows)) for _ in range(_READINGS)) / len(rows)
 
     def _centroids(self) -> np.ndarray:
         shape = self._recipe.concepts.count, self._width

@@ -14,20 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from transfgu.errors import UserError
-from transfgu.recipe import (
-    FIELDS,
-    PRESETS,
-    PRETRAINING_FIELDS,
-    SHORT_NAMES,
-    ComputeRecipe,
-    FieldInfo,
-    PretrainingRecipe,
-    Recipe,
-    convert,
-    from_yaml,
-    kind_name,
-    preset,
-)
+from transfgu.fields import FieldInfo, convert, kind_name
+from transfgu.presets import PRESETS
+from transfgu.pretraining.recipe import PRETRAINING_FIELDS, PretrainingRecipe
+from transfgu.recipe import FIELDS, SHORT_NAMES, ComputeRecipe, Recipe, from_yaml, preset
 from transfgu.store import storage
 
 GROUPS = {

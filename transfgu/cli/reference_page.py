@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from transfgu.cli.command_line import GROUPS
-from transfgu.recipe import FIELDS, PRESETS, SHORT_NAMES, kind_name, preset
+from transfgu.fields import kind_name
+from transfgu.presets import PRESETS
+from transfgu.recipe import FIELDS, SHORT_NAMES, preset
 
 _HEAD = """# The recipe
 

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from transfgu.datasets.packed_maps import pack_maps
 from transfgu.encoder import Encoder, normalise, scaled_size
+from transfgu.inference.device import in_bfloat16
 from transfgu.inference.memory import HalveOnOutOfMemory
-from transfgu.inference.tokens import in_bfloat16
 from transfgu.recipe import PseudoLabelsRecipe, Recipe, Size
 from transfgu.windows import crop_windows
 

@@ -4,7 +4,6 @@ It runs in bfloat16 where the device has it, as fast as the device's memory allo
 On CPUs each core has a part of the batch to itself, and none waits for another at the end of every product.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -13,25 +12,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from transfgu.encoder import Encoder, normalise
+from transfgu.inference.device import in_bfloat16
 from transfgu.inference.memory import HalveOnOutOfMemory
 from transfgu.recipe import EncoderRecipe
-
-
-def use_cores(processes: int) -> None:
-    """Let torch use a machine's cores, shared by so many processes of it, where a worker has no GPU.
-
-    Ray holds a process to as many threads as the CPUs it asked for, which is less than what lies idle meanwhile.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // processes))
-
-
-def in_bfloat16(recipe: EncoderRecipe, device: torch.device) -> bool:
-    """Whether the encoder runs in bfloat16 there: where the recipe asks for it, and by "auto" where that is fast."""
-    if recipe.precision != "auto":
-        return recipe.precision == "bfloat16"
-    # GPUs that only emulate it are slower at it than at float32.
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class PatchTokens:

@@ -4,30 +4,28 @@ The checks are the pipeline's own, so what passes here begins; the plans are tho
 the cost is counted in forward passes of the encoder, which is what takes the time, each timed once on this machine.
 """
 
-import contextlib
-import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from transfgu import datasets, pipeline
-from transfgu.datasets.ingest import Order
 from transfgu.datasets.packed_maps import packed_planes
 from transfgu.encoder import normalise
 from transfgu.errors import LeftOut
+from transfgu.inference import device
 from transfgu.inference.tokens import PatchTokens
 from transfgu.recipe import STAGES, Recipe
-from transfgu.runtime import cluster as runtime
-from transfgu.runtime import parts
+from transfgu.runtime import capacity, connect, parts
+from transfgu.runtime.bottleneck import operators
 from transfgu.runtime.progress import duration
 from transfgu.stages import features, pseudo_labels, samples
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
+from transfgu.training.order import Order
 from transfgu.windows import sliding_windows
 
 _TIMED = 2  # images in the forward pass that is timed
@@ -71,13 +69,13 @@ def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool
     recipe = pipeline.preflight(recipe, run)
     stages = pipeline.stages_until(until)
     complete = pipeline.check_artifacts(recipe, run)
-    runtime.connect(verbose=verbose)
+    connect.connect(verbose=verbose)
     pipeline.check_shared(recipe, run)
-    runtime.check_satisfiable(recipe.compute)
-    held = runtime.actor_resources(recipe.compute)
+    capacity.check_satisfiable(recipe.compute)
+    held = capacity.actor_resources(recipe.compute)
     counts = _counts(recipe, run if complete["samples"] else None)
-    encode = PatchTokens(recipe.encoder, runtime.device())
-    timed = not runtime.cluster_gpus() or encode.device.type == "cuda"
+    encode = PatchTokens(recipe.encoder, device.own_device())
+    timed = not capacity.cluster_gpus() or encode.device.type == "cuda"
     works = _works(recipe, counts, encode, timed)
     parameters = sum(p.numel() for p in encode.encoder.parameters())
     yield f"dry run of {storage.shown(run.uri)}: checked, nothing computed"
@@ -91,11 +89,10 @@ def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool
         f"data     {counts.train} training images, {counts.validation} for validation, {counts.labelled} of them "
         f"labelled{_left_out(counts.left_out)}"
     )
-    cluster = ray.cluster_resources()
-    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    nodes, cpus, gpus = capacity.present()
     yield (
-        f"machine  {nodes} node{'s' * (nodes > 1)}, {cluster.get('CPU', 0):g} CPUs, {cluster.get('GPU', 0):g} GPUs: up "
-        f"to {runtime.pool_size(recipe.compute)} encoder actors, {runtime.training_workers(recipe.compute)} training "
+        f"machine  {nodes} node{'s' * (nodes > 1)}, {cpus:g} CPUs, {gpus:g} GPUs: up "
+        f"to {capacity.pool_size(recipe.compute)} encoder actors, {capacity.training_workers(recipe.compute)} training "
         f"workers, each holding {held['num_cpus']:g} CPUs and {held['num_gpus']:g} GPUs"
     )
     plans = _plans(recipe, encode.encoder.width)
@@ -159,7 +156,7 @@ def _works(recipe: Recipe, counts: Counts, encode: PatchTokens, timed: bool) -> 
     seen = order.steps * order.batch * training.epochs if training.views else counts.train
     scored = counts.labelled * (training.epochs // training.evaluate_every)
     every = "epoch" if training.evaluate_every == 1 else f"{training.evaluate_every} epochs"
-    actors, workers = runtime.pool_size(recipe.compute), runtime.training_workers(recipe.compute)
+    actors, workers = capacity.pool_size(recipe.compute), capacity.training_workers(recipe.compute)
     decoder = 4 * (encoder.width**2 * (12 * recipe.decoder.depth + 3) + encoder.width * recipe.classes)
     return {
         "samples": Work(what=f"list {counts.train} and {counts.validation} images"),
@@ -220,21 +217,6 @@ def _plans(recipe: Recipe, width: int) -> Mapping[str, Sequence[str]]:
         "features": operators(features.plan(recipe, parts.split(one, 1), "")),
         "pseudo_labels": operators(pseudo_labels.plan(recipe, parts.split(one, 1), centroids, "")),
     }
-
-
-def operators(data: ray.data.Dataset) -> list[str]:
-    """The physical operators of a plan, first to last, as Ray would carry them out."""
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown):
-        data.explain()
-    physical = shown.getvalue().split("Physical Plan (Optimized)")[1]
-    lines = [line.strip(" +-") for line in physical.splitlines() if "[" in line]
-    kinds = {"TaskPoolMapOperator": "tasks", "ActorPoolMapOperator": "actors"}
-    named = [line.removesuffix("]").partition("[") for line in reversed(lines)]
-    return [
-        f"{name.removeprefix('MapBatches(').removesuffix(')')} ({kinds[kind]})" if kind in kinds else name
-        for kind, _, name in named
-    ]
 
 
 def _left_out(left_out: Sequence[LeftOut]) -> str:

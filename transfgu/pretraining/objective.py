@@ -30,7 +30,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD
-from transfgu.recipe import PretrainingRecipe
+from transfgu.pretraining.recipe import PretrainingRecipe
 
 Vit = Any
 """A VisionTransformer with a class token and learned positions: timm's types leave open whether it has them."""

@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transfgu.datasets import images as pictures
 from transfgu.datasets import shapes
 from transfgu.errors import BadInput, UserError
-from transfgu.inference.tokens import use_cores
+from transfgu.inference.device import use_cores
 from transfgu.pretraining.objective import (
     StepSchedule,
     Student,
@@ -47,10 +47,12 @@ from transfgu.pretraining.objective import (
     new_optimizer,
     pretraining_loss,
 )
-from transfgu.recipe import ComputeRecipe, PretrainingRecipe
-from transfgu.runtime import cluster
+from transfgu.pretraining.recipe import PretrainingRecipe
+from transfgu.recipe import ComputeRecipe
+from transfgu.runtime import capacity
 from transfgu.runtime.progress import Progress
-from transfgu.store import parquet, run_lock, storage
+from transfgu.store import parquet, storage
+from transfgu.store.lock import hold
 from transfgu.training.board import put_up, watched
 from transfgu.training.process_group import process_group
 
@@ -269,9 +271,9 @@ def pretrain(job: PretrainingJob, compute: ComputeRecipe, progress: Progress) ->
     Raises:
         UserError: see `prepare`; or a batch that does not divide among the workers, or another run that writes `out`.
     """
-    world = cluster.training_workers(compute)
+    world = capacity.training_workers(compute)
     local = _worker_batch(job.recipe, world)
-    with run_lock.hold(job.work, progress.note, "--out") as lock:
+    with hold(job.work, progress.note, "--out") as lock:
         prepared = prepare(job, progress)
         if steps_of_epoch(prepared.parts, job.recipe.seed, 0, world, local) == 0:
             raise UserError(
@@ -313,7 +315,7 @@ def _metadata(job: PretrainingJob, prepared: Prepared) -> dict[str, str]:
 def _fit(job: PretrainingJob, prepared: Prepared, compute: ComputeRecipe, progress: Progress) -> Checkpoint:
     fs, root = storage.travelling(storage.join(job.work, "ray"))
     board = put_up()
-    resources, workers = cluster.actor_resources(compute), cluster.training_workers(compute)
+    resources, workers = capacity.actor_resources(compute), capacity.training_workers(compute)
     trainer = TorchTrainer(
         # Bound, not a config: Ray Train's controller would unpickle that, and import all that training needs.
         partial(_work, job, prepared.parts, board),

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Int, Int16
 from markupsafe import Markup
 
-from transfgu import datasets, pictures
-from transfgu.datasets import images, ingest
+from transfgu import datasets
+from transfgu.datasets import images, map_files, pictures
 from transfgu.datasets.packed_maps import unpack_maps
 from transfgu.errors import BadInput
 from transfgu.maps import background_map, scale_maps
@@ -365,7 +365,7 @@ def _concepts(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concept]:
 def _pseudo_labels(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
     """For a few training images: the label that the maps make, and the strongest maps themselves."""
     parts = [uri for uri in storage.list_files(run.artifact("pseudo_labels").uri) if uri.endswith(".parquet")]
-    places = ingest.index_maps(_evenly(parts, _MAPS_SHOWN))
+    places = map_files.index_maps(_evenly(parts, _MAPS_SHOWN))
     places = places.take(_evenly(range(len(places)), _MAPS_SHOWN))
     samples = _samples(run, "train").select(["name", "image"])
 
@@ -375,7 +375,7 @@ def _pseudo_labels(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
         return maps, sample["name"], images.read_image(sample["image"])
 
     rows = []
-    found = zip(places["index"].to_pylist(), ingest.read_maps(places), strict=True)
+    found = zip(places["index"].to_pylist(), map_files.read_maps(places), strict=True)
     for maps, name, image in _readable(read, found):
         scaled, label = _pseudo_label(recipe, maps)
         mask = segmenter.class_of[_enlarge(label, image.shape[:2])]

@@ -5,6 +5,9 @@ and writing the CPUs that the pool leaves: seconds of tasks, divided by slots an
 share that tells. As long as the encoder is the busiest, decoding does not starve it.
 """
 
+import contextlib
+import io
+
 import ray
 from ray.data import Dataset
 
@@ -20,9 +23,9 @@ def details(data: Dataset, recipe: Recipe) -> dict[str, str]:
     Such as "MapBatches(EncodeWindows) busy 93 % of 12.1 s, MapBatches(ReadImages) 21 %", the busiest first; nothing
     where nothing was measured.
     """
-    from transfgu.runtime import cluster  # it brings torch, which the tasks of this package's plans start without
+    from transfgu.runtime import capacity  # it brings torch, which the tasks of this package's plans start without
 
-    actors = cluster.pool_size(recipe.compute)
+    actors = capacity.pool_size(recipe.compute)
     cpus = ray.cluster_resources().get("CPU", 1) - actors * recipe.compute.cpus_per_actor
     seconds, worked = measured(data)
     busy = {
@@ -47,3 +50,18 @@ def measured(data: Dataset) -> tuple[float, dict[str, float]]:
         pending += found.parents
         worked.update({o.operator_name: o.wall_time.sum for o in found.operators_stats if o.wall_time})
     return summary.get_total_wall_time(), worked
+
+
+def operators(data: Dataset) -> list[str]:
+    """The physical operators of a plan, first to last, as Ray would carry them out."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        data.explain()
+    physical = shown.getvalue().split("Physical Plan (Optimized)")[1]
+    lines = [line.strip(" +-") for line in physical.splitlines() if "[" in line]
+    kinds = {"TaskPoolMapOperator": "tasks", "ActorPoolMapOperator": "actors"}
+    named = [line.removesuffix("]").partition("[") for line in reversed(lines)]
+    return [
+        f"{name.removeprefix('MapBatches(').removesuffix(')')} ({kinds[kind]})" if kind in kinds else name
+        for kind, _, name in named
+    ]

@@ -190,7 +190,7 @@ def encoded(
         read: from samples to images.
         actor: a class; its calls get a block of `ReadImages`.
         arguments: of the class's constructor.
-        pool: arguments of `map_batches` for the pool, from `transfgu.runtime.cluster.encoder_pool`.
+        pool: arguments of `map_batches` for the pool, from `transfgu.runtime.capacity.encoder_pool`.
     """
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -238,7 +238,7 @@ def complete(
         plan: from parts to make to a dataset whose last operator is `write_part`'s.
         progress: told of images, and once of each note.
         here: from one part to `write_part`'s row, in this process; serves where there is one to make, and
-            `transfgu.runtime.cluster.works_here`.
+            `transfgu.runtime.connect.works_here`.
 
     Returns:
         The summaries of all parts, in order, and for the report what Ray Data says of the work, if it had any.
@@ -273,9 +273,9 @@ def complete(
 
 
 def _works_here() -> bool:
-    from transfgu.runtime import cluster  # it brings torch
+    from transfgu.runtime import connect  # it brings torch
 
-    return cluster.works_here()
+    return connect.works_here()
 
 
 def _told(rows: pa.Table) -> Iterator[tuple[Summary, str]]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from transfgu.errors import UserError
-from transfgu.recipe import FIELDS, Recipe, convert, field_name, kind_name
+from transfgu.fields import convert, kind_name
+from transfgu.recipe import FIELDS, Recipe, field_name
 
 Number = int | float
 Parameters = dict[str, Number]

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,15 @@ from ray.tune.search import Searcher
 from transfgu import formats, pipeline
 from transfgu.errors import UserError, in_words
 from transfgu.recipe import STAGES, ComputeRecipe, Recipe, upgraded
-from transfgu.runtime import cluster
+from transfgu.runtime import capacity, connect
 from transfgu.runtime.failures import find_user_error
 from transfgu.runtime.progress import Progress
-from transfgu.search import space
+from transfgu.search import space, trials
 from transfgu.search.trials import Ledger, Search, Trial, stop_reason, suggest
 from transfgu.stages import samples, training
-from transfgu.store import storage
+from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Artifact, Run
+from transfgu.store.lock import hold
 
 UPSTREAM = STAGES[: STAGES.index("training")]
 """The stages before training, whose artefacts trials share."""
@@ -109,7 +110,7 @@ def tabulate(recipe: Recipe, uri: str) -> Tables:
     uris = {name: folder.file(f"{name}.table") if len(table) else "" for name, table in tables.items()}
     for name, table in tables.items():
         if len(table):
-            training.write_table(uris[name], table)
+            parquet.write_table(uris[name], table)
     return Tables(**uris, inputs=training.inputs_digest(run, images, labelled))
 
 
@@ -203,9 +204,9 @@ def run(search: Search, progress: Progress, *, quiet: bool = False, verbose: boo
     _claim(search)
     ledger = Ledger(search.uri)
     left = search.count - len(ledger.trials) + len(ledger.unfinished())
-    cluster.connect(verbose=verbose)
-    cluster.check_shared(search.uri)
-    allotment = allot(cluster.every_possible_node(), search)
+    connect.connect(verbose=verbose)
+    capacity.check_shared(search.uri)
+    allotment = allot(capacity.every_possible_node(), search)
     shared = [stage for stage in UPSTREAM if not search.space.touches(search.recipe.stage_fields(stage))]
     computed = prepare(search.recipe, search.uri, shared, quiet=quiet)
     home = SharedRun(search.uri, search.recipe)
@@ -457,3 +458,50 @@ class _Recorder(FIFOScheduler):
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
+
+
+def run_search(
+    search: Search,
+    *,
+    report: Callable[[Search, Sequence[Trial], Mapping[str, Any]], str] | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Search for a better recipe; writes `trials.json`, `best.yaml` and `metrics.json`.
+
+    Args:
+        search: what to try, and where; trials that ended there are kept, and those that did not go on.
+        report: writes the search's report from its trials and metrics, and returns its URI
+            (`transfgu.report.search.write`); None: no report is written.
+        quiet: print nothing.
+        verbose: let Ray's messages through.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        UserError: a mistake of the user's, before or while it runs; every trial failed.
+    """
+    search = replace(search, recipe=pipeline.preflight(search.recipe, Run(search.uri)))
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, flush=True)
+
+    say(f"{search.recipe.preset}: {search.count} trials of {', '.join(search.space.shown())} in {search.uri}")
+    with hold(search.uri, say) as lock:
+        found = run(search, Progress("search", quiet=quiet), quiet=quiet, verbose=verbose)
+        lock.check()
+        metrics = trials.write_results(search, found.trials, found.stages)
+        for line in trials.table(search, found.trials):
+            say(line)
+        if report:
+            say(f"report: {report(search, found.trials, metrics)}")
+    failed = [trial for trial in found.trials if trial.status == "failed"]
+    if failed and len(failed) == len(found.trials):
+        raise UserError(f"every trial failed; trial {failed[0].number}: {failed[0].reason}")
+    if metrics["best"]:
+        say(f"best recipe: {search.file('best.yaml')}")
+    if left := search.count - sum(trial.status != "running" for trial in found.trials):
+        say(f"{left} trials are left: the same command goes on")
+    return metrics

@@ -415,6 +415,8 @@ def ranked(trials: Iterable[Trial], objective: str) -> list[Trial]:
 
 
 def _merit(row: Mapping[str, Any]) -> float:
-    from transfgu.metrics import merit  # it imports torch, which takes seconds: a command line is parsed without
+    from transfgu.training.checkpoints import (
+        merit,  # it imports torch, which takes seconds: a command line is parsed without
+    )
 
     return merit(row)

@@ -6,7 +6,6 @@ gives classes, not clusters, so that nobody needs the table.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,9 +15,6 @@ from torch import Tensor, nn
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import Encoder, normalise, patch_grid
 from transfgu.errors import UserError
-
-if TYPE_CHECKING:
-    from transfgu.segmenter import Segmenter
 
 _OPSET = 20
 
@@ -50,16 +46,25 @@ class PatchesToClasses(nn.Module):
         return logits[:, :, self.clusters]
 
 
-def export(segmenter: "Segmenter", folder: Path, *, size: tuple[int, int] | None = None) -> tuple[Path, Path]:
+def export(
+    encoder: Encoder,
+    decoder: MaskDecoder,
+    class_of: Int[np.ndarray, " clusters"],
+    folder: Path,
+    *,
+    size: tuple[int, int],
+) -> tuple[Path, Path]:
     """Write `encoder.onnx` and `decoder.onnx`.
 
     `encoder.onnx` takes `images`, (B, 3, H, W) uint8, and gives `patches`, (B, hw, d) float32; `decoder.onnx` takes
     `patches`, of any number, and gives `logits`, (B, hw, C) float32, whose largest over C is the patch's class index.
 
     Args:
-        segmenter: the model.
+        encoder: the frozen encoder.
+        decoder: the mask decoder, on the same device.
+        class_of: each cluster's class index.
         folder: where; it is made.
-        size: height and width of the images, pixels; the recipe's unless given.
+        size: height and width of the images, pixels.
 
     Returns:
         The two files.
@@ -72,11 +77,9 @@ def export(segmenter: "Segmenter", folder: Path, *, size: tuple[int, int] | None
         import onnxscript  # noqa: F401
     except ImportError:
         raise UserError("exporting needs the packages onnx and onnxscript: pip install 'transfgu[onnx]'") from None
-    size = size or segmenter.size
-    encoder = segmenter.encode.encoder
     height, width = patch_grid(size, encoder.patch_size)
     folder.mkdir(parents=True, exist_ok=True)
-    device = segmenter.encode.device
+    device = next(encoder.parameters()).device
     graphs: list[tuple[str, nn.Module, Tensor, str, str, dict[int, str]]] = [
         (
             "encoder.onnx",
@@ -88,7 +91,7 @@ def export(segmenter: "Segmenter", folder: Path, *, size: tuple[int, int] | None
         ),
         (
             "decoder.onnx",
-            PatchesToClasses(segmenter.decoder, segmenter.class_of).to(device),
+            PatchesToClasses(decoder, class_of).to(device),
             torch.zeros(2, height * width, encoder.width, device=device),
             "patches",
             "logits",

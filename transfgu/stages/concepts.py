@@ -502,7 +502,7 @@ def _connect() -> None:
     import ray
 
     if not ray.is_initialized():
-        from transfgu.runtime import cluster as runtime
+        from transfgu.runtime import connect as runtime
 
         runtime.connect()
 
@@ -515,7 +515,7 @@ def _nodes(size: int = 0) -> Sequence[Mapping[str, float]]:
     """
     import ray
 
-    from transfgu.runtime import cluster as runtime
+    from transfgu.runtime import capacity as runtime
 
     there = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
     may_be = [node for node in runtime.every_possible_node() if node["CPU"]]
@@ -543,7 +543,7 @@ def _memory(shard: float) -> int:
     """
     import ray
 
-    from transfgu.runtime import cluster as runtime
+    from transfgu.runtime import capacity as runtime
 
     living = sum(bool(node["Alive"]) for node in ray.nodes())
     grows = len(runtime.every_possible_node()) > living

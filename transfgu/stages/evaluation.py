@@ -20,19 +20,21 @@ from ray.data import DataContext, Dataset
 from torch import Tensor
 
 from transfgu import formats
-from transfgu.datasets import ingest
+from transfgu.datasets.rows import read_labelled_rows, usable
 from transfgu.decoder import MaskDecoder, all_winners
 from transfgu.errors import LeftOut, UserError
+from transfgu.inference import device
 from transfgu.inference.averaging import averaged_logits
-from transfgu.inference.tokens import PatchTokens, use_cores
-from transfgu.metrics import Scores, batch_confusion, scores
+from transfgu.inference.device import use_cores
+from transfgu.inference.tokens import PatchTokens
+from transfgu.metrics import Scores, batch_confusion, scores, scores_json
 from transfgu.recipe import Recipe
-from transfgu.runtime import bottleneck, cluster, parts
+from transfgu.runtime import bottleneck, capacity, connect, parts
 from transfgu.runtime.progress import Progress
 from transfgu.stages import samples
 from transfgu.store import storage
 from transfgu.store.artifacts import LAST, MODEL, Outcome, Run
-from transfgu.store.weight_files import read_weights
+from transfgu.store.weights import read_weights
 
 _BLOCK_ROWS = 32  # images that one task reads at most: fewer where a batch has fewer, so that each batch is one task
 _NO_SCORES = {"mean_iou": None, "pixel_accuracy": None, "iou": None, "assignment": None}
@@ -101,7 +103,7 @@ def evaluate(
         decoders: weights by a name of one's choice: ours, or published ones (`.pt`); paths or URIs.
         rows: labelled images: `name`, `image` (URI), `label` (URI).
         progress: told of images.
-        on_ray: by Ray's actors however few images there are (see `transfgu.runtime.cluster.works_here`).
+        on_ray: by Ray's actors however few images there are (see `transfgu.runtime.connect.works_here`).
 
     Raises:
         UserError: weights that are missing or don't fit the recipe; more bad labels than `dataset.max_bad_share`.
@@ -109,14 +111,14 @@ def evaluate(
     for uri in decoders.values():
         check_decoder(recipe, uri)
     rows = rows.select(["name", "image", "label"])
-    read = partial(ingest.read_labelled_rows, recipe=recipe, protocol=recipe.evaluation.protocol)
+    read = partial(read_labelled_rows, recipe=recipe, protocol=recipe.evaluation.protocol)
     arguments: dict[str, Any] = {
         "recipe": recipe,
         "decoders": list(decoders.values()),
-        "processes": cluster.actors_per_node(recipe.compute),
+        "processes": capacity.actors_per_node(recipe.compute),
     }
     data: Dataset | None = None
-    if len(rows) <= _BLOCK_ROWS and not on_ray and cluster.works_here():
+    if len(rows) <= _BLOCK_ROWS and not on_ray and connect.works_here():
         counted: Iterator[Mapping[str, Any]] = _counted_here(
             read(rows), Count(**arguments), recipe.evaluation.batch_size
         )
@@ -168,7 +170,7 @@ def _plan(
                 Count,
                 batch_size=recipe.evaluation.batch_size,
                 fn_constructor_kwargs=arguments,
-                **cluster.encoder_pool(recipe.compute),
+                **capacity.encoder_pool(recipe.compute),
             )
         )
 
@@ -183,7 +185,7 @@ class Count:
     """An actor: decoded images and labels to one confusion matrix a decoder."""
 
     def __init__(self, recipe: Recipe, decoders: list[str], processes: int) -> None:
-        self._recipe, self._device = recipe, cluster.device()
+        self._recipe, self._device = recipe, device.own_device()
         if self._device.type == "cpu":
             use_cores(processes)
         self._encode = PatchTokens(recipe.encoder, self._device)
@@ -201,7 +203,7 @@ class Count:
         """One row: counts by decoder, images, and what was left out, as JSON."""
         classes = self._recipe.classes
         confusions = np.zeros((1, len(self._decoders), classes, classes), np.int64)
-        images, labels = ingest.usable(batch)
+        images, labels = usable(batch)
         if labels:
             averaged = averaged_logits(self._encode, self._decoders, torch.from_numpy(images), self._recipe.evaluation)
             for confusion, logits in zip(confusions[0], averaged, strict=True):
@@ -246,17 +248,3 @@ def check_decoder(recipe: Recipe, uri: str) -> None:
             f"{storage.shown(uri)} tells {found} classes apart, and the recipe {recipe.preset} has {recipe.classes}: "
             "choose the preset that it was trained for"
         )
-
-
-def scores_json(score: Scores) -> dict[str, Any]:
-    """Scores as `scores.json` and `metrics.json` hold them; null where there is nothing to score."""
-    return {
-        "mean_iou": _number(score.mean_iou),
-        "pixel_accuracy": _number(score.pixel_accuracy),
-        "iou": [_number(x) for x in score.iou],
-        "assignment": [int(x) for x in score.clusters],
-    }
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

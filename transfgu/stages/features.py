@@ -61,18 +61,18 @@ def groups(recipe: Recipe) -> tuple[str, ...]:
 
 def plan(recipe: Recipe, missing: Sequence[pa.Table], folder: str) -> Dataset:
     """Parts of the sample list to files in `folder` (URI), a row of the result for each."""
-    from transfgu.runtime import cluster
+    from transfgu.runtime import capacity
 
-    return _work(recipe, folder).plan(missing, cluster.encoder_pool(recipe.compute))
+    return _work(recipe, folder).plan(missing, capacity.encoder_pool(recipe.compute))
 
 
 def _work(recipe: Recipe, folder: str) -> parts.Work:
-    from transfgu.runtime import cluster
+    from transfgu.runtime import capacity
 
     return parts.Work(
         read=parts.ReadImages(size=recipe.dataset.feature_size, interpolation=recipe.dataset.interpolation),
         actor=EncodeWindows,
-        arguments={"recipe": recipe, "processes": cluster.actors_per_node(recipe.compute)},
+        arguments={"recipe": recipe, "processes": capacity.actors_per_node(recipe.compute)},
         write=WriteFeatures(folder=folder, groups=groups(recipe)),
     )
 
@@ -86,14 +86,14 @@ class EncodeWindows:
 
     def __init__(self, recipe: Recipe, processes: int) -> None:
         # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
+        from transfgu.inference import device
         from transfgu.inference.frozen_encoder import FrozenEncoder
-        from transfgu.runtime import cluster
         from transfgu.windows import sliding_windows
 
         self._recipe = recipe
         height, width = recipe.dataset.feature_size
         at_once = parts.part_size((height, width))
-        self._frozen = FrozenEncoder(recipe, cluster.device(), processes=processes, images_at_once=at_once)
+        self._frozen = FrozenEncoder(recipe, device.own_device(), processes=processes, images_at_once=at_once)
         patch = self._frozen.encoder.patch_size
         self._windows = sliding_windows((height // patch, width // patch), recipe.windows.scales, patch)
 

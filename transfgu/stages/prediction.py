@@ -119,12 +119,12 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     """
     names = preflight(job)
     # What costs seconds to import, only now.
-    from transfgu.runtime import cluster
+    from transfgu.runtime import capacity, connect
 
-    cluster.connect(verbose=verbose)
+    connect.connect(verbose=verbose)
     for uri, flag in ((job.out, "--out"), (job.images, "--images")):
-        cluster.check_shared(uri, flag)
-    cluster.check_satisfiable(replace(compute, workers=0))  # nothing is trained
+        capacity.check_shared(uri, flag)
+    capacity.check_satisfiable(replace(compute, workers=0))  # nothing is trained
     samples = _samples(names)
     done, bad = _done(job, samples), _known_bad(job)
     size = _size(job)
@@ -296,14 +296,14 @@ def _todo(samples: pa.Table, size: int, done: set[str], bad: Mapping[str, str], 
 
 def plan(job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: ComputeRecipe) -> Dataset:
     """Parts of the image list to masks in `job.out`, a row of counts for each."""
-    from transfgu.runtime import cluster
+    from transfgu.runtime import capacity
 
     data = parts.encoded(
         tables,
         ReadPhotos(size=size, interpolation="bilinear", keep_files=job.overlays),
         PredictMasks,
-        {"run": job.run, "processes": cluster.actors_per_node(compute)},
-        cluster.encoder_pool(compute),
+        {"run": job.run, "processes": capacity.actors_per_node(compute)},
+        capacity.encoder_pool(compute),
     )
     return parts.written(data, WriteMasks(job=job))
 
@@ -359,11 +359,10 @@ class PredictMasks:
 
     def __init__(self, run: str, processes: int) -> None:
         # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
-        from transfgu.inference.tokens import use_cores
-        from transfgu.runtime import cluster
+        from transfgu.inference.device import own_device, use_cores
         from transfgu.segmenter import Segmenter
 
-        device = cluster.device()
+        device = own_device()
         if device.type == "cpu":
             use_cores(processes)
         self._segmenter = Segmenter.load(run, device=device.type)

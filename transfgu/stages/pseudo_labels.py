@@ -71,27 +71,27 @@ def maps_dataset(recipe: Recipe, listed: pa.Table, centroids: Float[np.ndarray, 
     Returns:
         Rows part, index, name, maps, h, w (see :func:`run`), reason (null, or why there are no maps), note.
     """
-    from transfgu.runtime import cluster
+    from transfgu.runtime import capacity
 
     work = _work(recipe, centroids, "")
     tables = parts.split(listed, parts.part_size(recipe.dataset.image_size))
-    return parts.encoded(tables, work.read, work.actor, work.arguments, cluster.encoder_pool(recipe.compute))
+    return parts.encoded(tables, work.read, work.actor, work.arguments, capacity.encoder_pool(recipe.compute))
 
 
 def plan(recipe: Recipe, missing: Sequence[pa.Table], centroids: Float[np.ndarray, "K d"], folder: str) -> Dataset:
     """Parts of the sample list to files in `folder` (URI), a row of the result for each."""
-    from transfgu.runtime import cluster
+    from transfgu.runtime import capacity
 
-    return _work(recipe, centroids, folder).plan(missing, cluster.encoder_pool(recipe.compute))
+    return _work(recipe, centroids, folder).plan(missing, capacity.encoder_pool(recipe.compute))
 
 
 def _work(recipe: Recipe, centroids: Float[np.ndarray, "K d"], folder: str) -> parts.Work:
-    from transfgu.runtime import cluster
+    from transfgu.runtime import capacity
 
     return parts.Work(
         read=parts.ReadImages(size=recipe.dataset.image_size, interpolation=recipe.dataset.interpolation),
         actor=MapConcepts,
-        arguments={"recipe": recipe, "centroids": centroids, "processes": cluster.actors_per_node(recipe.compute)},
+        arguments={"recipe": recipe, "centroids": centroids, "processes": capacity.actors_per_node(recipe.compute)},
         write=WritePseudoLabels(folder=folder),
     )
 
@@ -103,10 +103,10 @@ class MapConcepts:
         # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
         import torch
 
+        from transfgu.inference.device import own_device
         from transfgu.inference.frozen_encoder import FrozenEncoder
-        from transfgu.runtime import cluster
 
-        device = cluster.device()
+        device = own_device()
         self._how = recipe.pseudo_labels
         at_once = parts.part_size(recipe.dataset.image_size)
         self._frozen = FrozenEncoder(recipe, device, processes=processes, images_at_once=at_once)

@@ -13,25 +13,26 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from transfgu.datasets import ingest
+from transfgu.datasets import map_files
 from transfgu.errors import UserError
-from transfgu.metrics import merit
 from transfgu.recipe import Recipe
-from transfgu.runtime import cluster
+from transfgu.runtime import capacity
 from transfgu.runtime.progress import Progress
 from transfgu.stages import samples
 from transfgu.store import storage
 from transfgu.store.artifacts import LAST, MODEL, Outcome, Run
+from transfgu.store.parquet import write_table
 from transfgu.training import checkpoints, tracking
 from transfgu.training.board import ATTEMPTS, Status, put_up, watched
+from transfgu.training.checkpoints import merit
 from transfgu.training.controller import Deaths
+from transfgu.training.job import Job
 from transfgu.training.process_group import process_group
-from transfgu.training.worker import Job, work
+from transfgu.training.worker import work
 
 
 def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
@@ -72,7 +73,7 @@ def training_images(run: Run) -> pa.Table:
     parts = [u for u in storage.list_files(run.artifact("pseudo_labels").uri) if u.endswith(".parquet")]
     if not parts:
         return pa.table({"image": pa.array([], pa.string())})
-    maps = ingest.index_maps(parts).sort_by("index")
+    maps = map_files.index_maps(parts).sort_by("index")
     found = samples.load(run, "train")["image"].take(maps["index"])
     return maps.append_column("image", found).drop_columns("index")
 
@@ -86,13 +87,6 @@ def inputs_digest(run: Run, images: pa.Table, validation: pa.Table) -> str:
     names = [images["image"].to_pylist(), *(validation[name].to_pylist() for name in ("image", "label"))]
     digest.update(json.dumps(names).encode())
     return digest.hexdigest()[:12]
-
-
-def write_table(uri: str, table: pa.Table) -> None:
-    """Write a small Parquet file in one piece."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    storage.write_bytes(uri, sink.getvalue().to_pybytes())
 
 
 def fit(
@@ -142,7 +136,7 @@ def fit(
     checkpoints.mend_account(kept)
     fs, root = storage.travelling(storage.absolute(folder))
     board = put_up(attempts)
-    resources, workers = cluster.actor_resources(recipe.compute), cluster.elastic_workers(recipe.compute)
+    resources, workers = capacity.actor_resources(recipe.compute), capacity.elastic_workers(recipe.compute)
     trainer = TorchTrainer(
         # Bound, not a config: Ray Train's controller would unpickle that, and import all that training needs.
         partial(

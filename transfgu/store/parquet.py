@@ -76,3 +76,10 @@ def _damage(uri: str, remedy: str) -> Iterator[None]:
         raise  # the machine's or the store's
     except Exception:  # Arrow's, or whatever an extension type makes of a description that it did not write
         raise UserError(f"{storage.shown(uri)} is damaged: {remedy}") from None
+
+
+def write_table(uri: str, table: pa.Table) -> None:
+    """Write a small Parquet file in one piece."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())

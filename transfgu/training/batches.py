@@ -18,9 +18,9 @@ from jaxtyping import Int, Int16, Shaped
 from ray.data import DataContext, ExecutionResources
 from torch import Tensor
 
-from transfgu.datasets import ingest
-from transfgu.datasets.ingest import Order
+from transfgu.datasets.rows import read_training_rows
 from transfgu.recipe import Size
+from transfgu.training.order import Order
 
 _BLOCK_ROWS = 32  # rows that one task decodes: 10 MB of 320 x 320
 _STREAM_ROWS = 4096  # a stream takes a second to start: epochs of fewer rows share one
@@ -71,7 +71,7 @@ class Share:
     def read(self, slots: Int[np.ndarray, " n"], batch_size: int) -> Iterator[Batch]:
         """Decoded slots in their order, a batch at a time."""
         rows = self.rows.take(slots % self.order.images).append_column("slot", pa.array(slots))
-        read = partial(ingest.read_training_rows, size=self.size)
+        read = partial(read_training_rows, size=self.size)
         for columns in stream(rows, read, batch_size, world=self.world):
             # Copied: arrays out of Ray's object store are read-only, which torch warns of.
             yield Batch(columns["slot"], torch.tensor(columns["image"]), torch.tensor(columns["maps"]))

@@ -36,7 +36,7 @@ class Status:
     """Whether the failure is a user's mistake."""
 
 
-class Board:
+class ProgressBoard:
     """An actor: workers write on it how far they are, and what must not be tried again."""
 
     def __init__(self, attempts: int = ATTEMPTS) -> None:
@@ -124,7 +124,7 @@ def may_pass(error: BaseException) -> bool:
 def put_up(attempts: int = ATTEMPTS) -> Any:
     """A new board on the driver's own node: the handle of its actor. `attempts` in vain at one epoch are the end."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote(attempts)
+    return ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=here).remote(attempts)
 
 
 @contextmanager

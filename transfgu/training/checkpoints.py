@@ -6,7 +6,7 @@ one piece. So a file cut short, or a driver killed between the two, costs an epo
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,3 +90,8 @@ def _is_whole(folder: str) -> bool:
         )
     except (ValueError, AttributeError, KeyError):
         return False
+
+
+def merit(row: Mapping[str, Any]) -> float:
+    """What the best epoch of a training's history has most of: mIoU + accuracy; below zero without a score."""
+    return -1.0 if row["mean_iou"] is None else float(row["mean_iou"] + row["pixel_accuracy"])

@@ -1,6 +1,6 @@
-"""Ray Train's controller opens its callbacks and with them their module, which therefore imports nothing of training's.
+"""What Ray Train's controller loads: this module imports neither torch nor the rest of the training.
 
-The controller is a process of its own that no worker is started before: what it imports, every training waits for.
+The controller is a process of its own, and no worker is started before it: every training waits for its imports.
 """
 
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray.train import UserCallback
+from ray.train.backend import BackendConfig
 
 from transfgu.errors import in_words
 
@@ -24,3 +25,9 @@ class Deaths(UserCallback):
             # Only how a process died; what a worker raised it has told already.
             if died := getattr(error, "health_check_failure", None):
                 ray.get(self._board.fail.remote(in_words(died), is_mistake=False, may_pass=True))
+
+
+class Alone(BackendConfig):
+    """In place of `ray.train.torch.TorchConfig`, where there is no process group."""
+
+    backend = "none"

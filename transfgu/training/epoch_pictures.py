@@ -10,8 +10,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from transfgu import datasets, pictures
-from transfgu.datasets import images
+from transfgu import datasets
+from transfgu.datasets import images, pictures
 from transfgu.decoder import MaskDecoder, winners
 from transfgu.encoder import patch_grid
 from transfgu.errors import BadInput

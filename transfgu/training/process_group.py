@@ -12,7 +12,7 @@ import torch
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
-from transfgu.training.alone import Alone
+from transfgu.training.controller import Alone
 
 
 def process_group(gpus: float, workers: int | tuple[int, int]) -> TorchConfig | Alone:

@@ -4,15 +4,11 @@ So a state is weights, moments and counters; there is no generator's state to sa
 by fewer workers or by more, sees the same images in the same views, the same permutations and the same order.
 """
 
-import copy
 import errno
-import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +17,31 @@ import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
-import safetensors.torch
 import torch
-import torch.distributed as dist
-from jaxtyping import Float, Int16
+from jaxtyping import Float
 from ray.train import Checkpoint
 from ray.train.collective import broadcast_from_rank_zero
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Adam
 
 from transfgu import formats
-from transfgu.datasets import ingest
-from transfgu.datasets.ingest import Order
 from transfgu.datasets.packed_maps import maps_of_planes, packed_planes, unpack_planes
-from transfgu.decoder import MaskDecoder, all_winners
+from transfgu.decoder import MaskDecoder
 from transfgu.encoder import patch_grid
 from transfgu.errors import UserError, in_words
-from transfgu.inference.tokens import PatchTokens, use_cores
-from transfgu.losses import worker_count
-from transfgu.metrics import Scores, batch_confusion, invariant_information, merit, scores
-from transfgu.recipe import Recipe
+from transfgu.inference.device import use_cores
+from transfgu.inference.tokens import PatchTokens
 from transfgu.runtime.failures import find_user_error
 from transfgu.store import parquet, storage
 from transfgu.training import checkpoints, schedule
-from transfgu.training.batches import Batch, Resident, Share, Source, Streamed, load, stream
+from transfgu.training.batches import Batch, Resident, Share, Source, Streamed, load
 from transfgu.training.board import may_pass
+from transfgu.training.checkpoints import merit
 from transfgu.training.epoch_pictures import Shown
+from transfgu.training.job import Job
+from transfgu.training.order import Order
+from transfgu.training.scoring import Mirror, Validation
+from transfgu.training.state import State
 from transfgu.training.step import StepResult, make_optimiser, training_step
 from transfgu.views import apply_views, draw_views
 
@@ -57,79 +51,6 @@ View = Callable[[Batch, int], tuple[Tensor, Tensor]]
 _LOAD_BATCH = 64  # images that are encoded at a time where they are encoded once
 _TELL_SECONDS = 0.3  # between two words to the driver
 _ASK_SECONDS = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every worker is told."""
-
-    recipe: Recipe
-    images: str
-    """URI of the table of training images by position: `image`, `part`, `row`."""
-    validation: str
-    """URI of the table of labelled validation images (`image`, `label`); empty where there are none."""
-    checkpoints: str
-    """URI of the folder that Ray Train puts them in."""
-    board: Any
-    """Handle of the driver's `board.Board`."""
-    pictures: str = ""
-    """URI of a folder for a picture of each epoch; empty: none is wanted."""
-    unlabelled: str = ""
-    """URI of a table of images (`image`) that predictions are compared on without labels; empty: none."""
-    beside: int = 1
-    """Trainings, this one included, that share a machine's cores."""
-    asks: bool = False
-    """Whether the driver says after each epoch if training goes on."""
-
-
-@dataclass(kw_only=True)
-class State:
-    """What a checkpoint holds, as safetensors and JSON."""
-
-    student: MaskDecoder
-    optimiser: Adam
-    teacher: MaskDecoder | None = None
-    best: dict[str, Tensor] | None = None
-    """Weights of the epoch with the highest sum of mIoU and accuracy; None where none is scored yet."""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """One row a finished epoch."""
-
-    def save(self, folder: Path, metadata: dict[str, str]) -> None:
-        """Write it to a folder; `metadata` goes into the weight files."""
-        moments = {
-            f"{name}:{moment}": value
-            for name, parameter in self.student.named_parameters()
-            for moment, value in self.optimiser.state.get(parameter, {}).items()
-        }
-        files = {"student": self.student.state_dict(), "moments": moments, "best": self.best}
-        files["teacher"] = self.teacher.state_dict() if self.teacher else None
-        for name, tensors in files.items():
-            if tensors:
-                tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-                safetensors.torch.save_file(tensors, folder / f"{name}.safetensors", metadata)
-        (folder / checkpoints.HISTORY).write_text(json.dumps(self.history))
-        checkpoints.seal(folder)
-
-    def load(self, folder: Path, device: torch.device) -> None:
-        """Take it from a folder."""
-        tensors = {
-            file.stem: safetensors.torch.load_file(file, device=str(device)) for file in folder.glob("*.safetensors")
-        }
-        self.student.load_state_dict(tensors["student"])
-        parameters = dict(self.student.named_parameters())
-        for key, value in tensors.get("moments", {}).items():
-            name, _, moment = key.rpartition(":")
-            self.optimiser.state[parameters[name]][moment] = value
-        if "teacher" in tensors:
-            self.promote()
-            assert self.teacher
-            self.teacher.load_state_dict(tensors["teacher"])
-        self.best = tensors.get("best")
-        self.history = json.loads((folder / checkpoints.HISTORY).read_text())
-
-    def promote(self) -> None:
-        """Make the student, as it is, the teacher."""
-        self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
 
 
 def work(job: Job) -> None:
@@ -381,98 +302,3 @@ def _line(row: dict[str, Any], epochs: int) -> str:
         score = f", mIoU {row['mean_iou']:.1f}, accuracy {row['pixel_accuracy']:.1f}"
     teacher = ", new teacher" if row["teacher_updated"] else ""
     return f"epoch {row['epoch']} of {epochs}: loss {row['total']:.3f}{score}{teacher}, {row['seconds']:.1f} s"
-
-
-class Validation:
-    """One worker's share of the validation images, scored with all workers'."""
-
-    def __init__(self, job: Job, encode: PatchTokens, rank: int, world: int) -> None:
-        self._recipe, self._encode, self._world = job.recipe, encode, world
-        rows = parquet.read(job.validation)
-        self._rows = rows.take(np.arange(rank, len(rows), world))
-        size, patch = self._recipe.dataset.image_size, encode.encoder.patch_size
-        self._grid = (size[0] // patch, size[1] // patch)
-        # The encoder is frozen: what it makes of a small set is kept.
-        image = 4 * self._grid[0] * self._grid[1] * encode.encoder.width + 2 * size[0] * size[1]
-        self._keep = len(self._rows) * image <= job.recipe.compute.resident_gib * 2**30
-        self._kept: list[tuple[Tensor, Int16[Tensor, "B H W"]]] | None = None
-
-    def score(self, decoder: MaskDecoder) -> Scores:
-        """The scores of the whole validation set; every worker must call it."""
-        decoder.eval()
-        classes, size = self._recipe.classes, self._recipe.dataset.image_size
-        confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self._encode.device)
-        for patches, labels in self._batches():
-            with torch.inference_mode():
-                logits = decoder(patches.to(self._encode.device))[0].mT.unflatten(2, self._grid)
-                predicted = all_winners(logits, size)
-            confusion += batch_confusion(labels.to(self._encode.device), predicted, classes)
-        decoder.train()
-        if worker_count() > 1:
-            dist.all_reduce(confusion)
-        return scores(confusion.cpu().numpy())
-
-    def _batches(self) -> Iterator[tuple[Float[Tensor, "B hw d"], Int16[Tensor, "B H W"]]]:
-        if self._kept is not None:
-            yield from self._kept
-            return
-        kept = []
-        read = partial(ingest.read_labelled_rows, recipe=self._recipe)
-        for columns in stream(self._rows, read, self._recipe.evaluation.batch_size, world=self._world):
-            images, labels = ingest.usable(columns)
-            if not labels:
-                continue
-            batch = (self._encode(torch.from_numpy(images)).cpu(), torch.from_numpy(np.stack(labels)))
-            if self._keep:
-                kept.append(batch)
-            yield batch
-        if self._keep:
-            self._kept = kept
-
-
-class Mirror:
-    """One worker's share of images and their mirror images, on which predictions are compared without labels."""
-
-    def __init__(self, job: Job, encode: PatchTokens, rank: int, world: int) -> None:
-        self._recipe, self._encode, self._world = job.recipe, encode, world
-        rows = parquet.read(job.unlabelled)
-        self._rows = rows.take(np.arange(rank, len(rows), world))
-        self._grid = patch_grid(self._recipe.dataset.image_size, encode.encoder.patch_size)
-        image = 2 * 4 * self._grid[0] * self._grid[1] * encode.encoder.width
-        self._keep = len(self._rows) * image <= job.recipe.compute.resident_gib * 2**30
-        self._kept: list[tuple[Tensor, Tensor]] | None = None
-
-    def score(self, decoder: MaskDecoder) -> float:
-        """See :func:`transfgu.metrics.invariant_information`; every worker must call it."""
-        classes = self._recipe.classes
-        joint = torch.zeros(classes * classes, dtype=torch.int64, device=self._encode.device)
-        decoder.eval()
-        with torch.inference_mode():
-            for pair in self._batches():
-                one, other = (
-                    decoder(patches.to(self._encode.device))[0].argmax(dim=2).unflatten(1, self._grid)
-                    for patches in pair
-                )  # (B, hw, C) -> (B, h, w)
-                joint += torch.bincount((one * classes + other.flip(2)).flatten(), minlength=classes * classes)
-        decoder.train()
-        if worker_count() > 1:
-            dist.all_reduce(joint)
-        return invariant_information(joint.reshape(classes, classes).cpu().numpy())
-
-    def _batches(self) -> Iterator[tuple[Float[Tensor, "B hw d"], Float[Tensor, "B hw d"]]]:
-        """Patch tokens of images and of their mirror images."""
-        if self._kept is not None:
-            yield from self._kept
-            return
-        kept = []
-        read = partial(ingest.read_plain_rows, size=self._recipe.dataset.image_size)
-        for columns in stream(self._rows, read, self._recipe.evaluation.batch_size, world=self._world):
-            images = torch.from_numpy(columns["image"][columns["good"]])
-            if not len(images):
-                continue
-            pair = (self._encode(images).cpu(), self._encode(images.flip(3)).cpu())
-            if self._keep:
-                kept.append(pair)
-            yield pair
-        if self._keep:
-            self._kept = kept

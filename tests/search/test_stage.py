@@ -17,16 +17,16 @@ import pytest
 import ray
 
 from tests.folder_run import photographs, small
-from transfgu import pipeline
 from transfgu.errors import UserError
 from transfgu.recipe import STAGES, from_yaml, preset
-from transfgu.runtime import cluster
+from transfgu.report.search import write
+from transfgu.runtime import capacity
 from transfgu.runtime.progress import Progress
 from transfgu.search import space as search_space
 from transfgu.search import stage as stage
-from transfgu.search.stage import SharedRun, allot
+from transfgu.search.stage import SharedRun, allot, run_search
 from transfgu.search.trials import Ledger, Search
-from transfgu.store import run_lock
+from transfgu.store import lock
 
 pytestmark = pytest.mark.ray
 
@@ -96,7 +96,7 @@ def test_nodes_with_gpus_read_for_themselves() -> None:
 @pytest.mark.s3
 @pytest.mark.usefixtures("ray_cluster")
 def test_trials_are_for_nodes_that_may_come(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cluster.NODES, '[{"count": 2, "CPU": 4, "GPU": 1}]')
+    monkeypatch.setenv(capacity.NODES, '[{"count": 2, "CPU": 4, "GPU": 1}]')
     wanted = search(tmp_path, "omega_1=uniform(0,1)", uri=s3, gpus_per_trial=4.0, workers_per_trial=4)
     with pytest.raises(UserError, match=r"a trial asks for 4 x 1 GPUs, and the cluster has 2: lower"):
         stage.run(wanted, Progress("search", quiet=True), quiet=True)
@@ -114,7 +114,7 @@ def test_recipes_share_what_they_have_in_common(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_small_search(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = search(tmp_path, "omega_1=loguniform(0.1,10)", "alpha=uniform(0,0.1)", epochs=2, searcher="tpe")
-    metrics = pipeline.run_search(wanted, quiet=True)
+    metrics = run_search(wanted, report=write, quiet=True)
     rows = json.loads((tmp_path / "search" / "trials.json").read_text())
     assert [r["number"] for r in rows] == [0, 1, 2]
     assert {r["status"] for r in rows} <= {"finished", "stopped"}
@@ -135,27 +135,27 @@ def test_a_small_search(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
 
     # Another search in that folder is refused; the same one does nothing twice, and a longer one adds to it.
     with pytest.raises(UserError, match=r"holds another search, differing in training\.lr"):
-        pipeline.run_search(dataclasses.replace(wanted, recipe=wanted.recipe.with_fields({"lr": 0.5})), quiet=True)
+        run_search(dataclasses.replace(wanted, recipe=wanted.recipe.with_fields({"lr": 0.5})), quiet=True)
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "search" / "trials").iterdir()}
-    again = pipeline.run_search(wanted, quiet=True)
+    again = run_search(wanted, quiet=True)
     assert all(found["skipped"] for found in again["stages"].values())
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "search" / "trials").iterdir()} == before
     assert again["best"] == metrics["best"]
 
     # Whose folder was taken over meanwhile writes no results.
     results = (tmp_path / "search" / "trials.json").stat().st_mtime_ns
-    monkeypatch.setattr(run_lock, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.05)
     run = stage.run
 
     def run_and_lose(*args: Any, **fields: Any) -> stage.Found:
         found = run(*args, **fields)
-        (tmp_path / "search" / run_lock.FILE).write_text('{"id": "other"}')
+        (tmp_path / "search" / lock.FILE).write_text('{"id": "other"}')
         time.sleep(1)
         return found
 
     monkeypatch.setattr(stage, "run", run_and_lose)
     with pytest.raises(UserError, match="another run took over"):
-        pipeline.run_search(wanted, quiet=True)
+        run_search(wanted, quiet=True)
     assert (tmp_path / "search" / "trials.json").stat().st_mtime_ns == results
 
 
@@ -163,7 +163,7 @@ def test_a_small_search(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
 @pytest.mark.usefixtures("ray_cluster")
 def test_trials_that_are_stopped_give_back_what_they_held(tmp_path: Path) -> None:
     """Before there is a teacher alpha weighs nothing: after an epoch all are alike, and only the first goes on."""
-    pipeline.run_search(search(tmp_path, "alpha=uniform(0,0.1)", epochs=2, trials=5), quiet=True)
+    run_search(search(tmp_path, "alpha=uniform(0,0.1)", epochs=2, trials=5), quiet=True)
     rows = json.loads((tmp_path / "search" / "trials.json").read_text())
     assert sorted((r["status"], r["epochs"]) for r in rows) == [("finished", 2)] + [("stopped", 1)] * 4
     assert len({r["label_free"] for r in rows if r["epochs"] == 1}) == 1
@@ -179,7 +179,7 @@ def test_what_is_searched_upstream_is_made_once_for_each_value(tmp_path: Path) -
     wanted = search(
         tmp_path, "stuff=grid(2,3)", "omega_1=grid(0.5,1)", epochs=1, searcher="grid", trials=9, objective="label_free"
     )
-    metrics = pipeline.run_search(wanted, quiet=True)
+    metrics = run_search(wanted, quiet=True)
     rows = json.loads((tmp_path / "search" / "trials.json").read_text())
     assert [tuple(r["parameters"].values()) for r in rows] == [(2, 0.5), (2, 1), (3, 0.5), (3, 1)]
     assert {r["status"] for r in rows} == {"finished"}
@@ -201,7 +201,7 @@ def test_a_trial_that_fails_is_told_and_the_search_goes_on(tmp_path: Path, bad: 
     # Two steps an epoch: each epoch has a new student here, and a step's harm shows in the next one.
     grid: dict[str, Any] = {"searcher": "grid", "scheduler": "none", "trials": 4}
     wanted = search(tmp_path, bad, "omega_2=grid(0.3,0.4)", epochs=2, passes=2, **grid)
-    metrics = pipeline.run_search(wanted, quiet=True)
+    metrics = run_search(wanted, report=write, quiet=True)
     rows = json.loads((tmp_path / "search" / "trials.json").read_text())
     assert [r["status"] for r in rows] == ["finished", "finished", "failed", "failed"]
     for row in rows[2:]:
@@ -283,14 +283,14 @@ import sys
 import ray
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from transfgu import runtime
-for name, value in runtime._ENVIRONMENT.items():
+from transfgu.runtime import connect
+for name, value in connect._ENVIRONMENT.items():
     __import__("os").environ.setdefault(name, value)
 ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False,
-         runtime_env={{"env_vars": {{**runtime._ENVIRONMENT, "PYTHONPATH": {root!r}}}}})
-from tests.stages.test_search import search
-from transfgu import pipeline
-pipeline.run_search(search(Path({folder!r}), "omega_1=uniform(0.5,2)", epochs=2, scheduler="none", trials=3,
+         runtime_env={{"env_vars": {{**connect._ENVIRONMENT, "PYTHONPATH": {root!r}}}}})
+from tests.search.test_stage import search
+from transfgu.search.stage import run_search
+run_search(search(Path({folder!r}), "omega_1=uniform(0.5,2)", epochs=2, scheduler="none", trials=3,
                            gpus_per_trial=0.5, workers_per_trial=2))
 """
 

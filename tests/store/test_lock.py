@@ -14,12 +14,13 @@ import pytest
 from tests.conftest import REAL_S3
 from tests.gateway import Gateway
 from transfgu.errors import UserError
-from transfgu.store import run_lock, storage
-from transfgu.store.run_lock import Lock, hold
+from transfgu.store import lock as store_lock
+from transfgu.store import storage
+from transfgu.store.lock import Lock, hold
 
 HOLD = """
 import sys, time
-from transfgu.store.run_lock import Lock
+from transfgu.store.lock import Lock
 Lock(sys.argv[1]).take(print)
 print("held", flush=True)
 time.sleep(99)
@@ -32,14 +33,14 @@ def said() -> list[str]:
 
 
 def lock_of(uri: str) -> dict[str, object]:
-    tree: dict[str, object] = json.loads(storage.read_bytes(storage.join(uri, run_lock.FILE)))
+    tree: dict[str, object] = json.loads(storage.read_bytes(storage.join(uri, store_lock.FILE)))
     return tree
 
 
 def write_lock(uri: str, **fields: object) -> None:
     """A lock as another machine's process would have left it."""
     content = {"id": "other", "host": "elsewhere", "process": "another-boot/pid:[1]/7@1", "beats": 3, **fields}
-    storage.write_bytes(storage.join(uri, run_lock.FILE), json.dumps(content).encode())
+    storage.write_bytes(storage.join(uri, store_lock.FILE), json.dumps(content).encode())
 
 
 @pytest.mark.parametrize("kind", ["disk", pytest.param("s3", marks=pytest.mark.s3)])
@@ -51,7 +52,7 @@ def test_a_second_run_is_refused_until_the_first_lets_go(
         with pytest.raises(UserError, match=rf"is writing .*run \(process {os.getpid()} on .*another --run"):
             Lock(uri).take(said.append)
         assert lock_of(uri)["beats"] == 0
-    assert not storage.exists(storage.join(uri, run_lock.FILE))
+    assert not storage.exists(storage.join(uri, store_lock.FILE))
     with hold(uri, said.append):
         pass
     assert said == []
@@ -85,7 +86,7 @@ def test_of_many_that_try_at_once_one_holds_it(tmp_path: Path, said: list[str]) 
 
 
 def test_a_killed_runs_lock_is_taken_over_at_once(tmp_path: Path, said: list[str]) -> None:
-    root = Path(run_lock.__file__).parents[2]
+    root = Path(store_lock.__file__).parents[2]
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=root)
     try:
         assert other.stdout
@@ -99,14 +100,14 @@ def test_a_killed_runs_lock_is_taken_over_at_once(tmp_path: Path, said: list[str
     started = time.monotonic()
     with hold(str(tmp_path), said.append):  # not yet waited for: a zombie
         assert time.monotonic() - started < 5
-        assert lock_of(str(tmp_path))["process"] == run_lock._process(os.getpid())
+        assert lock_of(str(tmp_path))["process"] == store_lock._process(os.getpid())
     other.wait()
     assert said == ["took over the lock of a run that died"]
 
 
 def test_another_machines_lock_is_watched(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "_PATIENCE_SECONDS", 1.0)
-    monkeypatch.setattr(run_lock, "_SETTLE_SECONDS", 0.01)
+    monkeypatch.setattr(store_lock, "_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(store_lock, "_SETTLE_SECONDS", 0.01)
     write_lock(str(tmp_path))
     beats = threading.Timer(0.3, lambda: write_lock(str(tmp_path), beats=4))
     beats.start()
@@ -120,7 +121,7 @@ def test_another_machines_lock_is_watched(tmp_path: Path, said: list[str], monke
 
 
 def test_a_lock_that_was_cut_short_is_a_dead_runs(tmp_path: Path, said: list[str]) -> None:
-    (tmp_path / run_lock.FILE).write_text('{"id": "oth')
+    (tmp_path / store_lock.FILE).write_text('{"id": "oth')
     with hold(str(tmp_path), said.append):
         assert lock_of(str(tmp_path))["host"]
 
@@ -129,8 +130,8 @@ def test_of_two_that_take_over_a_dead_runs_lock_one_holds_it(
     tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both have found it dead; the other one writes, settles, and only then do we get to write."""
-    monkeypatch.setattr(run_lock, "_SETTLE_SECONDS", 0.01)
-    file = tmp_path / run_lock.FILE
+    monkeypatch.setattr(store_lock, "_SETTLE_SECONDS", 0.01)
+    file = tmp_path / store_lock.FILE
     file.write_text("{}")
     late = Lock(str(tmp_path))
     found = late._read()
@@ -147,7 +148,7 @@ def test_a_lock_that_was_lost_since_the_last_beat_is_not_deleted(tmp_path: Path,
 
 
 def test_the_holder_beats_and_notices_a_loss(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(store_lock, "_BEAT_SECONDS", 0.05)
     with hold(str(tmp_path), said.append) as lock:
         deadline = time.monotonic() + 5
         while lock_of(str(tmp_path))["beats"] == 0 and time.monotonic() < deadline:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_benchmarks import tiny_recipe
+from tests.benchmarks.test_arithmetic import tiny_recipe
 from transfgu.benchmarks import stages
 from transfgu.errors import UserError
 from transfgu.planning import cost_plan

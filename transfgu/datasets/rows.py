@@ -1,81 +1,17 @@
-"""Which images make up a batch depends on the seed, the epoch and the step alone, never on who reads them.
+"""Rows of a table of URIs become decoded images and labels; bad input is left out, with the reason."""
 
-So a worker needs no other to know what to read: it takes every `world`-th row of each global batch, and any number of
-workers trains on the same batches. An image's maps are read by their place in the pseudo labels' part files, one row
-group at a time, so that a shuffled order costs a request an image and nothing is searched for.
-"""
-
-import functools
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from jaxtyping import Int, Int16, UInt8
+from jaxtyping import Int16, UInt8
 
 from transfgu import datasets
 from transfgu.datasets import images
+from transfgu.datasets.map_files import read_maps
 from transfgu.errors import BadInput, UserError
 from transfgu.recipe import Protocol, Recipe, Size
-from transfgu.store import parquet, storage
-
-_OPEN_FILES = 16  # part files a reading process keeps open; a footer takes some 50 KB
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """In which order an epoch sees the images.
-
-    An epoch is `passes` over the images, shuffled as a whole, cut into global batches of `batch_size`; the rest that
-    fills no batch is left for another epoch's shuffle, as published. Fewer images than a batch make one batch.
-
-    A *slot* is one of the `passes * images` places of an epoch: image `slot % images`, on pass `slot // images`.
-    """
-
-    images: int
-    passes: int
-    batch_size: int
-    seed: int
-
-    @property
-    def batch(self) -> int:
-        """Images of a global batch."""
-        return min(self.batch_size, self.images * self.passes)
-
-    @property
-    def steps(self) -> int:
-        """Global batches of an epoch."""
-        return self.images * self.passes // self.batch
-
-    def epoch(self, epoch: int) -> Int[np.ndarray, "steps batch"]:
-        """The slots of every global batch of an epoch."""
-        slots = np.random.default_rng([self.seed, epoch]).permutation(self.images * self.passes)
-        return slots[: self.steps * self.batch].reshape(self.steps, self.batch)
-
-    def share(self, epoch: int, rank: int, world: int) -> Int[np.ndarray, "steps rows"]:
-        """What worker `rank` of `world` takes of every global batch; `rows` may be 0 where workers outnumber images."""
-        return self.epoch(epoch)[:, rank::world]
-
-
-def index_maps(parts: list[str]) -> pa.Table:
-    """Where each image's maps lie: `index` (of the sample) int32, `part` (URI) string, `row` (within it) int32."""
-
-    def read(part: str) -> pa.Table:
-        with parquet.opened(part) as file:
-            index = file.read(columns=["index"]).column("index").cast(pa.int32())
-        return pa.table(
-            {
-                "index": index,
-                "part": pa.array([part] * len(index), pa.string()),
-                "row": pa.array(np.arange(len(index), dtype=np.int32)),
-            }
-        )
-
-    # A part's footer and one small column: requests, not bytes, are what takes time.
-    with ThreadPoolExecutor(16) as pool:
-        return pa.concat_tables(pool.map(read, parts))
+from transfgu.store import storage
 
 
 def read_training_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
@@ -186,33 +122,3 @@ def usable(columns: dict[str, Any]) -> tuple[UInt8[np.ndarray, "n 3 H W"], list[
     good = columns["reason"] == ""
     rows = zip(*(columns[name][good] for name in ("label", "height", "width")), strict=True)
     return columns["image"][good], [np.frombuffer(label, np.int16).reshape(h, w) for label, h, w in rows]
-
-
-def read_maps(rows: pa.Table) -> Int16[np.ndarray, "n planes h w"]:
-    """Packed maps of the images whose places `part` and `row` say; each row group is read once."""
-    wanted: dict[tuple[str, int], list[tuple[int, int]]] = {}
-    for i, (part, row) in enumerate(zip(rows["part"].to_pylist(), rows["row"].to_pylist(), strict=True)):
-        group, offset = _place(part, row)
-        wanted.setdefault((part, group), []).append((i, offset))
-    found: dict[int, np.ndarray] = {}
-    for (part, group), places in sorted(wanted.items()):
-        table = _cached(part).read_row_group(group, columns=["maps", "h", "w"])
-        for i, offset in places:
-            h, w = table["h"][offset].as_py(), table["w"][offset].as_py()
-            found[i] = np.frombuffer(table["maps"][offset].as_buffer(), np.int16).reshape(-1, h, w)
-    return np.stack([found[i] for i in range(len(rows))])
-
-
-def _place(part: str, row: int) -> tuple[int, int]:
-    """The row group that holds a row, and the row's place in it."""
-    metadata = _cached(part).metadata
-    for group in range(metadata.num_row_groups):
-        if row < (rows := metadata.row_group(group).num_rows):
-            return group, row
-        row -= rows
-    raise UserError(f"{storage.shown(part)} is shorter than it was: delete the pseudo labels' folder to make them anew")
-
-
-@functools.lru_cache(maxsize=_OPEN_FILES)
-def _cached(part: str) -> pq.ParquetFile:
-    return parquet.opened(part)

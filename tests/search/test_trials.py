@@ -241,7 +241,7 @@ def test_bad_requests_are_one_line(fields: dict[str, Any], message: str) -> None
     ],
 )
 def test_the_command_answers_mistakes_before_ray_starts(words: list[str], message: str) -> None:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "jobs/tune.py", *words],
         cwd=root,

@@ -11,7 +11,7 @@ import ray
 
 from transfgu.errors import UserError
 from transfgu.recipe import ComputeRecipe
-from transfgu.runtime import cluster as runtime
+from transfgu.runtime import capacity, connect
 
 
 def cluster(monkeypatch: pytest.MonkeyPatch, *there: dict[str, float], may_be: str = "") -> None:
@@ -19,7 +19,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch, *there: dict[str, float], may_be: s
     nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"memory": 1e9, **node}} for node in there]
     nodes.append({"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}})
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    monkeypatch.setenv(runtime.NODES, may_be)
+    monkeypatch.setenv(capacity.NODES, may_be)
 
 
 @pytest.mark.parametrize(("named", "joined"), [("", "local"), ("10.0.0.1:6379", "10.0.0.1:6379")])
@@ -27,55 +27,55 @@ def test_a_cluster_is_joined_where_it_is_named_alone(monkeypatch: pytest.MonkeyP
     asked: list[dict[str, Any]] = []
     monkeypatch.setenv("RAY_ADDRESS", named)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(runtime, "_embedded", None)
+    monkeypatch.setattr(connect, "_embedded", None)
     monkeypatch.setattr(ray, "init", lambda **how: asked.append({**how, "path": os.environ["PYTHONPATH"]}))
     monkeypatch.setenv("PYTHONPATH", "/theirs")
     may_be = '[{"count": 2, "CPU": 4, "GPU": 1}]'
-    monkeypatch.setenv(runtime.NODES, may_be)
-    runtime.connect()
+    monkeypatch.setenv(capacity.NODES, may_be)
+    connect.connect()
     assert asked[0]["address"] == joined
     assert ("num_cpus" in asked[0]) == (joined == "local")
     # Processes that Ray starts in advance serve only who has no runtime environment: here the rest is inherited.
     assert (asked[0]["runtime_env"] is None) == (joined == "local")
     if named:  # an actor or a trial on another node knows what the head was told
-        assert asked[0]["runtime_env"]["env_vars"][runtime.NODES] == may_be
-    ours = str(Path(runtime.__file__).parents[2])
+        assert asked[0]["runtime_env"]["env_vars"][capacity.NODES] == may_be
+    ours = str(Path(connect.__file__).parents[2])
     assert asked[0]["path"] == (os.pathsep.join([ours, "/theirs"]) if joined == "local" else "/theirs")
     assert os.environ["PYTHONPATH"] == "/theirs"
     # A single block of work is done here where nobody else could do it sooner.
     cluster(monkeypatch, {"CPU": 4})
-    assert runtime.works_here() == (joined == "local")
+    assert connect.works_here() == (joined == "local")
     cluster(monkeypatch, {"CPU": 4, "GPU": 1})
-    assert not runtime.works_here()
+    assert not connect.works_here()
 
 
 def test_pools_grow_with_what_an_autoscaler_may_add(monkeypatch: pytest.MonkeyPatch) -> None:
     scaling = json.dumps([{"count": 8, "CPU": 4, "GPU": 1}, {"count": 3, "CPU": 8}, {"count": 0, "GPU": 8}])
     cluster(monkeypatch, {"CPU": 2}, {"CPU": 4, "GPU": 1}, may_be=scaling)
-    assert runtime.cluster_gpus() == 8  # the one that is there is one of the eight
-    assert runtime.pool_size(ComputeRecipe()) == 8
-    assert runtime.pool_size(ComputeRecipe(gpus_per_actor=0.5)) == 16
-    assert runtime.pool_size(ComputeRecipe(actors=3)) == 3
-    assert runtime.actors_per_node(ComputeRecipe(gpus_per_actor=0.5)) == 2
-    pool = runtime.encoder_pool(ComputeRecipe())
+    assert capacity.cluster_gpus() == 8  # the one that is there is one of the eight
+    assert capacity.pool_size(ComputeRecipe()) == 8
+    assert capacity.pool_size(ComputeRecipe(gpus_per_actor=0.5)) == 16
+    assert capacity.pool_size(ComputeRecipe(actors=3)) == 3
+    assert capacity.actors_per_node(ComputeRecipe(gpus_per_actor=0.5)) == 2
+    pool = capacity.encoder_pool(ComputeRecipe())
     assert (pool["compute"].min_size, pool["compute"].initial_size, pool["compute"].max_size) == (1, 1, 8)
     assert (pool["num_cpus"], pool["num_gpus"]) == (1, 1)
-    assert runtime.training_workers(ComputeRecipe()) == 8
-    assert runtime.elastic_workers(ComputeRecipe()) == (1, 8)
-    assert runtime.elastic_workers(ComputeRecipe(workers=2)) == 2
-    runtime.check_satisfiable(ComputeRecipe(workers=8))
+    assert capacity.training_workers(ComputeRecipe()) == 8
+    assert capacity.elastic_workers(ComputeRecipe()) == (1, 8)
+    assert capacity.elastic_workers(ComputeRecipe(workers=2)) == 2
+    capacity.check_satisfiable(ComputeRecipe(workers=8))
     gpu, cpu, head = {"CPU": 4, "GPU": 1}, {"CPU": 8, "GPU": 0}, {"CPU": 2, "GPU": 0}
-    assert runtime.every_possible_node() == [*[gpu] * 8, *[cpu] * 3, head]
+    assert capacity.every_possible_node() == [*[gpu] * 8, *[cpu] * 3, head]
 
 
 def test_without_gpus_there_is_an_actor_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster(monkeypatch, {"CPU": 4})
-    assert runtime.pool_size(ComputeRecipe()) == 1
-    assert runtime.elastic_workers(ComputeRecipe()) == 1
+    assert capacity.pool_size(ComputeRecipe()) == 1
+    assert capacity.elastic_workers(ComputeRecipe()) == 1
     cluster(monkeypatch, {"CPU": 4}, {"CPU": 8}, {})
-    assert runtime.pool_size(ComputeRecipe()) == 2
-    assert runtime.actors_per_node(ComputeRecipe()) == 1
-    assert runtime.actors_per_node(ComputeRecipe(actors=5)) == 3
+    assert capacity.pool_size(ComputeRecipe()) == 2
+    assert capacity.actors_per_node(ComputeRecipe()) == 1
+    assert capacity.actors_per_node(ComputeRecipe(actors=5)) == 3
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_actors_begin_on_every_node_that_is_there(
     monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], cpus: float, begin: int
 ) -> None:
     cluster(monkeypatch, *nodes)
-    assert runtime.encoder_pool(ComputeRecipe(cpus_per_actor=cpus))["compute"].initial_size == begin
+    assert capacity.encoder_pool(ComputeRecipe(cpus_per_actor=cpus))["compute"].initial_size == begin
 
 
 @pytest.mark.parametrize(
@@ -108,32 +108,32 @@ def test_what_no_node_can_ever_hold_is_told(
     monkeypatch: pytest.MonkeyPatch, compute: ComputeRecipe, message: str
 ) -> None:
     cluster(monkeypatch, {"CPU": 16}, may_be='[{"count": 2, "CPU": 3, "GPU": 1}]')
-    runtime.check_satisfiable(ComputeRecipe(workers=2))
+    capacity.check_satisfiable(ComputeRecipe(workers=2))
     with pytest.raises(UserError, match=message):
-        runtime.check_satisfiable(compute)
+        capacity.check_satisfiable(compute)
 
 
 def test_an_actor_that_leaves_no_cpu_to_read_images_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster(monkeypatch, {"CPU": 2})
-    runtime.check_satisfiable(ComputeRecipe())
+    capacity.check_satisfiable(ComputeRecipe())
     with pytest.raises(UserError, match=r"has 2 CPUs, and 3 are needed, one of them to read images"):
-        runtime.check_satisfiable(ComputeRecipe(workers=2))
+        capacity.check_satisfiable(ComputeRecipe(workers=2))
 
 
 @pytest.mark.parametrize("text", ["8", "[8]", '[{"GPU": 1}]', "[{", '[{"count": "many"}]', '{"count": 1}'])
 def test_a_cluster_that_misspells_its_nodes(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     cluster(monkeypatch, {"CPU": 2}, may_be=text)
     with pytest.raises(UserError, match="TRANSFGU_NODES must read as in"):
-        runtime.possible_nodes()
+        capacity.possible_nodes()
 
 
 def test_a_local_folder_is_refused_where_nodes_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster(monkeypatch, {"CPU": 2})
-    runtime.check_shared("/tmp/run")
+    capacity.check_shared("/tmp/run")
     cluster(monkeypatch, {"CPU": 2}, may_be='[{"count": 2, "CPU": 3}]')
     with pytest.raises(UserError, match="the cluster has 3 nodes: give --run a URI"):
-        runtime.check_shared("/tmp/run")
-    runtime.check_shared("s3://bucket/run")
+        capacity.check_shared("/tmp/run")
+    capacity.check_shared("s3://bucket/run")
 
 
 @pytest.mark.ray

@@ -9,11 +9,11 @@ import pytest
 import ray
 
 from transfgu.runtime.progress import Progress
-from transfgu.training.board import Board, may_pass, put_up, watched
+from transfgu.training.board import ProgressBoard, may_pass, put_up, watched
 
 
 def test_the_board_ends_what_fails_again_and_again() -> None:
-    board = Board()
+    board = ProgressBoard()
     assert all(board.begin(2, 1) for _ in range(5))
     assert board.begin(2, 3)  # other workers: not the same attempt
     assert board.begin(3, 3)  # and here is progress
@@ -26,7 +26,7 @@ def test_the_board_ends_what_fails_again_and_again() -> None:
 
 
 def test_the_board_takes_a_users_mistake_at_once() -> None:
-    board = Board()
+    board = ProgressBoard()
     board.note("epoch 1")
     board.note("epoch 2")
     board.fail("weights missing", is_mistake=True)
@@ -36,7 +36,7 @@ def test_the_board_takes_a_users_mistake_at_once() -> None:
 
 
 def test_an_epoch_counts_once() -> None:
-    board = Board(attempts=2)
+    board = ProgressBoard(attempts=2)
     board.epochs([{"epoch": 1}, {"epoch": 2}])  # of a checkpoint
     board.epochs([{"epoch": 2}])  # begun again
     board.epochs([{"epoch": 3}])
@@ -48,7 +48,7 @@ def test_an_epoch_counts_once() -> None:
 
 
 def test_once_training_is_not_to_go_on_it_never_does() -> None:
-    board = Board()
+    board = ProgressBoard()
     assert board.goes_on(1) is None
     board.answer(1, True)
     assert (board.goes_on(1), board.goes_on(2)) == (True, None)
@@ -84,7 +84,7 @@ def test_its_process_has_no_torch_to_import() -> None:
 
 
 def test_an_error_that_comes_twice_ends_the_training_unless_it_may_pass() -> None:
-    board = Board()
+    board = ProgressBoard()
     assert board.begin(2, 2)
     board.fail("ValueError('shapes')", is_mistake=False)
     board.fail("RuntimeError('gloo: peer is gone')", is_mistake=False, may_pass=True)
@@ -100,7 +100,7 @@ def test_an_error_that_comes_twice_ends_the_training_unless_it_may_pass() -> Non
 
 
 def test_progress_forgets_the_errors_before_it() -> None:
-    board = Board()
+    board = ProgressBoard()
     assert board.begin(0, 1)
     board.fail("ValueError('now and then')", is_mistake=False)
     assert board.begin(1, 1)

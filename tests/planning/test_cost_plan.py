@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.test_measurements import measurements, timing
+from tests.planning.test_measurements import measurements, timing
 from transfgu.errors import UserError
 from transfgu.planning.cost_plan import Site, costs, shown
 from transfgu.planning.measurements import Measurements

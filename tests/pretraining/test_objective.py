@@ -16,7 +16,7 @@ from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from transfgu.errors import UserError
 from transfgu.pretraining import objective
 from transfgu.pretraining.objective import StepSchedule, Student, Teacher, Views
-from transfgu.recipe import PretrainingRecipe
+from transfgu.pretraining.recipe import PretrainingRecipe
 
 SMALL = PretrainingRecipe(
     width=12,

@@ -10,11 +10,12 @@ from PIL import Image
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
 from transfgu.pretraining import stage
+from transfgu.pretraining.recipe import PretrainingRecipe
 from transfgu.pretraining.stage import Part, PretrainingJob
-from transfgu.recipe import ComputeRecipe, PretrainingRecipe
+from transfgu.recipe import ComputeRecipe
 from transfgu.runtime.progress import Progress
-from transfgu.store import run_lock
-from transfgu.store.weight_files import read_weights
+from transfgu.store import lock
+from transfgu.store.weights import read_weights
 
 TINY = PretrainingRecipe(
     width=12, depth=2, heads=3, patch_size=4, global_size=16, local_size=8, local_views=1, global_mosaic=2,
@@ -78,7 +79,7 @@ def test_one_file_of_weights_has_one_writer(ray_cluster: None, tmp_path: Path) -
     uri = folder_of_images(tmp_path / "images", 10)
     job = PretrainingJob(images=uri, out=str(tmp_path / "vit.safetensors"), recipe=TINY, image_size=16)
     with (
-        run_lock.hold(job.work, print),
+        lock.hold(job.work, print),
         pytest.raises(UserError, match=r"is writing .*vit\.safetensors.*another --out"),
     ):
         stage.pretrain(job, ComputeRecipe(workers=1), QUIET)

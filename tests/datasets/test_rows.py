@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from transfgu.datasets import ingest
-from transfgu.datasets.ingest import Order
+from transfgu.datasets import map_files
+from transfgu.datasets.rows import read_labelled_rows, read_training_rows, usable
 from transfgu.errors import UserError
 from transfgu.recipe import preset
+from transfgu.training.order import Order
 
 RECIPE = preset("shapes").with_fields({"image_size": (16, 16)})
 
@@ -65,18 +66,18 @@ def write_parts(folder: Path, maps: np.ndarray, *, group: int) -> list[str]:
 @pytest.mark.parametrize("group", [1, 2, 3])
 def test_maps_are_found_in_any_order(tmp_path: Path, group: int) -> None:
     maps = np.random.default_rng(0).integers(-9, 9, (7, 2, 3, 4), np.int16)
-    places = ingest.index_maps(write_parts(tmp_path, maps, group=group))
+    places = map_files.index_maps(write_parts(tmp_path, maps, group=group))
     assert places["index"].to_pylist() == list(range(10, 17))
     chosen = [5, 0, 6, 5, 2]
-    np.testing.assert_array_equal(ingest.read_maps(places.take(chosen)), maps[chosen])
+    np.testing.assert_array_equal(map_files.read_maps(places.take(chosen)), maps[chosen])
 
 
 def test_a_part_that_became_shorter_is_named(tmp_path: Path) -> None:
     maps = np.zeros((2, 2, 3, 4), np.int16)
-    places = ingest.index_maps(write_parts(tmp_path, maps, group=1))
+    places = map_files.index_maps(write_parts(tmp_path, maps, group=1))
     longer = places.set_column(2, "row", pa.array([0, 5], pa.int32()))
     with pytest.raises(UserError, match=r"part-00000000.parquet is shorter"):
-        ingest.read_maps(longer)
+        map_files.read_maps(longer)
 
 
 def picture(path: Path, values: np.ndarray) -> str:
@@ -88,16 +89,16 @@ def test_training_rows(tmp_path: Path) -> None:
     maps = np.random.default_rng(0).integers(-9, 9, (2, 2, 3, 4), np.int16)
     pixels = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3))
     images = [picture(tmp_path / f"{i}.png", p) for i, p in enumerate(pixels)]
-    places = ingest.index_maps(write_parts(tmp_path, maps, group=1)).drop_columns("index")
+    places = map_files.index_maps(write_parts(tmp_path, maps, group=1)).drop_columns("index")
     rows = places.append_column("image", pa.array(images)).append_column("slot", pa.array([8, 9]))
-    columns = ingest.read_training_rows(rows.take([1, 0]), size=(16, 16))
+    columns = read_training_rows(rows.take([1, 0]), size=(16, 16))
     assert sorted(columns) == ["image", "maps", "slot"]
     np.testing.assert_array_equal(columns["image"], pixels[[1, 0]].transpose(0, 3, 1, 2))
     np.testing.assert_array_equal(columns["maps"], maps[[1, 0]])
     np.testing.assert_array_equal(columns["slot"], [9, 8])
     Path(images[0]).write_bytes(b"gone bad")
     with pytest.raises(UserError, match=r"0.png was read .* now is bad \(unreadable image\): put it back"):
-        ingest.read_training_rows(rows, size=(16, 16))
+        read_training_rows(rows, size=(16, 16))
 
 
 def test_labelled_rows_say_why_one_is_left_out(tmp_path: Path) -> None:
@@ -108,16 +109,16 @@ def test_labelled_rows_say_why_one_is_left_out(tmp_path: Path) -> None:
     labels = [picture(tmp_path / f"l{i}.png", np.minimum(label, 255)) for i in range(2)] + [None]
     picture(tmp_path / "l1.png", label[:8])
     rows = pa.table({"name": ["a", "b", "c"], "image": images, "label": pa.array(labels, pa.string())})
-    own = ingest.read_labelled_rows(rows, recipe=RECIPE, protocol="label")
+    own = read_labelled_rows(rows, recipe=RECIPE, protocol="label")
     assert own["reason"].tolist() == ["", "label of 8 x 24 pixels for an image of 16 x 24", "missing label"]
     assert own["name"].tolist() == ["a", "b", "c"]
     assert own["image"].shape == (3, 3, 16, 16)
     assert (own["image"][0] == 10).all()
     # A label may end in zero bytes, which an array of bytes would lose.
-    kept, (truth,) = ingest.usable(own)
+    kept, (truth,) = usable(own)
     np.testing.assert_array_equal(truth, label)
     np.testing.assert_array_equal(kept, own["image"][:1])
-    _, (truth,) = ingest.usable(ingest.read_labelled_rows(rows, recipe=RECIPE))
+    _, (truth,) = usable(read_labelled_rows(rows, recipe=RECIPE))
     assert truth.shape == (16, 16)
 
 
@@ -132,7 +133,7 @@ def test_stego_s_centre_crop_by_hand(tmp_path: Path) -> None:
             "label": [picture(tmp_path / f"l{i}.png", p) for i, p in enumerate((label, label.T))],
         }
     )
-    kept, truths = ingest.usable(ingest.read_labelled_rows(rows, recipe=RECIPE, protocol="stego"))
+    kept, truths = usable(read_labelled_rows(rows, recipe=RECIPE, protocol="stego"))
     wide = 5 * (2 * np.arange(4, 20) + 0.5)  # two neighbours' mean
     np.testing.assert_allclose(kept[0], np.broadcast_to(wide, (3, 16, 16)), atol=0.5)
     np.testing.assert_array_equal(kept[1], kept[0].transpose(0, 2, 1))

@@ -14,9 +14,9 @@ from PIL import Image
 
 from tests.made_run import MadeRun, make_run
 from transfgu.errors import UserError
-from transfgu.runtime import cluster
+from transfgu.runtime import connect as runtime_connect
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 MISTAKES = {
     "train": {
@@ -91,7 +91,7 @@ def test_a_mistake_ends_in_one_line_before_ray_starts(
     def connect(**_: object) -> None:
         pytest.fail("Ray was started")
 
-    monkeypatch.setattr(cluster, "connect", connect)
+    monkeypatch.setattr(runtime_connect, "connect", connect)
     monkeypatch.setattr(sys, "argv", [f"jobs/{job}.py", *shlex.split(words)])
     monkeypatch.setattr(sys, "path", [*sys.path])  # jobs put their clone in front
     with pytest.raises(UserError, match=message) as caught:

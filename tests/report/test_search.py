@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from tests.test_trials import search, trial
+from tests.search.test_trials import search, trial
 from transfgu.report import charts
 from transfgu.report import search as search_report
 from transfgu.report.charts import Axis, Mark

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from tests.made_run import SIDE, TRAIN, MadeRun, make_run
-from transfgu.datasets.ingest import Order
 from transfgu.stages.training import training_images
 from transfgu.training import batches as streams
 from transfgu.training.batches import Resident, Share, Streamed
+from transfgu.training.order import Order
 
 pytestmark = pytest.mark.ray
 

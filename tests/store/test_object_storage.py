@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.gateway import Gateway
-from tests.test_storage import faults
+from tests.store.test_storage import faults
 from transfgu import pipeline
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError

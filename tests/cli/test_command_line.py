@@ -8,10 +8,11 @@ import pytest
 
 from transfgu.cli.command_line import Parser, add_pretraining_recipe, add_recipe, pretraining_recipe_of, recipe_of
 from transfgu.errors import UserError
-from transfgu.recipe import FIELDS, PRETRAINING_FIELDS, PretrainingRecipe, Recipe, preset
+from transfgu.pretraining.recipe import PRETRAINING_FIELDS, PretrainingRecipe
+from transfgu.recipe import FIELDS, Recipe, preset
 from transfgu.runtime.failures import find_user_error
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse(*words: str) -> Recipe:

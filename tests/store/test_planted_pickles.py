@@ -14,7 +14,7 @@ from ray.data.extensions import ArrowPythonObjectType
 
 from tests.made_run import MadeRun, make_run
 from transfgu import Segmenter
-from transfgu.datasets import ingest
+from transfgu.datasets import map_files
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
 from transfgu.inference.tokens import PatchTokens
@@ -25,7 +25,8 @@ from transfgu.stages import concepts, evaluation, prediction, pseudo_labels, sam
 from transfgu.stages.training import training_images
 from transfgu.store.artifacts import Run
 from transfgu.training import checkpoints
-from transfgu.training.worker import Job, Mirror, Validation
+from transfgu.training.job import Job
+from transfgu.training.scoring import Mirror, Validation
 
 
 class Planted:
@@ -137,7 +138,7 @@ PARQUET: dict[str, tuple[str, Callable[[MadeRun, Run, str], object]]] = {
     "labelled images": ("samples/validation.parquet", lambda made, run, _: samples.labelled(made.recipe, run)),
     "maps": (
         "pseudo_labels/part-00000000.parquet",
-        lambda made, run, uri: ingest.read_maps(pa.table({"part": [uri], "row": [0]})),
+        lambda made, run, uri: map_files.read_maps(pa.table({"part": [uri], "row": [0]})),
     ),
     "windows of the report": (
         "concepts/nearest.parquet",

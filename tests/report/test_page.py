@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.made_run import VALIDATION, MadeRun, make_run
-from transfgu.recipe import PRESETS
+from transfgu.presets import PRESETS
 from transfgu.report import page as report
 from transfgu.report.published import TABLE_1
 from transfgu.segmenter import Segmenter

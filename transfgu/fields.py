@@ -1,0 +1,112 @@
+"""Declare, check and describe the fields of a recipe: each carries its meaning and unit once, as metadata.
+
+The command line's ``--help`` and the documents are made from it.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+from transfgu.errors import UserError
+
+MISSING = object()
+"""Stands for a value that is not there where None may be one."""
+
+
+def field(default: Any, doc: str, unit: str = "", **history: Any) -> Any:
+    """One field of a recipe.
+
+    Args:
+        default: its value unless a preset or the user gives another.
+        doc: its meaning, for `--help` and the documents.
+        unit: of its value.
+        history: `before`, for a field that is younger than the first format: the value that runs made before it
+            had; `was`, a tuple of the dotted names that it had earlier.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, "unit": unit, **history})
+
+
+def check(good: bool, message: str) -> None:
+    """Raise UserError with `message` unless `good`."""
+    if not good:
+        raise UserError(message)
+
+
+def listed(value: Any) -> Any:
+    """A tuple as a list, as YAML and JSON have it; any other value as it is."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class FieldInfo:
+    """One field as a person meets it: dotted name, type, meaning and unit."""
+
+    name: str
+    kind: Any
+    doc: str
+    unit: str
+    before: Any = MISSING
+    """The value that runs had before the field came; MISSING for a field of the first format."""
+    was: tuple[str, ...] = ()
+    """Its former dotted names, the first one first."""
+
+
+def field_infos(recipe: type, prefix: str = "") -> dict[str, FieldInfo]:
+    """Every field of a recipe's dataclass by dotted name, components' fields included."""
+    hints = get_type_hints(recipe)
+    infos: dict[str, FieldInfo] = {}
+    for f in dataclasses.fields(recipe):
+        name, kind = prefix + f.name, hints[f.name]
+        if dataclasses.is_dataclass(kind):
+            infos |= field_infos(cast(type, kind), f"{name}.")
+        else:
+            infos[name] = FieldInfo(name, kind, **f.metadata)
+    return infos
+
+
+def convert(name: str, kind: Any, value: Any) -> Any:
+    """`value`, which may be text, as the type `kind` of field `name`.
+
+    Lists are written ``1,2`` or ``1 2`` or ``1x2``.
+
+    Raises:
+        UserError: it is not of that type.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    try:
+        if origin is Literal:
+            if value not in args:
+                raise UserError(f"{name} must be one of {', '.join(map(str, args))}, not {value}")
+            return value
+        if origin is tuple:
+            items = (
+                value.replace("x", " ").replace(",", " ").strip("[]() ").split()
+                if isinstance(value, str)
+                else list(value)
+            )
+            if args[-1] is not Ellipsis and len(items) != len(args):
+                raise UserError(f"{name} takes {len(args)} numbers, as in {'x'.join(['320'] * len(args))}, not {value}")
+            return tuple(convert(name, args[0], i) for i in items)
+        if kind is bool:
+            words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+            return value if isinstance(value, bool) else words[str(value).lower()]
+        if kind is int and isinstance(value, float) and not value.is_integer():
+            raise ValueError
+        converted = kind(value)
+        if kind is float and not math.isfinite(converted):
+            raise ValueError
+        return converted
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{name} must be {kind_name(kind)}, not {value!r}") from None
+
+
+def kind_name(kind: Any) -> str:
+    """A field's type in words."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is tuple:
+        many = "a list of" if args[-1] is Ellipsis else f"{len(args)}"
+        return f"{many} {'numbers' if args[0] is float else 'whole numbers'}"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[cast(type, kind)]

@@ -1,0 +1,71 @@
+"""The recipe of a pretraining."""
+
+from dataclasses import dataclass
+
+from transfgu.fields import FieldInfo, check, field, field_infos
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingRecipe:
+    """Everything that decides what `transfgu.pretraining.objective` teaches an encoder, apart from the images."""
+
+    seed: int = field(0, "seed of images drawn, initial weights, order and views")
+    patch_size: int = field(8, "patch of the ViT", "pixels")
+    width: int = field(96, "channels of the ViT", "channels")
+    depth: int = field(4, "blocks of the ViT", "blocks")
+    heads: int = field(3, "attention heads of the ViT", "heads")
+    global_size: int = field(48, "side of the large views, which is the ViT's own", "pixels")
+    local_size: int = field(24, "side of the small views", "pixels")
+    local_views: int = field(4, "small views of an image; the last of them is shown in mosaics", "views")
+    global_area: tuple[float, float] = field((0.25, 1.0), "share of the image that large views see", "0 to 1")
+    local_area: tuple[float, float] = field((0.08, 0.35), "share of the image that small views see", "0 to 1")
+    global_mosaic: int = field(2, "tiles along a side of a mosaic of large views", "tiles")
+    local_mosaic: int = field(4, "tiles along a side of a mosaic of small views", "tiles")
+    forget: float = field(0.5, "share of views whose class token is reset before the last block", "0 to 1")
+    prototypes: int = field(32, "prototypes of DINO's cross-entropy: the clusters that it looks for", "prototypes")
+    hidden: int = field(256, "width of the projection head", "channels")
+    bottleneck: int = field(64, "width of what is compared", "channels")
+    contrast_temperature: float = field(0.15, "temperature of InfoNCE")
+    student_temperature: float = field(0.1, "temperature of the student's shares of prototypes")
+    teacher_temperature: float = field(0.05, "temperature of the teacher's")
+    sinkhorn_iterations: int = field(3, "Sinkhorn-Knopp iterations that balance the teacher's shares", "iterations")
+    clustering_starts: float = field(0.1, "share of the steps before DINO's cross-entropy sets in", "0 to 1")
+    clustering_full: float = field(0.25, "share of the steps after which it counts fully", "0 to 1")
+    contrast_kept: float = field(0.5, "weight that InfoNCE keeps from then on", "0 to 1")
+    steps: int = field(2400, "optimiser steps", "steps")
+    batch_size: int = field(64, "global batch, divided among the workers", "images")
+    learning_rate: float = field(1e-3, "AdamW's learning rate at a batch of 64")
+    warmup: int = field(100, "steps in which the learning rate rises", "steps")
+    weight_decay: tuple[float, float] = field((0.04, 0.2), "weight decay at the first and at the last step")
+    teacher_momentum: float = field(0.99, "of the teacher's average at the first step; 1 at the last", "0 to 1")
+    clip: float = field(3.0, "norm to which gradients are clipped")
+
+    def __post_init__(self) -> None:
+        positive = (
+            *("patch_size", "width", "depth", "heads", "global_size", "local_size", "global_mosaic", "local_mosaic"),
+            *("prototypes", "hidden", "bottleneck", "contrast_temperature", "student_temperature"),
+            *("teacher_temperature", "steps", "batch_size", "learning_rate", "warmup", "clip"),
+        )
+        for name in positive:
+            check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("local_views", "sinkhorn_iterations"):
+            check(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}")
+        for name in ("forget", "clustering_starts", "clustering_full", "contrast_kept", "teacher_momentum"):
+            check(0 <= getattr(self, name) <= 1, f"{name} must lie in 0..1, not {getattr(self, name)}")
+        for name in ("global_area", "local_area"):
+            low, high = getattr(self, name)
+            check(0 < low <= high <= 1, f"{name} must be two rising shares in (0, 1], not {low},{high}")
+        for name in ("global_size", "local_size"):
+            check(
+                getattr(self, name) % self.patch_size == 0,
+                f"{name} {getattr(self, name)} is not a multiple of patch_size {self.patch_size}",
+            )
+        check(self.width % self.heads == 0, f"width {self.width} is not a multiple of heads {self.heads}")
+        check(
+            self.batch_size % self.local_mosaic**2 == 0 and self.batch_size % self.global_mosaic**2 == 0,
+            f"batch_size {self.batch_size} does not fill mosaics of {self.local_mosaic**2} tiles",
+        )
+
+
+PRETRAINING_FIELDS: dict[str, FieldInfo] = field_infos(PretrainingRecipe)
+"""Every field of the pretraining's recipe by name."""

@@ -1,0 +1,44 @@
+"""In which order an epoch sees the images: any worker computes it, and asks no other what to read.
+
+A worker takes every `world`-th row of each global batch, so any number of workers trains on the same batches.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """In which order an epoch sees the images.
+
+    An epoch is `passes` over the images, shuffled as a whole, cut into global batches of `batch_size`; the rest that
+    fills no batch is left for another epoch's shuffle, as published. Fewer images than a batch make one batch.
+
+    A *slot* is one of the `passes * images` places of an epoch: image `slot % images`, on pass `slot // images`.
+    """
+
+    images: int
+    passes: int
+    batch_size: int
+    seed: int
+
+    @property
+    def batch(self) -> int:
+        """Images of a global batch."""
+        return min(self.batch_size, self.images * self.passes)
+
+    @property
+    def steps(self) -> int:
+        """Global batches of an epoch."""
+        return self.images * self.passes // self.batch
+
+    def epoch(self, epoch: int) -> Int[np.ndarray, "steps batch"]:
+        """The slots of every global batch of an epoch."""
+        slots = np.random.default_rng([self.seed, epoch]).permutation(self.images * self.passes)
+        return slots[: self.steps * self.batch].reshape(self.steps, self.batch)
+
+    def share(self, epoch: int, rank: int, world: int) -> Int[np.ndarray, "steps rows"]:
+        """What worker `rank` of `world` takes of every global batch; `rows` may be 0 where workers outnumber images."""
+        return self.epoch(epoch)[:, rank::world]
