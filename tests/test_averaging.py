@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.made_run import SIDE, MadeRun, make_run
 from transfgu import datasets
-from transfgu.datasets import images, ingest
+from transfgu.datasets import images
+from transfgu.datasets.rows import read_labelled_rows
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import scaled_size
 from transfgu.errors import UserError
@@ -112,7 +113,7 @@ def test_evaluation_and_segmenter_average_alike(made: MadeRun) -> None:
         (mask,) = segmenter.predict_resized(image[None], [(SIDE, SIDE)])
         expected += confusion_matrix(label, mask, 10)
     rows = samples.labelled(recipe, made.run)
-    batch = ingest.read_labelled_rows(rows, recipe=recipe)
+    batch = read_labelled_rows(rows, recipe=recipe)
     counts = evaluation.Count(recipe, [made.run.file("model.safetensors")], 1)(batch)["confusions"][0, 0]
     np.testing.assert_array_equal(counts[:, np.argsort(segmenter.class_of)], expected)
     before = evaluation.Count(made.recipe, [made.run.file("model.safetensors")], 1)(batch)["confusions"][0, 0]

@@ -8,7 +8,7 @@ from torch import nn
 
 from transfgu.errors import UserError
 from transfgu.store import storage
-from transfgu.store.weight_files import read_weights
+from transfgu.store.weights import read_weights
 
 _MOCO = "encoder_q."  # before the names of the network that MoCo's checkpoints hold
 
