@@ -97,9 +97,9 @@ def evaluate(
     """Count confusion matrices.
 
     Args:
-        recipe: says the encoder, the images' size, the classes and, by `evaluation.protocol`, what is counted
-            (see `ingest.read_labelled_rows`), and by `evaluation.scales` and `.flip` what logits are averaged over.
-            Logits are resized bilinear to the label.
+        recipe: says the encoder, the images' size, the classes, by `evaluation.protocol` what is counted (see
+            `transfgu.datasets.rows.read_labelled_rows`), and by `evaluation.scales` and `.flip` what logits are
+            averaged over. Logits are resized bilinearly to the label.
         decoders: weights by a name of one's choice: ours, or published ones (`.pt`); paths or URIs.
         rows: labelled images: `name`, `image` (URI), `label` (URI).
         progress: told of images.
