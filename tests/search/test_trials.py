@@ -120,6 +120,13 @@ def test_records_are_read_back(tmp_path: Path) -> None:
     assert [t.number for t in again.unfinished()] == [2]
 
 
+def test_a_record_of_constant_alpha_is_read_back(tmp_path: Path) -> None:
+    """`alpha` is a shorthand of the search, and no field of the recipe."""
+    ledger = Ledger(str(tmp_path))
+    ledger.save(Trial(number=0, parameters={"alpha": 0.05, "training.omega_1": 2.0}, epochs=4))
+    assert Ledger(str(tmp_path)).trials[0].parameters == {"alpha": 0.05, "training.omega_1": 2.0}
+
+
 def test_random_and_grid_suggestions_need_no_history() -> None:
     asked = search()
     assert suggest(asked, [trial(0, 1), trial(1, 2)]) == asked.space.draw(SHAPES.seed, 2)

@@ -169,7 +169,8 @@ def _read_trial(uri: str) -> Trial:
         trial = Trial(**tree)
         if trial.status not in STATUSES or not all(row["epoch"] for row in trial.history):
             raise ValueError(trial.status)
-    return replace(trial, parameters={field_name(n): value for n, value in trial.parameters.items()})
+    parameters = {n if n == search_space.ALPHA else field_name(n): value for n, value in trial.parameters.items()}
+    return replace(trial, parameters=parameters)
 
 
 class Ledger:
