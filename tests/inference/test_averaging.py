@@ -61,7 +61,7 @@ def test_scales_by_hand() -> None:
 
 
 def test_a_smaller_scale_is_brought_to_the_finest_patches() -> None:
-    (logits,) = averaged_logits(RedOfEachPixel(), [Squares(4)], row(2, 2, 6, 6), EvaluationRecipe(scales=(0.5, 1)))
+    (logits,) = averaged_logits(RedOfEachPixel(), [Squares(4)], row(2, 2, 6, 6), EvaluationRecipe(scales=(0.5, 1.0)))
     # Half as wide, and still one pixel high: 2 and 6, of squares 4 and 36, enlarged 4 12 28 36.
     torch.testing.assert_close(logits[0, 0], torch.tensor([[4.0, 8, 32, 36]]))
 
