@@ -59,6 +59,8 @@ def make_run(folder: Path, *, labels: bool = True, things: int = 6, stuff: int =
             "training_size": (SIDE, SIDE),
             "windows.size": (32, 32),
             "epochs": 6,
+            "evaluation.scales": (1.0,),
+            "flip": False,
         }
     )
     run = Run(str(folder / "run"))

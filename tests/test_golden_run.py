@@ -39,9 +39,14 @@ def golden(tmp_path: Path) -> Run:
     return Run(str(tmp_path / "run"))
 
 
-def asked() -> Recipe:
-    """What the command that made it asks for."""
+def command() -> Recipe:
+    """What the command that made it asks for today, as the preset has changed since."""
     return preset("shapes").with_fields({"limit": 12, "epochs": 1})
+
+
+def asked() -> Recipe:
+    """What the same command asks for where it goes on with the run."""
+    return Run(str(GOLDEN / "run")).continued(command())
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -55,14 +60,14 @@ def masks(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_training_finds_every_stage_complete(golden: Run) -> None:
-    metrics = pipeline.run_stages(asked(), golden, report=page.write, quiet=True)
+    metrics = pipeline.run_stages(command(), golden, report=page.write, quiet=True)
     assert [stage for stage in STAGES if metrics["stages"][stage]["skipped"]] == list(STAGES)
     for name in ("mean_iou", "pixel_accuracy", "iou", "assignment", "last"):
         assert metrics[name] == METRICS[name]
     assert Path(golden.file("report.html")).exists()
     # The recipe is of today's format from now on, and the run is still complete.
     assert yaml.safe_load(Path(golden.file("recipe.yaml")).read_text())["format"] == formats.FORMAT
-    again = pipeline.run_stages(asked(), golden, quiet=True)
+    again = pipeline.run_stages(command(), golden, quiet=True)
     assert all(again["stages"][stage]["skipped"] for stage in STAGES)
 
 
@@ -152,12 +157,12 @@ def test_a_field_that_came_later_has_the_value_of_its_time(
     assert without_smoothing.recipe().pseudo_labels.smoothing == 3
     # A preset that smooths over 5 from now on does so in new runs; this one goes on as it was made.
     monkeypatch.setitem(presets.PRESET_FIELDS["shapes"], "smoothing", 5)
-    assert asked().pseudo_labels.smoothing == 5
-    continued = without_smoothing.continued(asked())
+    assert command().pseudo_labels.smoothing == 5
+    continued = without_smoothing.continued(command())
     assert continued.pseudo_labels.smoothing == 3
     assert all(pipeline.check_artifacts(continued, without_smoothing).values())
     # Who asks for it gets it, or is told why not.
-    given = asked().with_fields({"smoothing": 7})
+    given = command().with_fields({"smoothing": 7})
     with pytest.raises(UserError, match=r"pseudo_labels\.smoothing \(3 there, 7 asked\)"):
         pipeline.check_artifacts(without_smoothing.continued(given), without_smoothing)
 
@@ -248,7 +253,7 @@ def test_a_damaged_file_is_told_in_one_line(golden: Run, file: str, content: byt
     if file == "training/history.json" and content == b"[]":
         pytest.skip("a history of no epoch is whole")
     with pytest.raises(UserError, match=r"is damaged: delete the folder"):
-        pipeline.run_stages(asked(), golden, report=page.write, quiet=True)
+        pipeline.run_stages(command(), golden, report=page.write, quiet=True)
 
 
 @pytest.mark.parametrize("content", [c for c in DAMAGE if c != b'{"stage": "x"}'])

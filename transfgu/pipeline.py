@@ -125,7 +125,7 @@ def run_stages(
         (True, {True})
     """
     stages = stages_until(until)
-    recipe = preflight(recipe, run)
+    asked, recipe = recipe, preflight(recipe, run)
 
     def say(text: str) -> None:
         if not quiet:
@@ -133,7 +133,7 @@ def run_stages(
 
     with hold(run.uri, say) as lock:
         complete = check_artifacts(recipe, run)
-        storage.write_bytes(run.file("recipe.yaml"), recipe.to_yaml().encode())
+        storage.write_bytes(run.file("recipe.yaml"), recipe.to_yaml(run.given(asked)).encode())
         say(f"{recipe.preset}: {', '.join(stages)} in {storage.shown(run.uri)}")
         manifests: dict[str, Manifest] = {}
         for stage in STAGES:

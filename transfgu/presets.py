@@ -23,8 +23,9 @@ PRESET_FIELDS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
             "dataset.layout": "shapes", "dataset.classes": "shapes", "things": 6, "stuff": 4,
             "image_size": (128, 128), "feature_size": (128, 128), "training_size": (128, 128),
             "encoder.name": "vit_shapes", "encoder.batch_size": 256, "windows.size": (48, 48),
+            "windows.scales": (0.5, 0.4, 0.3),
             "pseudo_labels.scales": (0.75, 1.0, 1.5), "smoothing": 3, "epochs": 4, "passes": 4, "lr": 1e-3,
-            "training.batch_size": 16, "views": False,
+            "training.batch_size": 16, "views": False, "evaluation.scales": (1.0, 1.5), "flip": True,
         },
         "coco-stuff-27": _COCO_27,
         "coco-stuff-27-curated": {**_COCO_27, "curated": True, "lr": 2.2e-4, "teacher_start": 1, "teacher_every": (1,)},
@@ -55,3 +56,8 @@ PRESET_FIELDS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
 
 PRESETS: tuple[str, ...] = tuple(PRESET_FIELDS)
 """The benchmarks of the paper (Table 1), `folder` for one's own images, and `shapes`, the embedded demonstration."""
+
+FIRST_FORMAT: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
+    {"shapes": {"windows.scales": (0.5, 0.4, 0.3, 0.2)}}
+)
+"""Values that presets had in the first file format, where they changed: its recipes do not say what their user gave."""

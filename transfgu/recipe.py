@@ -11,7 +11,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ import yaml
 from transfgu import formats
 from transfgu.errors import UserError
 from transfgu.fields import MISSING, FieldInfo, check, convert, field, field_infos, listed
-from transfgu.presets import PRESET_FIELDS, PRESETS
+from transfgu.presets import FIRST_FORMAT, PRESET_FIELDS, PRESETS
 
 Size = tuple[int, int]
 Protocol = Literal["published", "label", "stego"]
@@ -331,9 +331,14 @@ class Recipe:
         usual = preset(self.preset).flat()
         return {name for name, value in self.flat().items() if value != usual[name]}
 
-    def to_yaml(self) -> str:
-        """The resolved recipe as YAML; :func:`from_yaml` reads it back."""
-        tree: dict[str, Any] = {formats.KEY: formats.FORMAT, _GIVEN: sorted(self.given())}
+    def to_yaml(self, given: Collection[str] | None = None) -> str:
+        """Write the resolved recipe as YAML; :func:`from_yaml` reads it back.
+
+        Args:
+            given: dotted names of the fields that the user gave, now or when the run began; None: those whose values
+                are not the preset's.
+        """
+        tree: dict[str, Any] = {formats.KEY: formats.FORMAT, _GIVEN: sorted(self.given() if given is None else given)}
         for name, value in self.flat().items():
             component, _, leaf = name.rpartition(".")
             (tree.setdefault(component, {}) if component else tree)[leaf] = value
@@ -371,7 +376,7 @@ def from_yaml(text: str | bytes, name: str = "the recipe", *, resolved: bool = F
 def given_in(text: str | bytes, name: str = "the recipe") -> set[str]:
     """Return which fields of a run's recipe its user gave, by today's dotted names; the others were its preset's.
 
-    The first format did not say so: there a field counts as given where its value is not today's preset's.
+    The first format did not say so: there a field counts as given where its value is not that of its preset then.
 
     Raises:
         UserError: as :func:`from_yaml`.
@@ -380,8 +385,9 @@ def given_in(text: str | bytes, name: str = "the recipe") -> set[str]:
     if _GIVEN in tree:
         with formats.damage(name, "restore it, or choose another --run"):
             return {_FORMER_NAMES.get(str(n), str(n)) for n in tree[_GIVEN]}
-    later = {n for n, info in FIELDS.items() if info.before is not MISSING}
-    return from_yaml(text, name, resolved=True).given() - later
+    recipe = from_yaml(text, name, resolved=True)
+    usual = preset(recipe.preset).with_fields(FIRST_FORMAT.get(recipe.preset, {})).flat()
+    return {n for n, value in recipe.flat().items() if value != usual[n] and FIELDS[n].before is MISSING}
 
 
 def _mapping(text: str | bytes, name: str) -> dict[str, Any]:

@@ -209,9 +209,22 @@ class Run:
         held = from_yaml(text, storage.shown(uri), resolved=True)
         if held.preset != asked.preset:
             return asked
-        given = asked.given() | given_in(text, storage.shown(uri))
+        given = self.given(asked)
         kept = {n: v for n, v in held.flat().items() if n not in given and not n.startswith("compute.")}
         return asked.with_fields(kept)
+
+    def given(self, asked: Recipe) -> set[str]:
+        """Return the dotted names of the fields that the user gave, in a command or when the run began.
+
+        Args:
+            asked: the recipe of the command, before :meth:`continued`.
+
+        Raises:
+            UserError: the run's recipe is damaged, or of a format to come.
+        """
+        uri = self.file("recipe.yaml")
+        text = storage.read_bytes_or_none(uri)
+        return asked.given() | (set() if text is None else given_in(text, storage.shown(uri)))
 
     def model(self) -> str:
         """Return the URI of the decoder that the run predicts by: other weights than its own where it scored such."""
