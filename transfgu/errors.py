@@ -7,10 +7,19 @@ class UserError(Exception):
     """A mistake of the user's: one line that names the thing and the remedy.
 
     Jobs print the message alone, without a stack trace, and exit with status 2.
+
+    Args:
+        message: the line; runs of white space become one space.
+        code: a stable name of the kind of mistake, such as `preset-unknown`. The words of a message may change;
+            its code may not, so tests and scripts match the code.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, code: str = "") -> None:
         super().__init__(" ".join(message.split()))
+        self.code = code
+
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, str]]:  # Ray pickles it: the code goes along
+        return type(self), (str(self), self.code)
 
 
 class BadInput(Exception):

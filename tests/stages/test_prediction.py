@@ -1,5 +1,6 @@
 """A bucket of images to a bucket of masks: each once, the same however often it was stopped, bad ones named."""
 
+import contextlib
 import io
 import json
 import signal
@@ -279,8 +280,10 @@ def test_200_images_through_s3_while_an_actor_is_killed(made: MadeRun, tmp_path:
     while disturbed.poll() is None and not killed:
         # As soon as the first masks are there, and others are not.
         if storage.list_files(f"{s3}/disturbed/masks"):
-            descendants = psutil.Process(disturbed.pid).children(recursive=True)
-            actors = [p for p in descendants if "MapWorker" in " ".join(p.cmdline())]
+            actors: list[psutil.Process] = []
+            with contextlib.suppress(psutil.NoSuchProcess):  # one may end meanwhile: look again
+                descendants = psutil.Process(disturbed.pid).children(recursive=True)
+                actors = [p for p in descendants if "MapWorker" in " ".join(p.cmdline())]
             if actors:
                 actors[0].send_signal(signal.SIGKILL)
                 killed = len(storage.list_files(f"{s3}/disturbed/masks"))
