@@ -1,6 +1,7 @@
-"""Score a decoder on labelled images: a run's own, or any decoder file on a benchmark's validation set.
+"""Score a decoder or a folder of masks on labelled images: a run's own, or another's on a benchmark's validation set.
 
-`python jobs/evaluate.py --run URI` or `python jobs/evaluate.py PRESET --data URI --decoder.weights URI`.
+`python jobs/evaluate.py --run URI`, `python jobs/evaluate.py PRESET --data URI --decoder.weights URI`, or either with
+`--masks URI` for masks that any program wrote.
 """
 
 import json
@@ -20,6 +21,9 @@ def main() -> None:
     parser = Parser(__doc__ or "")
     add_recipe(parser)
     parser.add_argument("--run", metavar="URI", help="score this run's decoder on its validation images")
+    parser.add_argument(
+        "--masks", metavar="URI", help="score this folder of masks, one indexed or grey PNG for each image"
+    )
     parser.add_argument("--out", metavar="URI", help="write the scores to this JSON file")
     parser.add_argument("--baselines", action="store_true", help="score what a run is compared with, beside it")
     parser.add_argument("--quiet", action="store_true", help="print the scores alone")
@@ -38,11 +42,15 @@ def main() -> None:
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
     from transfgu import pipeline
 
-    result = pipeline.evaluate(recipe, run, quiet=arguments.quiet, verbose=arguments.verbose)
-    table = {"method": result}
+    if arguments.masks:
+        result = pipeline.evaluate_masks(recipe, run, arguments.masks, quiet=arguments.quiet)
+    else:
+        result = pipeline.evaluate(recipe, run, quiet=arguments.quiet, verbose=arguments.verbose)
+    scored = "masks" if arguments.masks else "method"
+    table = {scored: result}
     if arguments.baselines and run is not None:
         table |= pipeline.baselines(recipe, run)
-        result["baselines"] = {name: table[name] for name in table if name != "method"}
+        result["baselines"] = {name: table[name] for name in table if name != scored}
     width = max(map(len, [*(result["iou"] or {}), *table]))
     for name, value in (result["iou"] or {}).items():
         print(f"{name:{width}}  {'absent' if value is None else f'{value:6.2f}'}")

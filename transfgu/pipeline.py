@@ -4,20 +4,28 @@ What can be known to fail is found before Ray starts: a GPU is held only for a r
 """
 
 import dataclasses
+import importlib.metadata
 import json
+import os
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from transfgu import datasets, formats
 from transfgu.encoder import Encoder
-from transfgu.errors import UserError
+from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import STAGES, Recipe, preset
 from transfgu.runtime.progress import Progress
 from transfgu.store import storage
 from transfgu.store.artifacts import MODEL, Manifest, Outcome, Run
 from transfgu.store.lock import Lock, hold
 from transfgu.training import tracking
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from transfgu.metrics import Scores
 
 _SIZES = ("dataset.image_size", "dataset.feature_size", "dataset.training_size", "windows.size")
 
@@ -218,6 +226,7 @@ def _conclude(
         "iou": None,
         **scores,
         "protocol": recipe.evaluation.protocol,
+        "made": _made(run) if complete["evaluation"] else made_now(),
         "stages": {
             s: {"seconds": m.seconds, "items": m.outcome.items, "skipped": complete[s], **m.outcome.details}
             for s, m in manifests.items()
@@ -236,6 +245,27 @@ def _conclude(
     return metrics
 
 
+def made_now() -> dict[str, str]:
+    """When, by which version and on what kind of machine a run was finished, for its report."""
+    import torch
+
+    machine = f"{os.cpu_count()} cores" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
+    return {
+        "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "version": importlib.metadata.version("transfgu"),
+        "machine": "a Ray cluster" if os.environ.get("RAY_ADDRESS") else machine,
+    }
+
+
+def _made(run: Run) -> dict[str, str] | None:
+    """What :func:`made_now` said when the run was finished; None where an earlier version finished it."""
+    uri = run.file("metrics.json")
+    data = storage.read_bytes_or_none(uri)
+    if data is None:
+        return None
+    return formats.read_json(data, storage.shown(uri), "delete it, and run again").get("made")
+
+
 def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: bool = False) -> dict[str, Any]:
     """Score a decoder on labelled validation images, without training one.
 
@@ -251,24 +281,13 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
     Raises:
         UserError: no decoder, no labels, or a decoder of other classes.
     """
-    from transfgu.metrics import scores_json
     from transfgu.runtime import capacity, connect
-    from transfgu.stages import evaluation, samples
+    from transfgu.stages import evaluation
 
     decoder = recipe.decoder.weights or (run.file(MODEL) if run else "")
     if not decoder:
         raise UserError("what should be evaluated? give --run URI, or a PRESET with --data and --decoder.weights")
-    if run:
-        rows = samples.labelled(recipe, run)
-    else:
-        datasets.preflight(recipe)
-        rows = datasets.list_samples(recipe, "validation")
-        rows = rows.filter(rows["label"].is_valid())
-        rows = rows.filter(rows["curated"]) if recipe.dataset.curated else rows
-    if not len(rows):
-        raise UserError(
-            f"no validation image of {storage.shown(recipe.data) or recipe.preset} has a label to score with"
-        )
+    rows = _labelled_rows(recipe, run)
     evaluation.check_decoder(recipe, decoder)
     encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
     recipe = fit_to_patch(recipe, encoder.patch_size)
@@ -276,13 +295,65 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
     check_shared(recipe, run)
     capacity.check_satisfiable(dataclasses.replace(recipe.compute, workers=0))  # a run's own are those that trained
     counted = evaluation.evaluate(recipe, {"model": decoder}, rows, Progress("evaluation", quiet=quiet))
-    result = scores_json(counted.scores("model"))
+    return _result(recipe, counted.scores("model"), counted.images, counted.left_out)
+
+
+def evaluate_masks(recipe: Recipe, run: Run | None, masks: str, *, quiet: bool = False) -> dict[str, Any]:
+    """Score a folder of masks that any program wrote, on labelled validation images, by the recipe's protocol.
+
+    Args:
+        recipe: of the run or of a preset.
+        run: the run, whose list of samples is used; None: the samples are listed from `recipe.data`.
+        masks: URI of the folder (see `transfgu.baselines.masks`).
+        quiet: print no progress.
+
+    Returns:
+        As :func:`evaluate`.
+
+    Raises:
+        UserError: no labels; a mask that is missing, of another size, or with an index that is no class.
+    """
+    from transfgu.baselines.masks import score_masks
+    from transfgu.metrics import scores
+
+    counted = score_masks(recipe, _labelled_rows(recipe, run), masks, Progress("evaluation", quiet=quiet))
+    return _result(recipe, scores(counted.confusion), counted.images, counted.left_out)
+
+
+def _labelled_rows(recipe: Recipe, run: Run | None) -> "pa.Table":
+    """The labelled validation samples of a run, or of `recipe.data`."""
+    from transfgu.stages import samples
+
+    if run:
+        rows = samples.labelled(recipe, run)
+    elif recipe.dataset.layout not in datasets.LAYOUTS:
+        raise UserError(
+            f"the images of {recipe.preset} are drawn by a run: give --run URI in place of the PRESET",
+            code="data-missing",
+        )
+    else:
+        datasets.preflight(recipe)
+        rows = datasets.list_samples(recipe, "validation")
+        rows = rows.filter(rows["label"].is_valid())
+        rows = rows.filter(rows["curated"]) if recipe.dataset.curated else rows
+    if not len(rows):
+        raise UserError(
+            f"no validation image of {storage.shown(recipe.data) or recipe.preset} has a label to score with",
+            code="labels-missing",
+        )
+    return rows
+
+
+def _result(recipe: Recipe, scores: "Scores", images: int, left_out: Sequence[LeftOut]) -> dict[str, Any]:
+    from transfgu.metrics import scores_json
+
+    result = scores_json(scores)
     return {
         **result,
         "iou": _by_class(recipe, result["iou"]),
         "protocol": recipe.evaluation.protocol,
-        "images": counted.images,
-        "left_out": [dataclasses.asdict(x) for x in counted.left_out],
+        "images": images,
+        "left_out": [dataclasses.asdict(x) for x in left_out],
     }
 
 

@@ -36,6 +36,8 @@ MISTAKES = {
         "shapes --run RUN": r"--run brings its own recipe: leave out the PRESET",
         "pascal-voc --data VOC --decoder.weights /nowhere/d.pt": r"there is no file /nowhere/d\.pt: check the path",
         "shapes --baselines": r"--baselines compares with a run: give --run",
+        "--masks IMAGES": r"the images of shapes are drawn by a run: give --run URI in place of the PRESET",
+        "--run RUN --masks EMPTY": r"holds no masks: give --masks a folder of indexed or grey PNGs",
     },
     "predict": {
         "--images IMAGES --out OUT": r"--run is missing: predict needs --run URI, --images URI and --out URI",

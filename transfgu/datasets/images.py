@@ -91,6 +91,24 @@ def read_label(uri: str | None, classes: Classes, image_shape: Size | None = Non
     return label
 
 
+def read_mask(uri: str) -> Int16[np.ndarray, "H W"]:
+    """A mask of class indices that any program wrote: the values of one channel, or of a palette, as they are stored.
+
+    Raises:
+        BadInput: missing, unreadable, of several channels, in a format with loss, or with values beyond 16 bits.
+        UserError: the storage fails.
+    """
+    picture = _decode(_read(uri, "mask"), "mask")
+    if picture.mode not in ("L", "P", "1", *_WIDE):
+        raise BadInput(f"mask of mode {picture.mode}, not one channel of class indices")
+    if picture.format == "JPEG":
+        raise BadInput("mask in JPEG, which changes class indices")
+    values = np.asarray(picture)
+    if values.min() < 0 or values.max() > np.iinfo(np.int16).max:
+        raise BadInput("mask of more than 15 bits")
+    return values.astype(np.int16)
+
+
 def resize(
     image: UInt8[np.ndarray, "H W 3"], size: Size, interpolation: Literal["bilinear", "nearest"] = "bilinear"
 ) -> UInt8[np.ndarray, "3 h w"]:

@@ -62,9 +62,9 @@ def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, protocol: Protocol = "
             decoded = images.read_image(image)
             truth = images.read_label(label, classes, decoded.shape[:2])
             if protocol == "stego":
-                decoded, truth = _centre(decoded, truth, size)
+                decoded = _centre(decoded, size)
             pixels[i] = images.resize(decoded, size, "bilinear")
-            labels.append(truth if protocol == "label" else images.resize_label(truth, size))
+            labels.append(counted_label(truth, size, protocol))
             reasons.append("")
         except BadInput as error:
             labels.append(np.full((1, 1), -1, np.int16))
@@ -82,19 +82,37 @@ def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, protocol: Protocol = "
     }
 
 
-def _centre(
-    image: UInt8[np.ndarray, "H W 3"], label: Int16[np.ndarray, "H W"], size: Size
-) -> tuple[UInt8[np.ndarray, "h w 3"], Int16[np.ndarray, "h w"]]:
-    """Image and label resized to cover `size` (torchvision's `Resize` of a shorter side), and its centre of them."""
-    height, width = image.shape[:2]
+def counted_label(label: Int16[np.ndarray, "H W"], size: Size, protocol: Protocol) -> Int16[np.ndarray, "h w"]:
+    """Bring a label, or a mask of the same size, to the pixels that a protocol counts; nearest neighbour.
+
+    Args:
+        label: at its own resolution.
+        size: of the images, height and width, pixels.
+        protocol: as for :func:`read_labelled_rows`.
+    """
+    if protocol == "label":
+        return label
+    if protocol == "stego":
+        whole, there = _covering((label.shape[0], label.shape[1]), size)
+        return images.resize_label(label, whole)[there]
+    return images.resize_label(label, size)
+
+
+def _centre(image: UInt8[np.ndarray, "H W 3"], size: Size) -> UInt8[np.ndarray, "h w 3"]:
+    """The centre of an image that was resized to cover `size` (torchvision's `Resize` of the shorter side)."""
+    whole, there = _covering((image.shape[0], image.shape[1]), size)
+    return np.ascontiguousarray(images.resize(image, whole, "bilinear").transpose(1, 2, 0)[there])
+
+
+def _covering(shape: Size, size: Size) -> tuple[Size, tuple[slice, slice]]:
+    """The smallest size of the same proportions that covers `size`, and where its centre of `size` lies."""
+    height, width = shape
     if size[0] * width >= size[1] * height:  # too low for that width
         whole = (size[0], max(size[1], width * size[0] // height))
     else:
         whole = (max(size[0], height * size[1] // width), size[1])
     top, left = (round((a - b) / 2) for a, b in zip(whole, size, strict=True))
-    there = (slice(top, top + size[0]), slice(left, left + size[1]))
-    resized = images.resize(image, whole, "bilinear").transpose(1, 2, 0)
-    return np.ascontiguousarray(resized[there]), images.resize_label(label, whole)[there]
+    return whole, (slice(top, top + size[0]), slice(left, left + size[1]))
 
 
 def read_plain_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:

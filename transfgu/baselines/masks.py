@@ -1,0 +1,171 @@
+"""Score a folder of masks that any program wrote, by the evaluator and the protocol of a run.
+
+The labels decide what is counted, so a method that can't be run here is compared on the same pixels.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int
+
+from transfgu import datasets
+from transfgu.datasets import images
+from transfgu.datasets.listing import images_in, stem
+from transfgu.datasets.rows import counted_label
+from transfgu.errors import BadInput, LeftOut, UserError
+from transfgu.metrics import confusion_matrix
+from transfgu.recipe import Recipe
+from transfgu.runtime.progress import Progress
+from transfgu.store import storage
+
+_CLAIM = "prediction.json"  # lies beside the folder `masks` of what jobs/predict.py wrote
+_READERS = 8  # images at a time
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoredMasks:
+    """Counts of a folder of masks."""
+
+    confusion: Int[np.ndarray, "C C"]
+    """Pixels, true class by the mask's index."""
+    images: int
+    """Images that were counted."""
+    left_out: tuple[LeftOut, ...]
+
+
+def find_masks(rows: pa.Table, uri: str) -> dict[str, str]:
+    """Find the mask of each image: the one whose path agrees with the longest end of the image's path.
+
+    The mask of ``val2017/0001.jpg`` is ``val2017/0001.png``, else ``0001.png``, in whatever folder that lies where
+    there is one of that name. A sample's name in its data set serves as well, such as Cityscapes' names without
+    ``_leftImg8bit``.
+
+    Args:
+        rows: samples: `name`, `image` (URI).
+        uri: a folder of masks at any depth, or the `--out` of jobs/predict.py.
+
+    Returns:
+        The mask's URI by sample name; samples without a mask are missing.
+
+    Raises:
+        UserError: the folder holds no masks, or two that could be an image's.
+    """
+    storage.check_readable(uri)
+    folder = storage.join(uri, "masks") if storage.exists(storage.join(uri, _CLAIM)) else uri
+    files = images_in(folder, recursive=True)
+    if not files:
+        raise UserError(
+            f"{storage.shown(folder)} holds no masks: give --masks a folder of indexed or grey PNGs, one per image",
+            code="masks-missing",
+        )
+    by_path: dict[str, list[str]] = {}
+    by_name: dict[str, list[str]] = {}
+    for relative, mask in files.items():
+        by_path.setdefault(stem(relative), []).append(mask)
+        by_name.setdefault(stem(relative).rpartition("/")[2], []).append(mask)
+    found = {}
+    for name, image in zip(rows["name"].to_pylist(), rows["image"].to_pylist(), strict=True):
+        candidates = _candidates(name, image, by_path, by_name)
+        if len(candidates) > 1:
+            two = " and ".join(storage.shown(mask) for mask in sorted(candidates)[:2])
+            raise UserError(
+                f"{two} could both be the mask of {name}: keep one of them, or lay the masks in the images' folders",
+                code="masks-ambiguous",
+            )
+        if candidates:
+            found[name] = candidates[0]
+    return found
+
+
+def _candidates(name: str, image: str, by_path: Mapping[str, list[str]], by_name: Mapping[str, list[str]]) -> list[str]:
+    pieces = image.split("/")
+    for start in range(len(pieces)):
+        tail = "/".join(pieces[start:])
+        # The mask of photo.jpg is photo.jpg.png where there is a photo.png as well.
+        for key in (tail, stem(tail)):
+            if key in by_path:
+                return by_path[key]
+    return by_name.get(stem(pieces[-1])) or by_path.get(name) or by_name.get(name.rpartition("/")[2]) or []
+
+
+def score_masks(recipe: Recipe, rows: pa.Table, uri: str, progress: Progress | None = None) -> ScoredMasks:
+    """Count the confusion matrix of a folder of masks.
+
+    Args:
+        recipe: says the classes and, by `evaluation.protocol`, the pixels that are counted. By protocol "label" a mask
+            has its label's size; by the others it may have the images' size (`dataset.image_size`) instead.
+        rows: labelled samples: `name`, `image`, `label` (URIs). Images are not read.
+        uri: see :func:`find_masks`. Values are indices of classes or clusters, below the recipe's number of classes.
+        progress: reports how many images are counted.
+
+    Raises:
+        UserError: more masks or labels missing or unreadable than `dataset.max_bad_share`; a mask of another size, or
+            with an index that the recipe has not.
+    """
+    masks = find_masks(rows, uri)
+    samples = rows.select(["name", "label"]).to_pylist()
+    missing = [sample["name"] for sample in samples if sample["name"] not in masks]
+    if len(missing) > recipe.dataset.max_bad_share * len(samples):
+        raise UserError(
+            f"{len(missing)} of {len(samples)} images have no mask in {storage.shown(uri)}, such as {missing[0]}: "
+            f"add them, or raise --dataset.max_bad_share from {recipe.dataset.max_bad_share:g}",
+            code="masks-missing",
+        )
+    left_out = [LeftOut(name=name, reason="missing mask") for name in missing]
+    classes = datasets.classes(recipe)
+
+    def count(sample: Mapping[str, str]) -> Int[np.ndarray, "C C"] | LeftOut:
+        try:
+            label = images.read_label(sample["label"], classes)
+            mask = images.read_mask(masks[sample["name"]])
+        except BadInput as error:
+            return LeftOut(name=sample["name"], reason=str(error))
+        _check(recipe, sample["name"], mask, (label.shape[0], label.shape[1]))
+        size, protocol = recipe.dataset.image_size, recipe.evaluation.protocol
+        truth = counted_label(label, size, protocol)
+        predicted = counted_label(mask, size, protocol) if mask.shape == label.shape else mask
+        return confusion_matrix(truth, predicted, recipe.classes)
+
+    confusion = np.zeros((recipe.classes, recipe.classes), np.int64)
+    with ThreadPoolExecutor(_READERS) as pool:
+        there = [sample for sample in samples if sample["name"] in masks]
+        for done, counted in enumerate(pool.map(count, there), start=1):
+            if isinstance(counted, LeftOut):
+                left_out.append(counted)
+            else:
+                confusion += counted
+            if progress:
+                progress.update(done, len(there), "masks")
+    if len(left_out) > recipe.dataset.max_bad_share * len(samples):
+        raise UserError(
+            f"{len(left_out)} of {len(samples)} images can't be scored, such as {left_out[0].name} "
+            f"({left_out[0].reason}): mend them, or raise --dataset.max_bad_share from "
+            f"{recipe.dataset.max_bad_share:g}",
+            code="images-bad",
+        )
+    return ScoredMasks(
+        confusion=confusion,
+        images=len(samples) - len(left_out),
+        left_out=tuple(sorted(left_out, key=lambda x: x.name)),
+    )
+
+
+def _check(recipe: Recipe, name: str, mask: Int[np.ndarray, "H W"], label: tuple[int, int]) -> None:
+    protocol, size = recipe.evaluation.protocol, recipe.dataset.image_size
+    allowed = [label] if protocol == "label" else [label, size]
+    if mask.shape not in allowed:
+        wanted = " or ".join(" x ".join(map(str, shape)) for shape in dict.fromkeys(allowed))
+        raise UserError(
+            f"the mask of {name} has {mask.shape[0]} x {mask.shape[1]} pixels, and protocol {protocol} takes {wanted}: "
+            "write masks at their label's size",
+            code="mask-size",
+        )
+    if mask.max() >= recipe.classes:
+        raise UserError(
+            f"the mask of {name} holds index {mask.max()}, and {recipe.preset} has {recipe.classes} classes, 0 to "
+            f"{recipe.classes - 1}: give the number of concepts that the masks were made with (--things, --stuff)",
+            code="mask-class",
+        )
