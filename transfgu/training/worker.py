@@ -8,6 +8,7 @@ import errno
 import math
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from transfgu.datasets.packed_maps import maps_of_planes, packed_planes, unpack_
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import patch_grid
 from transfgu.errors import UserError, in_words
-from transfgu.inference.device import use_cores
+from transfgu.inference.device import allow_tf32, in_bfloat16, own_device, use_cores
 from transfgu.inference.tokens import PatchTokens
 from transfgu.runtime.failures import find_user_error
 from transfgu.store import parquet, storage
@@ -37,12 +38,13 @@ from transfgu.training import checkpoints, schedule
 from transfgu.training.batches import Batch, Resident, Share, Source, Streamed, load
 from transfgu.training.board import may_pass
 from transfgu.training.checkpoints import merit
+from transfgu.training.copies import on_device
 from transfgu.training.epoch_pictures import Shown
 from transfgu.training.job import Job
 from transfgu.training.order import Order
 from transfgu.training.scoring import Mirror, Validation
 from transfgu.training.state import State
-from transfgu.training.step import StepResult, make_optimiser, training_step
+from transfgu.training.step import PendingStep, StepResult, make_optimiser, start_step
 from transfgu.views import apply_views, draw_views
 
 View = Callable[[Batch, int], tuple[Tensor, Tensor]]
@@ -51,6 +53,7 @@ View = Callable[[Batch, int], tuple[Tensor, Tensor]]
 _LOAD_BATCH = 64  # images that are encoded at a time where they are encoded once
 _TELL_SECONDS = 0.3  # between two words to the driver
 _ASK_SECONDS = 0.1
+_QUEUED = 1  # steps that a GPU may be behind the host, which prepares the next batch meanwhile
 
 
 def work(job: Job) -> None:
@@ -94,8 +97,9 @@ class Worker:
         context = ray.train.get_context()
         self.job, self.recipe = job, job.recipe
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        # A simulated cluster's GPUs are claimed, not there.
-        self.device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
+        self.device = ray.train.torch.get_device() if own_device().type == "cuda" else torch.device("cpu")
+        self.half = in_bfloat16(self.recipe.training, self.device)
+        allow_tf32(self.recipe.training, self.device)
         if self.device.type == "cpu":
             use_cores(context.get_local_world_size() * job.beside)
         self.encode = PatchTokens(self.recipe.encoder, self.device)
@@ -199,10 +203,14 @@ class Worker:
             state.student.load_state_dict(self.initial)
         # Dropout differs from worker to worker; an epoch that is begun again draws it anew.
         torch.manual_seed(int(np.random.SeedSequence([recipe.seed, epoch, self.rank]).generate_state(1)[0]))
-        results = []
-        for index, batch in enumerate(self.source.epoch(epoch)):
-            results.append(self.step(batch, epoch, index, plan.alpha))
+        results: list[StepResult] = []
+        pending: deque[PendingStep] = deque()
+        for index, batch in enumerate(on_device(self.source.epoch(epoch), self.device)):
+            pending.append(self.step(batch, epoch, index, plan.alpha))
+            if len(pending) > _QUEUED:
+                results.append(self._result(pending.popleft(), epoch, len(results)))
             self._tell(epoch, index + 1)
+        results += [self._result(step, epoch, index) for index, step in enumerate(pending, len(results))]
         seconds = time.monotonic() - started
         row = {
             "epoch": epoch + 1,
@@ -221,31 +229,35 @@ class Worker:
             self.shown.paint(epoch + 1, state.student)
         self._report(row)
 
-    def step(self, batch: Batch, epoch: int, index: int, alpha: float) -> StepResult:
-        """One step of the optimiser."""
+    def step(self, batch: Batch, epoch: int, index: int, alpha: float) -> PendingStep:
+        """Queue one step of the optimiser."""
         training, state = self.recipe.training, self.state
         patches, maps = self.view(batch, epoch)
         permutation = np.random.default_rng([self.recipe.seed, epoch, index]).permutation(self.recipe.classes)
+        step = start_step(
+            self.student,
+            state.optimiser,
+            patches,
+            maps,
+            state.teacher,
+            omega_1=training.omega_1,
+            omega_2=training.omega_2,
+            alpha=alpha,
+            permutation=permutation,
+            background_threshold=training.background_threshold if self.recipe.background else None,
+            part=self.part,
+            half=self.half,
+        )
+        if step.part < len(patches):
+            self.part = step.part
+        return step
+
+    def _result(self, step: PendingStep, epoch: int, index: int) -> StepResult:
         try:
-            result = training_step(
-                self.student,
-                state.optimiser,
-                patches,
-                maps,
-                state.teacher,
-                omega_1=training.omega_1,
-                omega_2=training.omega_2,
-                alpha=alpha,
-                permutation=permutation,
-                background_threshold=training.background_threshold if self.recipe.background else None,
-                part=self.part,
-            )
+            return step.result()
         except FloatingPointError as error:
-            where = f"step {index + 1} of epoch {epoch + 1}"
-            raise UserError(f"in {where}, {error}: now {training.lr:g}, set --training.lr") from None
-        if result.part < len(patches):
-            self.part = result.part
-        return result
+            where, lr = f"step {index + 1} of epoch {epoch + 1}", self.recipe.training.lr
+            raise UserError(f"in {where}, {error}: now {lr:g}, set --training.lr") from None
 
     def _score(self, epoch: int) -> dict[str, float | None]:
         """Scores on the validation images where they are due; the best weights so far are kept."""
