@@ -55,6 +55,7 @@ faults: setup  ## what takes long: machines, servers and disks that fail in mid-
 
 docs: setup  ## the pages that are written from the code
 	$(PY) -m transfgu.cli.reference_page docs/recipe.md
+	$(PY) -m transfgu.cli.error_page docs/errors.md
 
 site: $(VENV)/.docs  ## the documentation site, in site/; a broken link or reference is an error
 	$(VENV)/bin/mkdocs build --quiet --strict

@@ -39,7 +39,7 @@ def measure() -> None:
     add("--verbose", action="store_true", help="let Ray's own messages through")
     arguments = parser.parse()
     if min(arguments.images, arguments.repeats, arguments.rows) < 1:
-        raise UserError("--images, --repeats and --rows must be positive")
+        raise UserError("--images, --repeats and --rows must be positive", code="flag-range")
     recipe = recipe_of(arguments)
     if "encoder.weights" not in given_fields(arguments):
         recipe = recipe.with_fields({"encoder.weights": "random"})
@@ -87,7 +87,8 @@ def plan() -> None:
     text = storage.read_bytes_or_none(file)
     if text is None:
         raise UserError(
-            f"there are no measurements in {storage.shown(file)}: run jobs/benchmark.py all --preset {recipe.preset}"
+            f"there are no measurements in {storage.shown(file)}: run jobs/benchmark.py all --preset {recipe.preset}",
+            code="measurements-missing",
         )
     site = cost_plan.Site(
         gpus=arguments.gpus,

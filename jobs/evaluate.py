@@ -32,13 +32,13 @@ def main() -> None:
     run = None
     if arguments.run:
         if arguments.preset or arguments.recipe:
-            raise UserError("--run brings its own recipe: leave out the PRESET and --recipe")
+            raise UserError("--run brings its own recipe: leave out the PRESET and --recipe", code="flags-conflict")
         run = Run(arguments.run)
         recipe = run.recipe().with_fields(given_fields(arguments))
     else:
         recipe = recipe_of(arguments)
     if arguments.baselines and run is None:
-        raise UserError("--baselines compares with a run: give --run")
+        raise UserError("--baselines compares with a run: give --run", code="flag-missing")
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
     from transfgu import pipeline
 

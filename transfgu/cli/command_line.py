@@ -18,6 +18,7 @@ from transfgu.fields import FieldInfo, convert, kind_name
 from transfgu.presets import PRESETS
 from transfgu.pretraining.recipe import PRETRAINING_FIELDS, PretrainingRecipe
 from transfgu.recipe import FIELDS, SHORT_NAMES, ComputeRecipe, Recipe, from_yaml, preset
+from transfgu.runtime.failures import find_user_error
 from transfgu.store import storage
 
 GROUPS = {
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError in place of printing the usage."""
-        raise UserError(f"{message} (--help shows every flag)")
+        raise UserError(f"{message} (--help shows every flag)", code="flag-invalid")
 
     def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """The parsed arguments.
@@ -54,12 +55,15 @@ class Parser(argparse.ArgumentParser):
         known, rest = self.parse_known_args(arguments)
         if rest:
             if not rest[0].startswith("-"):
-                raise UserError(f"{rest[0]} is one word too many (--help shows how to call this)")
+                raise UserError(
+                    f"{rest[0]} is one word too many (--help shows how to call this)", code="word-unexpected"
+                )
             flag = rest[0].split("=")[0]
             flags = [f for action in self._actions for f in action.option_strings]
             near = difflib.get_close_matches(flag, flags, n=3, cutoff=0.5)
             raise UserError(
-                f"there is no flag {flag}; {'near ones: ' + ', '.join(near) if near else '--help shows all'}"
+                f"there is no flag {flag}; {'near ones: ' + ', '.join(near) if near else '--help shows all'}",
+                code="flag-unknown",
             )
         return known
 
@@ -141,7 +145,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """
     if arguments.recipe:
         if arguments.preset:
-            raise UserError("give a PRESET or --recipe, not both")
+            raise UserError("give a PRESET or --recipe, not both", code="flags-conflict")
         recipe = from_yaml(storage.read_bytes(arguments.recipe), storage.shown(arguments.recipe))
     else:
         recipe = preset(arguments.preset or "shapes")
@@ -188,18 +192,14 @@ def run_job(job: Callable[[], None]) -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         job()
-    except UserError as error:
-        _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("stopped; the same command goes on from what is done", 130)
     except Exception as error:
         # Ray wraps what a task or actor raised in errors of its own.
-        from transfgu.runtime.failures import find_user_error
-
         cause = find_user_error(error)
         if cause is None:
             raise
-        _fail(str(cause), 2)
+        _fail(cause.line, 2)
     sys.exit(0)
 
 
