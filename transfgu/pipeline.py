@@ -376,6 +376,6 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, dict[str, Any]]:
 
     if run.artifact("concepts").manifest() is None:
         raise UserError(
-            f"{storage.shown(run.uri)} has no concepts yet: finish it with jobs/train.py", code="concepts-missing"
+            f"{storage.shown(run.uri)} has no concepts yet: finish it with transfgu train", code="concepts-missing"
         )
     return {name: scores_json(scores) for name, scores in tokens.baselines(recipe, run).items()}

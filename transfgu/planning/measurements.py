@@ -79,7 +79,7 @@ class Measurements:
             return cls(**{**tree, "timings": tuple(timings)})
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                "this is no file of measurements: jobs/benchmark.py writes them", code="measurements-damaged"
+                "this is no file of measurements: transfgu benchmark writes them", code="measurements-damaged"
             ) from None
 
     def timing(self, stage: str) -> Timing:
@@ -87,7 +87,7 @@ class Measurements:
         for timing in self.timings:
             if timing.stage == stage:
                 return timing
-        raise UserError(f"{stage} was not measured: run jobs/benchmark.py all", code="measurements-missing")
+        raise UserError(f"{stage} was not measured: run transfgu benchmark all", code="measurements-missing")
 
     def table(self) -> str:
         """For people: stage, ours, bound, ratio, peak memory, and how much of the matrix product's speed is reached."""
