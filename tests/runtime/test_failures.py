@@ -1,6 +1,7 @@
 """A user's mistake that is raised in another process arrives with its message and its code."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import ray
@@ -30,7 +31,8 @@ def in_task() -> None:
 
 
 def in_actor() -> None:
-    ray.get(ray.remote(num_cpus=0)(Refused).remote().ready.remote())
+    actor: Any = ray.remote(num_cpus=0)(Refused).remote()
+    ray.get(actor.ready.remote())
 
 
 @pytest.mark.parametrize(
