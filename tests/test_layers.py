@@ -27,7 +27,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "stages": ("stages",),
     "runs": ("pipeline", "search", "pretraining", "baselines"),
     "accounts": ("report", "planning", "benchmarks"),
-    "cli": ("cli",),
+    "cli": ("cli", "__main__"),
     "package": ("",),  # the package itself, which offers `Segmenter`
 }
 """From the ground up. The modules of one layer may import from each other, in no circle."""

@@ -371,5 +371,5 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, dict[str, Any]]:
     from transfgu.metrics import scores_json
 
     if run.artifact("concepts").manifest() is None:
-        raise UserError(f"{storage.shown(run.uri)} has no concepts yet: finish it with jobs/train.py")
+        raise UserError(f"{storage.shown(run.uri)} has no concepts yet: finish it with transfgu train")
     return {name: scores_json(scores) for name, scores in tokens.baselines(recipe, run).items()}

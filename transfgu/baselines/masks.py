@@ -21,7 +21,7 @@ from transfgu.recipe import Recipe
 from transfgu.runtime.progress import Progress
 from transfgu.store import storage
 
-_CLAIM = "prediction.json"  # lies beside the folder `masks` of what jobs/predict.py wrote
+_CLAIM = "prediction.json"  # lies beside the folder `masks` of what transfgu predict wrote
 _READERS = 8  # images at a time
 
 
@@ -45,7 +45,7 @@ def find_masks(rows: pa.Table, uri: str) -> dict[str, str]:
 
     Args:
         rows: samples: `name`, `image` (URI).
-        uri: a folder of masks at any depth, or the `--out` of jobs/predict.py.
+        uri: a folder of masks at any depth, or the `--out` of transfgu predict.
 
     Returns:
         The mask's URI by sample name; samples without a mask are missing.
