@@ -23,14 +23,14 @@ tests/gpu/test_a.py::test_three SKIPPED (torch finds no GPU) [ 75%]
 """
 
 
-def part(name: str, code: str, limit: float = 60.0, **found: Any) -> gpu.Part:
-    return gpu.Part(name=name, command=[sys.executable, "-c", code], limit=limit, read=lambda: found)
+def part(name: str, code: str, limit: float = 60.0, found: dict[str, Any] | None = None) -> gpu.Part:
+    return gpu.Part(name=name, command=[sys.executable, "-c", code], limit=limit, read=lambda: found or {})
 
 
 def test_each_part_leaves_its_results_whatever_becomes_of_it(tmp_path: Path) -> None:
     said: list[str] = []
     parts = [
-        part("good", "print('hello')", tests={"passed": 2}, **{"not passed": []}),
+        part("good", "print('hello')", found={"tests": {"passed": 2}, "not passed": []}),
         part("bad", "raise SystemExit(3)"),
         part("slow", "import time; print('begun', flush=True); time.sleep(600)", limit=3.0),
     ]
