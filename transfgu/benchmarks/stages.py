@@ -65,6 +65,7 @@ def measure(
     rows: int,
     unfused: bool = False,
     say: Callable[[str], None] = lambda _: None,
+    keep: Callable[[Measurements], None] = lambda _: None,
 ) -> Measurements:
     """Time stages beside their bounds; Ray must be connected.
 
@@ -75,7 +76,8 @@ def measure(
         repeats: turns of each.
         rows: features that K-Means gets.
         unfused: see `Bare.concept_maps`.
-        say: is told what comes next.
+        say: called with the name of each stage before it is measured.
+        keep: called with all measurements so far after each stage.
 
     Raises:
         UserError: no such stage; an encoder that can't be had.
@@ -87,15 +89,15 @@ def measure(
             )
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         bench = _Bench(recipe, Path(folder), images, repeats)
-        timings: list[Timing] = []
+        about, costs = ray.get(bench.bare.about.remote()), bench.costs()
+        found = Measurements(preset=recipe.preset, encoder=recipe.encoder.name, timings=(), costs=costs, **about)
         for stage in STAGES:
             if stage in stages:
                 say(f"{stage} ...")
-                timings += bench.timings(stage, rows=rows, unfused=unfused)
-        about = ray.get(bench.bare.about.remote())
-        return Measurements(
-            preset=recipe.preset, encoder=recipe.encoder.name, timings=tuple(timings), costs=bench.costs(), **about
-        )
+                timings = bench.timings(stage, rows=rows, unfused=unfused)
+                found = replace(found, timings=(*found.timings, *timings))
+                keep(found)
+        return found
 
 
 class _Bench:
