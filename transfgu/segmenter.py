@@ -36,7 +36,7 @@ from transfgu.store.weights import read_weights
 Pixels = UInt8[np.ndarray, "H W 3"]
 Classes = Int[np.ndarray, "H W"]
 Probabilities = Float32[np.ndarray, "C H W"]
-Photo = Image.Image | np.ndarray | str | Path
+Photo = images.Picture
 
 _AT_ONCE = 16  # images that go through the encoder together
 _ENCODER = "encoder.safetensors"
@@ -146,15 +146,19 @@ class Segmenter(ModelHubMixin):
         return Segmenter(encode, decoder, recipe=recipe, scores=run.scores(), names=names)
 
     @overload
-    def predict(self, image: Photo, *, probabilities: Literal[False] = False) -> Classes: ...  # type: ignore[overload-overlap]  # a path is no list of paths
+    def predict(self, image: Photo, *, probabilities: Literal[False] = False, orient: bool = True) -> Classes: ...  # type: ignore[overload-overlap]  # a path is no list of paths
     @overload
-    def predict(self, image: Sequence[Photo], *, probabilities: Literal[False] = False) -> list[Classes]: ...
-    @overload
-    def predict(self, image: Photo, *, probabilities: Literal[True]) -> Probabilities: ...  # type: ignore[overload-overlap]
-    @overload
-    def predict(self, image: Sequence[Photo], *, probabilities: Literal[True]) -> list[Probabilities]: ...
     def predict(
-        self, image: Photo | Sequence[Photo], *, probabilities: bool = False
+        self, image: Sequence[Photo], *, probabilities: Literal[False] = False, orient: bool = True
+    ) -> list[Classes]: ...
+    @overload
+    def predict(self, image: Photo, *, probabilities: Literal[True], orient: bool = True) -> Probabilities: ...  # type: ignore[overload-overlap]
+    @overload
+    def predict(
+        self, image: Sequence[Photo], *, probabilities: Literal[True], orient: bool = True
+    ) -> list[Probabilities]: ...
+    def predict(
+        self, image: Photo | Sequence[Photo], *, probabilities: bool = False, orient: bool = True
     ) -> Classes | Probabilities | list[Classes] | list[Probabilities]:
         """Which class each pixel is of, or how probable each class is there.
 
@@ -162,9 +166,12 @@ class Segmenter(ModelHubMixin):
         `evaluation.scales` and `evaluation.flip`, and resized bilinearly to the image's own size.
 
         Args:
-            image: a PIL image, an (H, W, 3) uint8 array, a path or URI; or a list of these.
+            image: a PIL image, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8 or uint16, a file's bytes, a
+                path or URI; or a list of these.
             probabilities: return the classes' probabilities, which take 4 C bytes per pixel, rather than the index of
                 the largest. A class of several clusters has the sum of theirs.
+            orient: apply the orientation in EXIF data, so that the mask lies on what a viewer shows; False: on the
+                pixels that are stored.
 
         Returns:
             (H, W) indices into `classes`, or (C, H, W) float32 that add up to 1 at each pixel; for a list, one
@@ -173,14 +180,16 @@ class Segmenter(ModelHubMixin):
         Raises:
             UserError: an image that can't be read.
         """
-        single = isinstance(image, Image.Image | np.ndarray | str | Path)
+        single = isinstance(image, Image.Image | np.ndarray | bytes | str | Path)
         photos: Sequence[Photo] = [image] if single else image  # type: ignore[assignment, list-item]
-        found = list(self._predict_all(photos, probabilities))
+        found = list(self._predict_all(photos, probabilities, orient))
         return found[0] if single else found
 
-    def _predict_all(self, photos: Sequence[Photo], probabilities: bool) -> Iterator[Classes | Probabilities]:
+    def _predict_all(
+        self, photos: Sequence[Photo], probabilities: bool, orient: bool
+    ) -> Iterator[Classes | Probabilities]:
         for start in range(0, len(photos), _AT_ONCE):
-            pixels = [_pixels(photo) for photo in photos[start : start + _AT_ONCE]]
+            pixels = [_pixels(photo, orient) for photo in photos[start : start + _AT_ONCE]]
             resized = np.stack([images.resize(image, self.size, "bilinear") for image in pixels])  # (B, 3, h, w)
             sizes = [(image.shape[0], image.shape[1]) for image in pixels]
             yield from self._probabilities(resized, sizes) if probabilities else self.predict_resized(resized, sizes)
@@ -310,16 +319,9 @@ def assignment_of(scores: Mapping[str, Any] | None) -> Int[np.ndarray, " C"] | N
     return None if assignment is None else np.array(assignment)
 
 
-def _pixels(photo: Photo) -> Pixels:
-    if isinstance(photo, Image.Image):
-        return np.asarray(photo.convert("RGB"))
-    if isinstance(photo, np.ndarray):
-        if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
-            raise UserError(
-                f"an image must be an (H, W, 3) array of uint8, not {photo.shape} of {photo.dtype}", code="image-shape"
-            )
-        return photo
+def _pixels(photo: Photo, orient: bool) -> Pixels:
     try:
-        return images.read_image(str(photo))
+        return images.pixels_of(photo, orient=orient)
     except BadInput as error:
-        raise UserError(f"{photo}: {error}; give a readable image", code="image-unreadable") from None
+        name = storage.shown(str(photo)) if isinstance(photo, str | Path) else f"the {type(photo).__name__}"
+        raise UserError(f"{name}: {error}; give a readable image", code="image-unreadable") from None

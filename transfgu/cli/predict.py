@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser, add_compute, add_output, compute_of
 from transfgu.errors import UserError
+from transfgu.fields import convert
 from transfgu.store import storage
 
 
@@ -26,6 +27,13 @@ def parser(words: Sequence[str] = ()) -> Parser:
         help="png: an indexed PNG for each image; parquet: rows name, height, width, mask (default: png)",
     )
     add("--overlays", action="store_true", help="also write each image lit in its classes' colours, as a JPEG")
+    add(
+        "--orient",
+        metavar="true|false",
+        default="true",
+        help="true: apply the orientation in EXIF data, so that masks lie on what a viewer shows; false: masks lie on "
+        "the stored pixels (default: true)",
+    )
     add_output(made)
     add_compute(made)
     return made
@@ -46,12 +54,20 @@ def main(words: Sequence[str] | None = None) -> None:
         raise UserError(
             "--overlays are pictures, and go with --format png: leave out one of them", code="flags-conflict"
         )
+    orient = convert("--orient", bool, given.orient)
     compute = compute_of(given)
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
     from transfgu.runtime.progress import Progress
     from transfgu.stages.prediction import PredictionJob, predict
 
-    job = PredictionJob(run=given.run, images=given.images, out=given.out, format=given.format, overlays=given.overlays)
+    job = PredictionJob(
+        run=given.run,
+        images=given.images,
+        out=given.out,
+        format=given.format,
+        overlays=given.overlays,
+        orient=orient,
+    )
     done = predict(job, compute, Progress("prediction", quiet=given.quiet), verbose=given.verbose)
     if given.quiet:
         return

@@ -14,12 +14,13 @@ from transfgu.recipe import Protocol, Recipe, Size
 from transfgu.store import storage
 
 
-def read_training_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
+def read_training_rows(rows: pa.Table, *, size: Size, orient: bool = False) -> dict[str, Any]:
     """Decode images and maps.
 
     Args:
         rows: columns `image` (URI), `part`, `row`; others are passed on.
         size: images are resized to this, bilinear.
+        orient: apply EXIF's orientation.
 
     Returns:
         The columns of `rows` but `part` and `row`, `image` as (n, 3, H, W) uint8, and `maps` (n, K + 2, h, w) int16,
@@ -31,7 +32,7 @@ def read_training_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
     pixels = np.empty((len(rows), 3, *size), np.uint8)
     for i, uri in enumerate(rows["image"].to_pylist()):
         try:
-            pixels[i] = images.resize(images.read_image(uri), size, "bilinear")
+            pixels[i] = images.resize(images.read_image(uri, orient=orient), size, "bilinear")
         except BadInput as error:
             raise UserError(
                 f"{storage.shown(uri)} was read for its pseudo label, and now is bad ({error}): put it back",
@@ -60,7 +61,7 @@ def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, protocol: Protocol = "
     labels, reasons = [], []
     for i, (image, label) in enumerate(zip(rows["image"].to_pylist(), rows["label"].to_pylist(), strict=True)):
         try:
-            decoded = images.read_image(image)
+            decoded = images.read_image(image, orient=recipe.dataset.orient)
             truth = images.read_label(label, classes, decoded.shape[:2])
             if protocol == "stego":
                 decoded = _centre(decoded, size)
@@ -116,12 +117,13 @@ def _covering(shape: Size, size: Size) -> tuple[Size, tuple[slice, slice]]:
     return whole, (slice(top, top + size[0]), slice(left, left + size[1]))
 
 
-def read_plain_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
+def read_plain_rows(rows: pa.Table, *, size: Size, orient: bool = False) -> dict[str, Any]:
     """Decode images alone, bilinear to `size`; what can't be read is left out.
 
     Args:
         rows: column `image` (URI).
         size: of the result, pixels.
+        orient: apply EXIF's orientation.
 
     Returns:
         `image` as (n, 3, H, W) uint8, and `good`, whether it is one; a bad one is black.
@@ -130,7 +132,7 @@ def read_plain_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
     good = np.ones(len(rows), bool)
     for i, uri in enumerate(rows["image"].to_pylist()):
         try:
-            pixels[i] = images.resize(images.read_image(uri), size, "bilinear")
+            pixels[i] = images.resize(images.read_image(uri, orient=orient), size, "bilinear")
         except BadInput:
             good[i] = False
     return {"image": pixels, "good": good}

@@ -35,7 +35,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from transfgu.datasets import images as pictures
 from transfgu.datasets import shapes
-from transfgu.errors import BadInput, UserError
+from transfgu.datasets.listing import IMAGE_SUFFIXES, images_in
+from transfgu.errors import UserError
 from transfgu.inference.device import use_cores
 from transfgu.pretraining.objective import (
     StepSchedule,
@@ -59,7 +60,6 @@ from transfgu.training.process_group import process_group
 SHAPES = "shapes"
 """In place of a folder's URI: the embedded demonstration's pictures of single objects."""
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jp2", ".avif")
 _PARTS, _PART_SIZE = 64, 256  # at least so many parts (workers share them), of at most so many images
 _MAX_BAD_SHARE = 0.1
 _TELL_STEPS = 5
@@ -107,7 +107,10 @@ class PretrainingJob:
 
     def digest(self) -> str:
         """Of all that the weights depend on."""
-        fields = {**asdict(self.recipe), "images": self.images, "count": self.count, "size": self.image_size}
+        recipe = asdict(self.recipe)
+        if not self.recipe.orient:  # as it was before there was this field
+            del recipe["orient"]
+        fields = {**recipe, "images": self.images, "count": self.count, "size": self.image_size}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -152,7 +155,9 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
         )
     size = max(1, min(_PART_SIZE, len(names) // _PARTS))
     seed = job.recipe.seed if job.images == SHAPES else 0
-    listing = hashlib.sha256(json.dumps([job.image_size, seed, names]).encode()).hexdigest()[:12]
+    orient = job.recipe.orient and job.images != SHAPES
+    asked = [job.image_size, seed, names, *([True] if orient else [])]
+    listing = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
     folder = storage.join(job.work, f"images-{listing}")
     rows = [
         {
@@ -162,7 +167,7 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
         for first in range(0, len(names), size)
     ]
     DataContext.get_current().enable_progress_bars = False
-    make = partial(_make_part, images=job.images, size=job.image_size, seed=seed)
+    make = partial(_make_part, images=job.images, size=job.image_size, seed=seed, orient=orient)
     made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make)
     parts, left_out, done = [], [], 0
     for row in made.iter_rows():
@@ -183,19 +188,19 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
 
 def _files(uri: str) -> list[str]:
     storage.check_readable(uri)
-    files = [file for file in storage.list_files(uri) if file.lower().endswith(_SUFFIXES)]
+    files = sorted(images_in(uri, recursive=True).values())
     if not files:
         raise UserError(
-            f"no image lies in {storage.shown(uri)} (looked for {' '.join(_SUFFIXES)}): check --images",
+            f"no image lies in {storage.shown(uri)} (looked for {' '.join(IMAGE_SUFFIXES)}): check --images",
             code="images-missing",
         )
     return files
 
 
-def _make_part(row: dict[str, Any], images: str, size: int, seed: int) -> dict[str, Any]:
+def _make_part(row: dict[str, Any], images: str, size: int, seed: int, orient: bool = False) -> dict[str, Any]:
     """A task: makes one part, unless it is there, and says what it holds."""
     if not storage.is_file(row["part"]):
-        storage.write_bytes(row["part"], _draw_part(list(row["names"]), images, size, seed))
+        storage.write_bytes(row["part"], _draw_part(list(row["names"]), images, size, seed, orient))
     metadata = parquet.opened(row["part"], remedy=_REMEDY).metadata
     return {
         "part": row["part"],
@@ -204,27 +209,30 @@ def _make_part(row: dict[str, Any], images: str, size: int, seed: int) -> dict[s
     }
 
 
-def _draw_part(names: list[str], images: str, size: int, seed: int) -> bytes:
+def _draw_part(names: list[str], images: str, size: int, seed: int, orient: bool) -> bytes:
+    def draw(name: str) -> bytes:
+        drawn = images == SHAPES
+        return (shapes.object_image(seed, int(name), size) if drawn else small_square(name, size, orient)).tobytes()
+
     good, left_out = [], []
-    for name in names:
-        try:
-            pixels = shapes.object_image(seed, int(name), size) if images == SHAPES else small_square(name, size)
-            good.append(pixels.tobytes())
-        except BadInput as error:
-            left_out.append({"name": name, "reason": str(error)})
+    for name, (pixels, reason) in zip(names, pictures.read_rows(names, draw), strict=True):
+        if pixels is None:
+            left_out.append({"name": name, "reason": reason})
+        else:
+            good.append(pixels)
     table = pa.table({"pixels": pa.array(good, pa.binary(3 * size**2))})
     sink = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({"left_out": json.dumps(left_out)}), sink)
     return sink.getvalue()
 
 
-def small_square(uri: str, size: int) -> UInt8[ndarray, "size size 3"]:
+def small_square(uri: str, size: int, orient: bool = False) -> UInt8[ndarray, "size size 3"]:
     """The square about an image's centre, brought to `size` pixels a side.
 
     Raises:
         BadInput: the image can't be read.
     """
-    image = pictures.read_image(uri)
+    image = pictures.read_image(uri, orient=orient)
     side = min(image.shape[:2])
     top, left = ((length - side) // 2 for length in image.shape[:2])
     square = torch.from_numpy(image[top : top + side, left : left + side]).permute(2, 0, 1)[None].float()

@@ -21,7 +21,7 @@ from ray.data import DataContext, Dataset, ExecutionResources
 from ray.exceptions import RayError
 
 from transfgu.datasets import images
-from transfgu.errors import BadInput, LeftOut, UserError
+from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import Recipe, Size
 from transfgu.runtime.bottleneck import details
 from transfgu.runtime.failures import find_user_error
@@ -89,17 +89,21 @@ class ReadImages:
     size: Size
     """Height and width the images are resized to, pixels."""
     interpolation: Literal["bilinear", "nearest"]
+    orient: bool = False
+    """Apply EXIF's orientation."""
 
     def __call__(self, samples: pa.Table) -> pa.Table:
         """Raises UserError where the storage fails."""
         pixels = np.zeros((len(samples), 3, *self.size), np.uint8)
+
+        def read(uri: str) -> UInt8[np.ndarray, "3 H W"]:
+            return images.resize(images.read_image(uri, orient=self.orient), self.size, self.interpolation)
+
         reasons: list[str | None] = []
-        for place, uri in zip(pixels, samples["image"].to_pylist(), strict=True):
-            try:
-                place[:] = images.resize(images.read_image(uri), self.size, self.interpolation)
-                reasons.append(None)
-            except BadInput as error:
-                reasons.append(str(error))
+        for place, (image, reason) in zip(pixels, images.read_rows(samples["image"].to_pylist(), read), strict=True):
+            if image is not None:
+                place[:] = image
+            reasons.append(reason or None)
         index = samples["index"].combine_chunks()
         return pa.table(
             {

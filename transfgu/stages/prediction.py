@@ -24,7 +24,7 @@ from ray.data import Dataset
 from transfgu import formats
 from transfgu.datasets import images
 from transfgu.datasets.listing import images_in, stem
-from transfgu.errors import BadInput, LeftOut, UserError
+from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import ComputeRecipe, Size
 from transfgu.runtime import parts
 from transfgu.runtime.progress import Progress
@@ -40,6 +40,7 @@ SUMMARY = "summary.json"
 
 _FILES_AS = "files"  # in the claim: how masks are stored
 _AVERAGED = "averaged"  # in the claim: what logits are averaged over
+_ORIENT = "orient"  # in the claim: whether masks lie on turned pixels
 _WRITERS = 8  # files that one task writes at a time
 _SCHEMA = pa.schema([("name", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("mask", pa.large_binary())])
 
@@ -55,6 +56,7 @@ class PredictionJob:
         format: `png`: for each image an indexed PNG with a palette, under its name; `parquet`: rows `name`, `height`,
             `width`, `mask` (class indices row by row, uint8 for up to 256 classes, else uint16).
         overlays: also write each image as a JPEG, lit in its classes' colours; with PNGs.
+        orient: apply the orientation in EXIF data, so that a mask lies on what a viewer shows; False: on stored pixels.
     """
 
     run: str
@@ -62,6 +64,7 @@ class PredictionJob:
     out: str
     format: Format = "png"
     overlays: bool = False
+    orient: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +193,7 @@ def preflight(job: PredictionJob) -> dict[str, str]:
             "scales": list(segmenter.recipe.evaluation.scales),
             "flip": segmenter.recipe.evaluation.flip,
         },
+        _ORIENT: job.orient,
         "classes": [
             {"index": i, "name": name, "colour": list(colour)}
             for i, (name, colour) in enumerate(zip(segmenter.classes, segmenter.colours, strict=True))
@@ -207,9 +211,13 @@ def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
             return
         text = storage.read_bytes(uri)  # of one that began at the same time
     held = _read_claim(job, text)
-    differing = [n for n in ("model", _FILES_AS, _AVERAGED, "classes") if held[n] != claim[n]]
+    differing = [n for n in ("model", _FILES_AS, _AVERAGED, _ORIENT, "classes") if held[n] != claim[n]]
     if differing:
-        other = {_FILES_AS: "format", _AVERAGED: "evaluation.scales or evaluation.flip"}.get(differing[0], differing[0])
+        other = {
+            _FILES_AS: "format",
+            _AVERAGED: "evaluation.scales or evaluation.flip",
+            _ORIENT: f"--orient ({str(held[_ORIENT]).lower()})",
+        }.get(differing[0], differing[0])
         if differing == ["classes"]:
             raise UserError(
                 f"{storage.shown(job.out)} holds masks from before the run's classes were named: run transfgu name "
@@ -232,6 +240,7 @@ def _read_claim(job: PredictionJob, text: bytes) -> dict[str, Any]:
             first[_FILES_AS] = first.pop(formats.KEY)
         text = json.dumps(first).encode()
     held = formats.read_json(text, uri, remedy)
+    held.setdefault(_ORIENT, False)
     held.setdefault(_AVERAGED, {"scales": [1.0], "flip": False})  # masks that were made before there were others
     with formats.damage(uri, remedy):
         _ = held["model"], held["run"], held[_FILES_AS], [x["colour"] for x in held["classes"]]
@@ -315,7 +324,7 @@ def plan(job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: Co
 
     data = parts.encoded(
         tables,
-        ReadPhotos(size=size, interpolation="bilinear", keep_files=job.overlays),
+        ReadPhotos(size=size, interpolation="bilinear", orient=job.orient, keep_files=job.overlays),
         PredictMasks,
         {"run": job.run, "processes": capacity.actors_per_node(compute)},
         capacity.encoder_pool(compute),
@@ -332,7 +341,7 @@ def _rows(data: Dataset) -> Iterator[dict[str, Any]]:
 class ReadPhotos(parts.ReadImages):
     """A task: a part of the image list to decoded, resized images.
 
-    Out come rows name, mask, image (3, H, W) uint8, height and width (as stored, pixels), file (its bytes, or null),
+    Out come rows name, mask, image (3, H, W) uint8, height and width (pixels), file (its bytes, or null),
     reason (null, or why the image can't be used).
     """
 
@@ -341,18 +350,18 @@ class ReadPhotos(parts.ReadImages):
     def __call__(self, samples: pa.Table) -> pa.Table:
         """Raises UserError where the storage fails."""
         pixels = np.zeros((len(samples), 3, *self.size), np.uint8)
-        rows = []
-        for place, uri in zip(pixels, samples["image"].to_pylist(), strict=True):
-            row: dict[str, Any] = {"height": 0, "width": 0, "file": None, "reason": None}
-            try:
-                data = storage.read_bytes_or_none(uri)
-                if data is None:
-                    raise BadInput("missing image")
-                image = images.decode_image(data)
-                place[:] = images.resize(image, self.size, self.interpolation)
-                row |= {"height": image.shape[0], "width": image.shape[1], "file": data if self.keep_files else None}
-            except BadInput as error:
-                row["reason"] = str(error)
+
+        def read(uri: str) -> tuple[dict[str, Any], UInt8[np.ndarray, "3 H W"]]:
+            data = images.read_file(uri)
+            image = images.decode_image(data, orient=self.orient)
+            row = {"height": image.shape[0], "width": image.shape[1], "file": data if self.keep_files else None}
+            return {**row, "reason": None}, images.resize(image, self.size, self.interpolation)
+
+        rows: list[dict[str, Any]] = []
+        for place, (found, reason) in zip(pixels, images.read_rows(samples["image"].to_pylist(), read), strict=True):
+            row: dict[str, Any] = {"height": 0, "width": 0, "file": None, "reason": reason}
+            if found is not None:
+                row, place[:] = found
             rows.append(row)
         kinds = {"height": pa.int32(), "width": pa.int32(), "file": pa.large_binary(), "reason": pa.string()}
         return pa.table(
@@ -423,7 +432,12 @@ class WriteMasks:
                 files = rows["file"].to_pylist()
                 list(
                     pool.map(
-                        lambda n, f, m: self._write("overlays", f"{n}.jpg", overlay(f, m, colours)), names, files, masks
+                        lambda n, f, m: self._write(
+                            "overlays", f"{n}.jpg", overlay(f, m, colours, orient=self.job.orient)
+                        ),
+                        names,
+                        files,
+                        masks,
                     )
                 )
             if self.job.format == "png":
@@ -452,10 +466,14 @@ def png(mask: UInt8[np.ndarray, "H W"], colours: UInt8[np.ndarray, "C 3"]) -> by
 
 
 def overlay(
-    file: bytes, mask: Int[np.ndarray, "H W"] | UInt8[np.ndarray, "H W"], colours: UInt8[np.ndarray, "C 3"]
+    file: bytes,
+    mask: Int[np.ndarray, "H W"] | UInt8[np.ndarray, "H W"],
+    colours: UInt8[np.ndarray, "C 3"],
+    *,
+    orient: bool = False,
 ) -> bytes:
     """An image, from its file's bytes, half in its classes' colours, with dark outlines; a JPEG."""
-    image = images.decode_image(file)
+    image = images.decode_image(file, orient=orient)
     lit = ((image.astype(np.uint16) + colours[mask]) // 2).astype(np.uint8)
     lit[:, 1:][mask[:, 1:] != mask[:, :-1]] = 20
     lit[1:][mask[1:] != mask[:-1]] = 20

@@ -90,7 +90,11 @@ def _work(recipe: Recipe, centroids: Float[np.ndarray, "K d"], folder: str) -> p
     from transfgu.runtime import capacity
 
     return parts.Work(
-        read=parts.ReadImages(size=recipe.dataset.image_size, interpolation=recipe.dataset.interpolation),
+        read=parts.ReadImages(
+            size=recipe.dataset.image_size,
+            interpolation=recipe.dataset.interpolation,
+            orient=recipe.dataset.orient,
+        ),
         actor=MapConcepts,
         arguments={"recipe": recipe, "centroids": centroids, "processes": capacity.actors_per_node(recipe.compute)},
         write=WritePseudoLabels(folder=folder),

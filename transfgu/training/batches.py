@@ -58,6 +58,8 @@ class Share:
     """Planes (K + 2), h, w of an image's packed maps."""
     rank: int
     world: int
+    orient: bool = False
+    """Apply EXIF's orientation."""
 
     def slots(self, epoch: int) -> Int[np.ndarray, "steps B"]:
         """The worker's slots of each of an epoch's global batches."""
@@ -71,7 +73,7 @@ class Share:
     def read(self, slots: Int[np.ndarray, " n"], batch_size: int) -> Iterator[Batch]:
         """Decoded slots in their order, a batch at a time."""
         rows = self.rows.take(slots % self.order.images).append_column("slot", pa.array(slots))
-        read = partial(read_training_rows, size=self.size)
+        read = partial(read_training_rows, size=self.size, orient=self.orient)
         for columns in stream(rows, read, batch_size, world=self.world):
             # Copied: arrays out of Ray's object store are read-only, which torch warns of.
             yield Batch(columns["slot"], torch.tensor(columns["image"]), torch.tensor(columns["maps"]))

@@ -102,7 +102,7 @@ class Mirror:
             yield from self._kept
             return
         kept = []
-        read = partial(read_plain_rows, size=self._recipe.dataset.image_size)
+        read = partial(read_plain_rows, size=self._recipe.dataset.image_size, orient=self._recipe.dataset.orient)
         for columns in stream(self._rows, read, self._recipe.evaluation.batch_size, world=self._world):
             images = torch.from_numpy(columns["image"][columns["good"]])
             if not len(images):

@@ -151,6 +151,7 @@ class Worker:
             maps=(packed_planes(recipe.concepts.count), height // patch, width // patch),
             rank=self.rank,
             world=self.world,
+            orient=recipe.dataset.orient,
         )
         view = self._random_views if recipe.training.views else self._whole_images
         if share.bytes > recipe.compute.resident_gib * 2**30:
