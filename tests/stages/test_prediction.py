@@ -93,8 +93,11 @@ def test_masks_on_stored_and_on_turned_pixels_are_kept_apart(made: MadeRun, tmp_
     write_images(tmp_path / "images", ["a/004.jpg"])
     prediction.preflight(job(made, tmp_path, orient=False))
     with pytest.raises(UserError, match="--orient") as caught:
-        prediction.preflight(job(made, tmp_path))
+        prediction.preflight(job(made, tmp_path, orient=True))
     assert caught.value.code == "out-taken"
+    prediction.preflight(job(made, tmp_path))  # goes on with what is there
+    assert prediction._orient(job(made, tmp_path)) is False
+    assert prediction._orient(job(made, tmp_path, out=str(tmp_path / "other"))) is True
 
 
 def test_what_is_to_be_made() -> None:

@@ -30,9 +30,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add(
         "--orient",
         metavar="true|false",
-        default="true",
         help="true: apply the orientation in EXIF data, so that masks lie on what a viewer shows; false: masks lie on "
-        "the stored pixels (default: true)",
+        "the stored pixels (default: true; where OUT holds masks, as they were made)",
     )
     add_output(made)
     add_compute(made)
@@ -54,7 +53,7 @@ def main(words: Sequence[str] | None = None) -> None:
         raise UserError(
             "--overlays are pictures, and go with --format png: leave out one of them", code="flags-conflict"
         )
-    orient = convert("--orient", bool, given.orient)
+    orient = None if given.orient is None else convert("--orient", bool, given.orient)
     compute = compute_of(given)
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
     from transfgu.runtime.progress import Progress

@@ -56,7 +56,8 @@ class PredictionJob:
         format: `png`: for each image an indexed PNG with a palette, under its name; `parquet`: rows `name`, `height`,
             `width`, `mask` (class indices row by row, uint8 for up to 256 classes, else uint16).
         overlays: also write each image as a JPEG, lit in its classes' colours; with PNGs.
-        orient: apply the orientation in EXIF data, so that a mask lies on what a viewer shows; False: on stored pixels.
+        orient: apply the orientation in EXIF data, so that a mask lies on what a viewer shows; False: on stored pixels;
+            None: as the masks in `out` were made, and True where there are none.
     """
 
     run: str
@@ -64,7 +65,7 @@ class PredictionJob:
     out: str
     format: Format = "png"
     overlays: bool = False
-    orient: bool = True
+    orient: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,7 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
         ['0.png', '1.png']
     """
     names = preflight(job)
+    job = replace(job, orient=_orient(job))
     # What costs seconds to import, only now.
     from transfgu.runtime import capacity, connect
 
@@ -193,7 +195,7 @@ def preflight(job: PredictionJob) -> dict[str, str]:
             "scales": list(segmenter.recipe.evaluation.scales),
             "flip": segmenter.recipe.evaluation.flip,
         },
-        _ORIENT: job.orient,
+        _ORIENT: _orient(job),
         "classes": [
             {"index": i, "name": name, "colour": list(colour)}
             for i, (name, colour) in enumerate(zip(segmenter.classes, segmenter.colours, strict=True))
@@ -201,6 +203,11 @@ def preflight(job: PredictionJob) -> dict[str, str]:
     }
     _claim(job, claim)
     return names
+
+
+def _orient(job: PredictionJob) -> bool:
+    text = storage.read_bytes_or_none(storage.join(job.out, CLAIM)) if job.orient is None else None
+    return job.orient is not False if text is None else bool(_read_claim(job, text)[_ORIENT])
 
 
 def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
@@ -324,7 +331,7 @@ def plan(job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: Co
 
     data = parts.encoded(
         tables,
-        ReadPhotos(size=size, interpolation="bilinear", orient=job.orient, keep_files=job.overlays),
+        ReadPhotos(size=size, interpolation="bilinear", orient=job.orient is not False, keep_files=job.overlays),
         PredictMasks,
         {"run": job.run, "processes": capacity.actors_per_node(compute)},
         capacity.encoder_pool(compute),
@@ -433,7 +440,7 @@ class WriteMasks:
                 list(
                     pool.map(
                         lambda n, f, m: self._write(
-                            "overlays", f"{n}.jpg", overlay(f, m, colours, orient=self.job.orient)
+                            "overlays", f"{n}.jpg", overlay(f, m, colours, orient=self.job.orient is not False)
                         ),
                         names,
                         files,
