@@ -23,7 +23,10 @@ def written(folder: Path, kind: str) -> Path:
         "rgb.tif": lambda: Image.fromarray(pixels),
         "rgb.jpg": lambda: Image.fromarray(pixels),
     }[kind]()
-    picture.save(folder / kind, **({"subsampling": 0, "quality": 95} if kind.endswith("jpg") else {}))
+    if kind.endswith("jpg"):
+        picture.save(folder / kind, subsampling=0, quality=95)
+    else:
+        picture.save(folder / kind)
     return folder / kind
 
 
