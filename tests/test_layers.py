@@ -37,7 +37,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "runtime": ("runtime",),
     "training": ("training",),
     "stages": ("stages",),
-    "runs": ("pipeline", "search", "pretraining", "baselines"),
+    "runs": ("pipeline", "naming", "search", "pretraining", "baselines"),
     "accounts": ("report", "planning", "benchmarks"),
     "cli": ("cli", "__main__"),
     "package": ("",),  # the package itself, which offers `Segmenter`

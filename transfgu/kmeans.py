@@ -347,7 +347,9 @@ def whitened(shards: Shards) -> Shards:
 
 def _check_finite(shards: Shards) -> None:
     if not math.isfinite(shards.largest):
-        raise UserError("the features hold NaN or infinite values, which have no mean: leave them out")
+        raise UserError(
+            "the features hold NaN or infinite values, which have no mean: leave them out", code="features-not-finite"
+        )
 
 
 def cluster(
@@ -378,7 +380,10 @@ def cluster(
     Source: TransFGU, section 3.1; k-means++ by Arthur and Vassilvitskii (2007), greedy as in their section 6.
     """
     if not 0 < k <= shards.rows:
-        raise UserError(f"{k} clusters can't be made of {shards.rows} features: ask for 1 to {shards.rows}")
+        raise UserError(
+            f"{k} clusters can't be made of {shards.rows} features: ask for 1 to {shards.rows}",
+            code="concepts-too-many",
+        )
     _check_finite(shards)
     grid = Grid(shards.rows, shards.largest)
     if resume is None:

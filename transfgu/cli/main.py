@@ -18,6 +18,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "check": "check data, weights, storage and machine, show what a training would do and cost",
         "predict": "make masks of a folder of images with a trained run",
         "evaluate": "score a run, a decoder or a folder of masks on labelled images",
+        "name": "give names to a run's classes, and merge those of one name; nothing is trained again",
         "tune": "search for a better recipe by many short trainings",
         "pretrain": "train a small self-supervised encoder on a folder of images",
         "benchmark": "time each stage beside its lower bound",
