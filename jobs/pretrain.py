@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 from transfgu.cli.command_line import Parser, add_pretraining_recipe, pretraining_recipe_of, run_job
+from transfgu.recipe import FIELDS
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
     add("--count", metavar="N", type=int, default=12_000, help="images drawn for shapes [images] (default: 12000)")
     add("--image_size", metavar="N", type=int, default=72, help="side of the kept images [pixels] (default: 72)")
     add("--workers", metavar="N", type=int, default=0, help="training workers (default: one a GPU; one without)")
+    add("--track", metavar="TEXT", default="tensorboard", help=f"{FIELDS['compute.track'].doc} (default: tensorboard)")
     add("--quiet", action="store_true", help="print nothing but errors")
     add("--verbose", action="store_true", help="let Ray's own messages through")
     add_pretraining_recipe(parser)
@@ -33,6 +35,7 @@ def main() -> None:
     from transfgu.runtime import capacity, connect
     from transfgu.runtime.progress import Progress
     from transfgu.store import storage
+    from transfgu.training import tracking
 
     job = PretrainingJob(
         images=given.images,
@@ -45,8 +48,9 @@ def main() -> None:
     if job.images != SHAPES:
         storage.check_readable(job.images)
     storage.check_writable(job.work)
+    tracking.names(given.track)
     connect.connect(verbose=given.verbose)
-    compute = ComputeRecipe(workers=capacity.training_workers(ComputeRecipe(workers=given.workers)))
+    compute = ComputeRecipe(workers=capacity.training_workers(ComputeRecipe(workers=given.workers)), track=given.track)
     capacity.check_satisfiable(compute)  # of all of them, as their number is the same from the first step to the last
     prepared = pretrain(job, compute, Progress("pretraining", quiet=given.quiet))
     if prepared.left_out and not given.quiet:

@@ -19,7 +19,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "store": ("store",),  # below the method, as the encoder reads its weights through it
     "method": ("windows", "encoder", "kmeans", "maps", "decoder", "dropout", "losses", "views", "metrics"),
     "datasets": ("datasets",),
-    "inference": ("inference",),
+    "inference": ("inference", "learner"),
     "sharing": ("sharing",),  # below the segmenter, whose methods write the model card and the ONNX files
     "segmenter": ("segmenter",),
     "runtime": ("runtime",),
