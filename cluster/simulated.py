@@ -78,6 +78,7 @@ def environment(nodes: int, port: int) -> dict[str, str]:
         "RAY_FAKE_CLUSTER": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "TRANSFGU_NODES": json.dumps([{"count": nodes, **NODE}]),
+        "TRANSFGU_DEVICE": "cpu",  # the GPUs are declared, not there
         # Workers find the package of this clone.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
     }

@@ -30,6 +30,18 @@ gc.set_threshold(200_000, 20, 100)
 Arrays = dict[str, np.ndarray]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` on a machine without one."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="torch finds no GPU"))
+
+
 @pytest.fixture(scope="session")
 def samples() -> Path:
     """Folder of a few real images and labels in each benchmark's official layout."""

@@ -6,6 +6,7 @@ every patch, normalised over classes. It is Segmenter's decoder (Strudel et al. 
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -106,15 +107,27 @@ class MaskDecoder(nn.Module):
     def forward(
         self, patches: Float[Tensor, "B hw patch_width"]
     ) -> tuple[Float[Tensor, "B hw C"], Float[Tensor, "B C d"]]:
-        """Logits of every patch, and the class embeddings after they have seen the image, of unit length."""
+        """Return logits of every patch, and the class embeddings after they have seen the image, of unit length.
+
+        Under autocast the blocks' and projections' matrix products are of lower precision; norms, cosines and both
+        results are float32.
+        """
         tokens = torch.cat((self.proj_dec(patches), self.cls_emb.expand(patches.shape[0], -1, -1)), dim=1)
         for block in self.blocks:
             tokens = block(tokens)
         tokens = self.decoder_norm(tokens)  # (B, hw + C, d)
         patches, classes = tokens.split((patches.shape[1], self.classes), dim=1)
-        patches = F.normalize(patches @ self.proj_patch, dim=-1)
-        class_embeddings = F.normalize(classes @ self.proj_classes, dim=-1)
-        return self.mask_norm(patches @ class_embeddings.mT), class_embeddings
+        patches = F.normalize(_widened(patches @ self.proj_patch), dim=-1)
+        class_embeddings = F.normalize(_widened(classes @ self.proj_classes), dim=-1)
+        device = patches.device.type
+        # bfloat16 has two to three digits: cosines of that precision would make neighbouring classes equal.
+        mixed = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if mixed else nullcontext():
+            return self.mask_norm(patches @ class_embeddings.mT), class_embeddings
+
+
+def _widened(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _block(width: int, num_heads: int, dropout: float) -> Block:

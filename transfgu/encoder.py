@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from transfgu.errors import UserError
 from transfgu.store import storage
 from transfgu.store.weights import PACKAGE, read_weights, unwrap
+from transfgu.transfer import constant
 
 PositionResize = Literal["dino", "timm"]
 Channels = tuple[float, float, float]
@@ -56,8 +57,7 @@ def normalise(
     images: UInt8[Tensor, "B 3 H W"], mean: Channels = IMAGENET_MEAN, std: Channels = IMAGENET_STD
 ) -> Float[Tensor, "B 3 H W"]:
     """Pixels 0 to 255 to an encoder's input: (pixel / 255 - mean) / std, by channel."""
-    scale = images.new_tensor(std, dtype=torch.float32).mul(255).view(3, 1, 1)
-    shift = images.new_tensor(mean, dtype=torch.float32).mul(255).view(3, 1, 1)
+    shift, scale = (constant(x, images.device, torch.float32).mul(255).view(3, 1, 1) for x in (mean, std))
     return (images - shift) / scale
 
 

@@ -28,6 +28,13 @@ class Batch(NamedTuple):
     """Packed maps of the images (`transfgu.datasets.packed_maps`); no planes for methods that need none."""
 
 
+Pending = Callable[[], Mapping[str, float]]
+"""Returns the values of a step, `total` among them, and waits for the device that computes them.
+
+It raises FloatingPointError, on all workers at once, where the loss or its gradient was not a number; then weights and
+moments stayed as they were.
+"""
+
 Batches = Callable[[], Iterator[Batch]]
 """Goes once through this worker's slices of an epoch's global batches, from the first on; may be called again."""
 
@@ -85,12 +92,8 @@ class Learner(Protocol):
         """Prepare an epoch, counted from 0."""
         ...
 
-    def step(self, batch: Batch, epoch: int, index: int) -> Mapping[str, float]:
-        """One optimiser step over the global batch, `index` in the epoch; returns values by name, `total` among them.
-
-        Raises:
-            FloatingPointError: the loss or its gradient is not a number; on all workers at once.
-        """
+    def step(self, batch: Batch, epoch: int, index: int) -> Pending:
+        """Queue one optimiser step over the global batch, the `index`-th of the epoch."""
         ...
 
     def end(self, epoch: int, batches: Batches, *, scored: bool) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transfgu.maps import background_map, scale_maps
+from transfgu.transfer import to_device
 
 FOREGROUND = 0.1
 """A pixel is foreground, to the uncertainty, where some map scaled to [0, 1] exceeds this."""
@@ -75,7 +76,9 @@ def batch_shares(maps: Float[Tensor, "B K h w"], background_threshold: Real | No
         background_threshold: T_bg where class 0 is background.
     """
     images, _, height, width = maps.shape
-    counts = torch.tensor([images, images * height * width], device=maps.device)
+    # Filled on the device: a copy from the host would wait for what a GPU still has to do.
+    counts = torch.full((2,), images, dtype=torch.int64, device=maps.device)
+    counts[1] = images * height * width
     if background_threshold is not None:
         counts[1] = foreground(scale_maps(maps.float())).sum()
     if worker_count() > 1:
@@ -120,7 +123,7 @@ def pixel_losses(
 
     peer = F.cross_entropy(logits, labels, reduction="none")
     if teacher_logits is not None:
-        order = torch.as_tensor(permutation, device=logits.device)
+        order = to_device(torch.as_tensor(permutation), logits.device)
         peer = peer - alpha * F.cross_entropy(logits, evidence[:, order].argmax(dim=1), reduction="none")
 
     # Without the background: at foreground pixels the question is which concept it is, not whether it is one.

@@ -4,9 +4,12 @@ What can be known to fail is found before Ray starts: a GPU is held only for a r
 """
 
 import dataclasses
+import importlib.metadata
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from transfgu import datasets, formats
@@ -223,6 +226,7 @@ def _conclude(
         "iou": None,
         **scores,
         "protocol": recipe.evaluation.protocol,
+        "made": _made(run) if complete["evaluation"] else made_now(),
         "stages": {
             s: {"seconds": m.seconds, "items": m.outcome.items, "skipped": complete[s], **m.outcome.details}
             for s, m in manifests.items()
@@ -239,6 +243,27 @@ def _conclude(
         if where:
             say(f"report: {where}")
     return metrics
+
+
+def made_now() -> dict[str, str]:
+    """When, by which version and on what kind of machine a run was finished, for its report."""
+    import torch
+
+    machine = f"{os.cpu_count()} cores" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
+    return {
+        "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "version": importlib.metadata.version("transfgu"),
+        "machine": "a Ray cluster" if os.environ.get("RAY_ADDRESS") else machine,
+    }
+
+
+def _made(run: Run) -> dict[str, str] | None:
+    """What :func:`made_now` said when the run was finished; None where an earlier version finished it."""
+    uri = run.file("metrics.json")
+    data = storage.read_bytes_or_none(uri)
+    if data is None:
+        return None
+    return formats.read_json(data, storage.shown(uri), "delete it, and run again").get("made")
 
 
 def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: bool = False) -> dict[str, Any]:

@@ -167,6 +167,12 @@ class TrainingRecipe:
     )
     views: bool = field(True, "random views (jitter, greyscale, blur, crop, flip); off: the resized image itself")
     evaluate_every: int = field(1, "epochs between scores on the validation set", "epochs")
+    precision: Literal["auto", "float32", "bfloat16"] = field(
+        "auto",
+        "arithmetic of the matrix products of student and teacher in training; auto: bfloat16 on GPUs that have it, "
+        "else float32; the loss is float32",
+        before="auto",
+    )
 
     def __post_init__(self) -> None:
         for name in ("epochs", "passes", "batch_size", "evaluate_every", "teacher_start"):

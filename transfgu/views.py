@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, Channels
+from transfgu.transfer import constant, to_device
 
 GREY = (0.2989, 0.587, 0.114)  # luma of red, green, blue (ITU-R 601)
 
@@ -90,8 +91,9 @@ def apply_views(
     colours = change_colours(images.float() / 255, views)
     size = (images.shape[2] // 2, images.shape[3] // 2)
     colours, maps = crop_views(colours, maps, views.boxes, size, (size[0] // patch_size, size[1] // patch_size))
-    colours = (colours - colours.new_tensor(mean).view(3, 1, 1)) / colours.new_tensor(std).view(3, 1, 1)
-    flip = torch.from_numpy(views.flip).to(images.device)[:, None, None, None]
+    centre, spread = (constant(values, colours.device, colours.dtype).view(3, 1, 1) for values in (mean, std))
+    colours = (colours - centre) / spread
+    flip = to_device(torch.from_numpy(views.flip), images.device)[:, None, None, None]
     return torch.where(flip, colours.flip(3), colours), torch.where(flip, maps.flip(3), maps)
 
 
@@ -111,7 +113,7 @@ def crop_views(
     crops = _resample(_resample(images, rows, size[0], 2), columns, size[1], 3)
     scale = np.array([maps.shape[3] / images.shape[3], maps.shape[2] / images.shape[2]] * 2)
     corners = boxes[:, [2, 0, 3, 1]] * scale  # y0 y1 x0 x1 in pixels -> x0 y0 x1 y1 in patches
-    regions = torch.from_numpy(np.column_stack([np.arange(len(boxes)), corners])).to(maps.device, torch.float32)
+    regions = to_device(torch.from_numpy(np.column_stack([np.arange(len(boxes)), corners])).float(), maps.device)
     return crops, roi_align(maps.float(), regions, grid, sampling_ratio=0, aligned=True)
 
 
@@ -127,10 +129,10 @@ def _resample(images: Float[Tensor, "B 3 H W"], spans: Int[ndarray, "B 2"], leng
     shape[dim] = length
 
     def take(index: ndarray) -> Tensor:
-        index_ = torch.from_numpy(index + spans[:, :1]).to(images.device).view(shape)
+        index_ = to_device(torch.from_numpy(index + spans[:, :1]), images.device).view(shape)
         return images.take_along_dim(index_, dim)
 
-    weight = torch.from_numpy(place - low).to(images.device, images.dtype).view(shape)
+    weight = to_device(torch.from_numpy(place - low).to(images.dtype), images.device).view(shape)
     return take(low).lerp(take(np.minimum(low + 1, cut - 1)), weight)
 
 
@@ -145,14 +147,14 @@ def change_colours(images: Float[Tensor, "B 3 H W"], views: Colours) -> Float[Te
     steps.append((views.blur, _blur, views.sigma))
     for chosen, adjust, factors in steps:
         if chosen.any():
-            index = torch.from_numpy(np.flatnonzero(chosen)).to(images.device)
-            factor = torch.from_numpy(factors[chosen]).to(images.device, images.dtype).view(-1, 1, 1, 1)
+            index = to_device(torch.from_numpy(np.flatnonzero(chosen)), images.device)
+            factor = to_device(torch.from_numpy(factors[chosen]).to(images.dtype), images.device).view(-1, 1, 1, 1)
             images.index_copy_(0, index, adjust(images[index], factor))
     return images
 
 
 def _grey(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 H W"]:
-    return (images * images.new_tensor(GREY).view(3, 1, 1)).sum(1, keepdim=True)
+    return (images * constant(GREY, images.device, images.dtype).view(3, 1, 1)).sum(1, keepdim=True)
 
 
 def _brightness(images: Float[Tensor, "B 3 H W"], factor: Float[Tensor, "B 1 1 1"]) -> Float[Tensor, "B 3 H W"]:
@@ -177,7 +179,7 @@ def _hue(images: Float[Tensor, "B 3 H W"], turn: Float[Tensor, "B 1 1 1"]) -> Fl
     sector = torch.where(at_red, green - blue, torch.where(at_green, blue - red, red - green)) / chroma[:, 0].clamp(
         min=1e-12
     ) + torch.where(at_red, 0.0, torch.where(at_green, 2.0, 4.0))
-    place = sector[:, None] + 6 * turn + images.new_tensor([5, 3, 1]).view(3, 1, 1)
+    place = sector[:, None] + 6 * turn + constant((5.0, 3.0, 1.0), images.device, images.dtype).view(3, 1, 1)
     place = place.remainder(6)
     return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
 

@@ -151,6 +151,7 @@ def main(recipe_file: str, uri: str, how: str) -> None:
     """Change the cluster in every stage that does its work on it."""
     recipe, run = from_yaml(Path(recipe_file).read_text()), Run(uri)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "20"
+    os.environ["TRANSFGU_DEVICE"] = "cpu"  # the GPUs are declared, not there
     os.environ[runtime.NODES] = json.dumps([{"count": NODES, **NODE}])
     head = {
         "num_cpus": 0,

@@ -132,7 +132,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(tmp_path: Path
         next(training.state.student.parameters()).fill_(torch.nan)
     before = {name: tensor.clone() for name, tensor in training.state.student.state_dict().items()}
     with pytest.raises(FloatingPointError, match="diverged"):
-        training.step(next(training.batches(0)), 0, 0)
+        training.step(next(training.batches(0)), 0, 0)()
     for name, tensor in training.state.student.state_dict().items():
         torch.testing.assert_close(tensor, before[name], equal_nan=True, rtol=0, atol=0)
 

@@ -12,12 +12,13 @@ import pytest
 from PIL import Image
 
 from tests.made_run import VALIDATION, MadeRun, make_run
+from transfgu.datasets import pictures
 from transfgu.presets import PRESETS
 from transfgu.report import page as report
 from transfgu.report.published import TABLE_1
 from transfgu.segmenter import Segmenter
 
-_VOID = {"meta", "link", "img", "br"}
+_VOID = {"meta", "link", "img", "br", "input"}
 
 
 class Page(HTMLParser):
@@ -86,7 +87,8 @@ def test_everything_is_in_the_file(page: Page, bare: Page) -> None:
         for link in links:
             assert link.startswith(("data:", "#")), link
             assert not link.startswith("#") or link[1:] in ids, link
-        assert not found.tags["script"]
+        assert found.tags["script"] == 1  # its own, in the file
+        assert not any("src" in a for a in found.all("script"))
         assert "url(" not in found.text
         assert "@import" not in found.text
 
@@ -103,7 +105,7 @@ def test_a_person_who_sees_little_can_read_it(page: Page) -> None:
 def test_every_section_is_there_with_labels(page: Page, labelled: MadeRun) -> None:
     sections = {a["id"] for a in page.all("h2")}
     assert sections == {
-        *("what", "scores", "pictures", "classes", "confusion", "concepts"),
+        *("what", "next", "scores", "pictures", "classes", "confusion", "concepts"),
         *("pseudo-labels", "training", "time", "left-out", "recipe"),
     }
     assert f"mIoU {labelled.metrics['mean_iou']:.2f}" not in page.text  # the title is shorter
@@ -131,6 +133,32 @@ def test_the_grid_shows_image_prediction_and_truth(page: Page, bare: Page) -> No
     without = [image["alt"] or "" for image in bare.all("img")]
     assert sum(alt.startswith("prediction: ") for alt in without) == VALIDATION
     assert not any("ground truth" in alt for alt in without)
+
+
+def test_classes_show_precision_recall_and_their_cluster(labelled: MadeRun, page: Page) -> None:
+    segmenter = Segmenter.load(labelled.run.uri)
+    confusion = np.array([[6, 2, 0], [1, 3, 0], [0, 5, 3]])
+    segmenter.classes, segmenter.colours = ("a", "b", "c"), ((0, 0, 0),) * 3
+    bars = {bar.key.name: bar for bar in report.class_bars(segmenter, confusion)["best"]}
+    assert bars["a"].precision == pytest.approx(600 / 7)
+    assert bars["a"].recall == 75.0
+    assert (bars["b"].precision, bars["b"].recall) == (30.0, 75.0)
+    assert (bars["c"].precision, bars["c"].recall, bars["c"].cluster) == (100.0, 37.5, 2)
+    assert "precision, %" in page.text
+
+
+def test_errors_are_orange_and_unlabelled_pixels_grey() -> None:
+    image = np.full((1, 3, 3), 100, np.uint8)
+    painted = pictures.error_map(image, np.array([[1, 2, 0]]), np.array([[1, 1, -1]]))
+    assert painted[0].tolist() == [[100, 100, 100], [191, 106, 35], [150, 150, 150]]
+
+
+def test_a_run_says_when_and_how_it_was_made_and_what_comes_next(labelled: MadeRun) -> None:
+    made = {"finished": "2026-11-27 10:00 UTC", "version": "0.1.0", "machine": "2 cores"}
+    text = Page(report.render(labelled.recipe, labelled.run, labelled.stages, labelled.metrics | {"made": made})).text
+    assert "Finished 2026-11-27 10:00 UTC by transfgu 0.1.0 on 2 cores." in text
+    assert f"python jobs/predict.py --run {labelled.run.uri} --images IMAGES --out MASKS" in text
+    assert "whose decoder was kept" not in text or "epoch 6, whose decoder was kept" in text
 
 
 def test_the_truth_is_painted_in_its_classes_colours(page: Page) -> None:

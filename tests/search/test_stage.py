@@ -300,7 +300,7 @@ def test_two_workers_a_trial_half_a_gpu_and_hardly_a_cpu(tmp_path: Path) -> None
     """One CPU of the two stays free, so two trials of two workers share the other one."""
     script = tmp_path / "driver.py"
     script.write_text(textwrap.dedent(SCRIPT.format(root=str(ROOT), folder=str(tmp_path))))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRANSFGU_DEVICE": "cpu"}  # the GPU is declared, not there
     done = subprocess.run(
         [sys.executable, str(script)],
         cwd=ROOT,

@@ -18,7 +18,7 @@ from torch.optim import SGD, Optimizer
 from transfgu.decoder import MaskDecoder
 from transfgu.errors import UserError
 from transfgu.losses import Loss, bootstrapping_loss
-from transfgu.training.step import StepResult, make_optimiser, training_step
+from transfgu.training.step import StepResult, make_optimiser, start_step, training_step
 
 WIDTH, CONCEPTS, GRID, IMAGES = 12, 4, (2, 3), 4
 ALL = slice(0, IMAGES)
@@ -174,6 +174,43 @@ def test_step_whose_total_is_not_positive_is_skipped() -> None:
     assert str(optimiser.state_dict()) == moments
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("alpha", "moves"), [(0.05, True), (5.0, False), (math.nan, False)])
+def test_a_fused_optimiser_skips_the_same_steps(fused: bool, alpha: float, moves: bool) -> None:
+    batch = Batch(background=False)
+    student = make_decoder(batch.classes)
+    before = snapshot(student)
+    batch.settings["alpha"] = alpha
+    optimiser = SGD(student.parameters(), lr=0.1, fused=fused)
+    step = start_step(student, optimiser, batch.patches, batch.maps, batch.teacher, **batch.settings)
+    assert any(not torch.equal(before[name], value) for name, value in snapshot(student).items()) == moves
+    if math.isnan(alpha):
+        with pytest.raises(FloatingPointError):
+            step.result()
+    else:
+        assert step.result().skipped != moves
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_bfloat16_is_close_to_float32_and_keeps_float32_weights(background: bool) -> None:
+    batch = Batch(background=background)
+    batch.patches, batch.maps, batch.teacher = batch.patches.float(), batch.maps.float(), batch.teacher.float()
+    results, after = [], []
+    for half in (False, True):
+        student = make_decoder(batch.classes).float()
+        optimiser = SGD(student.parameters(), lr=0.1)
+        step = start_step(student, optimiser, batch.patches, batch.maps, batch.teacher, half=half, **batch.settings)
+        results.append(step.result())
+        after.append(snapshot(student))
+    # bfloat16 keeps 8 bits: 2^-8 relative, in each of the two blocks' products.
+    assert results[1].total == pytest.approx(results[0].total, rel=0.03)
+    assert results[1].total != results[0].total
+    assert results[1].gradient_norm == pytest.approx(results[0].gradient_norm, rel=0.1)
+    for name, value in after[1].items():
+        assert value.dtype == torch.float32, name
+        torch.testing.assert_close(value, after[0][name], rtol=0.05, atol=0.01)
+
+
 @pytest.mark.parametrize("where", ["patches", "maps"])
 def test_what_is_no_number_ends_training_before_it_reaches_the_weights(where: str) -> None:
     batch = Batch(background=False)
@@ -235,8 +272,9 @@ def test_out_of_memory_halves_and_says_so_once(caplog: pytest.LogCaptureFixture)
 def test_a_single_image_too_large_is_the_user_s_to_mend() -> None:
     batch = Batch(background=False)
     student = SmallMemory(make_decoder(batch.classes), room=0)
-    with pytest.raises(UserError, match="too large for the device: use smaller images"):
+    with pytest.raises(UserError) as error:
         batch.step(student, SGD(student.parameters(), lr=0.1))
+    assert error.value.code == "image-too-large"
 
 
 def test_other_errors_are_not_taken_for_memory() -> None:
@@ -247,7 +285,7 @@ def test_other_errors_are_not_taken_for_memory() -> None:
         batch.step(student, SGD(student.parameters(), lr=0.1))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU whose memory can run out")
+@pytest.mark.gpu
 def test_out_of_memory_on_a_real_device() -> None:
     """Memory for a batch of 64 through a decoder of a published size, then a limit that it does not fit."""
     torch.manual_seed(0)

@@ -21,7 +21,22 @@ ResizedMask = Int[np.ndarray, "h w"]
 
 _UNLABELLED = (150, 150, 150)
 _EDGE = (20, 20, 20)
-_GLOW = np.array((255, 210, 40), dtype=np.float32)
+_WRONG = np.array((240, 110, 0), dtype=np.float32)
+# Nine colours of viridis, whose lightness rises evenly (van der Walt and Smith, SciPy 2015).
+_VIRIDIS = np.array(
+    [
+        (68, 1, 84),
+        (71, 44, 122),
+        (59, 81, 139),
+        (44, 113, 142),
+        (33, 144, 141),
+        (39, 173, 129),
+        (92, 200, 99),
+        (170, 220, 50),
+        (253, 231, 37),
+    ],
+    dtype=np.float32,
+)
 _SMALLEST = 0.02  # share of the picture below which a region gets no number
 _EACH = 3  # regions of one class that get a number
 _GAP = 2  # px between tiles
@@ -100,13 +115,32 @@ def describe(mask: Mask, names: Sequence[str], at_most: int = 5) -> str:
 
 
 def glow(image: Pixels, heat: Float[np.ndarray, "h w"]) -> Pixels:
-    """The image in dim grey, lit in yellow where `heat`, 0 to 1, is high."""
+    """The image in dim grey under the colours of `heat`, 0 to 1, by the scale of :func:`colour_scale`."""
     height, width = image.shape[:2]
-    grey = np.asarray(Image.fromarray(image).convert("L"), dtype=np.float32)[..., None] * 0.7
+    grey = np.asarray(Image.fromarray(image).convert("L"), dtype=np.float32)[..., None] * 0.8
     resized = Image.fromarray(heat.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    share = np.clip(np.asarray(resized), 0, 1)[..., None] * 0.8
-    lit: Pixels = (grey * (1 - share) + _GLOW * share).round().astype(np.uint8)
+    lit: Pixels = (0.35 * grey + 0.65 * _viridis(np.clip(np.asarray(resized), 0, 1))).round().astype(np.uint8)
     return lit
+
+
+def colour_scale(width: int, height: int) -> Pixels:
+    """A bar of the colours from 0, left, to 1, right."""
+    row = _viridis(np.linspace(0, 1, width, dtype=np.float32))
+    return np.broadcast_to(row.round().astype(np.uint8), (height, width, 3)).copy()
+
+
+def error_map(image: Pixels, prediction: Mask, label: Mask) -> Pixels:
+    """The image in grey, wrong pixels in orange, pixels without a label in flat grey."""
+    grey = np.asarray(Image.fromarray(image).convert("L"), dtype=np.float32)[..., None].repeat(3, axis=2)
+    wrong = ((label >= 0) & (prediction != label))[..., None]
+    painted = np.where(wrong, 0.35 * grey + 0.65 * _WRONG, grey)
+    shown: Pixels = np.where((label < 0)[..., None], np.float32(_UNLABELLED[0]), painted).round().astype(np.uint8)
+    return shown
+
+
+def _viridis(values: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape 3"]:
+    places = np.linspace(0, 1, len(_VIRIDIS))
+    return np.stack([np.interp(values, places, channel) for channel in _VIRIDIS.T], axis=-1).astype(np.float32)
 
 
 def square(picture: Pixels, side: int) -> Resized:

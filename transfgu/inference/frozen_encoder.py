@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from transfgu.datasets.packed_maps import pack_maps
 from transfgu.encoder import Encoder, normalise, scaled_size
-from transfgu.inference.device import in_bfloat16
+from transfgu.inference.device import allow_tf32, in_bfloat16
 from transfgu.inference.memory import HalveOnOutOfMemory
 from transfgu.recipe import PseudoLabelsRecipe, Recipe, Size
 from transfgu.windows import crop_windows
@@ -57,6 +57,7 @@ class FrozenEncoder:
         self.encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights).to(device)
         self.device = device
         self.half = in_bfloat16(recipe.encoder, device)
+        allow_tf32(recipe.encoder, device)
         self._patches = recipe.encoder.batch_size * self._grid(recipe.windows.size)[2]
         self._images_at_once = images_at_once
         self._threads: ThreadPoolExecutor | None = None

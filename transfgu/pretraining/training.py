@@ -15,7 +15,7 @@ from numpy import ndarray
 from torch.nn.parallel import DistributedDataParallel
 
 from transfgu.errors import UserError
-from transfgu.learner import Batch
+from transfgu.learner import Batch, Pending
 from transfgu.pretraining.objective import (
     StepSchedule,
     Student,
@@ -29,6 +29,7 @@ from transfgu.pretraining.objective import (
 from transfgu.pretraining.recipe import PretrainingRecipe
 from transfgu.store import parquet
 from transfgu.training.batches import Resident, Share, Source, Streamed, load
+from transfgu.training.copies import on_device
 from transfgu.training.job import Place
 from transfgu.training.order import Order
 from transfgu.training.state import State, Tensors
@@ -120,10 +121,11 @@ class Pretraining:
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """See `Training`; the last epoch ends with the last step."""
-        return islice(self._source.epoch(epoch), self.steps - epoch * self.order.steps)
+        batches = islice(self._source.epoch(epoch), self.steps - epoch * self.order.steps)
+        return on_device(batches, self._place.device)
 
-    def step(self, batch: Batch, epoch: int, index: int) -> Mapping[str, float]:
-        """One step of AdamW; returns both losses of this worker's slice."""
+    def step(self, batch: Batch, epoch: int, index: int) -> Pending:
+        """One step of AdamW; both losses are those of this worker's slice."""
         recipe, state = self.recipe, self.state
         now = StepSchedule.at(epoch * self.order.steps + index, recipe)
         apply_schedule(state.optimiser, now)
@@ -137,14 +139,10 @@ class Pretraining:
             self._student.head.prototypes.grad = None
         # Of gradients that are averaged over workers: all find the same norm, and stop at the same step.
         norm = torch.nn.utils.clip_grad_norm_(self._student.parameters(), recipe.clip).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"training diverged: contrast {loss.contrast.item()}, clustering {loss.clustering.item()}, gradient "
-                f"norm {norm}; try a lower learning rate"
-            )
-        state.optimiser.step()
-        self._teacher.follow(self._student, now.teacher_momentum)
-        return {"contrast": loss.contrast.item(), "clustering": loss.clustering.item()}
+        if math.isfinite(norm):
+            state.optimiser.step()
+            self._teacher.follow(self._student, now.teacher_momentum)
+        return partial(_values, loss.contrast.item(), loss.clustering.item(), norm)
 
     def end(self, epoch: int, results: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         """Mean losses, and the steps that are done."""
@@ -161,6 +159,15 @@ class Pretraining:
     def line(self, row: Mapping[str, Any]) -> str:
         """See `Training`."""
         return f"step {row['step']} of {self.steps}: contrast {row['contrast']:.3f}, clustering {row['clustering']:.3f}"
+
+
+def _values(contrast: float, clustering: float, norm: float) -> Mapping[str, float]:
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"training diverged: contrast {contrast}, clustering {clustering}, gradient norm {norm}; try a lower "
+            "learning rate"
+        )
+    return {"contrast": contrast, "clustering": clustering}
 
 
 def rows_of(parts: Sequence[Part]) -> pa.Table:

@@ -36,6 +36,7 @@ def line_chart(
     x_range: tuple[float, float],
     unit: str = "",
     marks: Sequence[float] = (),
+    chosen: float | None = None,
     from_zero: bool = False,
 ) -> Markup:
     """An SVG line chart.
@@ -46,7 +47,8 @@ def line_chart(
         x_label: what x counts.
         x_range: the x axis's ends.
         unit: of y, written behind its values.
-        marks: values of x that get a vertical line.
+        marks: values of x that get a dotted vertical line.
+        chosen: a value of x that gets a solid one.
         from_zero: let the y axis begin at 0, whatever the values.
     """
     ys = [y for s in series for _, y in s.points]
@@ -70,6 +72,8 @@ def line_chart(
     parts.append(_text("middle", (_LEFT + right) / 2, _HEIGHT - 6, x_label))
     top = _TOP if len(marks) <= _MANY_MARKS else floor - 10
     parts += [_rule("mark", px(mark), px(mark), top, floor) for mark in marks]
+    if chosen is not None:
+        parts.append(_rule("chosen", px(chosen), px(chosen), _TOP, floor))
     for index, line in enumerate(series):
         path = " ".join(f"{'L' if i else 'M'}{px(x)} {py(y)}" for i, (x, y) in enumerate(line.points))
         parts.append(Markup('<path class="line s{}" d="{}"/>').format(index, path))

@@ -1,9 +1,10 @@
 """A run is judged by looking: the report puts its numbers next to the pictures that explain them, in one file.
 
 Everything in it is read from the run's artefacts, so it can be written again at any time, and nothing in it loads from
-anywhere: pictures are embedded, charts are SVG, there is no script.
+anywhere: pictures are embedded, charts are SVG, and without its short script the page is still whole.
 """
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from transfgu.report.published import TABLE_1, Result
 from transfgu.segmenter import Segmenter
 from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Manifest, Run
+from transfgu.training.checkpoints import merit
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -73,6 +75,7 @@ def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Ma
     grid = _grid(recipe, run, segmenter)
     times = _times(stages, metrics)
     changes = _changes(recipe)
+    kept = _kept(run, metrics)
     return template("report.html").render(
         recipe=recipe,
         metrics=metrics,
@@ -85,9 +88,13 @@ def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Ma
         confusion=None if confusion is None else confusion_view(segmenter, confusion),
         concepts=_concepts(recipe, run, segmenter),
         pseudo_labels=_pseudo_labels(recipe, run, segmenter),
-        curves=_curves(run),
+        curves=_curves(run, kept),
         epochs=_epochs(run, metrics),
         protocol=_PROTOCOLS[recipe.evaluation.protocol].format(*recipe.dataset.image_size),
+        kept=kept,
+        made=metrics.get("made"),
+        commands=_commands(recipe, run),
+        scale=pictures.png(pictures.colour_scale(160, 12)),
         times=times,
         slowest=max(times, key=lambda time: time.seconds),
         total_seconds=sum(time.seconds for time in times),
@@ -188,23 +195,44 @@ def _grid(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
         return sample, image, label
 
     rows = []
-    for sample, image, label in _readable(read, _spread(table, _SHOWN)):
+    for sample, image, label in _readable(read, spread(table, _SHOWN)):
         prediction = segmenter.predict(image)
-        shown = [_photo(image, sample["name"]), _mask(prediction, segmenter, "prediction")]
+        shown = [photo(image, sample["name"]), _mask(prediction, segmenter, "prediction")]
         if label is not None:
             shown.append(_mask(label, segmenter, "ground truth"))
+            shown.append(_errors(image, prediction, label))
         rows.append(Row(name=sample["name"], pictures=shown))
     return rows
 
 
-def _photo(image: pictures.Pixels, name: str) -> Picture:
-    return Picture(src=pictures.jpeg(pictures.shrink(image, _SIDE)), alt=f"image {name}", title="image")
+def _errors(image: pictures.Pixels, prediction: pictures.Mask, label: pictures.Mask) -> Picture:
+    """Where a prediction is wrong."""
+    labelled = label >= 0
+    wrong = 100 * float((labelled & (prediction != label)).sum()) / max(1, int(labelled.sum()))
+    painted = pictures.error_map(image, prediction, label)
+    return Picture(
+        src=pictures.jpeg(pictures.shrink(painted, _SIDE)),
+        alt=f"errors: {wrong:.0f} % of the labelled pixels are wrong",
+        title=f"errors, {wrong:.0f} %",
+    )
+
+
+def photo(image: pictures.Pixels, name: str, side: int = _SIDE) -> Picture:
+    """An image of the data set, its longer side at most `side` pixels."""
+    return Picture(src=pictures.jpeg(pictures.shrink(image, side)), alt=f"image {name}", title="image")
 
 
 def _mask(mask: pictures.Mask, segmenter: Segmenter, title: str) -> Picture:
+    return mask_picture(mask, segmenter.colours, segmenter.classes, title)
+
+
+def mask_picture(
+    mask: pictures.Mask, colours: Sequence[pictures.Colour], names: Sequence[str], title: str, side: int = _SIDE
+) -> Picture:
+    """A mask in its classes' colours, its longer side `side` pixels, with the classes' numbers in it."""
     return Picture(
-        src=pictures.png(pictures.paint(mask, segmenter.colours, _SIDE)),
-        alt=f"{title}: {pictures.describe(mask, segmenter.classes)}",
+        src=pictures.png(pictures.paint(mask, colours, side)),
+        alt=f"{title}: {pictures.describe(mask, names)}",
         title=title,
         keys=pictures.keys(mask),
     )
@@ -219,7 +247,8 @@ class ClassKey:
     colour: str
 
 
-def _class_key(segmenter: Segmenter, number: int) -> ClassKey:
+def class_key(segmenter: Segmenter, number: int) -> ClassKey:
+    """A class of a model as a legend shows it."""
     return ClassKey(
         number=number, name=segmenter.classes[number], colour="#{:02x}{:02x}{:02x}".format(*segmenter.colours[number])
     )
@@ -227,24 +256,38 @@ def _class_key(segmenter: Segmenter, number: int) -> ClassKey:
 
 def _legend(segmenter: Segmenter, shown: Iterable[Picture]) -> list[ClassKey]:
     """The classes whose numbers stand in some picture."""
-    return [_class_key(segmenter, n) for n in sorted({key.number for picture in shown for key in picture.keys})]
+    return [class_key(segmenter, n) for n in sorted({key.number for picture in shown for key in picture.keys})]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One class's IoU, percent, and its share of the labelled pixels, percent."""
+    """One class's scores and its share of the labelled pixels, percent, and the cluster that it was matched to."""
 
     key: ClassKey
     iou: float
+    precision: float
+    recall: float
     share: float
+    cluster: int
 
 
 def class_bars(segmenter: Segmenter, confusion: Int[np.ndarray, "C clusters"]) -> dict[str, list[Bar]]:
     """Classes from best to worst; where they are many, the best, the worst and those between apart."""
-    iou = scores(confusion).iou
+    found = scores(confusion)
+    iou, clusters = found.iou, found.clusters
+    hits = confusion[np.arange(len(confusion)), clusters]
     share = 100 * confusion.sum(axis=1) / confusion.sum()
+    recall = 100 * hits / np.maximum(confusion.sum(axis=1), 1)
+    precision = 100 * hits / np.maximum(confusion.sum(axis=0)[clusters], 1)
     bars = [
-        Bar(key=_class_key(segmenter, c), iou=float(iou[c]), share=float(share[c]))
+        Bar(
+            key=class_key(segmenter, c),
+            iou=float(iou[c]),
+            precision=float(precision[c]),
+            recall=float(recall[c]),
+            share=float(share[c]),
+            cluster=int(clusters[c]),
+        )
         for c in np.argsort(-iou, kind="stable").tolist()
         if not np.isnan(iou[c])
     ]
@@ -281,7 +324,7 @@ def confusion_view(segmenter: Segmenter, confusion: Int[np.ndarray, "C clusters"
             }
             for t, p in pairs
         ],
-        "keys": [_class_key(segmenter, c) for c in range(len(segmenter.classes))],
+        "keys": [class_key(segmenter, c) for c in range(len(segmenter.classes))],
         "rows": [],
         "picture": None,
     }
@@ -348,7 +391,7 @@ def _concepts(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concept]:
     views = []
     for number, count in enumerate(counts):
         ordered = [tile for _, tile in sorted(found.get(number, []), key=lambda pair: pair[0])]
-        key = _class_key(segmenter, int(segmenter.class_of[number + int(recipe.background)]))
+        key = class_key(segmenter, int(segmenter.class_of[number + int(recipe.background)]))
         views.append(
             Concept(
                 number=number,
@@ -363,7 +406,7 @@ def _concepts(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concept]:
 
 
 def _pseudo_labels(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
-    """For a few training images: the label that the maps make, and the strongest maps themselves."""
+    """For a few training images: the label that the maps make, and the maps that win the most patches."""
     parts = [uri for uri in storage.list_files(run.artifact("pseudo_labels").uri) if uri.endswith(".parquet")]
     places = map_files.index_maps(_evenly(parts, _MAPS_SHOWN))
     places = places.take(_evenly(range(len(places)), _MAPS_SHOWN))
@@ -379,8 +422,9 @@ def _pseudo_labels(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
     for maps, name, image in _readable(read, found):
         scaled, label = _pseudo_label(recipe, maps)
         mask = segmenter.class_of[_enlarge(label, image.shape[:2])]
-        shown = [_photo(image, name), _mask(mask, segmenter, "pseudo label")]
-        strongest = np.argsort(-scaled.mean(axis=(1, 2)), kind="stable")[:3]
+        shown = [photo(image, name), _mask(mask, segmenter, "pseudo label")]
+        won = np.bincount(scaled.argmax(axis=0).ravel(), minlength=len(scaled))
+        strongest = np.argsort(-won, kind="stable")[:3]
         small = pictures.shrink(image, _SIDE)
         for concept in strongest:
             title = segmenter.classes[segmenter.class_of[concept + int(recipe.background)]]
@@ -420,8 +464,8 @@ class Curve:
     svg: Markup
 
 
-def _curves(run: Run) -> dict[str, Any]:
-    """Scores and losses by epoch, with the epochs at which the student became the teacher."""
+def _curves(run: Run, kept: int | None) -> dict[str, Any]:
+    """Scores and losses by epoch, with the epochs at which the student became the teacher, and the kept one."""
     history = run.history()
     updates = [float(epoch["epoch"]) for epoch in history if epoch["teacher_updated"]]
     ends = (float(history[0]["epoch"]), float(history[-1]["epoch"]))
@@ -441,10 +485,38 @@ def _curves(run: Run) -> dict[str, Any]:
         series = [Series(name=name, points=found) for name, found in points.items() if found]
         if series:
             svg = charts.line_chart(
-                title, series, x_label="epoch", x_range=ends, unit=unit, marks=updates, from_zero=bool(unit)
+                title,
+                series,
+                x_label="epoch",
+                x_range=ends,
+                unit=unit,
+                marks=updates,
+                chosen=None if kept is None else float(kept),
+                from_zero=bool(unit),
             )
             drawn.append(Curve(title=title, svg=svg))
     return {"charts": drawn, "updates": updates, "history": history}
+
+
+def _kept(run: Run, metrics: Mapping[str, Any]) -> int | None:
+    """The epoch whose decoder was kept, by validation labels; None where the last one was."""
+    scored = [e for e in run.history() if e["mean_iou"] is not None]
+    if not scored or "last" not in metrics:
+        return None
+    return int(max(scored, key=merit)["epoch"])
+
+
+def _commands(recipe: Recipe, run: Run) -> list[tuple[str, str]]:
+    """What is commonly done with a finished run, and the commands that do it."""
+    uri = shlex.quote(storage.shown(run.uri))
+    made = [("Masks for a folder of images", f"python jobs/predict.py --run {uri} --images IMAGES --out MASKS")]
+    if not recipe.labels and recipe.preset == "folder":
+        return [*made, ("Scores, once there are labels", f"python jobs/evaluate.py --run {uri} --labels LABELS")]
+    return [
+        *made,
+        ("The same images scored by simpler methods", f"python jobs/evaluate.py --run {uri} --baselines"),
+        ("Better loss weights", f"python jobs/tune.py {recipe.preset} --trials 20 --run {uri}-search"),
+    ]
 
 
 def _epochs(run: Run, metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
@@ -452,7 +524,7 @@ def _epochs(run: Run, metrics: Mapping[str, Any]) -> list[tuple[str, float, floa
     scored = [e for e in run.history() if e["mean_iou"] is not None]
     if not scored or "last" not in metrics:
         return []
-    best = max(scored, key=lambda e: e["mean_iou"] + e["pixel_accuracy"])
+    best = max(scored, key=merit)
     return [
         (f"{title}, {epoch['epoch']}", found["mean_iou"], found["pixel_accuracy"])
         for title, epoch, found in (("best", best, metrics), ("last", scored[-1], metrics["last"]))
@@ -547,7 +619,8 @@ def _evenly(items: Sequence[T], count: int) -> list[T]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def _spread(table: pa.Table, count: int) -> list[dict[str, Any]]:
+def spread(table: pa.Table, count: int) -> list[dict[str, Any]]:
+    """`count` rows of a table at even distances; all where they are fewer."""
     rows: list[dict[str, Any]] = table.take(_evenly(range(len(table)), count)).to_pylist()
     return rows
 

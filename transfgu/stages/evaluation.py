@@ -25,7 +25,7 @@ from transfgu.decoder import MaskDecoder, all_winners
 from transfgu.errors import LeftOut, UserError
 from transfgu.inference import device
 from transfgu.inference.averaging import averaged_logits
-from transfgu.inference.device import use_cores
+from transfgu.inference.device import allow_tf32, use_cores
 from transfgu.inference.tokens import PatchTokens
 from transfgu.metrics import Scores, batch_confusion, scores, scores_json
 from transfgu.recipe import Recipe
@@ -188,6 +188,7 @@ class Count:
         self._recipe, self._device = recipe, device.own_device()
         if self._device.type == "cpu":
             use_cores(processes)
+        allow_tf32(recipe.encoder, self._device)
         self._encode = PatchTokens(recipe.encoder, self._device)
         encoder = self._encode.encoder
         self._decoders = [load_decoder(uri, encoder.num_heads).to(self._device) for uri in decoders]

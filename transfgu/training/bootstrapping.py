@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ from torch.optim import Optimizer
 from transfgu.datasets.packed_maps import maps_of_planes, unpack_planes
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import patch_grid
+from transfgu.inference.device import in_bfloat16
 from transfgu.inference.mask_model import MaskModel
 from transfgu.inference.tokens import PatchTokens
-from transfgu.learner import Batch, Batches, Model, Setting
+from transfgu.learner import Batch, Batches, Model, Pending, Setting
 from transfgu.training import schedule
-from transfgu.training.step import make_optimiser, training_step
+from transfgu.training.step import PendingStep, make_optimiser, start_step
 from transfgu.views import apply_views, draw_views
 
 _LOSSES = ("total", "peer", "diversity", "uncertainty")
@@ -50,6 +52,7 @@ class Bootstrapping:
         self.whole = not training.views
         self._student: nn.Module = ray.train.torch.prepare_model(self.network, move_to_device=self.device)
         self._plan = schedule.plan(training, 0)
+        self._half = in_bfloat16(training, self.device)
         self._part: int | None = None  # images the decoder takes at a time; None until memory ran out
 
     def begin(self, epoch: int, batches: Batches) -> None:
@@ -59,11 +62,11 @@ class Bootstrapping:
             self.teacher = copy.deepcopy(self.network).eval().requires_grad_(False)
             self.network.load_state_dict(self.initial)
 
-    def step(self, batch: Batch, epoch: int, index: int) -> Mapping[str, float]:
-        """See `transfgu.training.step`; `skipped` is 1 where the total was not positive."""
+    def step(self, batch: Batch, epoch: int, index: int) -> Pending:
+        """See `transfgu.training.step`; `skipped_steps` is 1 where the total was not positive."""
         recipe, training = self.recipe, self.recipe.training
         patches, maps = self._known_tokens(batch) if self.whole else self._random_views(batch, epoch)
-        result = training_step(
+        step = start_step(
             self._student,
             self.optimiser,
             patches,
@@ -75,10 +78,11 @@ class Bootstrapping:
             permutation=np.random.default_rng([recipe.seed, epoch, index]).permutation(recipe.classes),
             background_threshold=training.background_threshold if recipe.background else None,
             part=self._part,
+            half=self._half,
         )
-        if result.part < len(patches):
-            self._part = result.part
-        return {**{name: getattr(result, name) for name in _LOSSES}, "skipped_steps": float(result.skipped)}
+        if step.part < len(patches):
+            self._part = step.part
+        return partial(_values, step)
 
     def end(self, epoch: int, batches: Batches, *, scored: bool) -> Mapping[str, Any]:
         """The schedule's part of the history's row."""
@@ -101,3 +105,8 @@ class Bootstrapping:
         if planes.shape[2:] != grid:
             planes = F.interpolate(planes, grid, mode="bilinear")
         return batch.inputs.to(self.device), maps_of_planes(planes)
+
+
+def _values(step: PendingStep) -> Mapping[str, float]:
+    result = step.result()
+    return {**{name: getattr(result, name) for name in _LOSSES}, "skipped_steps": float(result.skipped)}

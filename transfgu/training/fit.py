@@ -23,7 +23,7 @@ from transfgu.training import checkpoints
 from transfgu.training.board import ATTEMPTS, Status, put_up, watched
 from transfgu.training.controller import Deaths
 from transfgu.training.job import Job, Place, Training
-from transfgu.training.process_group import process_group
+from transfgu.training.process_group import gpus_found, process_group
 from transfgu.training.worker import work
 
 
@@ -88,7 +88,7 @@ def fit(
             callbacks=[Deaths(board)],  # type: ignore[list-item]
         ),
     )
-    with watched(board, progress, on_epoch, goes_on):
+    with watched(board, progress, on_epoch, goes_on), gpus_found():
         trainer.fit()
     status: Status = ray.get(board.read.remote(0))
     ray.kill(board)

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from transfgu import formats
 from transfgu.datasets.packed_maps import packed_planes
-from transfgu.learner import Batch, Learner, Setting
+from transfgu.inference.device import allow_tf32
+from transfgu.learner import Batch, Learner, Pending, Setting
 from transfgu.recipe import Recipe
 from transfgu.store import parquet
 from transfgu.training.batches import Resident, Share, Source, Streamed, load
 from transfgu.training.bootstrapping import Bootstrapping
 from transfgu.training.checkpoints import merit
+from transfgu.training.copies import on_device
 from transfgu.training.epoch_pictures import Shown
 from transfgu.training.job import Place
 from transfgu.training.order import Order
@@ -59,6 +61,7 @@ class ImageTraining:
         )
         self.steps = self.epochs * self.order.steps
         self.remedy = f"now {recipe.training.lr:g}, set --training.lr"
+        allow_tf32(recipe.training, place.device)
         setting = Setting(
             recipe=recipe, device=place.device, rank=place.rank, world=place.world, images=self.order.images
         )
@@ -108,10 +111,10 @@ class ImageTraining:
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """See `Training`; inputs are the frozen part's results where the method trains on whole images."""
-        for batch in self._source.epoch(epoch):
+        for batch in on_device(self._source.epoch(epoch), self.learner.model.device):
             yield batch if self._frozen is None else batch._replace(inputs=self._frozen(batch.inputs))
 
-    def step(self, batch: Batch, epoch: int, index: int) -> Mapping[str, float]:
+    def step(self, batch: Batch, epoch: int, index: int) -> Pending:
         """See `Training`."""
         return self.learner.step(batch, epoch, index)
 

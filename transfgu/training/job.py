@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from transfgu.learner import Pending
 from transfgu.training.order import Order
 from transfgu.training.state import State
 
@@ -46,12 +47,8 @@ class Training(Protocol):
         """Return this worker's share of each of an epoch's global batches."""
         ...
 
-    def step(self, batch: Any, epoch: int, index: int) -> Mapping[str, float]:
-        """One optimiser step, the `index`-th of the epoch; returns what it came to, by name.
-
-        Raises:
-            FloatingPointError: the loss or its gradient is not a number; on all workers at once.
-        """
+    def step(self, batch: Any, epoch: int, index: int) -> Pending:
+        """Queue one optimiser step, the `index`-th of the epoch."""
         ...
 
     def end(self, epoch: int, results: Sequence[Mapping[str, float]]) -> dict[str, Any]:

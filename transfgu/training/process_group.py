@@ -1,41 +1,36 @@
-"""Gradients go by what the workers have, not by what their nodes claim.
+"""How training workers exchange gradients: NCCL between whole GPUs, else Gloo."""
 
-NCCL needs a GPU of its own for each worker. A share of one is known beforehand; a GPU that a node claims and does not
-have, as on a simulated cluster, only the workers can tell. Ray Train's controller opens this module, which therefore
-imports nothing of training's (see `transfgu.training.controller`).
-"""
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from dataclasses import replace
-from typing import Any
-
-import torch
+from ray.train import ControllerError
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 
+from transfgu.inference.device import no_gpu, without_gpus
 from transfgu.training.controller import Alone
+
+_NCCL_WITHOUT_GPU = ("requires at least one CUDA device", "no GPUs found")  # torch 2.15, torch 2.11
 
 
 def process_group(gpus: float, workers: int | tuple[int, int]) -> TorchConfig | Alone:
-    """How workers that hold so many GPUs each exchange gradients: by NCCL if these are whole ones, else by Gloo.
+    """Return the backend configuration of a group of training workers.
 
     Args:
-        gpus: of each worker.
+        gpus: of each worker. NCCL needs a GPU of its own for each; with less, or if the environment says that GPUs
+            are simulated (see `transfgu.inference.device.DEVICE`), it is Gloo.
         workers: how many, or from how many to how many; a single one has no process group.
     """
     if workers == 1:
         return Alone()
-    return _AsTheyAre(backend="nccl" if gpus >= 1 else "gloo")
+    return TorchConfig(backend="nccl" if gpus >= 1 and not without_gpus() else "gloo")
 
 
-class _AsTheyAre(TorchConfig):
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _Backend
-
-
-class _Backend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Ray Train's hook, before the workers are joined."""
-        if backend_config.backend == "nccl" and not all(worker_group.execute(torch.cuda.is_available)):
-            backend_config = replace(backend_config, backend="gloo")
-        super().on_start(worker_group, backend_config)
+@contextmanager
+def gpus_found() -> Iterator[None]:
+    """Turn Ray Train's error of a group whose workers were given GPUs that are not there into a UserError."""
+    try:
+        yield
+    except ControllerError as error:
+        if any(sign in str(error) for sign in _NCCL_WITHOUT_GPU):
+            raise no_gpu("a training worker's GPU") from None
+        raise

@@ -1,15 +1,17 @@
-"""A step talks to other workers twice, at moments that no worker's memory can move.
+"""Run one training step: forward, backward, reduction over workers, and the optimiser's update.
 
-Before its forward pass it reduces the counts that weigh the loss; after its backward pass, gradients and loss
-values together. In between a worker is on its own, so one that runs out of memory takes its slice in smaller
-parts and the others merely wait; and since all see the same total, all skip a step or none.
+Workers communicate twice per step: they reduce the counts that weigh the loss before the forward pass, and gradients
+and loss values after the backward pass. In between a worker computes alone, so one that runs out of memory can process
+its slice in smaller parts while the others wait. All workers see the same total, so all skip a step or none.
+
+The update is decided on the device. Nothing in a step waits for a GPU: the host prepares the next batch meanwhile.
 """
 
 import logging
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -29,22 +31,56 @@ GRADIENT_LIMIT = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """One optimiser step over the global batch; the same on every worker, but for ``part``."""
+    """Values of one optimiser step over the global batch; the same on every worker, except ``part``."""
 
     total: float
     peer: float
     diversity: float
     uncertainty: float
     gradient_norm: float
-    """Of all parameters' gradients together, before they are clamped."""
+    """Norm of all parameters' gradients together, before they are clamped."""
     skipped: bool
-    """The total was not positive: weights and moments are as before."""
+    """Whether the total was not positive: weights and moments then stay as they were."""
     part: int
-    """Images a forward pass took on this worker: fewer than asked if memory ran out. To ask for next time."""
+    """Images per forward pass on this worker, fewer than requested if memory ran out; request it in the next step."""
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step that a GPU may still be computing."""
+
+    part: int
+    """As in `StepResult`; known before the step is done."""
+    _values: Float[Tensor, " 5"]
+    _done: torch.cuda.Event | None = field(default=None, compare=False)
+
+    def result(self) -> StepResult:
+        """Return the step's values; waits until the device has them.
+
+        Raises:
+            FloatingPointError: the loss or its gradient was not a number; weights and moments stayed as they were.
+        """
+        if self._done is not None:
+            self._done.synchronize()
+        total, peer, diversity, uncertainty, norm = self._values.tolist()
+        if not math.isfinite(total) or math.isnan(norm):
+            raise FloatingPointError(
+                f"training diverged: loss {total} (peer {peer}, diversity {diversity}, uncertainty "
+                f"{uncertainty}), gradient norm {norm}; try a lower learning rate"
+            )
+        return StepResult(
+            total=total,
+            peer=peer,
+            diversity=diversity,
+            uncertainty=uncertainty,
+            gradient_norm=norm,
+            skipped=total <= 0,
+            part=self.part,
+        )
 
 
 def make_optimiser(decoder: nn.Module, lr: float, weight_decay: float = 5e-4) -> Adam:
-    """Adam, with decay on every parameter of two or more dimensions, the class embedding included.
+    """Return Adam with weight decay on every parameter of two or more dimensions, the class embedding included.
 
     Moments belong to the parameters, not to their values: a student that restarts by ``load_state_dict``
     keeps them, as in the published loop.
@@ -73,28 +109,62 @@ def training_step(
     permutation: Permutation | None = None,
     background_threshold: Real | None = None,
     part: int | None = None,
+    half: bool = False,
 ) -> StepResult:
-    """Forward, backward and one optimiser step; every worker must call it with its slice of the global batch.
+    """Run one step and wait for its values; arguments and errors are those of :func:`start_step` and its result."""
+    return start_step(
+        student,
+        optimiser,
+        patches,
+        maps,
+        teacher,
+        omega_1=omega_1,
+        omega_2=omega_2,
+        alpha=alpha,
+        permutation=permutation,
+        background_threshold=background_threshold,
+        part=part,
+        half=half,
+    ).result()
+
+
+def start_step(
+    student: nn.Module,
+    optimiser: Optimizer,
+    patches: Float[Tensor, "B hw d"],
+    maps: Float[Tensor, "B K h w"],
+    teacher: nn.Module | None = None,
+    *,
+    omega_1: Real,
+    omega_2: Real,
+    alpha: Real,
+    permutation: Permutation | None = None,
+    background_threshold: Real | None = None,
+    part: int | None = None,
+    half: bool = False,
+) -> PendingStep:
+    """Queue forward, backward and one optimiser step; every worker must call it with its slice of the global batch.
 
     The gradient is the global batch's, whatever the slices' sizes (one may be empty) and whatever the parts a
-    slice is taken in. Where memory runs out the part is halved, the step begins again, and a warning says so.
+    slice is taken in. If memory runs out, the part is halved, the step begins again, and a warning says so.
 
     Args:
         student: a `MaskDecoder`, plain or wrapped in DistributedDataParallel; its parameters are updated.
-        optimiser: over the student's parameters.
+        optimiser: over the student's parameters. A fused one decides on the device whether to skip the update.
         patches: the frozen encoder's patch tokens of this worker's slice.
-        maps: its pseudo-label maps, unscaled.
+        maps: pseudo-label maps of the slice, unscaled.
         teacher: a `MaskDecoder`; None until there is one.
         omega_1: weight of the diversity.
         omega_2: weight of the uncertainty.
         alpha: weight of the negative label's cross entropy.
         permutation: of the C classes, for the negative labels; the same on every worker. Required with a
             teacher.
-        background_threshold: T_bg where class 0 is background.
-        part: images a forward pass takes; the whole slice unless given.
+        background_threshold: T_bg if class 0 is background.
+        part: images per forward pass; the whole slice unless given.
+        half: compute student's and teacher's matrix products in bfloat16. Norms, cosines and the loss stay in the
+            weights' precision.
 
     Raises:
-        FloatingPointError: the loss or its gradient is not a number; weights and moments are as before.
         UserError: memory runs out over a single image.
     """
     share = partial(
@@ -107,9 +177,12 @@ def training_step(
         background_threshold=background_threshold,
     )
     asked = fitting = max(1, min(part or len(patches), len(patches)))
-    while (values := _accumulate(student, teacher, patches, maps, share, fitting)) is None:
+    while (sums := _accumulate(student, teacher, patches, maps, share, fitting, half)) is None:
         if fitting == 1:
-            raise UserError("one image of the training batch is too large for the device: use smaller images")
+            raise UserError(
+                "one image of the training batch is too large for the device: use smaller images",
+                code="image-too-large",
+            )
         fitting //= 2
         if patches.is_cuda:
             torch.cuda.empty_cache()
@@ -119,30 +192,25 @@ def training_step(
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if worker_count() > 1:
-        _average_over_workers([values, *gradients])
-    total, peer, diversity, uncertainty, norm = torch.cat(
-        [values, nn.utils.get_total_norm(gradients).reshape(1)]
-    ).tolist()
-    if not math.isfinite(total) or math.isnan(norm):
-        raise FloatingPointError(
-            f"training diverged: loss {total} (peer {peer}, diversity {diversity}, uncertainty "
-            f"{uncertainty}), gradient norm {norm}; try a lower learning rate"
-        )
-    # As published. Only the negative labels' cross entropy can make a total negative: the student then fits
-    # its labels so well that unlearning the others is all that is left.
-    skipped = total <= 0
-    if not skipped:
-        nn.utils.clip_grad_value_(parameters, GRADIENT_LIMIT)
+        _average_over_workers([sums, *gradients])
+    values = torch.cat([sums, nn.utils.get_total_norm(gradients).reshape(1)])
+    # A total that is not positive is skipped, as published. Only the negative labels' cross entropy can make it
+    # negative: the student then fits its labels so well that only unlearning the others is left.
+    total, norm = values[0], values[4]
+    skips = (total <= 0) | ~total.isfinite() | norm.isnan()
+    nn.utils.clip_grad_value_(parameters, GRADIENT_LIMIT)
+    if getattr(optimiser, "_step_supports_amp_scaling", False):
+        optimiser.found_inf = skips.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
         optimiser.step()
-    return StepResult(
-        total=total,
-        peer=peer,
-        diversity=diversity,
-        uncertainty=uncertainty,
-        gradient_norm=norm,
-        skipped=skipped,
-        part=fitting,
-    )
+        del optimiser.found_inf  # type: ignore[attr-defined]
+    elif not skips:
+        optimiser.step()
+    if not values.is_cuda:
+        return PendingStep(fitting, values)
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    values = values.to("cpu", non_blocking=True)
+    done.record()
+    return PendingStep(fitting, values, done)
 
 
 def _accumulate(
@@ -152,10 +220,11 @@ def _accumulate(
     maps: Float[Tensor, "B K h w"],
     share: Callable[..., Loss],
     part: int,
+    half: bool,
 ) -> Float[Tensor, " 4"] | None:
-    """Leave this worker's gradients in the student, taking ``part`` images at a time.
+    """Leave this worker's gradients in the student, processing ``part`` images at a time.
 
-    Returns total, peer, diversity and uncertainty; None if memory ran out on the way.
+    Returns total, peer, diversity and uncertainty; None if memory ran out.
     """
     student.zero_grad()
     values = torch.zeros(4, device=patches.device)
@@ -165,8 +234,9 @@ def _accumulate(
     try:
         with alone:
             for tokens, targets in zip(torch.split(patches, part), torch.split(maps, part), strict=True):
-                masks, class_embeddings = student(tokens)
-                teacher_logits = None if teacher is None else _masks(teacher, tokens, grid)
+                with torch.autocast(patches.device.type, torch.bfloat16) if half else nullcontext():
+                    masks, class_embeddings = student(tokens)
+                    teacher_logits = None if teacher is None else _masks(teacher, tokens, grid)
                 loss = share(_to_maps(masks, grid), class_embeddings, targets, teacher_logits)
                 torch.autograd.backward(loss.total)
                 values += torch.stack([loss.total, loss.peer, loss.diversity, loss.uncertainty]).detach()
@@ -179,7 +249,7 @@ def _accumulate(
 
 @torch.no_grad()
 def _masks(teacher: nn.Module, patches: Float[Tensor, "B hw d"], grid: tuple[int, int]) -> Float[Tensor, "B C h w"]:
-    """The teacher's logits, without dropout."""
+    """Return the teacher's logits, without dropout."""
     logits, _ = teacher.eval()(patches)
     return _to_maps(logits, grid)
 
@@ -189,7 +259,7 @@ def _to_maps(logits: Float[Tensor, "B hw C"], grid: tuple[int, int]) -> Float[Te
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device's memory ran out, as torch and the CUDA libraries below it say so."""
+    """Return True if a device's memory ran out, by the messages of torch and the CUDA libraries below it."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         sign in str(error) for sign in ("out of memory", "ALLOC_FAILED", "can't allocate memory")
     )

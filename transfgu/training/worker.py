@@ -7,6 +7,7 @@ by fewer workers or by more, sees the same images in the same views, the same pe
 import errno
 import tempfile
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from ray.train import Checkpoint
 from ray.train.collective import broadcast_from_rank_zero
 
 from transfgu.errors import UserError, in_words
-from transfgu.inference.device import use_cores
+from transfgu.inference.device import own_device, use_cores
+from transfgu.learner import Pending
 from transfgu.runtime.failures import find_user_error
 from transfgu.store import storage
 from transfgu.training import checkpoints, state
@@ -29,6 +31,7 @@ from transfgu.training.job import Job, Place
 
 _TELL_SECONDS = 0.3  # between two words to the driver
 _ASK_SECONDS = 0.1
+_QUEUED = 1  # steps that a GPU may be behind the host, which prepares the next batch meanwhile
 
 
 def work(job: Job) -> None:
@@ -75,8 +78,7 @@ class Worker:
         """`checkpoint` is the URI of the one to go on from; empty: from the beginning."""
         context = ray.train.get_context()
         self.job, self.rank, self.world = job, context.get_world_rank(), context.get_world_size()
-        # A simulated cluster's GPUs are claimed, not there.
-        device = ray.train.torch.get_device() if torch.cuda.is_available() else torch.device("cpu")
+        device = ray.train.torch.get_device() if own_device().type == "cuda" else torch.device("cpu")
         if device.type == "cpu":
             use_cores(context.get_local_world_size() * job.beside)
         self.training = job.make(Place(device=device, rank=self.rank, world=self.world))
@@ -111,10 +113,14 @@ class Worker:
         training.begin(epoch)
         # Dropout differs from worker to worker; an epoch that is begun again draws it anew.
         torch.manual_seed(int(np.random.SeedSequence([training.seed, epoch, self.rank]).generate_state(1)[0]))
-        results = []
+        results: list[Mapping[str, float]] = []
+        pending: deque[Pending] = deque()
         for index, batch in enumerate(training.batches(epoch)):
-            results.append(self.step(batch, epoch, index))
+            pending.append(training.step(batch, epoch, index))
+            if len(pending) > _QUEUED:
+                results.append(self._result(pending.popleft(), epoch, len(results)))
             self._tell(epoch, index + 1)
+        results += [self._result(step, epoch, index) for index, step in enumerate(pending, len(results))]
         seconds = time.monotonic() - started
         row = {
             "epoch": epoch + 1,
@@ -128,10 +134,9 @@ class Worker:
             training.epoch_ended(epoch)
         self._report(row)
 
-    def step(self, batch: Any, epoch: int, index: int) -> Mapping[str, float]:
-        """One step of the optimiser."""
+    def _result(self, step: Pending, epoch: int, index: int) -> Mapping[str, float]:
         try:
-            return self.training.step(batch, epoch, index)
+            return step()
         except FloatingPointError as error:
             where = f"step {index + 1} of epoch {epoch + 1}"
             raise UserError(f"in {where}, {error}: {self.training.remedy}", code="training-diverged") from None
