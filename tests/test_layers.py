@@ -25,9 +25,9 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "runtime": ("runtime",),
     "training": ("training",),
     "stages": ("stages",),
-    "runs": ("pipeline", "search", "pretraining", "baselines"),
+    "runs": ("pipeline", "naming", "search", "pretraining", "baselines"),
     "accounts": ("report", "planning", "benchmarks"),
-    "cli": ("cli",),
+    "cli": ("cli", "__main__"),
     "package": ("",),  # the package itself, which offers `Segmenter`
 }
 """From the ground up. The modules of one layer may import from each other, in no circle."""

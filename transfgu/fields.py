@@ -38,6 +38,14 @@ def listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def written(value: Any) -> str:
+    """Return a field's value as a flag takes it: `320x320`, `0.5,0.4`, `true`; :func:`convert` reads it back."""
+    if isinstance(value, list | tuple):
+        is_size = len(value) == 2 and all(isinstance(v, int) for v in value)
+        return ("x" if is_size else ",").join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 @dataclass(frozen=True)
 class FieldInfo:
     """One field as a person meets it: dotted name, type, meaning and unit."""

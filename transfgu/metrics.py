@@ -148,13 +148,33 @@ def match_clusters(confusion: Num[np.ndarray, "C clusters"]) -> Int[np.ndarray, 
     return matched
 
 
-def scores(confusion: Num[np.ndarray, "C clusters"]) -> Scores:
+def merge_clusters(
+    confusion: Int[np.ndarray, "C clusters"], index_of: Int[np.ndarray, " clusters"], count: int
+) -> Int[np.ndarray, "C count"]:
+    """Add up the counts of clusters that are merged: the matrix of the predictions after merging.
+
+    Args:
+        confusion: pixels, true class by cluster.
+        index_of: what each cluster becomes, 0 to `count` - 1.
+        count: how many there are then.
+    """
+    into = np.zeros((len(index_of), count), np.int64)
+    into[np.arange(len(index_of)), index_of] = 1
+    merged: Int[np.ndarray, "C count"] = confusion @ into
+    return merged
+
+
+def scores(confusion: Num[np.ndarray, "C clusters"], ignored: int = 0) -> Scores:
     """Match clusters to classes, and score; takes the raw matrix of the whole set.
 
     A cluster that is matched to no class (more clusters than classes) is an error wherever it is predicted.
+
+    Args:
+        confusion: pixels, true class by cluster.
+        ignored: how many of the last clusters are matched to no class.
     """
     confusion = np.asarray(confusion)
-    clusters = match_clusters(confusion)
+    clusters = match_clusters(confusion[:, : confusion.shape[1] - ignored])
     has_cluster = clusters >= 0
     rows = np.flatnonzero(has_cluster)
     hits, predicted = np.zeros((2, len(confusion)), dtype=np.int64)

@@ -17,13 +17,17 @@ from transfgu.encoder import Encoder
 from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import STAGES, Recipe, preset
 from transfgu.runtime.progress import Progress
+from transfgu.sharing import names as names_of
+from transfgu.sharing.names import ClassTable
 from transfgu.store import storage
 from transfgu.store.artifacts import MODEL, Manifest, Outcome, Run
 from transfgu.store.lock import Lock, hold
 from transfgu.training import tracking
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
+    from jaxtyping import Int
 
     from transfgu.metrics import Scores
 
@@ -97,6 +101,7 @@ def run_stages(
     *,
     until: str = STAGES[-1],
     report: Report | None = None,
+    names: Mapping[int, str] | None = None,
     quiet: bool = False,
     verbose: bool = False,
 ) -> dict[str, Any]:
@@ -107,6 +112,7 @@ def run_stages(
         run: where; stages that are complete there are skipped.
         until: the last stage to run.
         report: writes the report once the run is evaluated (`transfgu.report.page.write`); None: no report is written.
+        names: of the classes, by index, for the run to keep (`transfgu.sharing.names`); None: those that it has.
         quiet: print nothing.
         verbose: let Ray's messages through.
 
@@ -142,6 +148,8 @@ def run_stages(
     with hold(run.uri, say) as lock:
         complete = check_artifacts(recipe, run)
         storage.write_bytes(run.file("recipe.yaml"), recipe.to_yaml(run.given(asked)).encode())
+        if names is not None:
+            names_of.write(run, names)
         say(f"{recipe.preset}: {', '.join(stages)} in {storage.shown(run.uri)}")
         manifests: dict[str, Manifest] = {}
         for stage in STAGES:
@@ -213,11 +221,7 @@ def _conclude(
     report: Report | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    scores: dict[str, Any] = {}
-    if "evaluation" in manifests:
-        scores = run.scores() or {}
-        for found in (scores, scores.get("last", {})):
-            found["iou"] = _by_class(recipe, found.get("iou"))
+    scores = scores_of(recipe, run) if "evaluation" in manifests else {}
     metrics: dict[str, Any] = {
         formats.KEY: formats.FORMAT,
         "preset": recipe.preset,
@@ -243,6 +247,46 @@ def _conclude(
         if where:
             say(f"report: {where}")
     return metrics
+
+
+def class_table(recipe: Recipe, run: Run, *, named: bool = True) -> ClassTable:
+    """The classes that a run's predictions are in; those without the user's names if not `named`."""
+    from transfgu.segmenter import assignment_of
+    from transfgu.segmenter import class_table as unnamed_table
+
+    unnamed, _ = unnamed_table(recipe, assignment_of(run.scores()))
+    return names_of.named(unnamed, datasets.classes(recipe).colours, names_of.read(run) if named else {})
+
+
+def scores_of(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """What an evaluated run's `metrics.json` says of its scores.
+
+    Where the user merged or ignored classes, `named` holds the `classes` that predictions are in, and their
+    `mean_iou` and `pixel_accuracy`; the scores beside it are those of the unnamed classes.
+    """
+    import safetensors.numpy
+
+    found = run.scores() or {}
+    for scores in (found, found.get("last", {})):
+        scores["iou"] = _by_class(recipe, scores.get("iou"), run)
+    table = class_table(recipe, run)
+    data = storage.read_bytes_or_none(run.artifact("evaluation").file("confusion.safetensors"))
+    if not table.merged or data is None:
+        return {**found, "named": None}
+    merged = _named_scores(recipe, run, safetensors.numpy.load(data)["model"])
+    named = {"mean_iou": merged.mean_iou, "pixel_accuracy": merged.pixel_accuracy}
+    return {**found, "named": {"classes": list(table.names), **named}}
+
+
+def _named_scores(recipe: Recipe, run: Run, confusion: "Int[np.ndarray, 'C clusters']") -> "Scores":
+    """Scores of a run's decoder in the classes that the user named and merged."""
+    from transfgu.metrics import merge_clusters, scores
+    from transfgu.segmenter import assignment_of
+    from transfgu.segmenter import class_table as unnamed_table
+
+    table = class_table(recipe, run)
+    _, class_of = unnamed_table(recipe, assignment_of(run.scores()))
+    return scores(merge_clusters(confusion, table.index_of[class_of], len(table.names)), table.ignored)
 
 
 def made_now() -> dict[str, str]:
@@ -295,7 +339,12 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
     check_shared(recipe, run)
     capacity.check_satisfiable(dataclasses.replace(recipe.compute, workers=0))  # a run's own are those that trained
     counted = evaluation.evaluate(recipe, {"model": decoder}, rows, Progress("evaluation", quiet=quiet))
-    return _result(recipe, counted.scores("model"), counted.images, counted.left_out)
+    own = run is not None and storage.absolute(decoder) == storage.absolute(run.model())
+    if run is not None and own and class_table(recipe, run).merged:
+        found = _named_scores(recipe, run, counted.confusions["model"])
+    else:
+        found = counted.scores("model")
+    return _result(recipe, run, found, counted.images, counted.left_out)
 
 
 def evaluate_masks(recipe: Recipe, run: Run | None, masks: str, *, quiet: bool = False) -> dict[str, Any]:
@@ -317,7 +366,7 @@ def evaluate_masks(recipe: Recipe, run: Run | None, masks: str, *, quiet: bool =
     from transfgu.metrics import scores
 
     counted = score_masks(recipe, _labelled_rows(recipe, run), masks, Progress("evaluation", quiet=quiet))
-    return _result(recipe, scores(counted.confusion), counted.images, counted.left_out)
+    return _result(recipe, run, scores(counted.confusion, counted.ignored), counted.images, counted.left_out)
 
 
 def _labelled_rows(recipe: Recipe, run: Run | None) -> "pa.Table":
@@ -344,21 +393,28 @@ def _labelled_rows(recipe: Recipe, run: Run | None) -> "pa.Table":
     return rows
 
 
-def _result(recipe: Recipe, scores: "Scores", images: int, left_out: Sequence[LeftOut]) -> dict[str, Any]:
+def _result(
+    recipe: Recipe, run: Run | None, scores: "Scores", images: int, left_out: Sequence[LeftOut]
+) -> dict[str, Any]:
     from transfgu.metrics import scores_json
 
     result = scores_json(scores)
     return {
         **result,
-        "iou": _by_class(recipe, result["iou"]),
+        "iou": _by_class(recipe, result["iou"], run),
         "protocol": recipe.evaluation.protocol,
         "images": images,
         "left_out": [dataclasses.asdict(x) for x in left_out],
     }
 
 
-def _by_class(recipe: Recipe, values: list[float | None] | None) -> dict[str, float | None] | None:
-    return None if values is None else dict(zip(datasets.classes(recipe).names, values, strict=True))
+def _by_class(recipe: Recipe, values: list[float | None] | None, run: Run | None) -> dict[str, float | None] | None:
+    """Values by true class, under the user's names where they are one per class."""
+    if values is None:
+        return None
+    table = class_table(recipe, run) if run else None
+    names = table.names if table and not table.merged else datasets.classes(recipe).names
+    return dict(zip(names, values, strict=True))
 
 
 def baselines(recipe: Recipe, run: Run) -> dict[str, dict[str, Any]]:
@@ -371,5 +427,5 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, dict[str, Any]]:
     from transfgu.metrics import scores_json
 
     if run.artifact("concepts").manifest() is None:
-        raise UserError(f"{storage.shown(run.uri)} has no concepts yet: finish it with jobs/train.py")
+        raise UserError(f"{storage.shown(run.uri)} has no concepts yet: finish it with transfgu train")
     return {name: scores_json(scores) for name, scores in tokens.baselines(recipe, run).items()}

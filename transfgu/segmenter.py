@@ -27,6 +27,8 @@ from transfgu.inference.averaging import averaged_logits
 from transfgu.inference.tokens import PatchTokens
 from transfgu.recipe import Recipe
 from transfgu.sharing import model_card
+from transfgu.sharing import names as names_of
+from transfgu.sharing.names import named
 from transfgu.store import storage
 from transfgu.store.artifacts import BESIDE, MODEL, SCORES, Run
 from transfgu.store.weights import read_weights
@@ -67,7 +69,7 @@ class Segmenter(ModelHubMixin):
     scores: Mapping[str, Any] | None
     """What the run scored, as its `evaluation/scores.json` has it; None where it was not evaluated."""
     classes: tuple[str, ...]
-    """A name for each index that `predict` returns.
+    """A name for each index that `predict` returns: the one that the user gave (`transfgu name`), where there is one.
 
     Where the run had labels, clusters were matched to classes one to one (Hungarian matching, as evaluation does), and
     these are the classes' names. Without labels it is the index itself, ``concept 7``, and ``background`` for 0 where
@@ -76,12 +78,20 @@ class Segmenter(ModelHubMixin):
     colours: tuple[tuple[int, int, int], ...]
     """A colour for each index: red, green, blue, 0 to 255."""
     class_of: Int[np.ndarray, " clusters"]
-    """Each cluster's class index."""
+    """Each cluster's class index; clusters of one name have one."""
+    names: Mapping[int, str]
+    """Names that the user gave, by index of the class without them (`transfgu.sharing.names`)."""
 
     _hub_mixin_config = {}  # noqa: RUF012 - the mixin's own; what it would gather is in recipe.yaml
 
     def __init__(
-        self, encode: PatchTokens, decoder: MaskDecoder, *, recipe: Recipe, scores: Mapping[str, Any] | None
+        self,
+        encode: PatchTokens,
+        decoder: MaskDecoder,
+        *,
+        recipe: Recipe,
+        scores: Mapping[str, Any] | None,
+        names: Mapping[int, str] | None = None,
     ) -> None:
         """Join the parts of a model.
 
@@ -90,22 +100,26 @@ class Segmenter(ModelHubMixin):
             decoder: the mask decoder, on the same.
             recipe: of the run: the images' size, the classes.
             scores: see `scores`.
+            names: see `names`; None: none.
         """
         self.encode = encode
         self.decoder = decoder
         self.recipe = recipe
         self.scores = scores
         self.size = recipe.dataset.image_size
-        self.classes, self.class_of = class_table(recipe, _assignment(scores))
-        self.colours = datasets.classes(recipe).colours
+        self.names = names or {}
+        unnamed, class_of = class_table(recipe, assignment_of(scores))
+        table = named(unnamed, datasets.classes(recipe).colours, self.names)
+        self.classes, self.colours, self.class_of = table.names, table.colours, table.index_of[class_of]
 
     @staticmethod
-    def load(uri: str | Path, *, device: str = "") -> "Segmenter":
+    def load(uri: str | Path, *, device: str = "", named: bool = True) -> "Segmenter":
         """The model of a run.
 
         Args:
             uri: the run's folder, a path or URI; it holds `recipe.yaml` and `model.safetensors`.
             device: as torch names it; a GPU where there is one unless given.
+            named: with the names and merges that the user gave to the run's classes; False: without.
 
         Raises:
             UserError: the folder holds no trained run, or its weights are no safetensors file (nothing that could run
@@ -125,7 +139,8 @@ class Segmenter(ModelHubMixin):
                 f"{model} tells {decoder.classes} classes apart from tokens of width {decoder.proj_dec.in_features}, "
                 f"and its recipe wants {recipe.classes} from width {encode.encoder.width}: it is another run's"
             )
-        return Segmenter(encode, decoder, recipe=recipe, scores=run.scores())
+        names = names_of.read(run) if named else {}
+        return Segmenter(encode, decoder, recipe=recipe, scores=run.scores(), names=names)
 
     @overload
     def predict(self, image: Photo, *, probabilities: Literal[False] = False) -> Classes: ...  # type: ignore[overload-overlap]  # a path is no list of paths
@@ -145,8 +160,8 @@ class Segmenter(ModelHubMixin):
 
         Args:
             image: a PIL image, an (H, W, 3) uint8 array, a path or URI; or a list of these.
-            probabilities: return the classes' probabilities, which take 4 C bytes a pixel, rather than the index of
-                the largest.
+            probabilities: return the classes' probabilities, which take 4 C bytes per pixel, rather than the index of
+                the largest. A class of several clusters has the sum of theirs.
 
         Returns:
             (H, W) indices into `classes`, or (C, H, W) float32 that add up to 1 at each pixel; for a list, one
@@ -182,10 +197,11 @@ class Segmenter(ModelHubMixin):
     def _probabilities(
         self, resized: UInt8[np.ndarray, "n 3 h w"], sizes: Sequence[tuple[int, int]]
     ) -> Iterator[Probabilities]:
-        clusters = torch.from_numpy(np.argsort(self.class_of))  # each class's
+        class_of = torch.from_numpy(self.class_of)
         for logits, size in self._logits_of(resized, sizes):
-            whole = F.interpolate(logits[None, clusters.to(logits.device)].float(), size, mode="bilinear")[0]
-            yield whole.softmax(dim=0).cpu().numpy()
+            whole = F.interpolate(logits[None].float(), size, mode="bilinear")[0].softmax(dim=0)
+            summed = whole.new_zeros((len(self.classes), *size))
+            yield summed.index_add_(0, class_of.to(logits.device), whole).cpu().numpy()
 
     def _logits_of(
         self, resized: UInt8[np.ndarray, "n 3 h w"], sizes: Sequence[tuple[int, int]]
@@ -211,7 +227,7 @@ class Segmenter(ModelHubMixin):
         from transfgu.sharing import onnx_export
 
         return onnx_export.export(
-            self.encode.encoder, self.decoder, self.class_of, Path(folder), size=size or self.size
+            self.encode.encoder, self.decoder, self.class_of, Path(folder), size=size or self.size, names=self.classes
         )
 
     # What huggingface_hub's mixin asks for.
@@ -235,6 +251,8 @@ class Segmenter(ModelHubMixin):
         tensors = {name: tensor.contiguous() for name, tensor in encoder.vit.state_dict().items()}
         safetensors.torch.save_file(tensors, save_directory / _ENCODER, described)
         safetensors.torch.save_file(self.decoder.state_dict(), save_directory / MODEL)
+        if self.names:
+            (save_directory / names_of.FILE).write_text(names_of.to_yaml(self.names))
         if self.scores is not None:
             (save_directory / SCORES).parent.mkdir(exist_ok=True)
             (save_directory / SCORES).write_text(json.dumps(formats.stamp(self.scores), indent=1))
@@ -265,7 +283,7 @@ class Segmenter(ModelHubMixin):
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The card of this model, filled from its run."""
-        return model_card.write_card(self.recipe, self.classes, self.scores)
+        return model_card.write_card(self.recipe, self.classes, self.scores, named=bool(self.names))
 
 
 def class_table(
@@ -283,7 +301,7 @@ def class_table(
     return (("background", *concepts[1:]) if recipe.background else concepts), np.arange(recipe.classes)
 
 
-def _assignment(scores: Mapping[str, Any] | None) -> Int[np.ndarray, " C"] | None:
+def assignment_of(scores: Mapping[str, Any] | None) -> Int[np.ndarray, " C"] | None:
     """Each true class's cluster, as the run's evaluation matched them; None where it had no labels."""
     assignment = None if scores is None else scores["assignment"]
     return None if assignment is None else np.array(assignment)

@@ -67,4 +67,4 @@ def test_a_plan_without_measurements_says_what_to_run(tmp_path: Path) -> None:
     words = ["plan", "lip-5", "--images", "9", "--gpus", "2", "--measured", str(tmp_path / "none.json")]
     done = subprocess.run([sys.executable, "jobs/benchmark.py", *words], cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == 2
-    assert b"run jobs/benchmark.py all --preset lip-5" in done.stderr
+    assert b"run transfgu benchmark all --preset lip-5" in done.stderr

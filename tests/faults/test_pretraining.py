@@ -85,8 +85,13 @@ def test_one_of_two_workers_killed(pretrained: Undisturbed, tmp_path: Path) -> N
 
 
 def test_the_driver_killed_and_run_again(pretrained: Undisturbed, tmp_path: Path, ray_folder: Path) -> None:
-    killed = pretrained.job(tmp_path)
-    fields = [f"--{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in vars(RECIPE).items()]
+    # Of so many epochs that the first one's checkpoint is seen long before the last one's.
+    recipe = dataclasses.replace(RECIPE, steps=5 * 80)
+    undisturbed, killed = (
+        dataclasses.replace(pretrained.job(tmp_path / name), recipe=recipe) for name in ("undisturbed", "killed")
+    )
+    stage.pretrain(undisturbed, ONE, Listener())
+    fields = [f"--{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in vars(recipe).items()]
     arguments = ["--images", pretrained.images, "--out", killed.out, "--image_size", "16", "--workers", "1", *fields]
     started = time.monotonic()
     driver = job("pretrain", arguments, ray_folder)
@@ -97,9 +102,9 @@ def test_the_driver_killed_and_run_again(pretrained: Undisturbed, tmp_path: Path
     driver.wait()
     told = output_of(job("pretrain", arguments, ray_folder))
     assert "took over the lock of a run that died" in told
-    assert "step 5 of 20" not in told
-    assert "step 20 of 20" in told
-    assert_same(killed.out, pretrained.folder)
+    assert "step 5 of 400" not in told
+    assert "step 400 of 400" in told
+    assert_same(killed.out, tmp_path / "undisturbed")
     row("driver killed (SIGKILL), run again", "pretraining", "goes on", None, "its epoch in hand")
 
 

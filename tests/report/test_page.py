@@ -157,7 +157,7 @@ def test_a_run_says_when_and_how_it_was_made_and_what_comes_next(labelled: MadeR
     made = {"finished": "2026-11-27 10:00 UTC", "version": "0.1.0", "machine": "2 cores"}
     text = Page(report.render(labelled.recipe, labelled.run, labelled.stages, labelled.metrics | {"made": made})).text
     assert "Finished 2026-11-27 10:00 UTC by transfgu 0.1.0 on 2 cores." in text
-    assert f"python jobs/predict.py --run {labelled.run.uri} --images IMAGES --out MASKS" in text
+    assert f"transfgu predict --run {labelled.run.uri} --images IMAGES --out MASKS" in text
     assert "whose decoder was kept" not in text or "epoch 6, whose decoder was kept" in text
 
 

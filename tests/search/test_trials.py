@@ -243,7 +243,7 @@ def test_bad_requests_are_one_line(fields: dict[str, Any], message: str) -> None
     ("words", "message"),
     [
         (["shapes", "--trials", "0"], "--trials must be positive, not 0"),
-        (["shapes"], "the following arguments are required: --trials (--help shows every flag)"),
+        (["shapes"], "the following arguments are required: --trials (--help shows the flags)"),
         (["--trials", "2", "--search", "omega_9=uniform(0,1)"], "the recipe has no field omega_9; near ones: "),
     ],
 )

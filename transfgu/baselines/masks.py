@@ -3,6 +3,7 @@
 The labels decide what is counted, so a method that can't be run here is compared on the same pixels.
 """
 
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from transfgu import datasets
+from transfgu import datasets, formats
 from transfgu.datasets import images
 from transfgu.datasets.listing import images_in, stem
 from transfgu.datasets.rows import counted_label
@@ -19,9 +20,10 @@ from transfgu.errors import BadInput, LeftOut, UserError
 from transfgu.metrics import confusion_matrix
 from transfgu.recipe import Recipe
 from transfgu.runtime.progress import Progress
+from transfgu.sharing.names import IGNORE
 from transfgu.store import storage
 
-_CLAIM = "prediction.json"  # lies beside the folder `masks` of what jobs/predict.py wrote
+_CLAIM = "prediction.json"  # lies beside the folder `masks` of what transfgu predict wrote
 _READERS = 8  # images at a time
 
 
@@ -29,8 +31,10 @@ _READERS = 8  # images at a time
 class ScoredMasks:
     """Counts of a folder of masks."""
 
-    confusion: Int[np.ndarray, "C C"]
+    confusion: Int[np.ndarray, "C clusters"]
     """Pixels, true class by the mask's index."""
+    ignored: int
+    """How many of the last indices stand for nothing: 1 where `transfgu name` ignored a class, else 0."""
     images: int
     """Images that were counted."""
     left_out: tuple[LeftOut, ...]
@@ -45,7 +49,7 @@ def find_masks(rows: pa.Table, uri: str) -> dict[str, str]:
 
     Args:
         rows: samples: `name`, `image` (URI).
-        uri: a folder of masks at any depth, or the `--out` of jobs/predict.py.
+        uri: a folder of masks at any depth, or the `--out` of transfgu predict.
 
     Returns:
         The mask's URI by sample name; samples without a mask are missing.
@@ -115,21 +119,23 @@ def score_masks(recipe: Recipe, rows: pa.Table, uri: str, progress: Progress | N
             code="masks-missing",
         )
     left_out = [LeftOut(name=name, reason="missing mask") for name in missing]
+    named = _classes(uri)
+    clusters = len(named) or recipe.classes
     classes = datasets.classes(recipe)
 
-    def count(sample: Mapping[str, str]) -> Int[np.ndarray, "C C"] | LeftOut:
+    def count(sample: Mapping[str, str]) -> Int[np.ndarray, "C clusters"] | LeftOut:
         try:
             label = images.read_label(sample["label"], classes)
             mask = images.read_mask(masks[sample["name"]])
         except BadInput as error:
             return LeftOut(name=sample["name"], reason=str(error))
-        _check(recipe, sample["name"], mask, (label.shape[0], label.shape[1]))
+        _check(recipe, sample["name"], mask, (label.shape[0], label.shape[1]), clusters)
         size, protocol = recipe.dataset.image_size, recipe.evaluation.protocol
         truth = counted_label(label, size, protocol)
         predicted = counted_label(mask, size, protocol) if mask.shape == label.shape else mask
-        return confusion_matrix(truth, predicted, recipe.classes)
+        return confusion_matrix(truth, predicted, recipe.classes, clusters)
 
-    confusion = np.zeros((recipe.classes, recipe.classes), np.int64)
+    confusion = np.zeros((recipe.classes, clusters), np.int64)
     with ThreadPoolExecutor(_READERS) as pool:
         there = [sample for sample in samples if sample["name"] in masks]
         for done, counted in enumerate(pool.map(count, there), start=1):
@@ -148,12 +154,23 @@ def score_masks(recipe: Recipe, rows: pa.Table, uri: str, progress: Progress | N
         )
     return ScoredMasks(
         confusion=confusion,
+        ignored=int(named[-1:] == [IGNORE]),
         images=len(samples) - len(left_out),
         left_out=tuple(sorted(left_out, key=lambda x: x.name)),
     )
 
 
-def _check(recipe: Recipe, name: str, mask: Int[np.ndarray, "H W"], label: tuple[int, int]) -> None:
+def _classes(uri: str) -> list[str]:
+    """The classes that masks of `transfgu predict` are in; empty for masks of other programs."""
+    claim = storage.join(uri, _CLAIM)
+    text = storage.read_bytes_or_none(claim)
+    if text is None:
+        return []
+    with formats.damage(storage.shown(claim), "delete it, and the masks beside it"):
+        return [str(found["name"]) for found in json.loads(text).get("classes", [])]
+
+
+def _check(recipe: Recipe, name: str, mask: Int[np.ndarray, "H W"], label: tuple[int, int], clusters: int) -> None:
     protocol, size = recipe.evaluation.protocol, recipe.dataset.image_size
     allowed = [label] if protocol == "label" else [label, size]
     if mask.shape not in allowed:
@@ -163,9 +180,9 @@ def _check(recipe: Recipe, name: str, mask: Int[np.ndarray, "H W"], label: tuple
             "write masks at their label's size",
             code="mask-size",
         )
-    if mask.max() >= recipe.classes:
+    if mask.max() >= clusters:
         raise UserError(
-            f"the mask of {name} holds index {mask.max()}, and {recipe.preset} has {recipe.classes} classes, 0 to "
-            f"{recipe.classes - 1}: give the number of concepts that the masks were made with (--things, --stuff)",
+            f"the mask of {name} holds index {mask.max()}, and {recipe.preset} has {clusters} classes, 0 to "
+            f"{clusters - 1}: give the number of concepts that the masks were made with (--things, --stuff)",
             code="mask-class",
         )

@@ -10,15 +10,19 @@ import difflib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from transfgu.errors import UserError
-from transfgu.fields import FieldInfo, convert, kind_name
+from transfgu.fields import FieldInfo, convert, kind_name, written
 from transfgu.presets import PRESETS
 from transfgu.pretraining.recipe import PRETRAINING_FIELDS, PretrainingRecipe
 from transfgu.recipe import FIELDS, SHORT_NAMES, ComputeRecipe, Recipe, from_yaml, preset
 from transfgu.store import storage
+
+if TYPE_CHECKING:
+    from transfgu.store.artifacts import Run
 
 GROUPS = {
     "": "data and seed",
@@ -35,15 +39,66 @@ GROUPS = {
 """Titles of the recipe's components, in the order of the method."""
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and name near flags for a misspelt one."""
+COMMON = (
+    *("data", "labels", "limit", "seed", "encoder.name", "encoder.weights", "concepts.things", "concepts.stuff"),
+    *("training.epochs", "training.lr", "training.batch_size", "evaluation.protocol"),
+    *("compute.workers", "compute.actors", "compute.track"),
+)
+"""Fields that `--help` shows; `--help-all` shows every field."""
 
-    def __init__(self, description: str) -> None:
-        super().__init__(description=description, allow_abbrev=False, formatter_class=_Help)
+EVALUATED = ("data", "labels", "limit", "dataset", "encoder", "concepts.things", "concepts.stuff", "decoder.weights")
+"""Fields and components that scoring a decoder depends on, besides `evaluation` and :data:`UNTRAINED`."""
+
+_OF_TRAINING = tuple(f"compute.{name}" for name in ("workers", "resize_seconds", "resident_gib", "track"))
+UNTRAINED = tuple(name for name in FIELDS if name.startswith("compute.") and name not in _OF_TRAINING)
+"""Fields of `compute` that count where nothing is trained."""
+
+
+def program(command: str) -> str:
+    """Return how a command was called: `transfgu train`, or `python jobs/train.py` from a clone."""
+    script = Path(sys.argv[0])
+    return f"python jobs/{command}.py" if script.parent.name == "jobs" else f"transfgu {command}"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and name near flags for a misspelt one.
+
+    `--help` shows the flags that most runs need, `--help-all` shows every flag.
+
+    Args:
+        description: what the command does.
+        command: its name, for the usage line.
+        words: positional arguments, as the usage line shows them.
+    """
+
+    def __init__(self, description: str, command: str = "", words: str = "") -> None:
+        prog = program(command) if command else None
+        usage = " ".join(filter(None, (prog, words, "[--FLAG VALUE ...]"))) if command else None
+        super().__init__(
+            prog=prog, usage=usage, description=description, allow_abbrev=False, formatter_class=_Help, add_help=False
+        )
+        self._rare: list[argparse.Action] = []
+        self.add_argument("-h", "--help", action=_ShowHelp, help="show the flags that most runs need")
+        self.add_argument("--help-all", action=_ShowHelp, help="show every flag")
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError in place of printing the usage."""
-        raise UserError(f"{message} (--help shows every flag)")
+        raise UserError(f"{message} (--help shows the flags)", code="arguments-wrong")
+
+    def mark_rare(self, action: argparse.Action) -> None:
+        """Leave a flag out of `--help`; `--help-all` shows it."""
+        self._rare.append(action)
+
+    def short_help(self) -> str:
+        """Return what `--help` prints: all but the rare flags, and how many those are."""
+        texts = [(action, action.help) for action in self._rare]
+        for action in self._rare:
+            action.help = argparse.SUPPRESS
+        shown = self.format_help()
+        for action, text in texts:
+            action.help = text
+        more = sum(text != argparse.SUPPRESS for _, text in texts)
+        return shown + (f"\n--help-all shows {more} more settings.\n" if more else "")
 
     def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """The parsed arguments.
@@ -54,39 +109,106 @@ class Parser(argparse.ArgumentParser):
         known, rest = self.parse_known_args(arguments)
         if rest:
             if not rest[0].startswith("-"):
-                raise UserError(f"{rest[0]} is one word too many (--help shows how to call this)")
+                raise UserError(
+                    f"{rest[0]} is one word too many (--help shows how to call this)", code="arguments-wrong"
+                )
             flag = rest[0].split("=")[0]
-            flags = [f for action in self._actions for f in action.option_strings]
+            flags = [f for action in self._actions for f in action.option_strings if action.help != argparse.SUPPRESS]
             near = difflib.get_close_matches(flag, flags, n=3, cutoff=0.5)
             raise UserError(
-                f"there is no flag {flag}; {'near ones: ' + ', '.join(near) if near else '--help shows all'}"
+                f"there is no flag {flag}; {'near ones: ' + ', '.join(near) if near else '--help-all shows all'}",
+                code="flag-unknown",
             )
         return known
 
 
+class _ShowHelp(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **settings)
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any, **_: Any) -> NoReturn:
+        """Print the help, and exit."""
+        assert isinstance(parser, Parser)
+        print(parser.format_help() if given[-1] == "--help-all" else parser.short_help(), end="")
+        parser.exit()
+
+
 class _Help(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=120)
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, **{**settings, "max_help_position": 34, "width": 120})
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """The names of a flag, the shortest first, and its value once."""
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = ", ".join(sorted(action.option_strings, key=len))
+        if action.nargs == 0:
+            return names
+        return f"{names} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
 
 
-def add_recipe(parser: argparse.ArgumentParser, preset_flag: str = "") -> None:
-    """Add the preset, positional or by `preset_flag`, and a flag for every field of the recipe."""
+def named_preset(words: Sequence[str]) -> str:
+    """Return the preset whose defaults the help shows: the one among the words, else `shapes`."""
+    return next((word for word in words if word in PRESETS), "shapes")
+
+
+def add_recipe(
+    parser: Parser, words: Sequence[str] = (), preset_flag: str = "", shown: Collection[str] | None = None
+) -> None:
+    """Add the preset, positional or by `preset_flag`, and a flag for every field of the recipe.
+
+    Args:
+        parser: gets the flags.
+        words: the command line; the help shows the defaults of the preset in it.
+        preset_flag: the preset's flag; empty: the preset is a positional argument.
+        shown: the fields, or whole components, that the command depends on; None: all. Flags of the other fields are
+            accepted, so that one set of flags serves every command on a recipe, but not shown.
+    """
     named: dict[str, Any] = {"dest": "preset"} if preset_flag else {"nargs": "?"}
     what = f"one of {', '.join(PRESETS)} (default: shapes)"
     parser.add_argument(preset_flag or "preset", metavar="PRESET", help=what, **named)
     parser.add_argument("--recipe", metavar="URI", help="start from this YAML recipe instead of a preset")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved recipe as YAML, and do nothing else"
+    )
+    base = named_preset(words)
+    parser.epilog = f"Defaults are those of preset {base}: name another to see its own."
     groups = {c: parser.add_argument_group(title) for c, title in GROUPS.items()}
-    for name, default in preset("shapes").flat().items():
-        if name != "preset":
-            _add_recipe_field(groups[name.rpartition(".")[0]], name, default, "default for shapes")
+    for name, default in preset(base).flat().items():
+        if name == "preset":
+            continue
+        component = name.rpartition(".")[0]
+        action = _add_recipe_field(groups[component], name, default)
+        is_shown = shown is None or name in shown or component in shown
+        if not is_shown:
+            action.help = argparse.SUPPRESS
+        if not is_shown or not (name in COMMON or (shown and name == "decoder.weights")):
+            parser.mark_rare(action)
 
 
-def add_compute(parser: argparse.ArgumentParser) -> None:
+def add_output(parser: Parser, quiet: str = "print nothing but errors") -> None:
+    """Add `--quiet` and `--verbose`."""
+    parser.add_argument("--quiet", action="store_true", help=quiet)
+    parser.add_argument("--verbose", action="store_true", help="let Ray's own messages through")
+
+
+def print_config(recipe: Recipe, run: "Run | None" = None) -> None:
+    """Print the resolved recipe as YAML: what `recipe.yaml` in the run's folder would hold."""
+    given = run.given(recipe) if run else None
+    print((run.continued(recipe) if run else recipe).to_yaml(given), end="")
+
+
+def add_compute(parser: Parser) -> None:
     """Add a flag for every field of `compute` that counts where nothing is trained."""
     group = parser.add_argument_group("where it runs (changes no result)")
-    for name, default in preset("shapes").flat().items():
+    flat = preset("shapes").flat()
+    for name in FIELDS:
         if name.startswith("compute.") and name not in ("compute.workers", "compute.track"):
-            _add_recipe_field(group, name, default, "default")
+            action = _add_recipe_field(group, name, flat[name])
+            if name not in UNTRAINED:
+                action.help = argparse.SUPPRESS
+            if name not in COMMON:
+                parser.mark_rare(action)
 
 
 def compute_of(arguments: argparse.Namespace) -> ComputeRecipe:
@@ -101,27 +223,28 @@ def compute_of(arguments: argparse.Namespace) -> ComputeRecipe:
     )
 
 
-def _add_recipe_field(group: argparse._ArgumentGroup, name: str, default: Any, what: str) -> None:
+def _add_recipe_field(group: argparse._ArgumentGroup, name: str, default: Any) -> argparse.Action:
     short = [f"--{brief}" for brief, full in SHORT_NAMES.items() if full == name]
-    _add_field(group, [f"--{name}", *short], FIELDS[name], default, what)
+    return _add_field(group, [f"--{name}", *short], FIELDS[name], default)
 
 
-def add_pretraining_recipe(parser: argparse.ArgumentParser) -> None:
+def add_pretraining_recipe(parser: Parser) -> None:
     """Add a flag for every field of the pretraining's recipe."""
     group = parser.add_argument_group("what is learned, and how")
     for field in dataclasses.fields(PretrainingRecipe):
-        _add_field(group, [f"--{field.name}"], PRETRAINING_FIELDS[field.name], field.default, "default")
+        action = _add_field(group, [f"--{field.name}"], PRETRAINING_FIELDS[field.name], field.default)
+        if field.name not in ("steps", "batch_size", "learning_rate", "patch_size", "width", "depth", "heads", "seed"):
+            parser.mark_rare(action)
 
 
-def _add_field(group: argparse._ArgumentGroup, flags: list[str], info: FieldInfo, default: Any, what: str) -> None:
+def _add_field(group: argparse._ArgumentGroup, flags: list[str], info: FieldInfo, default: Any) -> argparse.Action:
     unit = f" [{info.unit}]" if info.unit else ""
-    shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else default
-    note = f" ({what}: {shown})" if shown != "" else ""
+    note = f" (default: {written(default)})" if default != "" else ""
     extra: dict[str, Any] = {"nargs": "?", "const": "true"} if info.kind is bool else {}
-    group.add_argument(
+    return group.add_argument(
         *flags,
         dest=f"field:{info.name}",
-        metavar=_metavar(info.kind),
+        metavar="URI" if info.name in ("data", "labels") else _metavar(info.kind),
         help=f"{info.doc}{unit}{note}".replace("%", "%%"),
         **extra,
     )
@@ -141,7 +264,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """
     if arguments.recipe:
         if arguments.preset:
-            raise UserError("give a PRESET or --recipe, not both")
+            raise UserError("give a PRESET or --recipe, not both", code="arguments-wrong")
         recipe = from_yaml(storage.read_bytes(arguments.recipe), storage.shown(arguments.recipe))
     else:
         recipe = preset(arguments.preset or "shapes")

@@ -6,16 +6,15 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from transfgu.cli.command_line import GROUPS
-from transfgu.fields import kind_name
+from transfgu.fields import kind_name, written
 from transfgu.presets import PRESETS
 from transfgu.recipe import FIELDS, SHORT_NAMES, preset
 
 _HEAD = """# The recipe
 
-A run is a function of its recipe. Every field below is a flag of `jobs/train.py` under its full name
+A run is a function of its recipe. Every field below is a flag of `transfgu train` under its full name
 (`--training.epochs 4`) or, where there is one, its short name (`--epochs 4`), and a line of `recipe.yaml`, which a run
 writes and `--recipe FILE` reads. Lists are written `0.5,0.4` or `320x320`.
 
@@ -38,9 +37,9 @@ def _components() -> Iterator[str]:
         for name, info in FIELDS.items():
             if name.rpartition(".")[0] != component or name == "preset":
                 continue
-            value = f"`{_shown(common[name])}`" if _shown(common[name]) else ""
+            value = f"`{written(common[name])}`" if written(common[name]) else ""
             if shapes[name] != common[name]:
-                value += f"; shapes: `{_shown(shapes[name])}`"
+                value += f"; shapes: `{written(shapes[name])}`"
             kind = ", ".join(filter(None, (kind_name(info.kind), info.unit)))
             row = (f"`{name}`", f"`{short[name]}`" if name in short else "", value, kind, info.doc)
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
@@ -56,13 +55,7 @@ def _presets() -> Iterator[str]:
             continue
         flat = preset(name).flat()
         changed = [n for n in flat if flat[n] != common[n] and n != "preset"]
-        yield f"**{name}**: " + ", ".join(f"`{n} {_shown(flat[n])}`" for n in changed) + "\n"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return ("x" if all(isinstance(v, int) for v in value) and len(value) == 2 else ",").join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        yield f"**{name}**: " + ", ".join(f"`{n} {written(flat[n])}`" for n in changed) + "\n"
 
 
 if __name__ == "__main__":

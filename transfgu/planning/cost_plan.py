@@ -73,7 +73,7 @@ def costs(recipe: Recipe, found: Measurements, images: int, validation: int) -> 
     if found.encoder != recipe.encoder.name:
         raise UserError(
             f"the measurements are of encoder {found.encoder}, and the recipe's is {recipe.encoder.name}: "
-            f"measure it by jobs/benchmark.py all --preset {recipe.preset} --encoder.name {recipe.encoder.name}"
+            f"measure it by transfgu benchmark all --preset {recipe.preset} --encoder.name {recipe.encoder.name}"
         )
     file = found.costs["file bytes"]
     windows, maps = found.timing("features"), found.timing("pseudo-labels")

@@ -124,9 +124,13 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
         }
         for first in range(0, len(names), size)
     ]
-    DataContext.get_current().enable_progress_bars = False
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    # An exception of ours should arrive as it was raised.
+    context.raise_original_map_exception = True
     make = partial(_make_part, images=job.images, size=job.image_size, seed=seed)
-    made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make)
+    with DataContext.current(context):
+        made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make)
     parts, left_out, done = [], [], 0
     for row in made.iter_rows():
         bad = json.loads(row["left_out"])

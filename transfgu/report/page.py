@@ -70,8 +70,9 @@ def write(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Map
 
 def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Mapping[str, Any]) -> str:
     """The report as HTML; arguments as in :func:`write`."""
-    segmenter = Segmenter.load(run.uri)
     confusion = _confusion(run)
+    # Ground truth is in the labels' classes, so where clusters were merged predictions are shown as they were scored.
+    segmenter = Segmenter.load(run.uri, named=confusion is None or not metrics.get("named"))
     grid = _grid(recipe, run, segmenter)
     times = _times(stages, metrics)
     changes = _changes(recipe)
@@ -509,13 +510,14 @@ def _kept(run: Run, metrics: Mapping[str, Any]) -> int | None:
 def _commands(recipe: Recipe, run: Run) -> list[tuple[str, str]]:
     """What is commonly done with a finished run, and the commands that do it."""
     uri = shlex.quote(storage.shown(run.uri))
-    made = [("Masks for a folder of images", f"python jobs/predict.py --run {uri} --images IMAGES --out MASKS")]
+    made = [("Masks for a folder of images", f"transfgu predict --run {uri} --images IMAGES --out MASKS")]
     if not recipe.labels and recipe.preset == "folder":
-        return [*made, ("Scores, once there are labels", f"python jobs/evaluate.py --run {uri} --labels LABELS")]
+        named = ("Names for the concepts, and merges", f"transfgu name {uri} NAMES.yaml")
+        return [*made, named, ("Scores, once there are labels", f"transfgu evaluate --run {uri} --labels LABELS")]
     return [
         *made,
-        ("The same images scored by simpler methods", f"python jobs/evaluate.py --run {uri} --baselines"),
-        ("Better loss weights", f"python jobs/tune.py {recipe.preset} --trials 20 --run {uri}-search"),
+        ("The same images scored by simpler methods", f"transfgu evaluate --run {uri} --baselines"),
+        ("Better loss weights", f"transfgu tune {recipe.preset} --trials 20 --run {uri}-search"),
     ]
 
 

@@ -362,7 +362,7 @@ def write_results(search: Search, trials: Sequence[Trial], stages: Mapping[str, 
         recipe = search_space.apply(search.recipe, winner.parameters)
         head = (
             f"# Trial {winner.number} of {len(trials)}: {search.objective} {value:.2f} after {len(winner.history)} of "
-            f"{winner.epochs} epochs.\n# Train it: python jobs/train.py --recipe {search.file('best.yaml')}\n"
+            f"{winner.epochs} epochs.\n# Train it: transfgu train --recipe {search.file('best.yaml')}\n"
         )
         write("best.yaml", head + recipe.to_yaml())
     metrics = {

@@ -1,1 +1,1 @@
-"""A trained model in the forms that others use: model card, ONNX."""
+"""A trained model in the forms that others use: names of its classes, model card, ONNX."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from transfgu import datasets
 from transfgu.recipe import Recipe
 
 PAPER = "https://arxiv.org/abs/2112.01515"
@@ -45,9 +46,14 @@ epoch; nothing was learned from them.
 {% for name, iou in rows -%}
 | {{ loop.index0 }} | {{ name }} | {{ "absent" if iou is none else "%.1f"|format(iou) }} |
 {% endfor %}
-{%- else -%}
-There were no labels to score with, so classes are numbered: which of them is what, one finds by looking.
-
+{%- elif named -%}
+There were no labels to score with. A person looked at the classes and named them.
+{% else -%}
+There were no labels to score with, so classes are numbered: look at predictions to see what each one is.
+{% endif %}
+{%- if not scores or regrouped %}
+{% if regrouped %}Predictions are in these classes, which a person named and merged after the scores were counted:
+{% endif %}
 | index | class |
 | --- | --- |
 {% for name in classes -%}
@@ -67,15 +73,20 @@ resolution of the encoder's patches. The encoder's weights lie beside the decode
 """
 
 
-def write_card(recipe: Recipe, classes: Sequence[str], scores: Mapping[str, Any] | None) -> ModelCard:
+def write_card(
+    recipe: Recipe, classes: Sequence[str], scores: Mapping[str, Any] | None, *, named: bool = False
+) -> ModelCard:
     """The card of a run's model.
 
     Args:
         recipe: the run's; of where its data lies the card says nothing.
-        classes: names of the classes.
+        classes: names of the classes that predictions are in.
         scores: `mean_iou`, `pixel_accuracy` and `iou` by class (percent) of the run; None, or a mean_iou of None: none.
+        named: the user gave names to classes, and may have merged some.
     """
     scored = scores if scores is not None and scores["mean_iou"] is not None else None
+    scored_names = datasets.classes(recipe).names
+    regrouped = scored is not None and len(classes) != len(scored_names)
     title = f"TransFGU, {recipe.preset}"
     results = [
         EvalResult(
@@ -105,7 +116,9 @@ def write_card(recipe: Recipe, classes: Sequence[str], scores: Mapping[str, Any]
         recipe=recipe,
         classes=classes,
         scores=scored,
-        rows=[] if scored is None else list(zip(classes, scored["iou"], strict=True)),
+        rows=[] if scored is None else list(zip(scored_names if regrouped else classes, scored["iou"], strict=True)),
+        named=named,
+        regrouped=regrouped,
         yaml=shown.to_yaml(),
     )
     return made

@@ -5,6 +5,8 @@ there are is open. It takes pixels as they are decoded, so nobody gets the norma
 gives classes, not clusters, so that nobody needs the table.
 """
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,18 +34,24 @@ class PixelsToPatches(nn.Module):
 
 
 class PatchesToClasses(nn.Module):
-    """The decoder with its clusters in the order of the classes."""
+    """The decoder with its clusters in the order of the classes; a class of several has its largest cluster's logit.
+
+    So the largest class is that of the largest cluster, as in `Segmenter.predict`.
+    """
 
     def __init__(self, decoder: MaskDecoder, class_of: Int[np.ndarray, " clusters"]) -> None:
         super().__init__()
         self.decoder = decoder
-        self.clusters: Tensor
-        self.register_buffer("clusters", torch.from_numpy(np.argsort(class_of)))
+        members = [np.flatnonzero(class_of == index) for index in range(int(class_of.max()) + 1)]
+        most = max(map(len, members))
+        self.clusters: Tensor  # (C, members), the first of a class repeated where it has fewer
+        padded = np.stack([np.pad(found, (0, most - len(found)), mode="edge") for found in members])
+        self.register_buffer("clusters", torch.from_numpy(padded))
 
     def forward(self, patches: Float[Tensor, "B hw d"]) -> Float[Tensor, "B hw C"]:
         """Logits by class."""
         logits: Tensor = self.decoder(patches)[0]
-        return logits[:, :, self.clusters]
+        return logits[:, :, self.clusters].amax(dim=-1)
 
 
 def export(
@@ -53,8 +61,9 @@ def export(
     folder: Path,
     *,
     size: tuple[int, int],
+    names: Sequence[str],
 ) -> tuple[Path, Path]:
-    """Write `encoder.onnx` and `decoder.onnx`.
+    """Write `encoder.onnx` and `decoder.onnx`, which carries the classes' names as JSON in its metadata, `classes`.
 
     `encoder.onnx` takes `images`, (B, 3, H, W) uint8, and gives `patches`, (B, hw, d) float32; `decoder.onnx` takes
     `patches`, of any number, and gives `logits`, (B, hw, C) float32, whose largest over C is the patch's class index.
@@ -65,6 +74,7 @@ def export(
         class_of: each cluster's class index.
         folder: where; it is made.
         size: height and width of the images, pixels.
+        names: of the classes.
 
     Returns:
         The two files.
@@ -73,8 +83,8 @@ def export(
         UserError: onnx is not installed, or the encoder's patch does not divide `size`.
     """
     try:
-        import onnx  # noqa: F401 - torch asks for both, in many lines
-        import onnxscript  # noqa: F401
+        import onnx
+        import onnxscript  # noqa: F401 - torch asks for both, in many lines
     except ImportError:
         raise UserError("exporting needs the packages onnx and onnxscript: pip install 'transfgu[onnx]'") from None
     height, width = patch_grid(size, encoder.patch_size)
@@ -111,4 +121,7 @@ def export(
             dynamo=True,
             verbose=False,
         )
+    graph = onnx.load(folder / "decoder.onnx")
+    onnx.helper.set_model_props(graph, {"classes": json.dumps(list(names))})
+    onnx.save(graph, folder / "decoder.onnx")
     return folder / "encoder.onnx", folder / "decoder.onnx"

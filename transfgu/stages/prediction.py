@@ -203,6 +203,12 @@ def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
     differing = [n for n in ("model", _FILES_AS, _AVERAGED, "classes") if held[n] != claim[n]]
     if differing:
         other = {_FILES_AS: "format", _AVERAGED: "evaluation.scales or evaluation.flip"}.get(differing[0], differing[0])
+        if differing == ["classes"]:
+            raise UserError(
+                f"{storage.shown(job.out)} holds masks from before the run's classes were named: run transfgu name "
+                f"{storage.shown(job.run)} --masks {storage.shown(job.out)}, or choose another --out",
+                code="masks-named-otherwise",
+            )
         theirs = f"masks of {held['run']}" if "model" in differing else f"masks of another {other}"
         raise UserError(f"{storage.shown(job.out)} holds {theirs}: choose another --out, or delete what is there")
 

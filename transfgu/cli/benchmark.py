@@ -1,0 +1,71 @@
+"""Time each stage beside the bare bound that it can't beat, or plan a full data set from such measurements.
+
+`transfgu benchmark [features|concepts|pseudo-labels|training|evaluation|all] [--preset P]` measures;
+`transfgu benchmark plan PRESET --images N --gpus G` plans. Arithmetic takes no notice of weights, so the encoder
+is untrained unless --encoder.weights says otherwise; which windows are kept, and so how many, does depend on them.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from transfgu.cli import plan
+from transfgu.cli.command_line import Parser, add_recipe, given_fields, print_config, recipe_of
+from transfgu.errors import UserError
+from transfgu.store import storage
+
+
+def parser(words: Sequence[str] = ()) -> Parser:
+    """Return the parser; its help shows the defaults of the preset among `words`."""
+    made = Parser(__doc__ or "", "benchmark", "[STAGE]")
+    add = made.add_argument
+    add("stage", nargs="?", metavar="STAGE", default="all", help="what to time (default: all); or plan, see above")
+    add("--images", metavar="N", type=int, default=4, help="images per repeat, and per training batch (default: 4)")
+    add("--repeats", metavar="N", type=int, default=5, help="repeats, of which the median counts (default: 5)")
+    add("--rows", metavar="N", type=int, default=200_000, help="features that K-Means gets (default: 200000)")
+    add(
+        "--unfused", action="store_true", help="also time maps as published: a backward pass per class; takes gigabytes"
+    )
+    add("--out", metavar="URI", help="JSON to write (default: ~/transfgu/benchmark-PRESET.json)")
+    add("--verbose", action="store_true", help="let Ray's own messages through")
+    add_recipe(made, words, preset_flag="--preset")
+    return made
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse the command line, measure, print the table, write JSON; or plan."""
+    words = sys.argv[1:] if words is None else words
+    if list(words[:1]) == ["plan"]:
+        plan.main(words[1:])
+        return
+    arguments = parser(words).parse(words)
+    if min(arguments.images, arguments.repeats, arguments.rows) < 1:
+        raise UserError("--images, --repeats and --rows must be positive", code="arguments-wrong")
+    recipe = recipe_of(arguments)
+    if "encoder.weights" not in given_fields(arguments):
+        recipe = recipe.with_fields({"encoder.weights": "random"})
+    if arguments.print_config:
+        print_config(recipe)
+        return
+    # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
+    from transfgu import pipeline
+    from transfgu.benchmarks import stages as benchmarks
+    from transfgu.encoder import Encoder
+    from transfgu.runtime import connect
+
+    stages = benchmarks.STAGES if arguments.stage == "all" else (arguments.stage,)
+    encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
+    recipe = pipeline.fit_to_patch(recipe, encoder.patch_size)
+    connect.connect(verbose=arguments.verbose)
+    found = benchmarks.measure(
+        recipe,
+        stages,
+        images=arguments.images,
+        repeats=arguments.repeats,
+        rows=arguments.rows,
+        unfused=arguments.unfused,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    print(found.table())
+    out = arguments.out or plan.default_file(recipe.preset)
+    storage.write_bytes(out, found.to_json().encode())
+    print(f"written to {storage.shown(out)}")

@@ -1,0 +1,76 @@
+"""Score a decoder or a folder of masks on labelled images: a run's own, or another's on a benchmark's validation set.
+
+`transfgu evaluate --run URI`, `transfgu evaluate PRESET --data URI --decoder.weights URI`, or either with
+`--masks URI` for masks that any program wrote.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from transfgu.cli.command_line import (
+    EVALUATED,
+    UNTRAINED,
+    Parser,
+    add_output,
+    add_recipe,
+    given_fields,
+    print_config,
+    recipe_of,
+)
+from transfgu.errors import UserError
+from transfgu.store import storage
+from transfgu.store.artifacts import Run
+
+
+def parser(words: Sequence[str] = ()) -> Parser:
+    """Return the parser; its help shows the defaults of the preset among `words`."""
+    made = Parser(__doc__ or "", "evaluate", "[PRESET]")
+    made.add_argument("--run", metavar="URI", help="score this run's decoder on its validation images")
+    made.add_argument(
+        "--masks", metavar="URI", help="score this folder of masks, one indexed or grey PNG for each image"
+    )
+    made.add_argument("--out", metavar="URI", help="write the scores to this JSON file")
+    made.add_argument("--baselines", action="store_true", help="score what a run is compared with, beside it")
+    add_output(made, quiet="print the scores alone")
+    add_recipe(made, words, shown=(*EVALUATED, "evaluation", *UNTRAINED))
+    return made
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse the command line, evaluate, print a table."""
+    words = sys.argv[1:] if words is None else words
+    arguments = parser(words).parse(words)
+    run = None
+    if arguments.run:
+        if arguments.preset or arguments.recipe:
+            raise UserError("--run brings its own recipe: leave out the PRESET and --recipe", code="arguments-wrong")
+        run = Run(arguments.run)
+        recipe = run.recipe().with_fields(given_fields(arguments))
+    else:
+        recipe = recipe_of(arguments)
+    if arguments.baselines and run is None:
+        raise UserError("--baselines compares with a run: give --run", code="run-missing")
+    if arguments.print_config:
+        print_config(recipe)
+        return
+    # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
+    from transfgu import pipeline
+
+    if arguments.masks:
+        result = pipeline.evaluate_masks(recipe, run, arguments.masks, quiet=arguments.quiet)
+    else:
+        result = pipeline.evaluate(recipe, run, quiet=arguments.quiet, verbose=arguments.verbose)
+    scored = "masks" if arguments.masks else "method"
+    table = {scored: result}
+    if arguments.baselines and run is not None:
+        table |= pipeline.baselines(recipe, run)
+        result["baselines"] = {name: table[name] for name in table if name != scored}
+    width = max(map(len, [*(result["iou"] or {}), *table]))
+    for name, value in (result["iou"] or {}).items():
+        print(f"{name:{width}}  {'absent' if value is None else f'{value:6.2f}'}")
+    print(f"{'':{width}}    mIoU  accuracy (percent, {result['images']} images, protocol {result['protocol']})")
+    for name, row in table.items():
+        print(f"{name:{width}}  {row['mean_iou']:6.2f}  {row['pixel_accuracy']:8.2f}")
+    if arguments.out:
+        storage.write_bytes(arguments.out, json.dumps(result, indent=1).encode())

@@ -1,0 +1,59 @@
+"""Segment a folder of images with a trained run: a mask for each image, in the same folders, under the same names.
+
+`transfgu predict --run URI --images URI --out URI`; a path or s3://bucket/folder for each. Masks go to OUT/masks;
+the same command, run again, makes the masks that are not there yet.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from transfgu.cli.command_line import Parser, add_compute, add_output, compute_of
+from transfgu.errors import UserError
+from transfgu.store import storage
+
+
+def parser(words: Sequence[str] = ()) -> Parser:
+    """Return the parser."""
+    made = Parser(__doc__ or "", "predict", "--run URI --images URI --out URI")
+    add = made.add_argument
+    add("--run", metavar="URI", help="a finished run: the --run of `transfgu train`")
+    add("--images", metavar="URI", help="folder of images, at any depth")
+    add("--out", metavar="URI", help="folder to fill: masks/, overlays/, and prediction.json, which names the classes")
+    add(
+        "--format",
+        metavar="png|parquet",
+        default="png",
+        help="png: an indexed PNG for each image; parquet: rows name, height, width, mask (default: png)",
+    )
+    add("--overlays", action="store_true", help="also write each image lit in its classes' colours, as a JPEG")
+    add_output(made)
+    add_compute(made)
+    return made
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse the command line, predict, say what was made."""
+    words = sys.argv[1:] if words is None else words
+    given = parser(words).parse(words)
+    for name in ("run", "images", "out"):
+        if not getattr(given, name):
+            raise UserError(f"--{name} is missing: predict needs --run URI, --images URI and --out URI")
+    if given.format not in ("png", "parquet"):
+        raise UserError(f"--format must be png or parquet, not {given.format}")
+    if given.overlays and given.format != "png":
+        raise UserError("--overlays are pictures, and go with --format png: leave out one of them")
+    compute = compute_of(given)
+    # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
+    from transfgu.runtime.progress import Progress
+    from transfgu.stages.prediction import PredictionJob, predict
+
+    job = PredictionJob(run=given.run, images=given.images, out=given.out, format=given.format, overlays=given.overlays)
+    done = predict(job, compute, Progress("prediction", quiet=given.quiet), verbose=given.verbose)
+    if given.quiet:
+        return
+    bad = done.left_out
+    if bad:
+        named = ", ".join(f"{x.name} ({x.reason})" for x in bad[:3])
+        print(f"{len(bad)} of {done.images} images left out: {named}{', ...' if len(bad) > 3 else ''}")
+    before = f", {done.found} there already" if done.found else ""
+    print(f"{done.made} masks made{before}: {storage.join(storage.shown(job.out), 'masks')}")

@@ -1,0 +1,69 @@
+"""Teach a small ViT by self-supervision alone, on any folder of images: for a domain that has no DINO.
+
+`transfgu pretrain --out vit.safetensors` makes the embedded demonstration's encoder anew. What was made is used
+by `transfgu train folder --data URI --encoder.name my_vit --encoder.weights vit.safetensors`.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+from transfgu.cli.command_line import Parser, add_output, add_pretraining_recipe, pretraining_recipe_of, program
+from transfgu.fields import listed
+from transfgu.recipe import FIELDS, ComputeRecipe
+
+
+def parser(words: Sequence[str] = ()) -> Parser:
+    """Return the parser."""
+    made = Parser(__doc__ or "", "pretrain", "--out URI")
+    add = made.add_argument
+    add("--out", metavar="URI", required=True, help="weights to write: a .safetensors file")
+    add("--images", metavar="URI", default="shapes", help="folder of images, or shapes: drawn (default: shapes)")
+    add("--count", metavar="N", type=int, default=12_000, help="images drawn for shapes [images] (default: 12000)")
+    add("--image_size", metavar="N", type=int, default=72, help="side of the kept images [pixels] (default: 72)")
+    add("--workers", metavar="N", type=int, default=0, help="training workers (default: one per GPU; one without)")
+    add("--track", metavar="TEXT", default="tensorboard", help=f"{FIELDS['compute.track'].doc} (default: tensorboard)")
+    add("--print-config", action="store_true", help="print the settings below as YAML, and do nothing else")
+    add_output(made)
+    add_pretraining_recipe(made)
+    return made
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse the command line and pretrain."""
+    words = sys.argv[1:] if words is None else words
+    given = parser(words).parse(words)
+    recipe = pretraining_recipe_of(given)
+    if given.print_config:
+        settings = {name: listed(value) for name, value in vars(recipe).items()}
+        print(yaml.safe_dump(settings, sort_keys=False), end="")
+        return
+    # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
+    from transfgu.pretraining.stage import SHAPES, PretrainingJob, pretrain
+    from transfgu.runtime import capacity, connect
+    from transfgu.runtime.progress import Progress
+    from transfgu.store import storage
+    from transfgu.training import tracking
+
+    job = PretrainingJob(
+        images=given.images,
+        out=given.out,
+        recipe=recipe,
+        count=given.count,
+        image_size=given.image_size,
+        command=f"{program('pretrain')} {shlex.join(words)}",
+    )
+    if job.images != SHAPES:
+        storage.check_readable(job.images)
+    storage.check_writable(job.work)
+    tracking.names(given.track)
+    connect.connect(verbose=given.verbose)
+    compute = ComputeRecipe(workers=capacity.training_workers(ComputeRecipe(workers=given.workers)), track=given.track)
+    capacity.check_satisfiable(compute)  # of all of them, as their number is the same from the first step to the last
+    prepared = pretrain(job, compute, Progress("pretraining", quiet=given.quiet))
+    if prepared.left_out and not given.quiet:
+        print(f"{len(prepared.left_out)} images were left out, such as {prepared.left_out[0]['name']}")
+    if not given.quiet:
+        print(f"{storage.shown(job.out)}: learned from {prepared.images} images")

@@ -1,0 +1,74 @@
+"""Segment a data set without labels: features, concepts, pseudo labels, training, evaluation, report.
+
+`transfgu train` runs the embedded demonstration; `transfgu train coco-stuff-27 --data URI` a benchmark.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from transfgu.cli.command_line import Parser, add_output, add_recipe, preset_table, print_config, recipe_of
+from transfgu.errors import UserError
+from transfgu.recipe import STAGES
+from transfgu.store import storage
+from transfgu.store.artifacts import Run
+
+
+def parser(words: Sequence[str] = ()) -> Parser:
+    """Return the parser; its help shows the defaults of the preset among `words`."""
+    made = Parser(__doc__ or "", "train", "[PRESET]")
+    made.add_argument("--run", metavar="URI", help="run folder: a path or URI (default: ~/transfgu/PRESET)")
+    made.add_argument(
+        "--until", metavar="STAGE", default=STAGES[-1], help=f"stop after this stage: {', '.join(STAGES)}"
+    )
+    made.add_argument(
+        "--class-names",
+        metavar="FILE",
+        help="names of the classes of --labels: a line for each in the order of their values, or YAML as in {3: cow}",
+    )
+    made.add_argument("--list", action="store_true", help="show the presets, and do nothing else")
+    made.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check data, weights, storage and resources, show the plan and the cost, and do nothing else",
+    )
+    add_output(made)
+    add_recipe(made, words)
+    return made
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse the command line and run the pipeline."""
+    words = sys.argv[1:] if words is None else words
+    given = parser(words).parse(words)
+    if given.list:
+        print(preset_table())
+        return
+    recipe = recipe_of(given)
+    names = None
+    if given.class_names:
+        from transfgu import datasets
+        from transfgu.sharing.names import parse
+
+        if not recipe.labels:
+            raise UserError(
+                "--class-names names the classes of --labels: give those, or name concepts after the run by "
+                "transfgu name",
+                code="labels-missing",
+            )
+        text = storage.read_bytes(given.class_names)
+        names = parse(text, datasets.classes(recipe).names, storage.shown(given.class_names))
+    run = Run(given.run or str(Path.home() / "transfgu" / recipe.preset))
+    if given.print_config:
+        print_config(recipe, run)
+    elif given.dry_run:
+        from transfgu.planning.dry_run import describe
+
+        for line in describe(recipe, run, until=given.until, verbose=given.verbose):
+            print(line)
+    else:
+        # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
+        from transfgu.pipeline import run_stages
+        from transfgu.report.page import write
+
+        run_stages(recipe, run, until=given.until, report=write, names=names, quiet=given.quiet, verbose=given.verbose)

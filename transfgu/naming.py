@@ -1,0 +1,163 @@
+"""Give names to the classes of a finished run, and to masks that it made: nothing is trained or predicted again.
+
+What a mask held before its classes were merged lies beside it in `unnamed/`, so other names, or none, can follow.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from jaxtyping import Integer
+from PIL import Image
+
+from transfgu import formats, pipeline
+from transfgu.errors import UserError
+from transfgu.pipeline import Report
+from transfgu.recipe import STAGES
+from transfgu.sharing import names
+from transfgu.sharing.names import ClassTable
+from transfgu.stages.prediction import CLAIM, index_type, png
+from transfgu.store import parquet, storage
+from transfgu.store.artifacts import Run
+from transfgu.store.lock import hold
+
+UNNAMED = "unnamed"
+"""The folder of masks as they were predicted, beside the folder `masks`."""
+_FILES = 8  # masks at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reindexed:
+    """What happened to a folder of masks."""
+
+    files: int
+    """Files of masks that now hold the named classes."""
+    removed: int
+    """Files that were made after other names were given, so that their unnamed classes are not known: they are removed,
+    and the same prediction makes them again."""
+
+
+def name_classes(
+    run: Run, given: Mapping[int, str], report: Report | None = None, say: Callable[[str], None] = print
+) -> ClassTable:
+    """Keep names, and merges, of a run's classes; rewrite its `metrics.json` and report.
+
+    Args:
+        run: an evaluated run, or a model's folder, which has no metrics and no report.
+        given: names by index of the unnamed class (`transfgu.sharing.names.parse`); empty: take back those that are
+            there.
+        report: writes the report (`transfgu.report.page.write`); None: it is left as it is.
+        say: is told where the report is, and what is waited for.
+
+    Returns:
+        The classes that the run's predictions are in from now on.
+
+    Raises:
+        UserError: the run holds no model yet, or another process works on it.
+    """
+    recipe = run.recipe()
+    if not storage.exists(run.model()):
+        raise UserError(
+            f"{storage.shown(run.uri)} holds no model yet: finish its training, by the command that began it",
+            code="model-missing",
+        )
+    with hold(run.uri, say):
+        names.write(run, given)
+        uri = run.file("metrics.json")
+        text = storage.read_bytes_or_none(uri)
+        manifests = {stage: run.artifact(stage).manifest() for stage in STAGES}
+        complete = {stage: manifest for stage, manifest in manifests.items() if manifest is not None}
+        if text is not None and len(complete) == len(STAGES):
+            metrics = formats.read_json(text, storage.shown(uri), "delete it, and train again to write it anew")
+            metrics = formats.stamp({**metrics, **pipeline.scores_of(recipe, run)})
+            storage.write_bytes(uri, json.dumps(metrics, indent=1).encode())
+            if report:
+                say(f"report: {report(recipe, run, complete, metrics)}")
+    return pipeline.class_table(recipe, run)
+
+
+def reindex(out: str, run: Run) -> Reindexed:
+    """Bring the masks that `predict` wrote into a folder to the names that the run's classes have now.
+
+    It may be stopped, and goes on when it is called again.
+
+    Args:
+        out: URI of the folder: the `--out` of `predict`.
+        run: the run whose model made them.
+
+    Returns:
+        How many files were rewritten, and how many were removed.
+
+    Raises:
+        UserError: the folder holds no masks of this run's model.
+    """
+    claim_uri = storage.join(out, CLAIM)
+    text = storage.read_bytes_or_none(claim_uri)
+    if text is None:
+        raise UserError(
+            f"{storage.shown(out)} holds no {CLAIM}: give --masks what --out named in prediction", code="masks-missing"
+        )
+    claim = formats.read_json(text, storage.shown(claim_uri), "delete it, and the masks beside it")
+    if claim.get("model") != hashlib.sha256(storage.read_bytes(run.model())).hexdigest():
+        raise UserError(
+            f"{storage.shown(out)} holds masks of another model than that of {storage.shown(run.uri)}: name the run "
+            "that made them",
+            code="masks-of-another-model",
+        )
+    recipe = run.recipe()
+    unnamed, table = pipeline.class_table(recipe, run, named=False), pipeline.class_table(recipe, run)
+    held = [found["name"] for found in claim["classes"]]
+    was_merged = len(held) != len(unnamed.names) or held[-1] == names.IGNORE
+    masks, before = storage.join(out, "masks"), storage.join(out, UNNAMED)
+    found = storage.list_files(masks) if storage.exists(masks) else []
+    relative = [uri.removeprefix(storage.absolute(masks) + "/") for uri in found]
+
+    def rewrite(name: str) -> bool:
+        original, mask = storage.join(before, name), storage.join(masks, name)
+        if not storage.exists(original):
+            if was_merged:
+                storage.delete(mask)
+                return False
+            if table.merged:
+                storage.write_bytes(original, storage.read_bytes(mask))
+            else:
+                original = mask
+        storage.write_bytes(mask, _renamed(original, unnamed, table))
+        return True
+
+    with ThreadPoolExecutor(_FILES) as pool:
+        done = list(pool.map(rewrite, relative))
+    colours = zip(table.names, table.colours, strict=True)
+    classes = [{"index": i, "name": name, "colour": list(colour)} for i, (name, colour) in enumerate(colours)]
+    claim = formats.stamp({**claim, "classes": classes})
+    storage.write_bytes(claim_uri, json.dumps(claim, indent=1).encode())
+    if not table.merged:
+        storage.delete(before)
+    return Reindexed(files=sum(done), removed=len(done) - sum(done))
+
+
+def _renamed(uri: str, unnamed: ClassTable, table: ClassTable) -> bytes:
+    """A file of masks, of unnamed classes, in the named ones."""
+    kind = index_type(len(table.names))
+    if uri.endswith(".parquet"):
+        rows = parquet.read(uri, remedy="delete it, and predict again")
+        held = index_type(len(unnamed.names))
+        masks = [table.index_of[np.frombuffer(mask, held)].astype(kind).tobytes() for mask in rows["mask"].to_pylist()]
+        rows = rows.set_column(rows.column_names.index("mask"), "mask", pa.array(masks, pa.large_binary()))
+        sink = io.BytesIO()
+        pq.write_table(rows, sink, compression="zstd", row_group_size=1, use_dictionary=False)
+        return sink.getvalue()
+    indices: Integer[np.ndarray, "H W"] = np.asarray(Image.open(io.BytesIO(storage.read_bytes(uri))))
+    return png(table.index_of[indices].astype(np.uint8), np.array(table.colours, np.uint8))
+
+
+def as_yaml(table: ClassTable) -> str:
+    """Return names for a user to edit: a line per unnamed class."""
+    return yaml.safe_dump({i: table.names[index] for i, index in enumerate(table.index_of)}, allow_unicode=True)
