@@ -86,7 +86,7 @@ def test_one_of_two_workers_killed(pretrained: Undisturbed, tmp_path: Path) -> N
 
 def test_the_driver_killed_and_run_again(pretrained: Undisturbed, tmp_path: Path, ray_folder: Path) -> None:
     # Of so many epochs that the first one's checkpoint is seen long before the last one's.
-    recipe = dataclasses.replace(RECIPE, steps=5 * 80)
+    recipe = dataclasses.replace(RECIPE, steps=5 * 16)
     undisturbed, killed = (
         dataclasses.replace(pretrained.job(tmp_path / name), recipe=recipe) for name in ("undisturbed", "killed")
     )
@@ -102,8 +102,8 @@ def test_the_driver_killed_and_run_again(pretrained: Undisturbed, tmp_path: Path
     driver.wait()
     told = output_of(job("pretrain", arguments, ray_folder))
     assert "took over the lock of a run that died" in told
-    assert "step 5 of 400" not in told
-    assert "step 400 of 400" in told
+    assert "step 5 of 80" not in told
+    assert "step 80 of 80" in told
     assert_same(killed.out, tmp_path / "undisturbed")
     row("driver killed (SIGKILL), run again", "pretraining", "goes on", None, "its epoch in hand")
 

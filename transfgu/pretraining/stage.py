@@ -20,6 +20,7 @@ import torch
 from jaxtyping import UInt8
 from numpy import ndarray
 from ray.data import DataContext
+from ray.exceptions import RayError
 
 from transfgu.datasets import images as pictures
 from transfgu.datasets import shapes
@@ -29,6 +30,7 @@ from transfgu.pretraining.recipe import PretrainingRecipe
 from transfgu.pretraining.training import REMEDY, Part, Pretraining, PretrainingInputs, worker_batch
 from transfgu.recipe import ComputeRecipe
 from transfgu.runtime import capacity
+from transfgu.runtime.failures import find_user_error
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, storage
 from transfgu.store.lock import hold
@@ -132,12 +134,18 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
     with DataContext.current(context):
         made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make)
     parts, left_out, done = [], [], 0
-    for row in made.iter_rows():
-        bad = json.loads(row["left_out"])
-        parts.append(Part(uri=row["part"], images=row["images"]))
-        left_out += bad
-        done += row["images"] + len(bad)
-        progress.update(done, len(names), "images")
+    try:
+        for row in made.iter_rows():
+            bad = json.loads(row["left_out"])
+            parts.append(Part(uri=row["part"], images=row["images"]))
+            left_out += bad
+            done += row["images"] + len(bad)
+            progress.update(done, len(names), "images")
+    except RayError as error:
+        cause = find_user_error(error)
+        if cause:
+            raise UserError(str(cause), code=cause.code) from None
+        raise
     if len(left_out) > _MAX_BAD_SHARE * len(names):
         raise UserError(
             f"{len(left_out)} of {len(names)} images can't be used, such as {left_out[0]['name']} "
