@@ -14,7 +14,13 @@ ON_RAY := -m "ray and not long"
 # The package is imported by many short processes, and compiled for the first of them alone.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-pure test-ray coverage faults lint types docs site hooks setup clean
+# The GPU report: its folder, and cpu in place of cuda to try it. WHEELS is a folder of wheels for hosts without a network.
+OUT ?= gpu-report
+DEVICE ?= cuda
+WHEELS ?=
+NEEDED := import faiss, hypothesis, jaxtyping, optuna, pytest, ray.data, ray.train, safetensors, timm, torch, torchvision
+
+.PHONY: demo test test-pure test-ray coverage faults gpu lint types docs site hooks setup clean
 
 setup: $(VENV)/.installed
 
@@ -53,8 +59,17 @@ coverage: setup  ## the whole suite, which lines it runs, in Ray's workers too
 faults: setup  ## what takes long: machines, servers and disks that fail in mid-run
 	$(PY) -m pytest -q -m "long and not s3_server"
 
+gpu:  ## what a GPU shows, in twelve minutes at most, without a network: gpu.json and gpu.md in OUT
+	@if $(PYTHON) -c '$(NEEDED)' 2>/dev/null; then exec $(PYTHON) jobs/gpu.py --out $(OUT) --device $(DEVICE); fi; \
+	if [ -n "$(WHEELS)" ]; then \
+	  $(PYTHON) -m venv --system-site-packages $(VENV) && \
+	  $(PY) -m pip install --quiet --no-index --find-links $(WHEELS) -e '.[$(EXTRA),dev]' $(EDITABLE) || exit 1; \
+	else $(MAKE) --no-print-directory setup || exit 1; fi; \
+	exec $(PY) jobs/gpu.py --out $(OUT) --device $(DEVICE)
+
 docs: setup  ## the pages that are written from the code
 	$(PY) -m transfgu.cli.reference_page docs/recipe.md
+	$(PY) -m transfgu.cli.error_page docs/errors.md
 
 site: $(VENV)/.docs  ## the documentation site, in site/; a broken link or reference is an error
 	$(VENV)/bin/mkdocs build --quiet --strict

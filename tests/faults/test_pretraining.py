@@ -129,7 +129,7 @@ def test_a_loss_that_is_no_number_is_one_line_and_not_tried_again(pretrained: Un
     )
     with pytest.raises(UserError) as told:
         stage.pretrain(wild, ONE, Listener())
-    assert told.value.code == "training-diverged"
+    assert told.value.code == "loss-not-finite"
     assert "--learning_rate" in str(told.value)
     assert "\n" not in str(told.value)
     row("loss is not a number", "pretraining", "one line says what to lower", None, "nothing")

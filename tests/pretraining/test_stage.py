@@ -170,7 +170,7 @@ def test_a_job_that_cannot_work_is_refused(changes: dict[str, str | int], named:
 def test_folders_without_enough_images_are_named(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     few = folder_of_images(tmp_path / "few", 4)
-    for uri, code in ((str(tmp_path / "none"), "no-images"), (few, "too-few-images")):
+    for uri, code in ((str(tmp_path / "none"), "images-missing"), (few, "images-few")):
         job = PretrainingJob(images=uri, out=str(tmp_path / "vit.safetensors"), recipe=TINY, image_size=16)
         with pytest.raises(UserError) as told:  # before any work
             stage.pretrain(job, ComputeRecipe(workers=1), QUIET)

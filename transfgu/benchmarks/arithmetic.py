@@ -24,16 +24,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from transfgu.decoder import MaskDecoder, all_winners
+from transfgu.decoder import MaskDecoder, all_winners, winners
 from transfgu.encoder import patch_grid
-from transfgu.inference.device import use_cores
+from transfgu.inference.device import allow_tf32, in_bfloat16, own_device, use_cores
 from transfgu.inference.frozen_encoder import FrozenEncoder
 from transfgu.inference.tokens import PatchTokens
 from transfgu.kmeans import Shard, cluster, cores, gpu_index, sample_rows
-from transfgu.metrics import batch_confusion
+from transfgu.metrics import batch_confusion, confusion_matrix
 from transfgu.planning.measurements import Timing, in_turns
 from transfgu.recipe import Recipe, Size
-from transfgu.training.step import make_optimiser, training_step
+from transfgu.training.step import PendingStep, make_optimiser, start_step
 from transfgu.views import apply_views, draw_views
 
 _MATMUL = {"cpu": 1024, "cuda": 8192}  # sides at which a matrix product is as fast as it gets
@@ -66,12 +66,14 @@ class Bare:
     def __init__(self, recipe: Recipe) -> None:
         """Raises UserError where the encoder or its weights can't be had."""
         self.recipe = recipe
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = own_device()
         self._use_cores()
         self._frozen = FrozenEncoder(recipe, self.device)
         self._tokens = PatchTokens(recipe.encoder, self.device)
 
     def _use_cores(self) -> None:
+        torch.set_float32_matmul_precision("highest")
+        allow_tf32(self.recipe.training, self.device)  # another recipe's may have been measured before
         # Each call of an actor may find the threads as Ray or another library set them.
         if self.device.type == "cpu":
             use_cores(1)
@@ -119,19 +121,63 @@ class Bare:
         with self._frozen.precision():
             self._frozen.encoder.vit.forward_features(batch)
 
+    def forward_pace(self, images: int, repeats: int) -> Timing:
+        """Time patch tokens of decoded images at evaluation's size, beside a bare forward of a normalised batch."""
+        self._use_cores()
+        size = self.recipe.dataset.image_size
+        batch = torch.randn(images, 3, *size, device=self.device)
+        pixels = torch.randint(0, 256, batch.shape, dtype=torch.uint8)
+        with _Peak(self.device) as peak:
+            ours, bound = in_turns(
+                lambda: self._seconds(lambda: self._tokens(pixels)),
+                lambda: self._seconds(lambda: self._bare_forward(batch)),
+                repeats,
+            )
+        return Timing(
+            stage="encoder forward",
+            bound_is=f"a bare forward of {'x'.join(map(str, size))}",
+            items=images,
+            unit="images",
+            ours=ours,
+            bound=bound,
+            peak_bytes=peak.bytes,
+            flops=_flops(lambda: self._bare_forward(batch[:1])) * images,
+        )
+
     def counting(self, images: int) -> float:
-        """Images a second, all counted into one confusion matrix, from logits and labels that lie on the device."""
+        """Return images per second, resized, classified and counted into one confusion matrix on the device."""
+        return images / self.counting_pace(images, 1).seconds
+
+    def counting_pace(self, images: int, repeats: int) -> Timing:
+        """Time the counting of a batch's confusion matrix, beside the same image by image.
+
+        Logits and labels lie on the device; resizing the logits and taking the largest is part of both.
+        """
         self._use_cores()
         size, classes = self.recipe.dataset.image_size, self.recipe.classes
         grid = patch_grid(size, self._frozen.encoder.patch_size)
         logits = torch.randn(images, classes, *grid, device=self.device)
         labels = all_winners(logits.roll(1, 0), size)
 
-        def count() -> None:
-            batch_confusion(labels, all_winners(logits, size), classes)
+        def one_by_one() -> None:
+            for label, image in zip(labels.cpu().numpy(), logits, strict=True):
+                confusion_matrix(label, winners(image, size).cpu().numpy(), classes)
 
-        count()
-        return images / self._seconds(count)
+        with _Peak(self.device) as peak:
+            ours, bound = in_turns(
+                lambda: self._seconds(lambda: batch_confusion(labels, all_winners(logits, size), classes)),
+                lambda: self._seconds(one_by_one),
+                repeats,
+            )
+        return Timing(
+            stage="counting",
+            bound_is="the same image by image, counted on the CPU",
+            items=images,
+            unit="images",
+            ours=ours,
+            bound=bound,
+            peak_bytes=peak.bytes,
+        )
 
     def concept_maps(self, repeats: int, *, unfused: bool = False) -> Timing:
         """Maps of all concepts beside a bare forward of the same batch.
@@ -222,10 +268,14 @@ class Bare:
         loop = self._loop(batch)
 
         def run() -> None:
+            before: PendingStep | None = None
             for step in range(steps):
                 images, maps = loop.views(step)
                 # Seen whole, an image has the same tokens in every epoch, and those are what lies in memory.
-                loop.step(self._tokens(images) if self.recipe.training.views else known, maps)
+                queued = loop.step(self._tokens(images) if self.recipe.training.views else known, maps)
+                if before:
+                    before.result()  # as training's worker reads it: one step behind
+                before = queued
 
         images, maps = loop.views(0)
         known = self._tokens(images)
@@ -293,6 +343,7 @@ class _Loop:
         maps = torch.rand(batch, recipe.concepts.count, *grid, device=device)
         self._maps = maps * (maps < _SALIENT)
         self._permutation = np.random.default_rng(0).permutation(recipe.classes)
+        self._half = in_bfloat16(recipe.training, device)
 
     def views(self, step: int) -> tuple[Tensor, Tensor]:
         """The encoder's input, and the maps."""
@@ -303,10 +354,10 @@ class _Loop:
         grid = patch_grid(size, self._patch)
         return self._images.float() / 255, F.interpolate(self._maps, grid, mode="bilinear")
 
-    def step(self, patches: Tensor, maps: Tensor) -> None:
-        """One step with the teacher."""
+    def step(self, patches: Tensor, maps: Tensor) -> PendingStep:
+        """Queue one step with the teacher."""
         how = self._recipe.training
-        training_step(
+        return start_step(
             self._student,
             self._optimiser,
             patches,
@@ -317,6 +368,7 @@ class _Loop:
             alpha=how.alpha_start,
             permutation=self._permutation,
             background_threshold=how.background_threshold if self._recipe.background else None,
+            half=self._half,
         )
 
 

@@ -65,6 +65,7 @@ def measure(
     rows: int,
     unfused: bool = False,
     say: Callable[[str], None] = lambda _: None,
+    keep: Callable[[Measurements], None] = lambda _: None,
 ) -> Measurements:
     """Time stages beside their bounds; Ray must be connected.
 
@@ -75,25 +76,28 @@ def measure(
         repeats: turns of each.
         rows: features that K-Means gets.
         unfused: see `Bare.concept_maps`.
-        say: is told what comes next.
+        say: called with the name of each stage before it is measured.
+        keep: called with all measurements so far after each stage.
 
     Raises:
         UserError: no such stage; an encoder that can't be had.
     """
     for stage in stages:
         if stage not in STAGES:
-            raise UserError(f"there is no stage {stage} to measure; choose one of {', '.join(STAGES)}, all")
+            raise UserError(
+                f"there is no stage {stage} to measure; choose one of {', '.join(STAGES)}, all", code="stage-unknown"
+            )
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         bench = _Bench(recipe, Path(folder), images, repeats)
-        timings: list[Timing] = []
+        about, costs = ray.get(bench.bare.about.remote()), bench.costs()
+        found = Measurements(preset=recipe.preset, encoder=recipe.encoder.name, timings=(), costs=costs, **about)
         for stage in STAGES:
             if stage in stages:
                 say(f"{stage} ...")
-                timings += bench.timings(stage, rows=rows, unfused=unfused)
-        about = ray.get(bench.bare.about.remote())
-        return Measurements(
-            preset=recipe.preset, encoder=recipe.encoder.name, timings=tuple(timings), costs=bench.costs(), **about
-        )
+                timings = bench.timings(stage, rows=rows, unfused=unfused)
+                found = replace(found, timings=(*found.timings, *timings))
+                keep(found)
+        return found
 
 
 class _Bench:
@@ -109,7 +113,10 @@ class _Bench:
         samples.run(self._recipe, self._run, Progress("samples", quiet=True))
         self._listed = samples.load(self._run, "train")
         if len(self._listed) < needed:
-            raise UserError(f"{needed} training images are needed, and {len(self._listed)} are there: lower --images")
+            raise UserError(
+                f"{needed} training images are needed, and {len(self._listed)} are there: lower --images",
+                code="images-few",
+            )
 
     def timings(self, stage: str, *, rows: int, unfused: bool) -> list[Timing]:
         """The lines of a stage."""
@@ -302,7 +309,9 @@ class _Bench:
         storage.write_bytes(weights, safetensors.torch.save(decoder.state_dict()))
         rows = samples.labelled(how, self._run)
         if not len(rows):
-            raise UserError("evaluation needs labels: leave out --data, or give data that have some")
+            raise UserError(
+                "evaluation needs labels: leave out --data, or give data that have some", code="labels-missing"
+            )
         rows = rows.take(np.arange(_BATCHES * self._images) % len(rows))
 
         def ours() -> float:

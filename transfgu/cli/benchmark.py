@@ -39,7 +39,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     arguments = parser(words).parse(words)
     if min(arguments.images, arguments.repeats, arguments.rows) < 1:
-        raise UserError("--images, --repeats and --rows must be positive", code="arguments-wrong")
+        raise UserError("--images, --repeats and --rows must be positive", code="flag-range")
     recipe = recipe_of(arguments)
     if "encoder.weights" not in given_fields(arguments):
         recipe = recipe.with_fields({"encoder.weights": "random"})
@@ -56,6 +56,7 @@ def main(words: Sequence[str] | None = None) -> None:
     encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
     recipe = pipeline.fit_to_patch(recipe, encoder.patch_size)
     connect.connect(verbose=arguments.verbose)
+    out = arguments.out or plan.default_file(recipe.preset)
     found = benchmarks.measure(
         recipe,
         stages,
@@ -64,8 +65,7 @@ def main(words: Sequence[str] | None = None) -> None:
         rows=arguments.rows,
         unfused=arguments.unfused,
         say=lambda text: print(text, file=sys.stderr, flush=True),
+        keep=lambda found: storage.write_bytes(out, found.to_json().encode()),
     )
     print(found.table())
-    out = arguments.out or plan.default_file(recipe.preset)
-    storage.write_bytes(out, found.to_json().encode())
     print(f"written to {storage.shown(out)}")

@@ -30,7 +30,7 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or min(self.cpus_per_gpu, self.store, self.network) <= 0:
-            raise UserError("--gpus, --cpus_per_gpu, --store and --network must be positive")
+            raise UserError("--gpus, --cpus_per_gpu, --store and --network must be positive", code="flag-range")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,8 @@ def costs(recipe: Recipe, found: Measurements, images: int, validation: int) -> 
     if found.encoder != recipe.encoder.name:
         raise UserError(
             f"the measurements are of encoder {found.encoder}, and the recipe's is {recipe.encoder.name}: "
-            f"measure it by transfgu benchmark all --preset {recipe.preset} --encoder.name {recipe.encoder.name}"
+            f"measure it by transfgu benchmark all --preset {recipe.preset} --encoder.name {recipe.encoder.name}",
+            code="measurements-mismatch",
         )
     file = found.costs["file bytes"]
     windows, maps = found.timing("features"), found.timing("pseudo-labels")

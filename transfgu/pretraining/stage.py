@@ -62,15 +62,19 @@ class PretrainingJob:
 
     def __post_init__(self) -> None:
         if not self.out.endswith(".safetensors"):
-            raise UserError(f"--out {storage.shown(self.out)} must name a file that ends in .safetensors")
+            raise UserError(
+                f"--out {storage.shown(self.out)} must name a file that ends in .safetensors", code="out-invalid"
+            )
         if self.image_size < self.recipe.global_size:
             raise UserError(
-                f"--image_size {self.image_size} is less than the views' {self.recipe.global_size} pixels: raise it"
+                f"--image_size {self.image_size} is less than the views' {self.recipe.global_size} pixels: raise it",
+                code="image-size",
             )
         if self.count < self.recipe.batch_size:
             raise UserError(
                 f"--count {self.count} does not fill a batch of {self.recipe.batch_size}: raise it, "
-                "or lower --batch_size"
+                "or lower --batch_size",
+                code="images-few",
             )
 
     @property
@@ -113,7 +117,7 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
     if len(names) < job.recipe.batch_size:
         raise UserError(
             f"{len(names)} images are too few for a batch of {job.recipe.batch_size}: give more, or lower --batch_size",
-            code="too-few-images",
+            code="images-few",
         )
     size = max(1, min(_PART_SIZE, len(names) // _PARTS))
     seed = job.recipe.seed if job.images == SHAPES else 0
@@ -150,7 +154,7 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
         raise UserError(
             f"{len(left_out)} of {len(names)} images can't be used, such as {left_out[0]['name']} "
             f"({left_out[0]['reason']}): mend or remove them",
-            code="too-many-bad-images",
+            code="images-bad",
         )
     parts.sort(key=lambda part: part.uri)
     return Prepared(listing=listing, parts=tuple(parts), left_out=tuple(left_out))
@@ -166,7 +170,7 @@ def files(uri: str) -> list[str]:
     files = list(images_in(uri, recursive=True).values())
     if not files:
         raise UserError(
-            f"{storage.shown(uri)} holds no image (.jpg, .png, .webp, ...): check --images", code="no-images"
+            f"{storage.shown(uri)} holds no image (.jpg, .png, .webp, ...): check --images", code="images-missing"
         )
     return files
 
@@ -232,7 +236,7 @@ def pretrain(job: PretrainingJob, compute: ComputeRecipe, progress: Progress) ->
             raise UserError(
                 f"{prepared.images} images are too few for a batch of {job.recipe.batch_size}: give more, or lower "
                 "--batch_size",
-                code="too-few-images",
+                code="images-few",
             )
         inputs = PretrainingInputs(
             recipe=job.recipe, parts=prepared.parts, side=job.image_size, resident_gib=compute.resident_gib

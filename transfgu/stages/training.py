@@ -37,7 +37,8 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     images, validation = training_images(run), samples.labelled(recipe, run)
     if not len(images):
         raise UserError(
-            f"{run.artifact('pseudo_labels').uri} holds no pseudo label: delete that folder to make them anew"
+            f"{run.artifact('pseudo_labels').uri} holds no pseudo label: delete that folder to make them anew",
+            code="pseudo-labels-missing",
         )
     for name, table in (("images", images), ("validation", validation)):
         write_table(artifact.file(f"{name}.parquet"), table)

@@ -77,6 +77,7 @@ class Bootstrapping:
             alpha=self._plan.alpha,
             permutation=np.random.default_rng([recipe.seed, epoch, index]).permutation(recipe.classes),
             background_threshold=training.background_threshold if recipe.background else None,
+            certain_share=training.certain_share,
             part=self._part,
             half=self._half,
         )

@@ -94,7 +94,7 @@ def fit(
     ray.kill(board)
     if status.failure:
         if status.is_mistake:
-            raise UserError(status.failure, code=status.code)
+            raise UserError(status.failure, status.code)
         raise RuntimeError(status.failure)
     if found := checkpoints.newest(kept):
         return found

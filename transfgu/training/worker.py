@@ -46,7 +46,7 @@ def work(job: Job) -> None:
             # Trying again would fill no less.
             mistake = UserError(
                 f"can't write {storage.shown(job.checkpoints)}: {error.strerror or error}: make room",
-                code="storage-full",
+                code="disk-full",
             )
         passing = mistake is None and may_pass(error)
         text = in_words(mistake or error)
@@ -139,7 +139,7 @@ class Worker:
             return step()
         except FloatingPointError as error:
             where = f"step {index + 1} of epoch {epoch + 1}"
-            raise UserError(f"in {where}, {error}: {self.training.remedy}", code="training-diverged") from None
+            raise UserError(f"in {where}, {error}: {self.training.remedy}", code="loss-not-finite") from None
 
     def _report(self, row: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
