@@ -157,7 +157,7 @@ def test_too_little_memory_is_said_once_and_changes_nothing(
 
 
 def test_bfloat16_is_close_and_not_the_same(recipe: Recipe, frozen: FrozenEncoder, pixels: np.ndarray) -> None:
-    half = FrozenEncoder(recipe.with_fields({"precision": "bfloat16"}), torch.device("cpu"))
+    half = FrozenEncoder(recipe.with_fields({"encoder.precision": "bfloat16"}), torch.device("cpu"))
     rows = np.zeros(len(WINDOWS), np.int64)
     full = frozen.window_features(pixels, rows, WINDOWS, (16, 16))
     found = half.window_features(pixels, rows, WINDOWS, (16, 16))
