@@ -67,6 +67,12 @@ def test_each_mistake_has_a_code_that_names_the_thing_first() -> None:
         assert re.sub(r"\*.*?\*", "", mistake.message), f"{where} raises a message that is written elsewhere"
 
 
+def test_tests_match_codes_and_no_words() -> None:
+    prose = re.compile(r"raises\(\s*UserError,\s*match")
+    found = [path.name for path in (ROOT / "tests").rglob("*.py") if prose.search(path.read_text())]
+    assert not found, f"{found}: use tests.refusals.refused in place of match="
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

@@ -201,9 +201,8 @@ def test_options_change_digests_from_their_stage_on(field: str, value: object, f
 
 @pytest.mark.parametrize(("field", "value"), [("refine", -1), ("certain_share", 0), ("certain_share", 1.1)])
 def test_options_out_of_range_are_refused(field: str, value: float) -> None:
-    with pytest.raises(UserError, match=field) as raised:
+    with refused(f"field-range {SHORT_NAMES[field]}"):
         preset("shapes").with_fields({field: value})
-    assert raised.value.code == "field-range"
 
 
 @pytest.mark.parametrize(

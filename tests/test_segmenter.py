@@ -123,9 +123,8 @@ def test_tiles_of_an_image(labelled: MadeRun, tmp_path: Path) -> None:
     # Where one tile alone lies, it is that tile's prediction.
     corner = segmenter.predict(image[:64, :64], probabilities=True)
     np.testing.assert_allclose(shares[:, :20, :20], corner[:, :20, :20], rtol=1e-3)
-    with pytest.raises(UserError) as caught:
+    with refused("image-unreadable"):
         segmenter.predict(tmp_path / "none.png", tile=64, overlap=16)
-    assert caught.value.code == "image-unreadable"
 
 
 def test_a_shared_model_is_whole_and_says_what_it_is(labelled: MadeRun, tmp_path: Path) -> None:
