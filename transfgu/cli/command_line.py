@@ -50,7 +50,9 @@ COMMON = (
 EVALUATED = ("data", "labels", "limit", "dataset", "encoder", "concepts.things", "concepts.stuff", "decoder.weights")
 """Fields and components that scoring a decoder depends on, besides `evaluation` and :data:`UNTRAINED`."""
 
-_OF_TRAINING = tuple(f"compute.{name}" for name in ("workers", "resize_seconds", "resident_gib", "track"))
+_OF_TRAINING = tuple(
+    f"compute.{name}" for name in ("workers", "resize_seconds", "resident_gib", "cache_folder", "cache_gib", "track")
+)
 UNTRAINED = tuple(name for name in FIELDS if name.startswith("compute.") and name not in _OF_TRAINING)
 """Fields of `compute` that count where nothing is trained."""
 

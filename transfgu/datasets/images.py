@@ -44,7 +44,14 @@ def read_image(uri: str) -> UInt8[np.ndarray, "H W 3"]:
         BadInput: missing, empty, unreadable, truncated, too large, or a side of one pixel.
         UserError: the storage fails.
     """
-    return decode_image(_read(uri, "image"))
+    return decode_file(storage.read_bytes_or_none(uri))
+
+
+def decode_file(data: bytes | None) -> UInt8[np.ndarray, "H W 3"]:
+    """As :func:`read_image`, from a file's bytes, or None for a file that is missing."""
+    if data is None:
+        raise BadInput("missing image")
+    return decode_image(data)
 
 
 def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:

@@ -8,7 +8,7 @@ from jaxtyping import Int16, UInt8
 
 from transfgu import datasets
 from transfgu.datasets import images
-from transfgu.datasets.map_files import read_maps
+from transfgu.datasets.map_files import PLACE, read_maps
 from transfgu.errors import BadInput, UserError
 from transfgu.recipe import Protocol, Recipe, Size
 from transfgu.store import storage
@@ -29,16 +29,26 @@ def read_training_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
         UserError: an image that could be read when its maps were made, and now can't.
     """
     pixels = np.empty((len(rows), 3, *size), np.uint8)
-    for i, uri in enumerate(rows["image"].to_pylist()):
-        try:
-            pixels[i] = images.resize(images.read_image(uri), size, "bilinear")
-        except BadInput as error:
-            raise UserError(
-                f"{storage.shown(uri)} was read for its pseudo label, and now is bad ({error}): put it back",
-                code="image-changed",
-            ) from None
-    passed = {n: rows[n].to_numpy() for n in rows.column_names if n not in ("image", "part", "row")}
+    uris = rows["image"].to_pylist()
+    for i, (uri, data) in enumerate(zip(uris, storage.read_many(uris), strict=True)):
+        pixels[i] = training_image(uri, data, size)
+    passed = {n: rows[n].to_numpy() for n in rows.column_names if n not in ("image", *PLACE)}
     return {**passed, "image": pixels, "maps": read_maps(rows)}
+
+
+def training_image(uri: str, data: bytes | None, size: Size) -> UInt8[np.ndarray, "3 H W"]:
+    """Decode a training image, bilinear to `size`, from its file's bytes (None: the file is missing).
+
+    Raises:
+        UserError: it could be read when its maps were made, and now can't.
+    """
+    try:
+        return images.resize(images.decode_file(data), size, "bilinear")
+    except BadInput as error:
+        raise UserError(
+            f"{storage.shown(uri)} was read for its pseudo label, and now is bad ({error}): put it back",
+            code="image-changed",
+        ) from None
 
 
 def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, protocol: Protocol = "published") -> dict[str, Any]:
@@ -58,9 +68,10 @@ def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, protocol: Protocol = "
     classes, size = datasets.classes(recipe), recipe.dataset.image_size
     pixels = np.zeros((len(rows), 3, *size), np.uint8)
     labels, reasons = [], []
-    for i, (image, label) in enumerate(zip(rows["image"].to_pylist(), rows["label"].to_pylist(), strict=True)):
+    files = storage.read_many(rows["image"].to_pylist())
+    for i, (data, label) in enumerate(zip(files, rows["label"].to_pylist(), strict=True)):
         try:
-            decoded = images.read_image(image)
+            decoded = images.decode_file(data)
             truth = images.read_label(label, classes, decoded.shape[:2])
             if protocol == "stego":
                 decoded = _centre(decoded, size)
@@ -128,9 +139,9 @@ def read_plain_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
     """
     pixels = np.zeros((len(rows), 3, *size), np.uint8)
     good = np.ones(len(rows), bool)
-    for i, uri in enumerate(rows["image"].to_pylist()):
+    for i, data in enumerate(storage.read_many(rows["image"].to_pylist())):
         try:
-            pixels[i] = images.resize(images.read_image(uri), size, "bilinear")
+            pixels[i] = images.resize(images.decode_file(data), size, "bilinear")
         except BadInput:
             good[i] = False
     return {"image": pixels, "good": good}

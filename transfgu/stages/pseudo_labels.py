@@ -4,7 +4,8 @@ The maps of the training images are made once and kept, packed to sixteen bits; 
 any order. The actor serves any list of samples, so what the maps alone are worth can be scored on validation images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import safetensors.numpy
 from jaxtyping import Float
 from ray.data import Dataset
 
+from transfgu.datasets import map_files
 from transfgu.errors import UserError
 from transfgu.recipe import Recipe
 from transfgu.runtime import parts
@@ -47,8 +49,23 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         progress,
         lambda part: _work(recipe, centroids, folder).here(part),
     )
+    index_parts(folder, summaries)
     bad = tuple(x for summary in summaries for x in summary.left_out)
     return Outcome(items=len(listed) - len(bad), left_out=bad, details={"concepts": len(centroids), **work})
+
+
+def index_parts(folder: str, summaries: Sequence[parts.Summary]) -> None:
+    """Write the index of the maps' places beside the parts; parts of an earlier attempt are read for it."""
+
+    def found(summary: parts.Summary) -> tuple[int, Mapping[str, Sequence[int]]]:
+        if summary.size:
+            return summary.size, summary.places
+        data = storage.read_bytes(storage.join(folder, summary.file))
+        return len(data), map_files.places(data)
+
+    with ThreadPoolExecutor(storage.IN_FLIGHT) as pool:
+        names = [summary.file for summary in summaries]
+        map_files.write_index(folder, dict(zip(names, pool.map(found, summaries), strict=True)))
 
 
 def load_centroids(run: Run) -> Float[np.ndarray, "K d"]:
@@ -135,13 +152,4 @@ class WritePseudoLabels:
         """A block of `MapConcepts` to the part's row for the driver."""
         table = block.filter(block["reason"].is_null()).select(["index", "maps", "h", "w"])
         summary = parts.Summary(part=block["part"][0].as_py(), images=len(block), left_out=parts.left_out(block))
-        return parts.write_part(
-            self.folder,
-            summary,
-            table,
-            block["note"][0].as_py(),
-            row_group_size=1,
-            use_dictionary=False,
-            write_statistics=["index"],
-            compression="none",
-        )
+        return parts.write_maps(self.folder, summary, table, block["note"][0].as_py())

@@ -35,7 +35,7 @@ from transfgu.inference.tokens import PatchTokens
 from transfgu.runtime.failures import find_user_error
 from transfgu.store import parquet, storage
 from transfgu.training import checkpoints, schedule
-from transfgu.training.batches import Batch, Resident, Share, Source, Streamed, load
+from transfgu.training.batches import Batch, Resident, Share, Source, Streamed, load, open_cache
 from transfgu.training.board import may_pass
 from transfgu.training.checkpoints import merit
 from transfgu.training.copies import on_device
@@ -153,7 +153,10 @@ class Worker:
             world=self.world,
         )
         view = self._random_views if recipe.training.views else self._whole_images
-        if share.bytes > recipe.compute.resident_gib * 2**30:
+        large = share.bytes > recipe.compute.resident_gib * 2**30
+        if (large or recipe.training.views) and (source := open_cache(share, recipe.compute, recipe.training.epochs)):
+            return source, view
+        if large:
             return Streamed(share, recipe.training.epochs), view
         if recipe.training.views:
             return Resident(share, *load(share, lambda images: images, _LOAD_BATCH)), view
