@@ -251,6 +251,7 @@ class Worker:
             alpha=alpha,
             permutation=permutation,
             background_threshold=training.background_threshold if self.recipe.background else None,
+            certain_share=training.certain_share,
             part=self.part,
             half=self.half,
         )
