@@ -266,7 +266,8 @@ class ComputeRecipe:
     cache_folder: str = field(
         "",
         "folder on each node's own disk where training keeps decoded images and their maps, so that only the first "
-        "epoch reads them from storage; empty: transfgu-cache-UID among the system's temporary files",
+        "epoch reads them from storage; empty: the node's environment variable TRANSFGU_CACHE, or transfgu-cache-UID "
+        "among the system's temporary files",
         before="",
     )
     cache_gib: float = field(

@@ -1,5 +1,6 @@
 """The node's cache of samples: filled once by whoever needs a sample, shared by processes and threads, bounded."""
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -116,7 +117,7 @@ def test_a_full_disk_costs_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyP
         def full(*_: object) -> int:
             raise OSError(28, "No space left on device")
 
-        patch.setattr(sample_cache.os, "pwrite", full)
+        patch.setattr(os, "pwrite", full)
         for position in (1, 1):
             check(reader.read(position), position)
     assert reader.images == [1, 1]

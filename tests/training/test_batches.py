@@ -128,7 +128,7 @@ def test_without_room_or_wish_there_is_no_cache(
     made: MadeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     mine = share(made, 0, 1)
-    assert streams.open_cache(mine, ComputeRecipe(cache_folder=str(tmp_path), cache_gib=0), 1) is None
+    assert streams.open_cache(mine, ComputeRecipe(cache_folder=str(tmp_path), cache_gib=0.0), 1) is None
     assert streams.open_cache(mine, ComputeRecipe(cache_folder="/proc/none"), 1) is None
     assert "no cache of images in /proc/none" in caplog.text
     half = 3.5 * mine.bytes / TRAIN / 2**30

@@ -140,7 +140,8 @@ def _rows(recipe: Recipe, images: int, folder: Path) -> pa.Table:
         listed = datasets.list_samples(recipe.with_fields({"limit": images}), "train")["image"].to_pylist()
         if len(listed) < images:
             raise UserError(
-                f"{images} training images are needed, and {len(listed)} are there: lower --images", code="too-few-images"
+                f"{images} training images are needed, and {len(listed)} are there: lower --images",
+                code="too-few-images",
             )
         uris = listed[:images]
     else:

@@ -31,8 +31,14 @@ _SPARE = 1 << 30  # bytes of the disk that are left free
 _IMAGE, _MAPS = 0, 1
 
 
+FOLDER = "TRANSFGU_CACHE"
+"""Environment variable that names the folder of a node's caches; each node may set its own."""
+
+
 def default_folder() -> str:
-    """Return the folder for caches of this user on this machine: `transfgu-cache-UID` among temporary files."""
+    """Return this node's folder for caches: `TRANSFGU_CACHE`, or `transfgu-cache-UID` among temporary files."""
+    if os.environ.get(FOLDER):
+        return os.environ[FOLDER]
     user = os.getuid() if hasattr(os, "getuid") else "all"
     return os.path.join(tempfile.gettempdir(), f"transfgu-cache-{user}")  # noqa: PTH118
 

@@ -27,7 +27,7 @@ from transfgu.store import storage
 from transfgu.store.artifacts import LAST, MODEL, Outcome, Run
 from transfgu.store.parquet import write_table
 from transfgu.training import checkpoints, tracking
-from transfgu.training.batches import VERSIONS
+from transfgu.training.batches import VERSIONS, cache_text
 from transfgu.training.board import ATTEMPTS, Status, put_up, watched
 from transfgu.training.checkpoints import merit
 from transfgu.training.controller import Deaths
@@ -51,6 +51,8 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         )
     for name, table in (("images", images), ("validation", validation)):
         write_table(artifact.file(f"{name}.parquet"), table)
+    if text := cache_text(recipe, images):
+        progress.note(text)
     trackers, pictures = tracking.Trackers(recipe, run, progress.note), artifact.file("pictures")
 
     def tell(row: dict[str, Any]) -> None:

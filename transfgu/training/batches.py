@@ -28,7 +28,7 @@ from transfgu.datasets.map_files import read_maps
 from transfgu.datasets.rows import read_training_rows, training_image
 from transfgu.datasets.sample_cache import Layout, SampleCache, default_folder
 from transfgu.errors import UserError
-from transfgu.recipe import ComputeRecipe, Size
+from transfgu.recipe import ComputeRecipe, Recipe, Size
 from transfgu.store import storage
 from transfgu.training.order import Order
 
@@ -295,14 +295,21 @@ def open_cache(share: Share, compute: ComputeRecipe, epochs: int, threads: int |
     return Cached(share, cache, epochs, threads or _threads())
 
 
-def cache_text(rows: pa.Table, size: Size, maps: tuple[int, int, int], compute: ComputeRecipe) -> str:
-    """What the user is told of the cache, one line; empty where there will be none."""
+def cache_text(recipe: Recipe, rows: pa.Table) -> str:
+    """What the user is told of the nodes' caches, one line; empty where there will be none.
+
+    Args:
+        recipe: of the training.
+        rows: the table of training images.
+    """
+    compute = recipe.compute
     if not compute.cache_gib or VERSIONS not in (rows.schema.metadata or {}):
         return ""
-    needed = len(rows) * (3 * size[0] * size[1] + 2 * int(np.prod(maps))) / 2**30
+    needed = 3 * int(np.prod(recipe.dataset.training_size)) + max([0, *rows["bytes"].slice(0, 1).to_pylist()])
     return (
-        f"each node keeps decoded images and their maps, {needed:.3g} GiB, in "
-        f"{compute.cache_folder or default_folder()} (at most {compute.cache_gib:g} GiB: --compute.cache_gib)"
+        f"each node keeps decoded images and their maps, {len(rows) * needed / 2**30:.3g} GiB, in "
+        f"{compute.cache_folder or default_folder()} (all caches together at most {compute.cache_gib:g} GiB: "
+        "--compute.cache_gib)"
     )
 
 
