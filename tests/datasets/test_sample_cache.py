@@ -150,3 +150,14 @@ with cache._lock(0):
     reader.cache.close()
     SampleCache(str(tmp_path), layout("other"), 6 * 20).close()
     assert not (tmp_path / layout().name).exists()
+
+
+def test_methods_without_maps(tmp_path: Path) -> None:
+    cache = SampleCache(str(tmp_path), Layout(key="one", samples=2, image_bytes=12, maps_bytes=0), ROOM)
+    found, planes = np.empty(12, np.uint8), np.empty((0, 0, 0), np.int16)
+    cache.image(1, found, lambda: image(1))
+    cache.maps(1, planes, 0, np.empty(0, int), lambda: [])
+    assert cache.has(np.arange(2)).tolist() == [False, True]
+    found[:] = 0
+    cache.read(1, found, planes)
+    np.testing.assert_array_equal(found, image(1))

@@ -123,41 +123,41 @@ class SampleCache:
         return np.asarray(images & maps)
 
     def read(self, position: int, image: Any, maps: Any) -> None:
-        """Copy a sample that is there into two contiguous writable buffers of its image and its maps.
+        """Copy a sample that is there into two contiguous writable arrays of its image and its maps.
 
         Raises:
             OSError: the file can't be read.
         """
-        buffers = [memoryview(image).cast("B"), memoryview(maps).cast("B")]
+        buffers = [_bytes(image), _bytes(maps)]
         buffers = [buffer for buffer in buffers if len(buffer)]
         size = sum(map(len, buffers))
         if os.preadv(self._file, buffers, position * self.layout.sample_bytes) != size:
             raise OSError(errno.EIO, f"{self._folder / 'samples.bin'} is shorter than it was")
 
     def image(self, position: int, out: Any, make: Callable[[], Any]) -> None:
-        """Copy a sample's image into the buffer `out`; `make` returns it where it is not there yet."""
-        view = memoryview(out).cast("B")
+        """Copy a sample's image into the array `out`; `make` returns it where it is not there yet."""
+        view = _bytes(out)
         if position >= self.kept:
-            view[:] = memoryview(make()).cast("B")
+            view[:] = _bytes(make())
             return
         with self._lock(position):
             if self._flags[_IMAGE, position]:
                 os.preadv(self._file, [view], position * self.layout.sample_bytes)
                 return
-            view[:] = memoryview(make()).cast("B")
+            view[:] = _bytes(make())
             self._write(_IMAGE, position, view)
 
     def maps(self, position: int, out: Any, part: int, others: Int[np.ndarray, " m"], make: Callable[[], Any]) -> None:
-        """Copy a sample's maps into the buffer `out`; where they are not there yet, those of its whole part are made.
+        """Copy a sample's maps into the array `out`; where they are not there yet, those of its whole part are made.
 
         Args:
             position: of the sample.
-            out: buffer for its maps.
+            out: array for its maps.
             part: number of the part.
             others: positions of the part's samples, this one among them.
             make: returns the maps of all of `others`.
         """
-        view = memoryview(out).cast("B")
+        view = _bytes(out)
         if not len(view):
             if position < self.kept:
                 self._flags[_MAPS, position] = 1
@@ -172,9 +172,9 @@ class SampleCache:
                 return
             for other, made in zip(others.tolist(), make(), strict=True):
                 if other < self.kept:
-                    self._write(_MAPS, other, memoryview(made).cast("B"))
+                    self._write(_MAPS, other, _bytes(made))
                 if other == position:
-                    view[:] = memoryview(made).cast("B")
+                    view[:] = _bytes(made)
 
     def _write(self, which: int, position: int, data: Any) -> None:
         """Keep an image or maps; where the disk is full, later ones are not kept."""
@@ -209,6 +209,11 @@ class SampleCache:
         # A mix of the bits: neighbours of one part should not share a lock.
         with _locked(self._stripes[number * 2654435761 % 2**32 * _STRIPES >> 32]):
             yield
+
+
+def _bytes(array: Any) -> memoryview:
+    """Return the bytes of a contiguous array, which may be empty."""
+    return memoryview(array.reshape(-1).view(np.uint8))
 
 
 @contextlib.contextmanager

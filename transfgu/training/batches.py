@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,7 @@ from transfgu.datasets.map_files import read_maps
 from transfgu.datasets.rows import read_training_rows, training_image
 from transfgu.datasets.sample_cache import Layout, SampleCache, default_folder
 from transfgu.errors import UserError
+from transfgu.learner import Batch
 from transfgu.recipe import ComputeRecipe, Recipe, Size
 from transfgu.store import storage
 from transfgu.training.order import Order
@@ -41,16 +42,6 @@ _BATCHES_AHEAD = 2  # that are read from the cache while one is trained on
 
 VERSIONS = b"transfgu.versions"
 """In the metadata of a table of training images: digest of the versions of all files that it names."""
-
-
-class Batch(NamedTuple):
-    """What one worker holds of a global batch, or nothing of it."""
-
-    slots: Int[np.ndarray, " B"]
-    inputs: Shaped[Tensor, "B ..."]
-    """Decoded images (B, 3, H, W) uint8, or what was made of them once and for all."""
-    maps: Int16[Tensor, "B planes h w"]
-    """As they are kept: `unpack_maps` makes K maps of K + 2 planes."""
 
 
 @runtime_checkable
@@ -74,6 +65,8 @@ class Share:
     """Planes (K + 2), h, w of an image's packed maps."""
     rank: int
     world: int
+    read_rows: Callable[[pa.Table], dict[str, Any]] | None = None
+    """From rows to columns `image`, `maps` and the others passed on; None: `read_training_rows` at `size`."""
 
     def slots(self, epoch: int) -> Int[np.ndarray, "steps B"]:
         """The worker's slots of each of an epoch's global batches."""
@@ -87,7 +80,7 @@ class Share:
     def read(self, slots: Int[np.ndarray, " n"], batch_size: int) -> Iterator[Batch]:
         """Decoded slots in their order, a batch at a time."""
         rows = self.rows.take(slots % self.order.images).append_column("slot", pa.array(slots))
-        read = partial(read_training_rows, size=self.size)
+        read = self.read_rows or partial(read_training_rows, size=self.size)
         for columns in stream(rows, read, batch_size, world=self.world):
             # Copied: arrays out of Ray's object store are read-only, which torch warns of.
             yield Batch(columns["slot"], torch.tensor(columns["image"]), torch.tensor(columns["maps"]))
@@ -305,7 +298,8 @@ def cache_text(recipe: Recipe, rows: pa.Table) -> str:
     compute = recipe.compute
     if not compute.cache_gib or VERSIONS not in (rows.schema.metadata or {}):
         return ""
-    needed = 3 * int(np.prod(recipe.dataset.training_size)) + max([0, *rows["bytes"].slice(0, 1).to_pylist()])
+    maps = rows["bytes"].slice(0, 1).to_pylist() if "bytes" in rows.column_names else []
+    needed = 3 * int(np.prod(recipe.dataset.training_size)) + max([0, *maps])
     return (
         f"each node keeps decoded images and their maps, {len(rows) * needed / 2**30:.3g} GiB, in "
         f"{compute.cache_folder or default_folder()} (all caches together at most {compute.cache_gib:g} GiB: "
@@ -357,7 +351,7 @@ def load(
         made = transform(batch.inputs)
         if not len(inputs):
             inputs = torch.empty(len(share.rows), *made.shape[1:], dtype=made.dtype)
-        places = torch.from_numpy(batch.slots)
+        places = torch.tensor(batch.slots)
         inputs[places], maps[places] = made.cpu(), batch.maps
     return inputs, maps
 
