@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from tests.made_run import SIDE, TRAIN, MadeRun, make_run
+from transfgu.learner import Batch
 from transfgu.recipe import ComputeRecipe
 from transfgu.stages.training import training_images
 from transfgu.store import storage
 from transfgu.training import batches as streams
-from transfgu.training.batches import Batch, Cached, Resident, Share, Streamed
+from transfgu.training.batches import Cached, Resident, Share, Streamed
 from transfgu.training.order import Order
 
 pytestmark = pytest.mark.ray
