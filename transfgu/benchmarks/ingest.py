@@ -95,6 +95,7 @@ def measure(recipe: Recipe, images: int, batch_size: int | None = None) -> Inges
         started = time.perf_counter()
         cached, peak = _timed(source, timed)
         seconds = time.perf_counter() - started
+        source.close()
         read = len(timed) * seen
         return Ingest(
             preset=recipe.preset,

@@ -178,6 +178,12 @@ class Cached:
         for _, _, reading in self._ahead:
             wait(reading)
 
+    def close(self) -> None:
+        """End reading ahead, and give the cache up; an epoch's batches were taken."""
+        self._pool.shutdown(cancel_futures=True)
+        self.settle()
+        self.cache.close()
+
     def _read_ahead(self, first: tuple[int, int]) -> None:
         """Have the batches read that come from `first` (epoch and step) on."""
         steps = self.share.order.steps
