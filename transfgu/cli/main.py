@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "predict": "make masks of a folder of images with a trained run",
         "evaluate": "score a run, a decoder or a folder of masks on labelled images",
         "name": "give names to a run's classes, and merge those of one name; nothing is trained again",
+        "export": "write masks as COCO, CVAT, Label Studio or GeoJSON files",
         "tune": "search for a better recipe by many short trainings",
         "pretrain": "train a small self-supervised encoder on a folder of images",
         "benchmark": "time each stage beside its lower bound",

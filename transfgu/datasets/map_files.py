@@ -197,7 +197,7 @@ def _place(part: str, row: int) -> tuple[int, int]:
 def _changed(part: str) -> UserError:
     return UserError(
         f"{storage.shown(part)} is not the file that was written: delete the pseudo labels' folder to make them anew",
-        code="pseudo-labels-changed",
+        code="artifact-damaged",
     )
 
 
