@@ -302,12 +302,14 @@ def cache_text(recipe: Recipe, rows: pa.Table) -> str:
         rows: the table of training images.
     """
     compute = recipe.compute
-    if not compute.cache_gib or VERSIONS not in (rows.schema.metadata or {}):
-        return ""
     maps = rows["bytes"].slice(0, 1).to_pylist() if "bytes" in rows.column_names else []
-    needed = 3 * int(np.prod(recipe.dataset.training_size)) + max([0, *maps])
+    needed = len(rows) * (3 * int(np.prod(recipe.dataset.training_size)) + max([0, *maps])) / 2**30
+    # Small sets that are seen whole stay in memory as features.
+    small = not recipe.training.views and needed <= compute.resident_gib
+    if small or not compute.cache_gib or VERSIONS not in (rows.schema.metadata or {}):
+        return ""
     return (
-        f"each node keeps decoded images and their maps, {len(rows) * needed / 2**30:.3g} GiB, in "
+        f"each node keeps decoded images and their maps, {needed:.2g} GiB, in "
         f"{compute.cache_folder or default_folder()} (all caches together at most {compute.cache_gib:g} GiB: "
         "--compute.cache_gib)"
     )
