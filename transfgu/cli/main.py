@@ -22,6 +22,8 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "export": "write masks as COCO, CVAT, Label Studio or GeoJSON files",
         "tune": "search for a better recipe by many short trainings",
         "pretrain": "train a small self-supervised encoder on a folder of images",
+        "runs": "list the runs in a folder",
+        "status": "show how far a run is, its scores, and the command to use next",
         "benchmark": "time each stage beside its lower bound",
         "plan": "plan a full data set from such timings",
         "schema": "print the JSON Schema of a recipe",
