@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 from transfgu.cli.command_line import Parser
 from transfgu.cli.status import state_of
 from transfgu.errors import UserError
-from transfgu.recipe import STAGES
+from transfgu.methods import STAGES
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from transfgu import formats
 from transfgu.cli.command_line import Parser
-from transfgu.recipe import STAGES, Recipe
+from transfgu.methods import STAGES
+from transfgu.recipe import Recipe
 from transfgu.store import storage
 from transfgu.store.artifacts import Manifest, Run
 from transfgu.store.lock import holder_of
