@@ -53,9 +53,9 @@ class Listener(Progress):
     def __init__(self) -> None:
         super().__init__("training", quiet=True)
         self.notes: list[str] = []
-        self.steps = (0, 0)
+        self.steps: tuple[int, int | None] = (0, 0)
 
-    def update(self, done: int, total: int, unit: str) -> None:
+    def update(self, done: int, total: int | None, unit: str) -> None:
         assert unit == "steps"
         self.steps = (done, total)
 
@@ -194,7 +194,9 @@ def test_what_a_training_goes_on_from(tmp_path: Path) -> None:
     images, validation = training_images(made.run), samples.labelled(made.recipe, made.run)
 
     def digest() -> str:
-        return training.inputs_digest(made.run, training_images(made.run), samples.labelled(made.recipe, made.run))
+        return training.inputs_digest(
+            made.recipe, made.run, training_images(made.run), samples.labelled(made.recipe, made.run)
+        )
 
     first = digest()
     parts = sorted(Path(made.run.file("pseudo_labels")).glob("part-*"))
@@ -204,10 +206,10 @@ def test_what_a_training_goes_on_from(tmp_path: Path) -> None:
     assert training_images(made.run) != images
     assert digest() == first
     others = {
-        training.inputs_digest(made.run, rotated(images), validation),
-        training.inputs_digest(made.run, images.slice(1), validation),
-        training.inputs_digest(made.run, images, rotated(validation)),
-        training.inputs_digest(made.run, images, validation.slice(1)),
+        training.inputs_digest(made.recipe, made.run, rotated(images), validation),
+        training.inputs_digest(made.recipe, made.run, images.slice(1), validation),
+        training.inputs_digest(made.recipe, made.run, images, rotated(validation)),
+        training.inputs_digest(made.recipe, made.run, images, validation.slice(1)),
     }
     concepts = Path(made.run.file("concepts/concepts.safetensors"))
     tensors = safetensors.torch.load(concepts.read_bytes())
@@ -255,6 +257,7 @@ def state(seed: int) -> State:
 
 
 def train(state: State, steps: int) -> None:
+    assert state.optimiser
     for step in range(steps):
         torch.manual_seed(100 + step)
         training_step(
