@@ -69,6 +69,7 @@ gpu:  ## what a GPU shows, in twelve minutes at most, without a network: gpu.jso
 
 docs: setup  ## the pages that are written from the code
 	$(PY) -m transfgu.cli.reference_page docs/recipe.md
+	$(PY) -m transfgu.cli.error_page docs/errors.md
 
 site: $(VENV)/.docs  ## the documentation site, in site/; a broken link or reference is an error
 	$(VENV)/bin/mkdocs build --quiet --strict

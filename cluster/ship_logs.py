@@ -46,7 +46,7 @@ def main(folder: str, uri: str, seconds: str = "30") -> None:
         try:
             ship(Path(folder), uri, seen)
         except UserError as error:
-            print(error, flush=True)  # the storage may be back the next time
+            print(error.line, flush=True)  # the storage may be back the next time
         time.sleep(float(seconds))
 
 

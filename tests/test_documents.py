@@ -14,8 +14,8 @@ import yaml
 from PIL import Image
 
 import transfgu
+from transfgu.cli import error_page, reference_page
 from transfgu.cli import main as command_line
-from transfgu.cli import reference_page
 from transfgu.datasets import shapes
 from transfgu.errors import UserError
 
@@ -53,6 +53,18 @@ COMMANDS = [
 def test_the_recipes_page_is_what_the_code_says() -> None:
     written = (ROOT / "docs" / "recipe.md").read_text()
     assert written == reference_page.page(), "docs/recipe.md is out of date: make docs"
+
+
+def test_the_page_of_errors_is_what_the_code_says() -> None:
+    written = (ROOT / "docs" / "errors.md").read_text()
+    assert written == error_page.page(), "docs/errors.md is out of date: make docs"
+
+
+def test_each_mistake_has_a_code_that_names_the_thing_first() -> None:
+    for mistake in error_page.mistakes():
+        where = f"{mistake.module}:{mistake.line}"
+        assert re.fullmatch(r"[a-z]+(-[a-z]+)+", mistake.code), f"{where} raises a UserError without a good code"
+        assert re.sub(r"\*.*?\*", "", mistake.message), f"{where} raises a message that is written elsewhere"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -85,14 +85,19 @@ class MaskDecoder(nn.Module):
         prefixes = [name.removesuffix("cls_emb") for name in state_dict if name.endswith("cls_emb")]
         students = [prefix for prefix in prefixes if "teacher" not in prefix]
         if len(students) != 1:
-            raise UserError(f"these weights hold {len(students)} mask decoders (tensors cls_emb) where one is needed")
+            raise UserError(
+                f"these weights hold {len(students)} mask decoders (tensors cls_emb) where one is needed",
+                code="decoder-missing",
+            )
         weights = {
             name.removeprefix(students[0]): tensor
             for name, tensor in state_dict.items()
             if name.startswith(students[0])
         }
         if "proj_dec.weight" not in weights:
-            raise UserError("these weights are not a mask decoder's: proj_dec.weight is missing")
+            raise UserError(
+                "these weights are not a mask decoder's: proj_dec.weight is missing", code="decoder-missing"
+            )
         _, classes, width = weights["cls_emb"].shape
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
         decoder = MaskDecoder(
@@ -101,7 +106,7 @@ class MaskDecoder(nn.Module):
         try:
             decoder.load_state_dict(weights)
         except RuntimeError as error:
-            raise UserError(f"these weights are not a mask decoder's: {error}") from error
+            raise UserError(f"these weights are not a mask decoder's: {error}", code="weights-misfit") from error
         return decoder.eval()
 
     def forward(

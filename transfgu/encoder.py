@@ -68,7 +68,8 @@ def patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
             below = side // patch_size * patch_size
             good = " or ".join(str(good) for good in (below, below + patch_size) if good)
             raise UserError(
-                f"image side {side} is not a multiple of the encoder's patch, {patch_size}: use {good} pixels"
+                f"image side {side} is not a multiple of the encoder's patch, {patch_size}: use {good} pixels",
+                code="image-size",
             )
     return size[0] // patch_size, size[1] // patch_size
 
@@ -113,7 +114,10 @@ class Encoder(nn.Module):
         super().__init__()
         _check_supported(vit)
         if position_resize not in get_args(PositionResize):
-            raise UserError(f"position_resize is {position_resize!r}: use one of {get_args(PositionResize)}")
+            raise UserError(
+                f"position_resize is {position_resize!r}: use one of {get_args(PositionResize)}",
+                code="argument-invalid",
+            )
         self.vit: Any = vit  # timm's blocks differ in their attributes; _check_supported has seen these
         self.position_resize = position_resize
         self.mean = mean
@@ -333,7 +337,10 @@ def _check_supported(vit: Any) -> None:
         reason = "built for one image size (timm: dynamic_img_size=True)"
     else:
         return
-    raise UserError(f"this {type(vit).__name__} can't be the encoder, it is {reason}: use one like DINO's ViT")
+    raise UserError(
+        f"this {type(vit).__name__} can't be the encoder, it is {reason}: use one like DINO's ViT",
+        code="encoder-unsupported",
+    )
 
 
 def _heads(attn: Any, part: int, normed: Float[Tensor, "B n d"], rope: Tensor | None) -> Float[Tensor, "B heads n dh"]:
@@ -411,7 +418,7 @@ def _create(name: str, *, pretrained: bool = False) -> Any:
             remedy = "give --encoder.weights a path or URI, or random"
         else:
             remedy = "use a timm vision transformer, such as vit_small_patch8_224.dino"
-        raise UserError(f"encoder {name} can't be had ({reason}): {remedy}") from error
+        raise UserError(f"encoder {name} can't be had ({reason}): {remedy}", code="encoder-unavailable") from error
 
 
 def _of_timm(vit: Any) -> Encoder:
@@ -429,7 +436,7 @@ def _from_file(name: str, uri: str) -> Encoder:
     what = f"weights {storage.shown(uri)} for encoder {name}"
     patch = file.tensors.get("patch_embed.proj.weight")
     if patch is not None and patch.ndim == 4 and patch.shape != vit.patch_embed.proj.weight.shape:
-        raise UserError(_misfit(what, "patch_embed.proj.weight", patch, vit.patch_embed.proj.weight))
+        raise _misfit(what, "patch_embed.proj.weight", patch, vit.patch_embed.proj.weight)
     position = file.tensors.get("pos_embed")
     if position is not None and vit.pos_embed is not None:
         # Keep the file's own grid: resized once, at each image, and never a second time while loading.
@@ -453,7 +460,8 @@ def _self_described(name: str, weights: str) -> Encoder:
         if name != SHIPPED:
             raise _unknown(name) from None
         raise UserError(
-            f"weights {storage.shown(uri)} don't say their patch_size and num_heads: give --encoder.name a timm name"
+            f"weights {storage.shown(uri)} don't say their patch_size and num_heads: give --encoder.name a timm name",
+            code="weights-undescribed",
         ) from None
     if weights != "random":
         return Encoder.from_state_dict(file.tensors, patch_size=patch_size, num_heads=num_heads)
@@ -465,7 +473,10 @@ def _self_described(name: str, weights: str) -> Encoder:
 def _unknown(name: str) -> UserError:
     names = [SHIPPED, *timm.list_models(module="vision_transformer", pretrained=True)]
     near = difflib.get_close_matches(name, names, 3) or [SHIPPED, "vit_small_patch8_224.dino"]
-    return UserError(f"no encoder is called {name}: try {', '.join(near)}, or another vision transformer of timm's")
+    return UserError(
+        f"no encoder is called {name}: try {', '.join(near)}, or another vision transformer of timm's",
+        code="encoder-unknown",
+    )
 
 
 def _vit_of_shapes(tensors: Mapping[str, Tensor], patch_size: int, num_heads: int) -> VisionTransformer:
@@ -476,10 +487,11 @@ def _vit_of_shapes(tensors: Mapping[str, Tensor], patch_size: int, num_heads: in
         hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
     except KeyError as error:
         raise UserError(
-            f"the state dict has no {error.args[0]}, so it isn't a vision transformer's: give DINO's or timm's"
+            f"the state dict has no {error.args[0]}, so it isn't a vision transformer's: give DINO's or timm's",
+            code="weights-misfit",
         ) from None
     if width % num_heads:
-        raise UserError(f"{num_heads} heads don't divide a width of {width}: check num_heads")
+        raise UserError(f"{num_heads} heads don't divide a width of {width}: check num_heads", code="heads-mismatch")
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     no_embed_class = math.isqrt(positions) ** 2 == positions
     side = math.isqrt(positions if no_embed_class else positions - 1 - registers)
@@ -507,15 +519,17 @@ def _load(vit: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     wanted = vit.state_dict()
     for name in wanted.keys() | tensors.keys():
         if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
-            raise UserError(_misfit(what, name, tensors.get(name), wanted.get(name)))
+            raise _misfit(what, name, tensors.get(name), wanted.get(name))
     vit.load_state_dict(tensors)
 
 
-def _misfit(what: str, name: str, given: Tensor | None, wanted: Tensor | None) -> str:
+def _misfit(what: str, name: str, given: Tensor | None, wanted: Tensor | None) -> UserError:
     if given is None:
         reason = f"{name} is missing"
     elif wanted is None:
         reason = f"{name} has no place"
     else:
         reason = f"{name} is {tuple(given.shape)}, not {tuple(wanted.shape)}"
-    return f"{what} don't fit: {reason}; check the encoder's name, patch size and heads"
+    return UserError(
+        f"{what} don't fit: {reason}; check the encoder's name, patch size and heads", code="weights-misfit"
+    )

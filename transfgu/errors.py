@@ -4,19 +4,26 @@ from dataclasses import dataclass
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line that names the thing and the remedy.
+    """A mistake of the user: one line that names the thing and the remedy.
 
-    Jobs print the message alone, without a stack trace, and exit with status 2.
+    Jobs print the message and the code in one line, without a stack trace, and exit with status 2.
 
     Args:
         message: the line; runs of white space become one space.
-        code: a stable name of the kind of mistake, such as `preset-unknown`. The words of a message may change;
-            its code may not, so tests and scripts match the code.
+        code: a stable name of the kind of mistake, such as `preset-unknown`: first the thing, then the trouble. The
+            words of a message may change, its code may not, so tests and scripts match the code. `docs/errors.md`
+            lists all codes.
     """
 
-    def __init__(self, message: str, code: str = "") -> None:
+    def __init__(self, message: str, code: str) -> None:
         super().__init__(" ".join(message.split()))
         self.code = code
+        self.add_note(f"[{code}]")  # printed below the message in a stack trace, from which the driver reads it
+
+    @property
+    def line(self) -> str:
+        """Message and code, as jobs print them: `unknown preset x; choose one of ... [preset-unknown]`."""
+        return f"{self} [{self.code}]"
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, str]]:  # Ray pickles it: the code goes along
         return type(self), (str(self), self.code)

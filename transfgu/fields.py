@@ -27,10 +27,10 @@ def field(default: Any, doc: str, unit: str = "", **history: Any) -> Any:
     return dataclasses.field(default=default, metadata={"doc": doc, "unit": unit, **history})
 
 
-def check(good: bool, message: str) -> None:
-    """Raise UserError with `message` unless `good`."""
+def check(good: bool, message: str, code: str = "field-range") -> None:
+    """Raise UserError with `message` and `code` unless `good`."""
     if not good:
-        raise UserError(message)
+        raise UserError(message, code)
 
 
 def listed(value: Any) -> Any:
@@ -85,7 +85,7 @@ def convert(name: str, kind: Any, value: Any) -> Any:
     try:
         if origin is Literal:
             if value not in args:
-                raise UserError(f"{name} must be one of {', '.join(map(str, args))}, not {value}")
+                raise UserError(f"{name} must be one of {', '.join(map(str, args))}, not {value}", code="field-choice")
             return value
         if origin is tuple:
             items = (
@@ -94,7 +94,10 @@ def convert(name: str, kind: Any, value: Any) -> Any:
                 else list(value)
             )
             if args[-1] is not Ellipsis and len(items) != len(args):
-                raise UserError(f"{name} takes {len(args)} numbers, as in {'x'.join(['320'] * len(args))}, not {value}")
+                raise UserError(
+                    f"{name} takes {len(args)} numbers, as in {'x'.join(['320'] * len(args))}, not {value}",
+                    code="field-length",
+                )
             return tuple(convert(name, args[0], i) for i in items)
         if kind is bool:
             words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -106,7 +109,7 @@ def convert(name: str, kind: Any, value: Any) -> Any:
             raise ValueError
         return converted
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"{name} must be {kind_name(kind)}, not {value!r}") from None
+        raise UserError(f"{name} must be {kind_name(kind)}, not {value!r}", code="field-type") from None
 
 
 def kind_name(kind: Any) -> str:

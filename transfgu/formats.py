@@ -47,11 +47,14 @@ def check(number: object, name: str) -> int:
     except ValueError:
         found = 0
     if found < 1:
-        raise UserError(f"{name} is damaged: {number!r} is no format number; restore the file, or delete it")
+        raise UserError(
+            f"{name} is damaged: {number!r} is no format number; restore the file, or delete it", code="file-damaged"
+        )
     if found > FORMAT:
         raise UserError(
             f"{name} has format {found}, and this version of transfgu reads formats up to {FORMAT}: "
-            "install the version that wrote it, or a later one"
+            "install the version that wrote it, or a later one",
+            code="format-newer",
         )
     return found
 
@@ -92,4 +95,4 @@ def damage(name: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):  # JSON's and UTF-8's are ValueErrors
-        raise UserError(f"{name} is damaged: {remedy}") from None
+        raise UserError(f"{name} is damaged: {remedy}", code="file-damaged") from None

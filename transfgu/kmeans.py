@@ -290,10 +290,15 @@ def cluster(
     Source: TransFGU, section 3.1; k-means++ by Arthur and Vassilvitskii (2007), greedy as in their section 6.
     """
     if not 0 < k <= shards.rows:
-        raise UserError(f"{k} clusters can't be made of {shards.rows} features: ask for 1 to {shards.rows}")
+        raise UserError(
+            f"{k} clusters can't be made of {shards.rows} features: ask for 1 to {shards.rows}",
+            code="concepts-too-many",
+        )
     largest = shards.largest
     if not math.isfinite(largest):
-        raise UserError("the features hold NaN or infinite values, which have no mean: leave them out")
+        raise UserError(
+            "the features hold NaN or infinite values, which have no mean: leave them out", code="features-not-finite"
+        )
     grid = Grid(shards.rows, largest)
     if resume is None:
         resume = 0, shards.best_start(sample_rows(shards.rows, k, seed), k, seed)

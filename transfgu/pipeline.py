@@ -53,7 +53,8 @@ def fit_to_patch(recipe: Recipe, patch_size: int) -> Recipe:
             raise UserError(
                 f"{name} {'x'.join(map(str, flat[name]))} is no multiple of "
                 f"{'twice ' if step > patch_size else ''}the encoder's patch, {patch_size}: "
-                f"use {'x'.join(map(str, near))}"
+                f"use {'x'.join(map(str, near))}",
+                code="image-size",
             )
         changes[name] = near
     return recipe.with_fields(changes)
@@ -87,7 +88,7 @@ def _stage_function(stage: str) -> Callable[..., Outcome]:
 def stages_until(until: str) -> tuple[str, ...]:
     """The stages up to and including `until`; UserError where there is no such stage."""
     if until not in STAGES:
-        raise UserError(f"there is no stage {until}; choose one of {', '.join(STAGES)}")
+        raise UserError(f"there is no stage {until}; choose one of {', '.join(STAGES)}", code="stage-unknown")
     return STAGES[: STAGES.index(until) + 1]
 
 
@@ -330,7 +331,10 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
 
     decoder = recipe.decoder.weights or (run.file(MODEL) if run else "")
     if not decoder:
-        raise UserError("what should be evaluated? give --run URI, or a PRESET with --data and --decoder.weights")
+        raise UserError(
+            "what should be evaluated? give --run URI, or a PRESET with --data and --decoder.weights",
+            code="flag-missing",
+        )
     rows = _labelled_rows(recipe, run)
     evaluation.check_decoder(recipe, decoder)
     encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
@@ -427,5 +431,7 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, dict[str, Any]]:
     from transfgu.metrics import scores_json
 
     if run.artifact("concepts").manifest() is None:
-        raise UserError(f"{storage.shown(run.uri)} has no concepts yet: finish it with transfgu train")
+        raise UserError(
+            f"{storage.shown(run.uri)} has no concepts yet: finish it with transfgu train", code="concepts-missing"
+        )
     return {name: scores_json(scores) for name, scores in tokens.baselines(recipe, run).items()}

@@ -275,8 +275,11 @@ class Recipe:
         check(
             self.windows.groups == "both" or self.concepts.stuff == 0 or self.windows.groups == "all",
             "concepts.stuff needs background windows: set windows.groups to both or all",
+            code="windows-missing",
         )
-        check(self.concepts.count >= 2, "a run needs at least two concepts: set --things and --stuff")
+        check(
+            self.concepts.count >= 2, "a run needs at least two concepts: set --things and --stuff", code="concepts-few"
+        )
 
     @property
     def background(self) -> bool:
@@ -400,9 +403,9 @@ def _mapping(text: str | bytes, name: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{name} is no YAML in UTF-8: {error}") from None
+        raise UserError(f"{name} is no YAML in UTF-8: {error}", code="recipe-damaged") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{name} must be a YAML mapping of fields")
+        raise UserError(f"{name} must be a YAML mapping of fields", code="recipe-damaged")
     return tree
 
 
@@ -457,7 +460,9 @@ def field_name(name: str) -> str:
     full = _FORMER_NAMES.get(full, full)
     if full not in FIELDS:
         near = difflib.get_close_matches(name, [*FIELDS, *SHORT_NAMES], n=4, cutoff=0.4)
-        raise UserError(f"the recipe has no field {name}; near ones: {', '.join(near) or ', '.join(FIELDS)}")
+        raise UserError(
+            f"the recipe has no field {name}; near ones: {', '.join(near) or ', '.join(FIELDS)}", code="field-unknown"
+        )
     return full
 
 
@@ -501,5 +506,5 @@ def preset(name: str) -> Recipe:
         UserError: unknown name; the message lists the good ones.
     """
     if name not in PRESET_FIELDS:
-        raise UserError(f"unknown preset {name}; choose one of {', '.join(PRESETS)}")
+        raise UserError(f"unknown preset {name}; choose one of {', '.join(PRESETS)}", code="preset-unknown")
     return _published(preset=name, **PRESET_FIELDS[name])

@@ -129,7 +129,9 @@ class Segmenter(ModelHubMixin):
         recipe = run.recipe()
         model = recipe.decoder.weights or run.file(MODEL)
         if not storage.exists(model):
-            raise UserError(f"{run.uri} holds no model yet: finish its training, by the command that began it")
+            raise UserError(
+                f"{run.uri} holds no model yet: finish its training, by the command that began it", code="model-missing"
+            )
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         weights = read_weights(model).tensors
         encode = PatchTokens(recipe.encoder, where)
@@ -137,7 +139,8 @@ class Segmenter(ModelHubMixin):
         if (decoder.classes, decoder.proj_dec.in_features) != (recipe.classes, encode.encoder.width):
             raise UserError(
                 f"{model} tells {decoder.classes} classes apart from tokens of width {decoder.proj_dec.in_features}, "
-                f"and its recipe wants {recipe.classes} from width {encode.encoder.width}: it is another run's"
+                f"and its recipe wants {recipe.classes} from width {encode.encoder.width}: it is another run's",
+                code="model-mismatch",
             )
         names = names_of.read(run) if named else {}
         return Segmenter(encode, decoder, recipe=recipe, scores=run.scores(), names=names)
@@ -312,9 +315,11 @@ def _pixels(photo: Photo) -> Pixels:
         return np.asarray(photo.convert("RGB"))
     if isinstance(photo, np.ndarray):
         if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
-            raise UserError(f"an image must be an (H, W, 3) array of uint8, not {photo.shape} of {photo.dtype}")
+            raise UserError(
+                f"an image must be an (H, W, 3) array of uint8, not {photo.shape} of {photo.dtype}", code="image-shape"
+            )
         return photo
     try:
         return images.read_image(str(photo))
     except BadInput as error:
-        raise UserError(f"{photo}: {error}; give a readable image") from None
+        raise UserError(f"{photo}: {error}; give a readable image", code="image-unreadable") from None

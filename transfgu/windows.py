@@ -32,18 +32,21 @@ def sliding_windows(grid: tuple[int, int], scales: Sequence[float], patch_size: 
     Source: TransFGU (Yin et al. 2022).
     """
     if not len(scales):
-        raise UserError("there are no window scales: give at least one")
+        raise UserError("there are no window scales: give at least one", code="windows-scale")
     return np.concatenate([_windows_of_scale(grid, scale, patch_size) for scale in scales])
 
 
 def _windows_of_scale(grid: tuple[int, int], scale: float, patch_size: int) -> Int[ndarray, "N 4"]:
     if not 0 < scale <= 1:
-        raise UserError(f"window scale {scale} is not a share of the image's side: use values in (0, 1]")
+        raise UserError(
+            f"window scale {scale} is not a share of the image's side: use values in (0, 1]", code="windows-scale"
+        )
     side = int(min(grid) * scale)
     if side < 1:
         raise UserError(
             f"window scale {scale} of {grid[0]} x {grid[1]} patches is less than a patch: "
-            "use larger scales or larger images"
+            "use larger scales or larger images",
+            code="windows-scale",
         )
     rows, columns = (_spans(length, side, patch_size) for length in grid)
     return np.concatenate([np.repeat(rows, len(columns), 0), np.tile(columns, (len(rows), 1))], 1)

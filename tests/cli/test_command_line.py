@@ -79,6 +79,7 @@ def test_a_mistake_on_the_command_line_needs_no_ray_and_shows_no_trace() -> None
     assert done.stdout == ""
     assert done.stderr.splitlines() == [done.stderr.strip()]
     assert done.stderr.startswith("unknown preset coco")
+    assert done.stderr.endswith(" [preset-unknown]\n")
 
 
 class Wrapped(Exception):
@@ -90,7 +91,7 @@ class Wrapped(Exception):
 
 
 def test_a_users_mistake_is_found_under_wrappers() -> None:
-    mistake = UserError("K is larger than the number of windows")
+    mistake = UserError("K is larger than the number of windows", code="concepts-too-many")
     assert find_user_error(Wrapped(Wrapped(mistake))) is mistake
     assert find_user_error(ValueError("another")) is None
 
@@ -98,7 +99,7 @@ def test_a_users_mistake_is_found_under_wrappers() -> None:
 def test_a_users_mistake_in_a_task_is_its_line_and_not_rays_stack_trace() -> None:
     from ray.exceptions import RayTaskError
 
-    mistake = UserError("no such file")
+    mistake = UserError("no such file", code="file-missing")
     inner = RayTaskError("prepare", "Traceback ...", mistake).as_instanceof_cause()
     outer = RayTaskError("run", "Traceback ...", inner).as_instanceof_cause()
     assert isinstance(inner, UserError)

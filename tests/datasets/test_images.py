@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from transfgu import datasets
 from transfgu.datasets import images
+from transfgu.errors import BadInput
 from transfgu.recipe import preset
 
 # One row: black, mid grey, white, red.
@@ -132,3 +133,52 @@ def test_labels_are_values_whatever_the_palette(tmp_path: Path, mode: str) -> No
     label = images.read_label(str(tmp_path / "label.png"), datasets.classes(preset("pascal-voc")), (1, 3))
     assert label.dtype == np.int16
     assert label.tolist() == [[0, 20, -1]]
+
+
+def photograph(seed: int, height: int, width: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    small = generator.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}], ids=str)
+def test_opencv_decodes_what_pillow_decodes(
+    mode: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encode(Image.fromarray(photograph(0, 61, 83)).convert(mode), "JPEG", **options)
+    by_opencv = images._decode_jpeg(data)
+    assert by_opencv is not None
+    monkeypatch.setattr(images, "cv2", None)
+    np.testing.assert_array_equal(by_opencv, images.decode_image(data))
+
+
+def test_a_jpeg_that_is_cut_off_is_left_to_pillow() -> None:
+    data = encode(Image.fromarray(photograph(0, 61, 83)), "JPEG")
+    for length in (len(data) // 2, len(data) - 1):
+        assert images._decode_jpeg(data[:length]) is None
+    with pytest.raises(BadInput, match="truncated image"):
+        images.decode_image(data[: len(data) // 2])
+    assert images._decode_jpeg(encode(Image.new("CMYK", (16, 16)), "JPEG")) is None
+
+
+@pytest.mark.parametrize("size", [(320, 320), (40, 60), (61, 200), (30, 41)])
+def test_opencv_resizes_as_numpy_does(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    image = photograph(1, 60, 82)
+    by_opencv = images.resize(image, size).astype(int)
+    monkeypatch.setattr(images, "cv2", None)
+    difference = np.abs(by_opencv - images.resize(image, size))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.002
+
+
+def test_photographs_are_decoded_alike(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = sorted((samples / "coco" / "images" / "val2017").glob("*.jpg"))[:20]
+    found = [images.decode_image(file.read_bytes()) for file in files]
+    small = np.stack([images.resize(image, (320, 320)) for image in found]).astype(int)
+    monkeypatch.setattr(images, "cv2", None)
+    for file, image in zip(files, found, strict=True):
+        np.testing.assert_array_equal(image, images.decode_image(file.read_bytes()))
+    difference = np.abs(small - np.stack([images.resize(image, (320, 320)) for image in found]))
+    assert difference.max() == 1
+    assert (difference > 0).mean() < 0.001

@@ -115,7 +115,7 @@ def test_a_run_on_two_hosts(cluster: Cluster, ray_cluster: None, tmp_path: Path,
     assert refused.returncode == 2
     assert refused.stderr == (
         "/tmp/run is a folder of one machine, and the cluster has 2 nodes: give --run a URI all can reach, as "
-        "s3://bucket/run\n"
+        "s3://bucket/run [folder-local]\n"
     )
 
     started = time.monotonic()

@@ -84,7 +84,7 @@ def test_the_plan_names_every_stage_and_how_it_moves() -> None:
         assert f"\n{stage}" in text
     assert "a device (float32, measured 2026-01-02)" in text
     assert "ingest: not measured" in text
-    lines = [line.split() for line in text.splitlines()]
+    lines = [line.split() for line in text.partition("by the number of GPUs:")[2].splitlines()]
     moves = {line[0]: float(line[1]) for line in lines if line and line[0].isdigit()}
     assert list(moves) == ["1", "4", "8", "64"]
     assert moves["4"] == pytest.approx(2 * moves["8"], rel=0.01)
@@ -93,11 +93,11 @@ def test_the_plan_names_every_stage_and_how_it_moves() -> None:
 def test_measurements_of_another_encoder_and_bad_sites_are_refused() -> None:
     with pytest.raises(UserError) as error:
         measured_rates(preset("coco-stuff-27"), found())
-    assert error.value.code == "measurements-other"
+    assert error.value.code == "measurements-mismatch"
     for arguments in ({"gpus": 0}, {"gpus": 1, "gpu_hour": -1.0}):
         with pytest.raises(UserError) as error:
             Site(**arguments)
-        assert error.value.code == "arguments-wrong"
+        assert error.value.code == "flag-range"
 
 
 def test_the_ingests_file_is_read_or_refused() -> None:

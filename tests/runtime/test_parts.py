@@ -93,7 +93,7 @@ def test_a_damaged_or_foreign_part_is_made_again(tmp_path: Path, listed: pa.Tabl
 
     def plan(missing: Sequence[pa.Table]) -> ray.data.Dataset:
         asked.extend(part["index"].to_pylist() for part in missing)
-        raise UserError("enough")
+        raise UserError("enough", code="images-bad")
 
     with pytest.raises(UserError, match="enough"):
         parts.complete(recipe_of(tmp_path), listed, str(tmp_path), 2, plan, PROGRESS)

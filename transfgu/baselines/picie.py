@@ -167,7 +167,9 @@ class FPNDecoder(nn.Module):
             decoder = FPNDecoder([stage.shape[1] for stage in stages], stages[0].shape[0])
             decoder.load_state_dict(weights)
         except (KeyError, IndexError, RuntimeError) as error:
-            raise UserError(f"these weights are not those of a PiCIE decoder (layer1 to layer4): {error}") from error
+            raise UserError(
+                f"these weights are not those of a PiCIE decoder (layer1 to layer4): {error}", code="weights-misfit"
+            ) from error
         return decoder.eval()
 
     def forward(

@@ -27,7 +27,9 @@ def residual_network(name: str, weights: str, *, stages: tuple[int, ...], stride
         UserError: timm has no such network, it has no four residual stages, or the weights are not its own.
     """
     if not timm.is_model(name) or "resnet" not in name:
-        raise UserError(f"there is no residual network {name!r}: use a ResNet of timm's, such as resnet18")
+        raise UserError(
+            f"there is no residual network {name!r}: use a ResNet of timm's, such as resnet18", code="encoder-unknown"
+        )
 
     def create(pretrained: bool) -> Any:
         return timm.create_model(
@@ -60,6 +62,7 @@ def _load(network: nn.Module, name: str, weights: str) -> None:
     if missing or other:
         which = f"no {missing[0]}" if missing else f"{other[0]} of another shape"
         raise UserError(
-            f"weights {storage.shown(weights)} are not those of {name}: there is {which}; name the network they are of"
+            f"weights {storage.shown(weights)} are not those of {name}: there is {which}; name the network they are of",
+            code="weights-misfit",
         )
     network.load_state_dict({key: tensors[key] for key in wanted if key in tensors}, strict=False)

@@ -84,7 +84,9 @@ def measure(
     """
     for stage in stages:
         if stage not in STAGES:
-            raise UserError(f"there is no stage {stage} to measure; choose one of {', '.join(STAGES)}, all")
+            raise UserError(
+                f"there is no stage {stage} to measure; choose one of {', '.join(STAGES)}, all", code="stage-unknown"
+            )
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         bench = _Bench(recipe, Path(folder), images, repeats)
         about, costs = ray.get(bench.bare.about.remote()), bench.costs()
@@ -111,7 +113,10 @@ class _Bench:
         samples.run(self._recipe, self._run, Progress("samples", quiet=True))
         self._listed = samples.load(self._run, "train")
         if len(self._listed) < needed:
-            raise UserError(f"{needed} training images are needed, and {len(self._listed)} are there: lower --images")
+            raise UserError(
+                f"{needed} training images are needed, and {len(self._listed)} are there: lower --images",
+                code="images-few",
+            )
 
     def timings(self, stage: str, *, rows: int, unfused: bool) -> list[Timing]:
         """The lines of a stage."""
@@ -304,7 +309,9 @@ class _Bench:
         storage.write_bytes(weights, safetensors.torch.save(decoder.state_dict()))
         rows = samples.labelled(how, self._run)
         if not len(rows):
-            raise UserError("evaluation needs labels: leave out --data, or give data that have some")
+            raise UserError(
+                "evaluation needs labels: leave out --data, or give data that have some", code="labels-missing"
+            )
         rows = rows.take(np.arange(_BATCHES * self._images) % len(rows))
 
         def ours() -> float:

@@ -39,7 +39,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     arguments = parser(words).parse(words)
     if min(arguments.images, arguments.repeats, arguments.rows) < 1:
-        raise UserError("--images, --repeats and --rows must be positive", code="arguments-wrong")
+        raise UserError("--images, --repeats and --rows must be positive", code="flag-range")
     recipe = recipe_of(arguments)
     if "encoder.weights" not in given_fields(arguments):
         recipe = recipe.with_fields({"encoder.weights": "random"})

@@ -19,6 +19,7 @@ from transfgu.fields import FieldInfo, convert, kind_name, written
 from transfgu.presets import PRESETS
 from transfgu.pretraining.recipe import PRETRAINING_FIELDS, PretrainingRecipe
 from transfgu.recipe import FIELDS, SHORT_NAMES, ComputeRecipe, Recipe, from_yaml, preset
+from transfgu.runtime.failures import find_user_error
 from transfgu.store import storage
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError in place of printing the usage."""
-        raise UserError(f"{message} (--help shows the flags)", code="arguments-wrong")
+        raise UserError(f"{message} (--help shows the flags)", code="flag-invalid")
 
     def mark_rare(self, action: argparse.Action) -> None:
         """Leave a flag out of `--help`; `--help-all` shows it."""
@@ -110,7 +111,7 @@ class Parser(argparse.ArgumentParser):
         if rest:
             if not rest[0].startswith("-"):
                 raise UserError(
-                    f"{rest[0]} is one word too many (--help shows how to call this)", code="arguments-wrong"
+                    f"{rest[0]} is one word too many (--help shows how to call this)", code="word-unexpected"
                 )
             flag = rest[0].split("=")[0]
             flags = [f for action in self._actions for f in action.option_strings if action.help != argparse.SUPPRESS]
@@ -264,7 +265,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """
     if arguments.recipe:
         if arguments.preset:
-            raise UserError("give a PRESET or --recipe, not both", code="arguments-wrong")
+            raise UserError("give a PRESET or --recipe, not both", code="flags-conflict")
         recipe = from_yaml(storage.read_bytes(arguments.recipe), storage.shown(arguments.recipe))
     else:
         recipe = preset(arguments.preset or "shapes")
@@ -311,18 +312,14 @@ def run_job(job: Callable[[], None]) -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         job()
-    except UserError as error:
-        _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("stopped; the same command goes on from what is done", 130)
     except Exception as error:
         # Ray wraps what a task or actor raised in errors of its own.
-        from transfgu.runtime.failures import find_user_error
-
         cause = find_user_error(error)
         if cause is None:
             raise
-        _fail(str(cause), 2)
+        _fail(cause.line, 2)
     sys.exit(0)
 
 

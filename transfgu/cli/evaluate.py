@@ -44,13 +44,13 @@ def main(words: Sequence[str] | None = None) -> None:
     run = None
     if arguments.run:
         if arguments.preset or arguments.recipe:
-            raise UserError("--run brings its own recipe: leave out the PRESET and --recipe", code="arguments-wrong")
+            raise UserError("--run brings its own recipe: leave out the PRESET and --recipe", code="flags-conflict")
         run = Run(arguments.run)
         recipe = run.recipe().with_fields(given_fields(arguments))
     else:
         recipe = recipe_of(arguments)
     if arguments.baselines and run is None:
-        raise UserError("--baselines compares with a run: give --run", code="run-missing")
+        raise UserError("--baselines compares with a run: give --run", code="flag-missing")
     if arguments.print_config:
         print_config(recipe)
         return

@@ -37,11 +37,15 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser(words).parse(words)
     for name in ("run", "images", "out"):
         if not getattr(given, name):
-            raise UserError(f"--{name} is missing: predict needs --run URI, --images URI and --out URI")
+            raise UserError(
+                f"--{name} is missing: predict needs --run URI, --images URI and --out URI", code="flag-missing"
+            )
     if given.format not in ("png", "parquet"):
-        raise UserError(f"--format must be png or parquet, not {given.format}")
+        raise UserError(f"--format must be png or parquet, not {given.format}", code="flag-invalid")
     if given.overlays and given.format != "png":
-        raise UserError("--overlays are pictures, and go with --format png: leave out one of them")
+        raise UserError(
+            "--overlays are pictures, and go with --format png: leave out one of them", code="flags-conflict"
+        )
     compute = compute_of(given)
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
     from transfgu.runtime.progress import Progress

@@ -58,7 +58,8 @@ def listing(recipe: Recipe, split: str) -> Listing:
         why = f" ({len(found.left_out)} samples, the first with a {found.left_out[0].reason})" if found.left_out else ""
         raise UserError(
             f"{storage.shown(recipe.data)} has no usable {split} image{why}: "
-            f"preset {recipe.preset} expects {layout.expected}"
+            f"preset {recipe.preset} expects {layout.expected}",
+            code="images-missing",
         )
     return found
 
@@ -73,28 +74,40 @@ def preflight(recipe: Recipe) -> None:
     layout, data, labels = recipe.dataset.layout, recipe.data, recipe.labels
     classes(recipe)
     if recipe.dataset.curated and layout != "coco":
-        raise UserError(f"--dataset.curated names COCO-Stuff ids, and preset {recipe.preset} is not COCO: leave it out")
+        raise UserError(
+            f"--dataset.curated names COCO-Stuff ids, and preset {recipe.preset} is not COCO: leave it out",
+            code="curated-unsupported",
+        )
     if labels and layout != "folder":
         raise UserError(
-            f"--labels is for preset folder; preset {recipe.preset} finds its labels below --data: leave it out"
+            f"--labels is for preset folder; preset {recipe.preset} finds its labels below --data: leave it out",
+            code="labels-unsupported",
         )
     if layout == "shapes":
         if data:
-            raise UserError("preset shapes draws its own images: leave out --data, or choose preset folder")
+            raise UserError(
+                "preset shapes draws its own images: leave out --data, or choose preset folder", code="data-unsupported"
+            )
         return
     if not data:
-        raise UserError(f"preset {recipe.preset} needs --data, a folder with {LAYOUTS[layout].expected}")
+        raise UserError(
+            f"preset {recipe.preset} needs --data, a folder with {LAYOUTS[layout].expected}", code="data-missing"
+        )
     for uri in (data, labels):
         if uri:
             storage.check_readable(uri)
             if storage.is_file(uri):
-                raise UserError(f"{storage.shown(uri)} is a file, not a folder")
+                raise UserError(f"{storage.shown(uri)} is a file, not a folder", code="folder-expected")
             if storage.is_empty(uri):
-                raise UserError(f"the folder {storage.shown(uri)} is empty: put the images there, or check the path")
+                raise UserError(
+                    f"the folder {storage.shown(uri)} is empty: put the images there, or check the path",
+                    code="folder-empty",
+                )
     if missing := LAYOUTS[layout].missing(data):
         raise UserError(
             f"{storage.shown(data)} has no {' and no '.join(missing)}: preset {recipe.preset} expects "
-            f"{LAYOUTS[layout].expected}{_hint(recipe)}"
+            f"{LAYOUTS[layout].expected}{_hint(recipe)}",
+            code="data-layout",
         )
 
 

@@ -67,7 +67,8 @@ def classes(recipe: Recipe) -> Classes:
     if len(found.names) != count:
         raise UserError(
             f"the class list {name} has {len(found.names)} classes, background included, but the recipe makes {count}: "
-            "leave out --things and --stuff, or set --dataset.classes auto"
+            "leave out --things and --stuff, or set --dataset.classes auto",
+            code="classes-mismatch",
         )
     return found
 
@@ -121,7 +122,9 @@ def _data() -> dict[str, _Entry]:
 
 def _benchmark(name: str) -> Classes:
     if name not in _data():
-        raise UserError(f"there is no class list {name}; choose one of {', '.join(class_lists())}")
+        raise UserError(
+            f"there is no class list {name}; choose one of {', '.join(class_lists())}", code="class-list-unknown"
+        )
     entry = _data()[name]
     names = tuple(entry["names"])
     label_map = np.full(256, -1, np.int16)

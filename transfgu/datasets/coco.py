@@ -44,7 +44,10 @@ def annotated_names(uri: str) -> set[str] | None:
         ids.update(int(m[1]) for m in _IMAGE_ID.finditer(rest) if m.end() < len(rest))
         rest = rest[-_OVERLAP:]
     if not rest.rstrip().endswith(b"}") or not ids:
-        raise UserError(f"{storage.shown(uri)} is cut off or annotates no image: fetch it again, or remove it")
+        raise UserError(
+            f"{storage.shown(uri)} is cut off or annotates no image: fetch it again, or remove it",
+            code="annotations-damaged",
+        )
     return {f"{i:012d}" for i in ids}
 
 

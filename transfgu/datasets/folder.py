@@ -28,7 +28,8 @@ def _list(recipe: Recipe, split: str) -> Listing:
     if labels is not None and images and not labels:
         raise UserError(
             f"no label below {storage.shown(label_root)} has the relative name of an image "
-            f"below {storage.shown(data)}: name them alike, as in birds/1.jpg and birds/1.png"
+            f"below {storage.shown(data)}: name them alike, as in birds/1.jpg and birds/1.png",
+            code="labels-missing",
         )
     tops = {n.partition("/")[0] for n in images if "/" in n}
     validation = next((f for f in _FOLDERS["validation"] if f in tops), None)

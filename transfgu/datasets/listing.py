@@ -168,7 +168,9 @@ def read_names(uri: str) -> list[str]:
     try:
         names = storage.read_bytes(uri).decode().split()
     except UnicodeDecodeError:
-        raise UserError(f"{storage.shown(uri)} is not a text file of names: fetch it again") from None
+        raise UserError(
+            f"{storage.shown(uri)} is not a text file of names: fetch it again", code="list-damaged"
+        ) from None
     if not names:
-        raise UserError(f"{storage.shown(uri)} names no image: fetch it again")
+        raise UserError(f"{storage.shown(uri)} names no image: fetch it again", code="list-damaged")
     return names

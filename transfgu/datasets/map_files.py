@@ -58,7 +58,10 @@ def _place(part: str, row: int) -> tuple[int, int]:
         if row < (rows := metadata.row_group(group).num_rows):
             return group, row
         row -= rows
-    raise UserError(f"{storage.shown(part)} is shorter than it was: delete the pseudo labels' folder to make them anew")
+    raise UserError(
+        f"{storage.shown(part)} is shorter than it was: delete the pseudo labels' folder to make them anew",
+        code="artifact-damaged",
+    )
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)

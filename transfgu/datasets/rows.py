@@ -34,7 +34,8 @@ def read_training_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
             pixels[i] = images.resize(images.read_image(uri), size, "bilinear")
         except BadInput as error:
             raise UserError(
-                f"{storage.shown(uri)} was read for its pseudo label, and now is bad ({error}): put it back"
+                f"{storage.shown(uri)} was read for its pseudo label, and now is bad ({error}): put it back",
+                code="image-changed",
             ) from None
     passed = {n: rows[n].to_numpy() for n in rows.column_names if n not in ("image", "part", "row")}
     return {**passed, "image": pixels, "maps": read_maps(rows)}

@@ -49,7 +49,10 @@ class HalveOnOutOfMemory:
 
     def _halve(self, size: int) -> None:
         if size <= 1:
-            raise UserError(f"one row of the {self.what} is too large for the device: use a smaller image or model")
+            raise UserError(
+                f"one row of the {self.what} is too large for the device: use a smaller image or model",
+                code="image-too-large",
+            )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.size = size // 2

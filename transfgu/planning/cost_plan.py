@@ -74,9 +74,9 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or min(self.cpus_per_gpu, self.store, self.network) <= 0:
-            raise UserError("--gpus, --cpus_per_gpu, --store and --network must be positive", code="arguments-wrong")
+            raise UserError("--gpus, --cpus_per_gpu, --store and --network must be positive", code="flag-range")
         if min(self.gpu_hour, self.get, self.put, self.gigabyte) < 0:
-            raise UserError("prices must not be negative", code="arguments-wrong")
+            raise UserError("prices must not be negative", code="flag-range")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def measured_rates(recipe: Recipe, found: Measurements, ingest: Ingest | None = 
         raise UserError(
             f"the measurements are of encoder {found.encoder}, and the recipe's is {recipe.encoder.name}: "
             f"measure it by transfgu benchmark all --preset {recipe.preset} --encoder.name {recipe.encoder.name}",
-            code="measurements-other",
+            code="measurements-mismatch",
         )
     windows, maps = found.timing("features"), found.timing("pseudo-labels")
     kmeans, training = found.timing("concepts, one worker"), found.timing("training")

@@ -107,14 +107,16 @@ class Measurements:
                 timings.append(Timing(**{k: v for k, v in values.items() if k in names}))
             return cls(**{**tree, "timings": tuple(timings)})
         except (ValueError, KeyError, TypeError):
-            raise UserError("this is no file of measurements: transfgu benchmark writes them") from None
+            raise UserError(
+                "this is no file of measurements: transfgu benchmark writes them", code="measurements-damaged"
+            ) from None
 
     def timing(self, stage: str) -> Timing:
         """The line of a stage; UserError where it was not measured."""
         for timing in self.timings:
             if timing.stage == stage:
                 return timing
-        raise UserError(f"{stage} was not measured: run transfgu benchmark all")
+        raise UserError(f"{stage} was not measured: run transfgu benchmark all", code="measurements-missing")
 
     def table(self) -> str:
         """For people: stage, ours, bound, ratio, peak memory, and how much of the matrix product's speed is reached."""

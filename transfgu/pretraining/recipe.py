@@ -59,11 +59,17 @@ class PretrainingRecipe:
             check(
                 getattr(self, name) % self.patch_size == 0,
                 f"{name} {getattr(self, name)} is not a multiple of patch_size {self.patch_size}",
+                code="image-size",
             )
-        check(self.width % self.heads == 0, f"width {self.width} is not a multiple of heads {self.heads}")
+        check(
+            self.width % self.heads == 0,
+            f"width {self.width} is not a multiple of heads {self.heads}",
+            code="heads-mismatch",
+        )
         check(
             self.batch_size % self.local_mosaic**2 == 0 and self.batch_size % self.global_mosaic**2 == 0,
             f"batch_size {self.batch_size} does not fill mosaics of {self.local_mosaic**2} tiles",
+            code="batch-size",
         )
 
 

@@ -85,15 +85,19 @@ class PretrainingJob:
 
     def __post_init__(self) -> None:
         if not self.out.endswith(".safetensors"):
-            raise UserError(f"--out {storage.shown(self.out)} must name a file that ends in .safetensors")
+            raise UserError(
+                f"--out {storage.shown(self.out)} must name a file that ends in .safetensors", code="out-invalid"
+            )
         if self.image_size < self.recipe.global_size:
             raise UserError(
-                f"--image_size {self.image_size} is less than the views' {self.recipe.global_size} pixels: raise it"
+                f"--image_size {self.image_size} is less than the views' {self.recipe.global_size} pixels: raise it",
+                code="image-size",
             )
         if self.count < self.recipe.batch_size:
             raise UserError(
                 f"--count {self.count} does not fill a batch of {self.recipe.batch_size}: raise it, "
-                "or lower --batch_size"
+                "or lower --batch_size",
+                code="images-few",
             )
 
     @property
@@ -143,7 +147,8 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
     names = [str(i) for i in range(job.count)] if job.images == SHAPES else _files(job.images)
     if len(names) < job.recipe.batch_size:
         raise UserError(
-            f"{len(names)} images are too few for a batch of {job.recipe.batch_size}: give more, or lower --batch_size"
+            f"{len(names)} images are too few for a batch of {job.recipe.batch_size}: give more, or lower --batch_size",
+            code="images-few",
         )
     size = max(1, min(_PART_SIZE, len(names) // _PARTS))
     seed = job.recipe.seed if job.images == SHAPES else 0
@@ -169,7 +174,8 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
     if len(left_out) > _MAX_BAD_SHARE * len(names):
         raise UserError(
             f"{len(left_out)} of {len(names)} images can't be used, such as {left_out[0]['name']} "
-            f"({left_out[0]['reason']}): mend or remove them"
+            f"({left_out[0]['reason']}): mend or remove them",
+            code="images-bad",
         )
     parts.sort(key=lambda part: part.uri)
     return Prepared(listing=listing, parts=tuple(parts), left_out=tuple(left_out))
@@ -179,7 +185,10 @@ def _files(uri: str) -> list[str]:
     storage.check_readable(uri)
     files = [file for file in storage.list_files(uri) if file.lower().endswith(_SUFFIXES)]
     if not files:
-        raise UserError(f"no image lies in {storage.shown(uri)} (looked for {' '.join(_SUFFIXES)}): check --images")
+        raise UserError(
+            f"no image lies in {storage.shown(uri)} (looked for {' '.join(_SUFFIXES)}): check --images",
+            code="images-missing",
+        )
     return files
 
 
@@ -278,7 +287,8 @@ def pretrain(job: PretrainingJob, compute: ComputeRecipe, progress: Progress) ->
         if steps_of_epoch(prepared.parts, job.recipe.seed, 0, world, local) == 0:
             raise UserError(
                 f"{prepared.images} images are too few for {world} workers and a batch of {job.recipe.batch_size}: "
-                "give more, or lower --batch_size"
+                "give more, or lower --batch_size",
+                code="images-few",
             )
         checkpoint = _fit(job, prepared, compute, progress)
         with checkpoint.as_directory() as folder:
@@ -294,7 +304,8 @@ def _worker_batch(recipe: PretrainingRecipe, world: int) -> int:
     if rest or local % tiles:
         raise UserError(
             f"a batch of {recipe.batch_size} images does not give {world} workers whole mosaics of {tiles} tiles: "
-            f"use a multiple of {world * tiles}"
+            f"use a multiple of {world * tiles}",
+            code="batch-size",
         )
     return local
 

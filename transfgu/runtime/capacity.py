@@ -64,7 +64,8 @@ def _told_nodes(text: str) -> list[Nodes]:
         ]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(
-            f'{NODES} must read as in {NODES}=\'[{{"count": 8, "CPU": 4, "GPU": 1}}]\', not {text}'
+            f'{NODES} must read as in {NODES}=\'[{{"count": 8, "CPU": 4, "GPU": 1}}]\', not {text}',
+            code="nodes-invalid",
         ) from None
 
 
@@ -113,7 +114,8 @@ def actor_resources(compute: ComputeRecipe) -> dict[str, float]:
     if not any(_fit(nodes, compute.cpus_per_actor, gpus) for nodes in possible_nodes()):
         raise UserError(
             f"no node of the cluster has {compute.cpus_per_actor:g} CPUs and {gpus:g} GPUs, which an actor asks for: "
-            "lower --cpus_per_actor or --gpus_per_actor"
+            "lower --cpus_per_actor or --gpus_per_actor",
+            code="cluster-too-small",
         )
     return {"num_cpus": compute.cpus_per_actor, "num_gpus": gpus}
 
@@ -131,7 +133,8 @@ def check_satisfiable(compute: ComputeRecipe) -> None:
     if compute.workers > room:
         raise UserError(
             f"the cluster has room for {room} training workers of {cpus:g} CPUs and {gpus:g} GPUs, and "
-            f"{compute.workers} are asked for: lower --workers"
+            f"{compute.workers} are asked for: lower --workers",
+            code="cluster-too-small",
         )
     # An actor is of no use without the task of one CPU that feeds it.
     least = max(1, compute.workers) * cpus + 1
@@ -139,7 +142,8 @@ def check_satisfiable(compute: ComputeRecipe) -> None:
     if total < least:
         raise UserError(
             f"the cluster has {total:g} CPUs, and {least:g} are needed, one of them to read images: add CPUs, or lower "
-            "--cpus_per_actor or --workers"
+            "--cpus_per_actor or --workers",
+            code="cluster-too-small",
         )
 
 
@@ -185,5 +189,6 @@ def check_shared(uri: str, flag: str = "--run") -> None:
     if nodes > 1 and storage.is_local(uri):
         raise UserError(
             f"{uri} is a folder of one machine, and the cluster has {nodes} nodes: give {flag} a URI all can reach, "
-            "as s3://bucket/run"
+            "as s3://bucket/run",
+            code="folder-local",
         )

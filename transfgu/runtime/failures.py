@@ -4,7 +4,7 @@ import re
 
 from transfgu.errors import UserError
 
-_TOLD = re.compile(r"^(?:transfgu\.errors\.)?UserError: (.+)$", re.MULTILINE)
+_TOLD = re.compile(r"^(?:transfgu\.errors\.)?UserError: (.+)\n\[([a-z-]+)\]$", re.MULTILINE)
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:
@@ -20,6 +20,7 @@ def find_user_error(error: BaseException | None) -> UserError | None:
         inner = next(iter(failures.values()), None) if isinstance(failures, dict) else cause
         # Of what an actor's constructor raised, Ray keeps the text alone.
         if getattr(error, "actor_init_failed", False) and (told := _TOLD.findall(str(error))):
-            return UserError(told[-1])
+            message, code = told[-1]
+            return UserError(message, code)
         error = inner if isinstance(inner, BaseException) else error.__cause__
     return None

@@ -291,7 +291,7 @@ def _made(data: Dataset) -> Iterator[tuple[Summary, str]]:
     except RayError as error:
         cause = find_user_error(error)
         if cause:
-            raise UserError(str(cause)) from None
+            raise cause from None
         raise
 
 
@@ -322,5 +322,6 @@ def _check_share(recipe: Recipe, samples: pa.Table, summaries: Mapping[int, Summ
     first = ", ".join(f"{x.name} ({x.reason})" for x in bad[:3])
     raise UserError(
         f"at least {len(bad)} of {len(samples)} images ({len(bad) / len(samples):.0%}) can't be used, such as {first}: "
-        f"mend or remove them, or raise --dataset.max_bad_share from {limit:g}"
+        f"mend or remove them, or raise --dataset.max_bad_share from {limit:g}",
+        code="images-bad",
     )

@@ -113,7 +113,10 @@ class Space:
         axes = []
         for r in self.ranges:
             if r.listed is None:
-                raise UserError(f"a grid needs values, and {r} is a range: write {r.name}=grid(a,b,...)")
+                raise UserError(
+                    f"a grid needs values, and {r} is a range: write {r.name}=grid(a,b,...)",
+                    code="search-grid-unlisted",
+                )
             axes.append(r.listed)
         return [dict(zip(self.names, values, strict=True)) for values in itertools.product(*axes)]
 
@@ -141,7 +144,7 @@ def parse(texts: Sequence[str], recipe: Recipe) -> Space:
     fields = [name for r in ranges for name in _fields({r.name: 0})]
     twice = next((name for i, name in enumerate(fields) if name in fields[:i]), None)
     if twice:
-        raise UserError(f"--search sets {twice} twice: give each field one range")
+        raise UserError(f"--search sets {twice} twice: give each field one range", code="search-field-twice")
     return Space(tuple(ranges))
 
 
@@ -166,7 +169,9 @@ def _fields(parameters: Mapping[str, Number]) -> Parameters:
 def _parse(text: str, recipe: Recipe) -> Range:
     match = re.fullmatch(r"\s*([\w.]+)\s*=\s*(\w+)\s*\(([^()]*)\)\s*", text)
     if not match or match[2] not in KINDS:
-        raise UserError(f"--search {text} can't be read: write FIELD={', FIELD='.join(KINDS.values())}")
+        raise UserError(
+            f"--search {text} can't be read: write FIELD={', FIELD='.join(KINDS.values())}", code="search-range-invalid"
+        )
     given, kind, inside = match[1], match[2], match[3]
     name = ALPHA if given == ALPHA else field_name(given)
     whole = _check_field(name)
@@ -178,7 +183,7 @@ def _parse(text: str, recipe: Recipe) -> Range:
         try:
             apply(recipe, {name: value})
         except UserError as error:
-            raise UserError(f"--search {text}: {error}") from None
+            raise UserError(f"--search {text}: {error}", code=error.code) from None
     return found
 
 
@@ -188,26 +193,34 @@ def _check_field(name: str) -> bool:
         return False
     kind = FIELDS[name].kind
     if kind not in (int, float):
-        raise UserError(f"{name} can't be searched: it is {kind_name(kind)}, and a search needs a numeric field")
+        raise UserError(
+            f"{name} can't be searched: it is {kind_name(kind)}, and a search needs a numeric field",
+            code="search-field-unsupported",
+        )
     if name.startswith("compute.") or name in ("encoder.batch_size", "evaluation.batch_size"):
-        raise UserError(f"{name} can't be searched: it changes no result")
+        raise UserError(f"{name} can't be searched: it changes no result", code="search-field-unsupported")
     return bool(kind is int)
 
 
 def _check_values(text: str, kind: str, values: tuple[Number, ...], *, whole: bool) -> None:
     if kind in _LISTED:
         if not values:
-            raise UserError(f"--search {text} is an empty range: write at least one value")
+            raise UserError(f"--search {text} is an empty range: write at least one value", code="search-range-empty")
         if len(set(values)) < len(values):
-            raise UserError(f"--search {text} names a value twice")
+            raise UserError(f"--search {text} names a value twice", code="search-range-invalid")
         return
     if len(values) != 2:
-        raise UserError(f"--search {text} can't be read: write {KINDS[kind]}")
+        raise UserError(f"--search {text} can't be read: write {KINDS[kind]}", code="search-range-invalid")
     low, high = values
     if low > high or (low == high and kind != "randint"):
-        raise UserError(f"--search {text} is an empty range: the first value must be the smaller")
+        raise UserError(
+            f"--search {text} is an empty range: the first value must be the smaller", code="search-range-empty"
+        )
     if kind == "loguniform" and low <= 0:
-        raise UserError(f"--search {text} must begin above 0: a logarithm is taken")
+        raise UserError(f"--search {text} must begin above 0: a logarithm is taken", code="search-range-invalid")
     if whole != (kind == "randint"):
         remedy = "randint(low,high), choice or grid" if whole else "uniform(low,high), loguniform, choice or grid"
-        raise UserError(f"--search {text}: that field takes {'whole ' if whole else ''}numbers; write {remedy}")
+        raise UserError(
+            f"--search {text}: that field takes {'whole ' if whole else ''}numbers; write {remedy}",
+            code="search-range-invalid",
+        )

@@ -101,7 +101,9 @@ def tabulate(recipe: Recipe, uri: str) -> Tables:
     folder = run.artifact("pseudo_labels")
     images, labelled = training.training_images(run), samples.labelled(recipe, run)
     if not len(images):
-        raise UserError(f"{folder.uri} holds no pseudo label: delete that folder to make them anew")
+        raise UserError(
+            f"{folder.uri} holds no pseudo label: delete that folder to make them anew", code="pseudo-labels-missing"
+        )
     validation = samples.load(run, "validation").select(["image"])
     count = min(_UNLABELLED, len(validation))
     unlabelled = validation.take(pa.array([i * len(validation) // count for i in range(count)], pa.int64()))
@@ -155,7 +157,8 @@ def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     if search.gpus_per_trial and not gpus:
         raise UserError(
-            f"--gpus-per-trial {search.gpus_per_trial:g} asks for GPUs, and the cluster has none: leave it out"
+            f"--gpus-per-trial {search.gpus_per_trial:g} asks for GPUs, and the cluster has none: leave it out",
+            code="gpu-missing",
         )
     share = search.gpus_per_trial / workers if search.gpus_per_trial else wanted.gpus_per_actor
     slots = [math.floor(node.get("GPU", 0.0) / share + 1e-9) for node in nodes]
@@ -163,7 +166,8 @@ def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
         most = sum(slots) // workers
         if not most:
             raise UserError(
-                f"a trial asks for {workers} x {share:g} GPUs, and the cluster has {gpus:g}: lower --gpus-per-trial"
+                f"a trial asks for {workers} x {share:g} GPUs, and the cluster has {gpus:g}: lower --gpus-per-trial",
+                code="cluster-too-small",
             )
     else:
         # The embedded cluster counts each core twice.
@@ -179,7 +183,8 @@ def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
     if cpus <= 0:
         raise UserError(
             f"{concurrent} trials of {workers} workers do not fit on {total:g} CPUs, one of which each node keeps for "
-            "decoding: lower --concurrent or --workers-per-trial"
+            "decoding: lower --concurrent or --workers-per-trial",
+            code="cluster-too-small",
         )
     compute = replace(wanted, workers=workers, actors=workers, gpus_per_actor=share, cpus_per_actor=cpus)
     return Allotment(concurrent=concurrent, beside=math.ceil(concurrent / len(nodes)), compute=compute)
@@ -222,7 +227,8 @@ def run(search: Search, progress: Progress, *, quiet: bool = False, verbose: boo
         }
     if "samples" in shared and search.objective == "mean_iou" and not len(samples.labelled(search.recipe, home)):
         raise UserError(
-            "--objective mean_iou needs labels, and no validation image has one: use --objective label_free"
+            "--objective mean_iou needs labels, and no validation image has one: use --objective label_free",
+            code="labels-missing",
         )
     if left > 0:
         plan = _Plan(
@@ -256,7 +262,8 @@ def _claim(search: Search) -> None:
     if differing:
         raise UserError(
             f"{storage.shown(search.uri)} holds another search, differing in {', '.join(differing)}: "
-            "choose another --run"
+            "choose another --run",
+            code="search-mismatch",
         )
 
 
@@ -499,7 +506,7 @@ def run_search(
             say(f"report: {report(search, found.trials, metrics)}")
     failed = [trial for trial in found.trials if trial.status == "failed"]
     if failed and len(failed) == len(found.trials):
-        raise UserError(f"every trial failed; trial {failed[0].number}: {failed[0].reason}")
+        raise UserError(f"every trial failed; trial {failed[0].number}: {failed[0].reason}", code="trials-failed")
     if metrics["best"]:
         say(f"best recipe: {search.file('best.yaml')}")
     if left := search.count - sum(trial.status != "running" for trial in found.trials):

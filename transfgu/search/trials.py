@@ -56,33 +56,35 @@ class Search:
         positive = {"--trials": self.trials, "--workers-per-trial": self.workers_per_trial, "--grace": self.grace}
         for name, number in positive.items():
             if number <= 0:
-                raise UserError(f"{name} must be positive, not {number}")
+                raise UserError(f"{name} must be positive, not {number}", code="flag-range")
         for name, limit in (
             ("--concurrent", self.concurrent),
             ("--gpus-per-trial", self.gpus_per_trial),
             ("--hours", self.hours),
         ):
             if not limit >= 0:
-                raise UserError(f"{name} must not be negative, not {limit:g}")
+                raise UserError(f"{name} must not be negative, not {limit:g}", code="flag-range")
         if self.reduction < 2:
-            raise UserError(f"--reduction must be at least 2, not {self.reduction}")
+            raise UserError(f"--reduction must be at least 2, not {self.reduction}", code="flag-range")
         for name, value, known in (
             ("--objective", self.objective, OBJECTIVES),
             ("--searcher", self.searcher, SEARCHERS),
             ("--scheduler", self.scheduler, SCHEDULERS),
         ):
             if value not in known:
-                raise UserError(f"{name} must be one of {', '.join(known)}, not {value}")
+                raise UserError(f"{name} must be one of {', '.join(known)}, not {value}", code="flag-invalid")
         if self.searcher == "grid":
             self.space.grid()
         elif listed := next((r for r in self.space.ranges if r.kind == "grid"), None):
             raise UserError(
-                f"--search {listed} needs --searcher grid; for another searcher write {listed.name}=choice(...)"
+                f"--search {listed} needs --searcher grid; for another searcher write {listed.name}=choice(...)",
+                code="search-grid-unlisted",
             )
         layout = self.recipe.dataset.layout
         if self.objective == "mean_iou" and layout == "folder" and not self.recipe.labels:
             raise UserError(
-                "--objective mean_iou needs labels, and there are none: give --labels, or --objective label_free"
+                "--objective mean_iou needs labels, and there are none: give --labels, or --objective label_free",
+                code="labels-missing",
             )
 
     @property

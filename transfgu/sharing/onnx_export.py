@@ -86,7 +86,9 @@ def export(
         import onnx
         import onnxscript  # noqa: F401 - torch asks for both, in many lines
     except ImportError:
-        raise UserError("exporting needs the packages onnx and onnxscript: pip install 'transfgu[onnx]'") from None
+        raise UserError(
+            "exporting needs the packages onnx and onnxscript: pip install 'transfgu[onnx]'", code="package-missing"
+        ) from None
     height, width = patch_grid(size, encoder.patch_size)
     folder.mkdir(parents=True, exist_ok=True)
     device = next(encoder.parameters()).device

@@ -99,14 +99,16 @@ def kmeans(features: Any, k: int, *, iterations: int = 100, seed: int = 0, worke
 def shards(features: Any, workers: int) -> Iterator[Shards]:
     """Features as shards, in memory and ready; arguments and errors are those of `kmeans`."""
     if workers < 1:
-        raise UserError(f"workers must be positive, not {workers}")
+        raise UserError(f"workers must be positive, not {workers}", code="argument-invalid")
     if _is_dataset(features):
         _connect()
         sources = _spread_dataset(features, workers)
     else:
         array = np.asarray(features)
         if array.ndim != 2:
-            raise UserError(f"features must have two dimensions, (n, d), not shape {array.shape}")
+            raise UserError(
+                f"features must have two dimensions, (n, d), not shape {array.shape}", code="features-shape"
+            )
         if workers == 1:
             yield _shard([array])
             return
@@ -186,7 +188,10 @@ def _parts(features: Artifact) -> tuple[list[str], int]:
     """URIs of the features' parts in order, and their bytes in all."""
     uris = [u for u in storage.list_files(features.uri, recursive=False) if u.endswith(".parquet")]
     if not uris:
-        raise UserError(f"there are no features in {storage.shown(features.uri)}: delete that folder and run again")
+        raise UserError(
+            f"there are no features in {storage.shown(features.uri)}: delete that folder and run again",
+            code="features-missing",
+        )
     fs, path = storage.filesystem(features.uri)
     return uris, sum(f.size or 0 for f in fs.get_file_info(pafs.FileSelector(path)))
 
@@ -197,25 +202,29 @@ def _check(recipe: Recipe, group: _Group, shards: Shards) -> None:
         raise UserError(
             f"no window is foreground: the attention of {encoder} leaves none salient; lower windows.min_foreground "
             f"(now {recipe.windows.min_foreground:g}) or windows.saliency_factor (now "
-            f"{recipe.windows.saliency_factor:g}), or use trained encoder.weights"
+            f"{recipe.windows.saliency_factor:g}), or use trained encoder.weights",
+            code="windows-missing",
         )
     if shards.rows == 0 and group.windows == "background":
         raise UserError(
             f"no window is background: the attention of {encoder} leaves all of them salient; lower "
             f"windows.min_background (now {recipe.windows.min_background:g}), raise windows.saliency_factor (now "
-            f"{recipe.windows.saliency_factor:g}), or use trained encoder.weights"
+            f"{recipe.windows.saliency_factor:g}), or use trained encoder.weights",
+            code="windows-missing",
         )
     if shards.rows < group.count:
         kind = "" if group.windows == "all" else f"{group.windows} "
         field = "concepts.things and concepts.stuff" if group.name == "concepts" else f"concepts.{group.name}"
         raise UserError(
             f"{group.count} concepts can't be made of {shards.rows} {kind}windows: use more images (a higher limit), "
-            f"more windows.scales, or lower {field}"
+            f"more windows.scales, or lower {field}",
+            code="concepts-too-many",
         )
     if not math.isfinite(shards.largest):
         raise UserError(
             f"features of {group.windows} windows hold NaN or infinite values: {encoder} can't do its arithmetic in "
-            f"encoder.precision {recipe.encoder.precision}; use float32, or other encoder.weights"
+            f"encoder.precision {recipe.encoder.precision}; use float32, or other encoder.weights",
+            code="features-not-finite",
         )
 
 
@@ -484,7 +493,8 @@ def _actors(
     except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
         raise UserError(
             f"concepts: one of {len(sources)} actors that hold the features was lost {restarts + 1} times, as happens "
-            "where memory runs out: use more nodes, nodes of more memory, or fewer images (a lower limit)"
+            "where memory runs out: use more nodes, nodes of more memory, or fewer images (a lower limit)",
+            code="actor-lost",
         ) from None
     finally:
         for handle in actors:
@@ -506,7 +516,7 @@ def _get(references: list[Any]) -> list[Any]:
         return list(ray.get(references))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from None
+            raise error.cause from None
         raise
 
 
@@ -632,5 +642,8 @@ def _column(names: Sequence[str]) -> str:
     if "feature" in names:
         return "feature"
     if len(names) != 1:
-        raise UserError(f"features need a column `feature`, or a single column; this dataset's: {', '.join(names)}")
+        raise UserError(
+            f"features need a column `feature`, or a single column; this dataset's: {', '.join(names)}",
+            code="features-shape",
+        )
     return names[0]

@@ -138,7 +138,9 @@ def evaluate(
     if len(left_out) > recipe.dataset.max_bad_share * len(rows):
         raise UserError(
             f"{len(left_out)} of {len(rows)} validation images can't be used, such as {left_out[0].name} "
-            f"({left_out[0].reason}): mend them, or raise --dataset.max_bad_share from {recipe.dataset.max_bad_share:g}"
+            f"({left_out[0].reason}): mend them, or raise --dataset.max_bad_share from "
+            f"{recipe.dataset.max_bad_share:g}",
+            code="images-bad",
         )
     return Evaluation(
         confusions=dict(zip(decoders, confusions, strict=True)),
@@ -196,7 +198,8 @@ class Count:
             if decoder.proj_dec.in_features != encoder.width:
                 raise UserError(
                     f"{storage.shown(uri)} decodes tokens of width {decoder.proj_dec.in_features}, and encoder "
-                    f"{recipe.encoder.name} has {encoder.width}: set --encoder.name to the one it was trained with"
+                    f"{recipe.encoder.name} has {encoder.width}: set --encoder.name to the one it was trained with",
+                    code="model-mismatch",
                 )
 
     @torch.inference_mode()
@@ -243,9 +246,13 @@ def check_decoder(recipe: Recipe, uri: str) -> None:
     tensors = read_weights(uri).tensors
     found = next((t.shape[1] for n, t in tensors.items() if n.endswith("cls_emb") and t.ndim == 3), None)
     if found is None:
-        raise UserError(f"{storage.shown(uri)} holds no mask decoder (no tensor cls_emb): give a decoder's weights")
+        raise UserError(
+            f"{storage.shown(uri)} holds no mask decoder (no tensor cls_emb): give a decoder's weights",
+            code="decoder-missing",
+        )
     if found != recipe.classes:
         raise UserError(
             f"{storage.shown(uri)} tells {found} classes apart, and the recipe {recipe.preset} has {recipe.classes}: "
-            "choose the preset that it was trained for"
+            "choose the preset that it was trained for",
+            code="classes-mismatch",
         )

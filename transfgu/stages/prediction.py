@@ -161,19 +161,26 @@ def preflight(job: PredictionJob) -> dict[str, str]:
     if out.startswith(folder) or folder.startswith(out):
         raise UserError(
             f"--images {storage.shown(job.images)} and --out {storage.shown(job.out)} lie in each other: masks would "
-            "be read as images, so choose two folders beside each other"
+            "be read as images, so choose two folders beside each other",
+            code="folders-nested",
         )
     storage.check_readable(job.images)
     if storage.is_file(job.images):
-        raise UserError(f"{storage.shown(job.images)} is a file: give --images the folder that it lies in")
+        raise UserError(
+            f"{storage.shown(job.images)} is a file: give --images the folder that it lies in", code="folder-expected"
+        )
     segmenter = Segmenter.load(job.run, device="cpu")
     if job.format == "png" and len(segmenter.classes) > 256:
         raise UserError(
-            f"an indexed PNG holds 256 classes, and this run has {len(segmenter.classes)}: set --format parquet"
+            f"an indexed PNG holds 256 classes, and this run has {len(segmenter.classes)}: set --format parquet",
+            code="png-classes",
         )
     names = images_in(job.images, recursive=True)
     if not names:
-        raise UserError(f"{storage.shown(job.images)} holds no image (.jpg, .png, .webp, ...): check --images")
+        raise UserError(
+            f"{storage.shown(job.images)} holds no image (.jpg, .png, .webp, ...): check --images",
+            code="images-missing",
+        )
     storage.check_writable(job.out)
     claim = {
         "model": hashlib.sha256(storage.read_bytes(Run(job.run).model())).hexdigest(),
@@ -210,7 +217,9 @@ def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
                 code="masks-named-otherwise",
             )
         theirs = f"masks of {held['run']}" if "model" in differing else f"masks of another {other}"
-        raise UserError(f"{storage.shown(job.out)} holds {theirs}: choose another --out, or delete what is there")
+        raise UserError(
+            f"{storage.shown(job.out)} holds {theirs}: choose another --out, or delete what is there", code="out-taken"
+        )
 
 
 def _read_claim(job: PredictionJob, text: bytes) -> dict[str, Any]:

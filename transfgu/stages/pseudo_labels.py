@@ -60,7 +60,8 @@ def load_centroids(run: Run) -> Float[np.ndarray, "K d"]:
     except (safetensors.SafetensorError, KeyError):
         raise UserError(
             f"{storage.shown(folder.file('concepts.safetensors'))} is damaged: delete the folder {folder.uri}, and "
-            "run again"
+            "run again",
+            code="artifact-damaged",
         ) from None
     return centroids
 

@@ -97,7 +97,8 @@ def _check_share(recipe: Recipe, split: str, listing: Listing) -> None:
     if len(bad) > recipe.dataset.max_bad_share * total:
         raise UserError(
             f"{len(bad)} of {total} {split} samples can't be used, such as {bad[0].name} ({bad[0].reason}): "
-            f"complete the data set, or raise --dataset.max_bad_share from {recipe.dataset.max_bad_share:g}"
+            f"complete the data set, or raise --dataset.max_bad_share from {recipe.dataset.max_bad_share:g}",
+            code="images-bad",
         )
 
 
@@ -134,7 +135,7 @@ def _drawn(recipe: Recipe, artifact: Artifact, progress: Progress) -> dict[str, 
             done += sum(ray.get(finished))
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
-                raise UserError(str(error.cause)) from None
+                raise error.cause from None
             raise
         progress.update(done, total, "scenes")
     return {split: Listing(table=_scenes_table(folder, split, count)) for split, count in counts.items()}

@@ -45,7 +45,8 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     images, validation = training_images(run), samples.labelled(recipe, run)
     if not len(images):
         raise UserError(
-            f"{run.artifact('pseudo_labels').uri} holds no pseudo label: delete that folder to make them anew"
+            f"{run.artifact('pseudo_labels').uri} holds no pseudo label: delete that folder to make them anew",
+            code="pseudo-labels-missing",
         )
     for name, table in (("images", images), ("validation", validation)):
         write_table(artifact.file(f"{name}.parquet"), table)
@@ -174,7 +175,7 @@ def fit(
     status: Status = ray.get(board.read.remote(0))
     ray.kill(board)
     if status.failure:
-        raise UserError(status.failure) if status.is_mistake else RuntimeError(status.failure)
+        raise UserError(status.failure, status.code) if status.is_mistake else RuntimeError(status.failure)
     if found := checkpoints.newest(kept):
         return found
     raise RuntimeError(f"training ended without a whole checkpoint in {storage.shown(kept)}")

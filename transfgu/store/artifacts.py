@@ -131,7 +131,8 @@ class Artifact:
             ]
             raise UserError(
                 f"{self.uri} holds another recipe's work, differing in {', '.join(differing)}: "
-                "choose another --run, or delete that folder"
+                "choose another --run, or delete that folder",
+                code="recipe-mismatch",
             )
         return manifest is not None
 
@@ -184,7 +185,8 @@ class Run:
         if text is None:
             raise UserError(
                 f"{storage.shown(self.uri)} is no run's folder, as it holds no recipe.yaml: "
-                "give what --run named in training"
+                "give what --run named in training",
+                code="run-missing",
             )
         recipe = from_yaml(text, storage.shown(uri), resolved=True)
         if recipe.encoder.weights.startswith(BESIDE):

@@ -58,7 +58,8 @@ class Lock:
         """Raises UserError where another run took the lock, which it does only from one that seemed dead."""
         if self._lost.is_set():
             raise UserError(
-                f"another run took over {storage.shown(self._run)} while this one could not reach it: let that one end"
+                f"another run took over {storage.shown(self._run)} while this one could not reach it: let that one end",
+                code="run-taken",
             )
 
     def release(self) -> None:
@@ -102,7 +103,8 @@ class Lock:
         who = f"process {str(holder.get('process')).split('/')[-1].split('@')[0]} on {holder.get('host')}"
         return UserError(
             f"another run is writing {storage.shown(self._run)} ({who}): wait for it, stop it, or choose another "
-            f"{self._flag}"
+            f"{self._flag}",
+            code="run-locked",
         )
 
     def _content(self) -> bytes:

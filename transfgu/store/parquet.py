@@ -75,7 +75,7 @@ def _damage(uri: str, remedy: str) -> Iterator[None]:
     except (OSError, MemoryError):
         raise  # the machine's or the store's
     except Exception:  # Arrow's, or whatever an extension type makes of a description that it did not write
-        raise UserError(f"{storage.shown(uri)} is damaged: {remedy}") from None
+        raise UserError(f"{storage.shown(uri)} is damaged: {remedy}", code="file-damaged") from None
 
 
 def write_table(uri: str, table: pa.Table) -> None:

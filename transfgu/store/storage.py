@@ -82,7 +82,7 @@ def read_bytes(uri: str) -> bytes:
     """
     data = read_bytes_or_none(uri)
     if data is None:
-        raise UserError(f"there is no file {shown(uri)}: check the path")
+        raise UserError(f"there is no file {shown(uri)}: check the path", code="file-missing")
     return data
 
 
@@ -204,7 +204,7 @@ def check_readable(uri: str) -> None:
         kind = fs.get_file_info(path).type
         if kind == pafs.FileType.NotFound:
             _check_bucket(uri, fs, path)
-            raise UserError(f"there is no file or folder {shown(uri)}: check the path")
+            raise UserError(f"there is no file or folder {shown(uri)}: check the path", code="file-missing")
         if kind == pafs.FileType.Directory:
             fs.get_file_info(pafs.FileSelector(path, recursive=False))
         else:
@@ -335,7 +335,8 @@ def _check_bucket(uri: str, fs: Any, path: str) -> None:
     bucket = path.partition("/")[0]
     if scheme(uri) in ("s3", "gs") and fs.get_file_info(bucket).type == pafs.FileType.NotFound:
         raise UserError(
-            f"there is no bucket {bucket} for {shown(uri)}{_where(uri)}: check the name, or make the bucket"
+            f"there is no bucket {bucket} for {shown(uri)}{_where(uri)}: check the name, or make the bucket",
+            code="bucket-missing",
         )
 
 
@@ -416,20 +417,23 @@ def _filesystem(uri: str, attempts: int) -> tuple[Any, str]:
     rest = uri.partition("://")[2].strip("/")
     if kind in ("s3", "gs"):
         if not rest or "@" in rest.partition("/")[0]:
-            raise UserError(f"{shown(uri)} must read {kind}://bucket/path, without credentials in it")
+            raise UserError(
+                f"{shown(uri)} must read {kind}://bucket/path, without credentials in it", code="uri-invalid"
+            )
         return (_s3(rest.partition("/")[0], attempts) if kind == "s3" else _gs(attempts)), rest
     if re.match(r"[^/@]*:[^/]*@", rest):
         # The run would write it down: in recipe, manifests and every list of images.
         raise UserError(
             f"{shown(uri)} must not hold a password: set FSSPEC_{kind.upper()}_USERNAME and "
-            f"FSSPEC_{kind.upper()}_PASSWORD instead"
+            f"FSSPEC_{kind.upper()}_PASSWORD instead",
+            code="uri-password",
         )
     try:
         import fsspec
 
         fs, path = fsspec.core.url_to_fs(uri)
     except (ImportError, ValueError) as error:
-        raise UserError(f"can't open {shown(uri)}: {error}") from None
+        raise UserError(f"can't open {shown(uri)}: {error}", code="uri-invalid") from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
 
 
@@ -458,7 +462,7 @@ class _S3Access:
             client = session.client("s3")
             self._credentials = session.get_credentials()
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
-            raise UserError(f"the AWS configuration can't be used: {error}") from None
+            raise UserError(f"the AWS configuration can't be used: {error}", code="credentials-invalid") from None
         self.region: str | None = client.meta.region_name
         endpoint = str(client.meta.endpoint_url)
         host = urlsplit(endpoint).hostname or ""
@@ -469,11 +473,14 @@ class _S3Access:
         import botocore.exceptions
 
         if self._credentials is None:
-            raise UserError("no AWS credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+            raise UserError(
+                "no AWS credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+                code="credentials-missing",
+            )
         try:
             frozen = self._credentials.get_frozen_credentials()
         except botocore.exceptions.BotoCoreError as error:
-            raise UserError(f"the AWS credentials can't be used: {error}") from None
+            raise UserError(f"the AWS credentials can't be used: {error}", code="credentials-invalid") from None
         return frozen.access_key, frozen.secret_key, frozen.token
 
 
@@ -551,8 +558,8 @@ def _one_line(uri: str, verb: str) -> Iterator[None]:
         yield
     except OSError as error:
         if isinstance(error, FileNotFoundError) and verb == "read":
-            raise UserError(f"there is no file {shown(uri)}: check the path") from None
-        raise UserError(f"can't {verb} {shown(uri)}{_where(uri)}: {_reason(error)}") from None
+            raise UserError(f"there is no file {shown(uri)}: check the path", code="file-missing") from None
+        raise UserError(f"can't {verb} {shown(uri)}{_where(uri)}: {_reason(error)}", code="storage-failed") from None
 
 
 def _reason(error: OSError) -> str:

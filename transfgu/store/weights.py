@@ -49,7 +49,8 @@ def read_weights(uri: str) -> WeightFile:
             metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
         except (safetensors.SafetensorError, ValueError) as error:
             raise UserError(
-                f"weights {storage.shown(uri)} aren't a safetensors file ({error}): fetch them again"
+                f"weights {storage.shown(uri)} aren't a safetensors file ({error}): fetch them again",
+                code="weights-damaged",
             ) from None
     else:
         content = _unpickle(uri, data)
@@ -78,7 +79,9 @@ def unwrap(name: str, content: object) -> dict[str, Tensor]:
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     tensors = {key: value for key, value in tensors.items() if not key.startswith(_HEADS)}
     if not tensors:
-        raise UserError(f"{name} holds no network's weights: give a state dict, such as DINO's or timm's")
+        raise UserError(
+            f"{name} holds no network's weights: give a state dict, such as DINO's or timm's", code="weights-misfit"
+        )
     return tensors
 
 
@@ -86,7 +89,9 @@ def _read(uri: str) -> bytes:
     if uri.startswith(PACKAGE):
         file = resources.files("transfgu") / "weights" / uri.removeprefix(PACKAGE)
         if not file.is_file():
-            raise UserError(f"weights {uri} aren't part of this installation: install transfgu again")
+            raise UserError(
+                f"weights {uri} aren't part of this installation: install transfgu again", code="weights-missing"
+            )
         return file.read_bytes()
     return storage.read_bytes(uri)
 
@@ -99,8 +104,11 @@ def _unpickle(uri: str, data: bytes) -> object:
     except pickle.UnpicklingError:
         raise UserError(
             f"weights {storage.shown(uri)} aren't plain tensors, and loading anything else could run code: "
-            "save the state dict alone, best as .safetensors"
+            "save the state dict alone, best as .safetensors",
+            code="weights-unsafe",
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"weights {storage.shown(uri)} can't be read ({reason}): fetch them again") from None
+        raise UserError(
+            f"weights {storage.shown(uri)} can't be read ({reason}): fetch them again", code="weights-damaged"
+        ) from None

@@ -34,6 +34,8 @@ class Status:
     failure: str
     is_mistake: bool
     """Whether the failure is a user's mistake."""
+    code: str = ""
+    """The mistake's kind."""
 
 
 class ProgressBoard:
@@ -46,7 +48,7 @@ class ProgressBoard:
         self._notes: list[str] = []
         self._rows: list[dict[str, Any]] = []
         self._failure = ""
-        self._is_mistake = False
+        self._is_mistake, self._code = False, ""
         self._last_error = "a worker died"
         self._attempts: tuple[tuple[int, int], int] = ((-1, 0), 0)
         self._errors: set[str] = set()
@@ -84,14 +86,14 @@ class ProgressBoard:
         """What was answered for the first `epoch` epochs; None where that is yet to come."""
         return self._goes_on if not self._goes_on or self._answered >= epoch else None
 
-    def fail(self, error: str, *, is_mistake: bool, may_pass: bool = False) -> None:
+    def fail(self, error: str, *, is_mistake: bool, may_pass: bool = False, code: str = "") -> None:
         """An attempt ended in an error.
 
         There is no other after a user's mistake, nor after an error that comes a second time at the same epoch, unless
         it `may_pass`.
         """
         if is_mistake:
-            self._failure, self._is_mistake = error, True
+            self._failure, self._is_mistake, self._code = error, True, code
         elif error in self._errors_before and not may_pass:
             epoch = self._attempts[0][0]
             self._failure = self._failure or f"training failed twice alike in epoch {epoch + 1}, with {error}"
@@ -109,6 +111,7 @@ class ProgressBoard:
             rows=self._rows[rows:],
             failure=self._failure,
             is_mistake=self._is_mistake,
+            code=self._code,
         )
 
 

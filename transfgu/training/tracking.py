@@ -47,9 +47,13 @@ def names(recipe: Recipe) -> list[str]:
     asked = [name for name in recipe.compute.track.replace(",", " ").split() if name != "none"]
     for name in asked:
         if name not in _PACKAGES:
-            raise UserError(f"--track knows no {name}: choose of {', '.join(_PACKAGES)}, or none")
+            raise UserError(
+                f"--track knows no {name}: choose of {', '.join(_PACKAGES)}, or none", code="tracker-unknown"
+            )
         if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise UserError(f"--track {name} needs the package {name}: pip install {_PACKAGES[name]}")
+            raise UserError(
+                f"--track {name} needs the package {name}: pip install {_PACKAGES[name]}", code="package-missing"
+            )
     return asked
 
 

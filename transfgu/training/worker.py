@@ -66,10 +66,13 @@ def work(job: Job) -> None:
         mistake = find_user_error(error)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             # Trying again would fill no less.
-            mistake = UserError(f"can't write {storage.shown(job.checkpoints)}: {error.strerror or error}: make room")
+            mistake = UserError(
+                f"can't write {storage.shown(job.checkpoints)}: {error.strerror or error}: make room", code="disk-full"
+            )
         passing = mistake is None and may_pass(error)
         text = in_words(mistake or error)
-        ray.get(job.board.fail.remote(text, is_mistake=mistake is not None, may_pass=passing))
+        code = mistake.code if mistake else ""
+        ray.get(job.board.fail.remote(text, is_mistake=mistake is not None, may_pass=passing, code=code))
         # Raised, so that workers which wait for this one are ended too; the board keeps it from being tried again.
         if mistake is None or ray.train.get_context().get_world_size() > 1:
             raise
@@ -257,7 +260,7 @@ class Worker:
             return step.result()
         except FloatingPointError as error:
             where, lr = f"step {index + 1} of epoch {epoch + 1}", self.recipe.training.lr
-            raise UserError(f"in {where}, {error}: now {lr:g}, set --training.lr") from None
+            raise UserError(f"in {where}, {error}: now {lr:g}, set --training.lr", code="loss-not-finite") from None
 
     def _score(self, epoch: int) -> dict[str, float | None]:
         """Scores on the validation images where they are due; the best weights so far are kept."""

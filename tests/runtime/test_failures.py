@@ -1,0 +1,46 @@
+"""A user's mistake that is raised in another process arrives with its message and its code."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import ray
+
+from transfgu.errors import UserError
+from transfgu.runtime.failures import find_user_error
+
+
+def refuse() -> None:
+    raise UserError("another run is writing it: wait", code="run-locked")
+
+
+class Refused:
+    def __init__(self) -> None:
+        refuse()
+
+    def ready(self) -> None: ...
+
+
+@ray.remote(num_cpus=0)
+def in_actor_of_task() -> None:
+    in_actor()
+
+
+def in_task() -> None:
+    ray.get(ray.remote(num_cpus=0)(refuse).remote())
+
+
+def in_actor() -> None:
+    actor: Any = ray.remote(num_cpus=0)(Refused).remote()
+    ray.get(actor.ready.remote())
+
+
+@pytest.mark.parametrize(
+    "go", [in_task, in_actor, lambda: ray.get(in_actor_of_task.remote())], ids=["task", "actor", "actor of a task"]
+)
+def test_a_mistake_in_another_process_keeps_its_code(go: Callable[[], None], ray_cluster: None) -> None:
+    with pytest.raises(ray.exceptions.RayError) as raised:
+        go()
+    found = find_user_error(raised.value)
+    assert found is not None
+    assert found.line == "another run is writing it: wait [run-locked]"
