@@ -20,6 +20,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "method": (
         "windows",
         "encoder",
+        "whitening",
         "kmeans",
         "device_kmeans",
         "maps",
@@ -31,7 +32,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "transfer",
     ),
     "datasets": ("datasets",),
-    "inference": ("inference",),
+    "inference": ("inference", "learner"),
     "sharing": ("sharing",),  # below the segmenter, whose methods write the model card and the ONNX files
     "segmenter": ("segmenter",),
     "runtime": ("runtime",),

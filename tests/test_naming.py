@@ -214,7 +214,7 @@ def test_the_command(bare: MadeRun, tmp_path: Path, capsys: pytest.CaptureFixtur
     again = json.loads(Path(bare.run.file("metrics.json")).read_text())
     assert {n: v for n, v in again.items() if n != "format"} == json.loads(before)
     for words, code in (
-        ([bare.run.uri, str(file), "--undo"], "arguments-wrong"),
+        ([bare.run.uri, str(file), "--undo"], "flags-conflict"),
         ([str(tmp_path / "none"), str(file)], ""),
     ):
         with pytest.raises(UserError) as caught:

@@ -180,3 +180,41 @@ def test_every_field_says_what_it_means() -> None:
 def test_lists_survive_the_way_through_text(scales: list[float]) -> None:
     text = ",".join(map(repr, scales))
     assert preset("shapes").with_fields({"windows.scales": text}).windows.scales == tuple(scales)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "first"),
+    [
+        ("concepts.whiten", "foreground", "concepts"),
+        ("pseudo_labels.refine", 2, "pseudo_labels"),
+        ("training.certain_share", 0.5, "training"),
+    ],
+)
+def test_options_change_digests_from_their_stage_on(field: str, value: object, first: str) -> None:
+    """Presets of the paper leave them off; then digests are those of runs that did not know them."""
+    off = preset("coco-stuff-27")
+    assert off.flat()[field] == FIELDS[field].before
+    on = off.with_fields({field: value})
+    changed = [stage for stage in STAGES if on.digest(stage) != off.digest(stage)]
+    assert changed == list(STAGES[STAGES.index(first) :])
+
+
+@pytest.mark.parametrize(("field", "value"), [("refine", -1), ("certain_share", 0), ("certain_share", 1.1)])
+def test_options_out_of_range_are_refused(field: str, value: float) -> None:
+    with pytest.raises(UserError, match=field) as raised:
+        preset("shapes").with_fields({field: value})
+    assert raised.value.code == "field-range"
+
+
+@pytest.mark.parametrize(
+    ("whiten", "windows"),
+    [
+        ("none", []),
+        ("foreground", ["foreground"]),
+        ("background", ["background"]),
+        ("both", ["foreground", "background", "all"]),
+    ],
+)
+def test_which_windows_are_whitened(whiten: str, windows: list[str]) -> None:
+    recipe = preset("shapes").with_fields({"whiten": whiten})
+    assert [w for w in ("foreground", "background", "all") if recipe.concepts.whitens(w)] == windows

@@ -99,6 +99,35 @@ def test_probabilities_are_the_classes_at_the_images_size(labelled: MadeRun) -> 
     assert [p.shape for p in several] == [(10, 50, 90), (10, 20, 30)]
 
 
+def test_an_image_in_one_tile_is_predicted_as_a_whole(labelled: MadeRun) -> None:
+    segmenter = Segmenter.load(labelled.run.uri)
+    image = photograph(50, 90)
+    for tile in (90, 500):
+        np.testing.assert_array_equal(segmenter.predict(image, tile=tile), segmenter.predict(image))
+    shares = segmenter.predict(image, probabilities=True)
+    np.testing.assert_array_equal(segmenter.predict(image, probabilities=True, tile=90), shares)
+
+
+def test_tiles_of_an_image(labelled: MadeRun, tmp_path: Path) -> None:
+    segmenter = Segmenter.load(labelled.run.uri)
+    image = photograph(150, 90)
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    found = segmenter.predict(image, tile=64, overlap=16)
+    assert found.shape == (150, 90)
+    assert found.dtype == np.uint8
+    for form in (tmp_path / "photo.png", Image.fromarray(image)):
+        np.testing.assert_array_equal(segmenter.predict(form, tile=64, overlap=16), found)
+    shares = segmenter.predict([image], probabilities=True, tile=64, overlap=16)[0]
+    np.testing.assert_allclose(shares.sum(axis=0), 1, atol=1e-5)
+    np.testing.assert_array_equal(shares.argmax(axis=0), found)
+    # Where one tile alone lies, it is that tile's prediction.
+    corner = segmenter.predict(image[:64, :64], probabilities=True)
+    np.testing.assert_allclose(shares[:, :20, :20], corner[:, :20, :20], rtol=1e-3)
+    with pytest.raises(UserError) as caught:
+        segmenter.predict(tmp_path / "none.png", tile=64, overlap=16)
+    assert caught.value.code == "image-unreadable"
+
+
 def test_a_shared_model_is_whole_and_says_what_it_is(labelled: MadeRun, tmp_path: Path) -> None:
     segmenter = Segmenter.load(labelled.run.uri)
     segmenter.recipe = segmenter.recipe.with_fields({"data": "s3://private/photos"})

@@ -42,6 +42,12 @@ class DeviceShard(Shard):
             self._found.append(torch.full((len(chunk),), -1, dtype=torch.int64, device=device))
         self._totals, self._sizes = torch.empty(0, 0), torch.empty(0)
 
+    def _like(self, pieces: Sequence[ndarray]) -> Shard:
+        try:
+            return DeviceShard(pieces, self._device, self._threads, self._at_once)
+        except torch.OutOfMemoryError:
+            return super()._like(pieces)
+
     def _joined(self) -> Iterator[Float32[ndarray, "c d"]]:
         """Yield all rows in arrays of `at_once`, the last one padded with zeros."""
         width = self._blocks[0].shape[1] if self._blocks else 0

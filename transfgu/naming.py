@@ -18,12 +18,13 @@ from jaxtyping import Integer
 from PIL import Image
 
 from transfgu import formats, pipeline
+from transfgu.datasets.class_lists import index_type
 from transfgu.errors import UserError
 from transfgu.pipeline import Report
 from transfgu.recipe import STAGES
 from transfgu.sharing import names
 from transfgu.sharing.names import ClassTable
-from transfgu.stages.prediction import CLAIM, index_type, png
+from transfgu.stages.prediction import CLAIM, png
 from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Run
 from transfgu.store.lock import hold

@@ -20,7 +20,7 @@ from transfgu.recipe import FIELDS, from_yaml, preset
 from transfgu.store.artifacts import Run
 
 ROOT = Path(__file__).resolve().parents[2]
-JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
+JOBS = sorted({path.stem for path in (ROOT / "jobs").glob("*.py")} & set(COMMANDS))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

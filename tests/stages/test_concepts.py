@@ -15,7 +15,7 @@ import torch
 from numpy import ndarray
 
 from transfgu.errors import UserError
-from transfgu.kmeans import Shard, cluster
+from transfgu.kmeans import Shard, Shards, cluster, whitened
 from transfgu.recipe import Recipe, preset
 from transfgu.runtime import capacity as runtime
 from transfgu.runtime.progress import Progress
@@ -274,11 +274,16 @@ def test_what_can_not_be_clustered(fields: dict[str, object], rows: int, message
     assert "\n" not in str(raised.value)
 
 
-def test_an_interrupted_group_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("white", [False, True])
+def test_an_interrupted_group_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, white: bool) -> None:
     recipe, folder = recipe_of(things=11), Run(str(tmp_path)).artifact("concepts")
     rows = np.random.default_rng(0).standard_normal((12_000, D), dtype=np.float32)
     group = concepts._groups(recipe)[0]
-    whole = cluster(Shard([rows]), 11, iterations=50, seed=recipe.seed)
+
+    def shard() -> Shards:
+        return whitened(Shard([rows])) if white else Shard([rows])
+
+    whole = cluster(shard(), 11, iterations=50, seed=recipe.seed)
     monkeypatch.setattr(concepts, "_SAVE_SECONDS", 0.0)
 
     class Stopped(Exception):
@@ -291,11 +296,11 @@ def test_an_interrupted_group_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
                 raise Stopped
 
     with pytest.raises(Stopped):
-        concepts._cluster_group(recipe, group, Shard([rows]), folder, StopsAfterFive("concepts", quiet=True), done=0)
+        concepts._cluster_group(recipe, group, shard(), folder, StopsAfterFive("concepts", quiet=True), done=0)
     saved = concepts._saved(folder, group)
     assert saved is not None
     assert saved[0] == 4  # the fifth was under way to the disk
-    resumed = concepts._cluster_group(recipe, group, Shard([rows]), folder, quiet(), done=0)
+    resumed = concepts._cluster_group(recipe, group, shard(), folder, quiet(), done=0)
     np.testing.assert_array_equal(resumed.centroids, whole.centroids)
     assert (resumed.iterations, resumed.inertia) == (whole.iterations, whole.inertia)
 
@@ -366,6 +371,36 @@ def test_two_actors_and_a_lost_one_make_no_difference(
     concepts.run(recipe, run, quiet())
     np.testing.assert_array_equal(read_tensors(run)["centroids"], result.centroids)
     assert pq.read_table(run.artifact("concepts").file("nearest.parquet")).equals(nearest)
+
+
+@pytest.mark.ray
+def test_whitened_groups_on_two_actors_and_after_a_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+) -> None:
+    """Foreground windows alone are whitened; concepts are means of their features as they were."""
+    import ray
+
+    monkeypatch.setattr(concepts, "_PIECE_PARTS", 1)
+    windows = made_windows(25, seed=5)
+    run, recipe = write_parts(tmp_path, windows), recipe_of(whiten="foreground")
+    groups = concepts._groups(recipe)
+    parts, _ = concepts._parts(run.artifact("features"))
+    sources = [functools.partial(concepts._read_parts, share, groups) for share in concepts._share(parts, 2)]
+    with concepts._actors(sources, concepts._nodes(), restarts=1) as actors:
+        white = whitened(concepts._Spread(actors, "things"))
+        assert isinstance(white, concepts._Spread)
+        result = cluster(white, 3, seed=recipe.seed)
+        found, nearest = white.means_before(result.centroids), white.nearest(result.centroids, 0)
+        ray.kill(actors[0], no_restart=False)
+        np.testing.assert_array_equal(white.means_before(result.centroids), found)
+        assert white.nearest(result.centroids, 0).equals(nearest)
+    concepts.run(recipe, run, quiet())
+    tensors = read_tensors(run)
+    np.testing.assert_array_equal(tensors["centroids"][:3], found)
+    stuff = kmeans(features_of(windows, "background"), 2, seed=recipe.seed)
+    np.testing.assert_allclose(by_first(tensors["centroids"][3:]), by_first(stuff.centroids), atol=1e-5)
+    table = pq.read_table(run.artifact("concepts").file("nearest.parquet"))
+    assert table.filter(table["concept"].to_numpy() < 3).equals(nearest)
 
 
 @pytest.mark.ray

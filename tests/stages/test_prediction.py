@@ -97,6 +97,44 @@ def test_a_mask_is_an_indexed_png_in_its_classes_colours() -> None:
     np.testing.assert_array_equal(np.asarray(read.convert("RGB")), colours[mask])
 
 
+def test_a_mask_in_strips_is_the_same_png() -> None:
+    mask = np.random.default_rng(0).integers(0, 5, (37, 300), dtype=np.uint8)
+    colours = np.random.default_rng(1).integers(0, 256, (5, 3), dtype=np.uint8)
+    data = prediction.png_of_strips(iter(np.split(mask, [10, 11, 30])), (37, 300), colours)
+    whole = Image.open(io.BytesIO(prediction.png(mask, colours)))
+    read = Image.open(io.BytesIO(data))
+    assert read.mode == "P"
+    np.testing.assert_array_equal(np.asarray(read), mask)
+    np.testing.assert_array_equal(np.asarray(read.convert("RGB")), np.asarray(whole.convert("RGB")))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("kind", ["png", "parquet"])
+def test_masks_in_tiles(made: MadeRun, tmp_path: Path, kind: prediction.Format) -> None:
+    write_images(tmp_path / "images", ["a/004.jpg", "a/003.png", "b/001.png"])
+    Image.fromarray(np.tile(picture(4), (2, 3, 1))).save(tmp_path / "images" / "wide.png")
+    asked = job(made, tmp_path, format=kind, tile=64, overlap=16)
+    done = predict(asked, COMPUTE, QUIET)
+    assert (done.made, [bad.name for bad in done.left_out]) == (3, ["a/003.png"])
+    segmenter = Segmenter.load(made.run.uri, device="cpu")
+    if kind == "png":
+        found = {n: np.asarray(Image.open(tmp_path / "out" / "masks" / f"{n}.png")) for n in ("a/004", "b/001", "wide")}
+    else:
+        rows = pq.read_table(tmp_path / "out" / "masks").to_pylist()
+        found = {
+            row["name"].rpartition(".")[0]: np.frombuffer(row["mask"], np.uint8).reshape(row["height"], row["width"])
+            for row in rows
+        }
+    for file in ("a/004.jpg", "b/001.png", "wide.png"):
+        expected = segmenter.predict(tmp_path / "images" / file, tile=64, overlap=16)
+        np.testing.assert_array_equal(found[file.rpartition(".")[0]], expected)
+    assert predict(asked, COMPUTE, QUIET).found == 3
+    for overlap, message in ((32, "holds masks of another --tile or --overlap"), (64, "cover nothing")):
+        with pytest.raises(UserError, match=message):
+            prediction.preflight(job(made, tmp_path, format=kind, tile=64, overlap=overlap))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -155,6 +193,7 @@ def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path
                     "run": f"/{model}",
                     "files": "png",
                     "averaged": {"scales": [1.0], "flip": False},
+                    "tiles": None,
                     "classes": [],
                 },
             )

@@ -26,6 +26,14 @@ def parser(words: Sequence[str] = ()) -> Parser:
         help="png: an indexed PNG for each image; parquet: rows name, height, width, mask (default: png)",
     )
     add("--overlays", action="store_true", help="also write each image lit in its classes' colours, as a JPEG")
+    add(
+        "--tile",
+        metavar="N",
+        type=int,
+        default=0,
+        help="predict images in overlapping tiles of this height [pixels], for large images; 0: whole (default: 0)",
+    )
+    add("--overlap", metavar="N", type=int, default=64, help="what neighbouring tiles share [pixels] (default: 64)")
     add_output(made)
     add_compute(made)
     return made
@@ -46,12 +54,17 @@ def main(words: Sequence[str] | None = None) -> None:
         raise UserError(
             "--overlays are pictures, and go with --format png: leave out one of them", code="flags-conflict"
         )
+    if given.overlays and given.tile:
+        raise UserError(
+            "--overlays shows images that are predicted whole: leave out --overlays or --tile", code="flags-conflict"
+        )
     compute = compute_of(given)
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
     from transfgu.runtime.progress import Progress
     from transfgu.stages.prediction import PredictionJob, predict
 
-    job = PredictionJob(run=given.run, images=given.images, out=given.out, format=given.format, overlays=given.overlays)
+    own = ("run", "images", "out", "format", "overlays", "tile", "overlap")
+    job = PredictionJob(**{name: getattr(given, name) for name in own})
     done = predict(job, compute, Progress("prediction", quiet=given.quiet), verbose=given.verbose)
     if given.quiet:
         return
