@@ -14,6 +14,7 @@ import torch
 from tests.faults.commands import job, output_of
 from tests.faults.harness import Reaper, row
 from tests.pretraining.test_stage import TINY, folder_of_images
+from tests.refusals import refused
 from transfgu.errors import UserError
 from transfgu.pretraining import stage
 from transfgu.pretraining.stage import PretrainingJob
@@ -140,9 +141,8 @@ def test_a_part_that_is_damaged_in_the_meantime_is_one_line(pretrained: Undistur
     shutil.rmtree(Path(damaged.work) / "ray")
     part = sorted(Path(damaged.work).glob("images-*/part-*"))[3]
     part.write_bytes(part.read_bytes()[:-50])
-    with pytest.raises(UserError, match=rf"{part.name} is damaged") as told:
+    with refused(f"file-damaged {part.name}"):
         stage.pretrain(damaged, ONE, Listener())
-    assert "\n" not in str(told.value)
     part.unlink()
     stage.pretrain(damaged, ONE, Listener())
     assert_same(damaged.out, pretrained.folder)
@@ -150,9 +150,8 @@ def test_a_part_that_is_damaged_in_the_meantime_is_one_line(pretrained: Undistur
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     gone = PretrainingJob(images=str(tmp_path / "gone"), out=str(tmp_path / "vit.safetensors"), recipe=RECIPE)
-    with pytest.raises(UserError, match="gone") as told:
+    with refused("file-missing gone"):
         stage.pretrain(gone, ONE, Listener())
-    assert "\n" not in str(told.value)
 
 
 def test_each_epoch_is_tracked(pretrained: Undisturbed) -> None:

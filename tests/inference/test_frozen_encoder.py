@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.made_run import write_encoder
+from tests.refusals import refused
 from transfgu.datasets.packed_maps import unpack_maps
 from transfgu.encoder import normalise
-from transfgu.errors import UserError
 from transfgu.inference.frozen_encoder import FrozenEncoder
 from transfgu.maps import refine_maps
 from transfgu.recipe import PseudoLabelsRecipe, Recipe, preset
@@ -179,5 +179,5 @@ def test_bfloat16_is_close_and_not_the_same(recipe: Recipe, frozen: FrozenEncode
 
 
 def test_the_encoder_is_where_it_was_asked_for(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere"):
+    with refused("file-missing nowhere.pth"):
         FrozenEncoder(recipe.with_fields({"encoder.weights": str(tmp_path / "nowhere.pth")}), torch.device("cpu"))

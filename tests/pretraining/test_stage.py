@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.refusals import refused
 from transfgu.encoder import Encoder
-from transfgu.errors import UserError
 from transfgu.pretraining import stage
 from transfgu.pretraining.recipe import PretrainingRecipe
 from transfgu.pretraining.stage import PretrainingJob
@@ -84,7 +84,7 @@ def test_one_file_of_weights_has_one_writer(ray_cluster: None, tmp_path: Path) -
     job = PretrainingJob(images=uri, out=str(tmp_path / "vit.safetensors"), recipe=TINY, image_size=16)
     with (
         lock.hold(job.work, print),
-        pytest.raises(UserError, match=r"is writing .*vit\.safetensors.*another --out"),
+        refused("run-locked --out"),
     ):
         stage.pretrain(job, ComputeRecipe(workers=1), QUIET)
     assert not list(Path(job.work).glob("images-*"))
@@ -158,20 +158,23 @@ def test_an_image_is_cut_square_about_its_centre(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"out": "vit.pth"}, "vit.pth"), ({"image_size": 8}, "--image_size"), ({"count": 3}, "--count")],
+    ("changes", "refusal"),
+    [
+        ({"out": "vit.pth"}, "out-invalid vit.pth"),
+        ({"image_size": 8}, "image-size --image_size"),
+        ({"count": 3}, "images-few --count"),
+    ],
 )
-def test_a_job_that_cannot_work_is_refused(changes: dict[str, str | int], named: str) -> None:
+def test_a_job_that_cannot_work_is_refused(changes: dict[str, str | int], refusal: str) -> None:
     fields = {"images": "shapes", "out": "vit.safetensors", "image_size": 16, **changes}
-    with pytest.raises(UserError, match=named):
+    with refused(refusal):
         PretrainingJob(recipe=TINY, **fields)  # type: ignore[arg-type]
 
 
 def test_folders_without_enough_images_are_named(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     few = folder_of_images(tmp_path / "few", 4)
-    for uri, code in ((str(tmp_path / "none"), "images-missing"), (few, "images-few")):
+    for uri, refusal in ((str(tmp_path / "none"), "images-missing"), (few, "images-few")):
         job = PretrainingJob(images=uri, out=str(tmp_path / "vit.safetensors"), recipe=TINY, image_size=16)
-        with pytest.raises(UserError) as told:  # before any work
+        with refused(refusal):  # before any work
             stage.pretrain(job, ComputeRecipe(workers=1), QUIET)
-        assert told.value.code == code

@@ -13,6 +13,7 @@ import torch
 from ray.data.extensions import ArrowPythonObjectType
 
 from tests.made_run import MadeRun, make_run
+from tests.refusals import refused
 from transfgu import Segmenter
 from transfgu.datasets import map_files
 from transfgu.decoder import MaskDecoder
@@ -175,9 +176,8 @@ def test_planted_as_a_type_in_parquet_it_is_damage(what: str, form: str, made: M
     name, read = PARQUET[what]
     file = Path(run.file(name))
     plant(file, form, canary)
-    with pytest.raises(UserError, match=rf"{file.name} is damaged: delete it") as told:
+    with refused(f"file-damaged {file.name}"):
         read(made, run, str(file))
-    assert "\n" not in str(told.value)
     assert not canary.exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from transfgu.errors import UserError
+from tests.refusals import refused
 from transfgu.recipe import Recipe, preset
 from transfgu.store.artifacts import Run
 from transfgu.training import tracking
@@ -72,10 +72,10 @@ def test_an_epoch_is_one_file_however_often_it_is_told(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="--track knows no comet: choose of tensorboard, mlflow, wandb, or none"):
+    with refused("tracker-unknown comet tensorboard mlflow wandb"):
         tracking.names(recipe_of("tensorboard,comet").compute.track)
     monkeypatch.setitem(tracking._PACKAGES, "wandb", "a_package_that_is_not_there")
-    with pytest.raises(UserError, match="--track wandb needs the package wandb: pip install"):
+    with refused("package-missing wandb"):
         tracking.names(recipe_of("wandb").compute.track)
 
 

@@ -222,7 +222,7 @@ def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
         if storage.create(uri, json.dumps(formats.stamp(claim), indent=1).encode()):
             return
         text = storage.read_bytes(uri)  # of one that began at the same time
-    held = _read_claim(job, text)
+    held = _parsed_claim(job.out, text)
     differing = [n for n in ("model", _FILES_AS, _AVERAGED, _TILES, "classes") if held[n] != claim[n]]
     if differing:
         other = {
@@ -242,9 +242,32 @@ def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
         )
 
 
-def _read_claim(job: PredictionJob, text: bytes) -> dict[str, Any]:
+def read_claim(out: str) -> dict[str, Any]:
+    """Read what a folder of masks says of itself, in this version or an earlier one: `model`, `run`, `classes`, ...
+
+    Args:
+        out: URI of the folder.
+
+    Raises:
+        UserError: it holds no masks of :func:`predict`, or the file is damaged, or of a format to come.
+    """
+    text = storage.read_bytes_or_none(storage.join(out, CLAIM))
+    if text is None:
+        raise UserError(
+            f"{storage.shown(out)} holds no {CLAIM}: give --masks what --out named in prediction", code="masks-missing"
+        )
+    return _parsed_claim(out, text)
+
+
+def mask_names(images: str) -> dict[str, str]:
+    """Return the name of the mask of each image in a folder, without an extension, by the image's relative path."""
+    table = _samples(images_in(images, recursive=True))
+    return dict(zip(table["name"].to_pylist(), table["mask"].to_pylist(), strict=True))
+
+
+def _parsed_claim(out: str, text: bytes) -> dict[str, Any]:
     """What a folder of masks says of itself; raises UserError where that is damaged, or of a format to come."""
-    uri = storage.shown(storage.join(job.out, CLAIM))
+    uri = storage.shown(storage.join(out, CLAIM))
     remedy = "delete it, and the masks beside it, or change --out"
     with formats.damage(uri, remedy):
         first = json.loads(text)
@@ -472,7 +495,7 @@ class WriteMasks:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """A block of `PredictMasks` to the part's row for the driver: `made`, and `left_out` as JSON."""
-        claim = _read_claim(self.job, storage.read_bytes(storage.join(self.job.out, CLAIM)))
+        claim = read_claim(self.job.out)
         colours = np.array([c["colour"] for c in claim["classes"]], np.uint8)
         rows = block.filter(block["reason"].is_null())
         kind = index_type(len(colours))
