@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transfgu.errors import UserError
+from transfgu.methods import TRANSFGU
 from transfgu.planning.measurements import Ingest, Measurements, aligned
 from transfgu.recipe import Recipe
 from transfgu.training.order import Order
@@ -126,8 +127,13 @@ def measured_rates(recipe: Recipe, found: Measurements, ingest: Ingest | None = 
     """Return the rates of a benchmark's measurements, and of the ingest's if it was measured.
 
     Raises:
-        UserError: a stage that was not measured, or measurements of another encoder.
+        UserError: a stage that was not measured, measurements of another encoder, or a recipe of another method.
     """
+    if recipe.method != TRANSFGU:
+        raise UserError(
+            f"a plan is made of TransFGU's stages, and the recipe's method is {recipe.method}: leave out --method",
+            code="plan-of-another-method",
+        )
     if found.encoder != recipe.encoder.name:
         raise UserError(
             f"the measurements are of encoder {found.encoder}, and the recipe's is {recipe.encoder.name}: "
