@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.refusals import refused
+from transfgu import encoder as encoder_module
 from transfgu.encoder import Encoder, _maps, normalise, patch_grid
 
 PATCH = 8
@@ -528,6 +529,12 @@ def test_no_code_in_weights_is_run(tmp_path: Path) -> None:
             Encoder.from_pretrained("vit_tiny_patch16_224", str(tmp_path / "hostile.pth"))
         assert (tmp_path / "hostile.pth").read_bytes() == before
     assert not mark.exists()
+
+
+def test_weights_that_cannot_be_had_come_with_the_line_that_fetches_them() -> None:
+    fetch = "hf download timm/vit_small_patch8_224.dino model.safetensors --local-dir weights"
+    assert fetch in encoder_module._fetching("vit_small_patch8_224.dino")
+    assert encoder_module._fetching("vit_small_patch8_224.none") == ""
 
 
 def test_mistakes_with_names_and_weights(tmp_path: Path) -> None:

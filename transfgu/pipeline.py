@@ -267,6 +267,10 @@ def _conclude(
             say(f"no labels, no scores{': the report shows the predictions' if where else ''}")
         if where:
             say(f"report: {where}")
+        uri = storage.shown(run.uri)
+        if metrics["mean_iou"] is None:
+            say(f"next: look at the report's concepts and name them: transfgu name {uri} > names.yaml")
+        say(f"next: masks of images: transfgu predict --run {uri} --images IMAGES --out MASKS")
     return metrics
 
 

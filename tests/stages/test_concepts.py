@@ -288,17 +288,17 @@ def test_an_interrupted_group_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         pass
 
     class StopsAfterFive(Progress):
-        def update(self, done: int, total: int, unit: str) -> None:
-            assert (total, unit) == (100, "iterations")
+        def update(self, done: int, total: int | None, unit: str) -> None:
+            assert (total, unit) == (None, f"K-Means iterations over {group.name} (at most 100)")
             if done == 5:
                 raise Stopped
 
     with pytest.raises(Stopped):
-        concepts._cluster_group(recipe, group, shard(), folder, StopsAfterFive("concepts", quiet=True), done=0)
+        concepts._cluster_group(recipe, group, shard(), folder, StopsAfterFive("concepts", quiet=True))
     saved = concepts._saved(folder, group)
     assert saved is not None
     assert saved[0] == 4  # the fifth was under way to the disk
-    resumed = concepts._cluster_group(recipe, group, shard(), folder, quiet(), done=0)
+    resumed = concepts._cluster_group(recipe, group, shard(), folder, quiet())
     np.testing.assert_array_equal(resumed.centroids, whole.centroids)
     assert (resumed.iterations, resumed.inertia) == (whole.iterations, whole.inertia)
 

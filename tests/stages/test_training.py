@@ -49,9 +49,9 @@ class Listener(Progress):
     def __init__(self) -> None:
         super().__init__("training", quiet=True)
         self.notes: list[str] = []
-        self.steps = (0, 0)
+        self.steps: tuple[int, int | None] = (0, 0)
 
-    def update(self, done: int, total: int, unit: str) -> None:
+    def update(self, done: int, total: int | None, unit: str) -> None:
         assert unit == "steps"
         self.steps = (done, total)
 

@@ -164,7 +164,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
             white = recipe.concepts.whitens(group.windows)
             clustered = whitened(shard) if white else shard
             assert isinstance(clustered, _Spread)
-            results.append(_cluster_group(recipe, group, clustered, folder, progress, done=len(results)))
+            results.append(_cluster_group(recipe, group, clustered, folder, progress))
             centroids = results[-1].centroids
             first = sum(len(r.counts) for r in results[:-1])
             found.append(clustered.nearest(centroids, first))
@@ -251,12 +251,9 @@ def _check(recipe: Recipe, group: _Group, shards: Shards) -> None:
         )
 
 
-def _cluster_group(
-    recipe: Recipe, group: _Group, shards: Shards, folder: Artifact, progress: Progress, done: int
-) -> KMeansResult:
+def _cluster_group(recipe: Recipe, group: _Group, shards: Shards, folder: Artifact, progress: Progress) -> KMeansResult:
     """K-Means of one group, from where an interrupted attempt had come to."""
     limit = recipe.concepts.iterations
-    total = limit * len(_groups(recipe))
     resume = _saved(folder, group)
     if resume:
         progress.note(f"{group.name} resumed after {resume[0]} iterations")
@@ -264,14 +261,15 @@ def _cluster_group(
 
     def after(made: int, centroids: ndarray) -> None:
         nonlocal saved
-        progress.update(done * limit + made, total, "iterations")
+        progress.update(made, None, f"K-Means iterations over {group.name} (at most {limit})")
         if time.monotonic() - saved > _SAVE_SECONDS:
             _save(folder, group, made, centroids)
             saved = time.monotonic()
 
     result = cluster(shards, group.count, iterations=limit, seed=recipe.seed, resume=resume, after=after)
     _save(folder, group, result.iterations, result.centroids)
-    progress.update((done + 1) * limit, total, "iterations")
+    settled = "settled after" if result.iterations < limit else "stopped at the limit of"
+    progress.note(f"K-Means over {group.name} {settled} {result.iterations} iterations")
     return result
 
 
