@@ -89,7 +89,7 @@ def test_predictions_are_averaged_over_sizes_and_mirror_images(tmp_path: Path) -
     parts = []
     for pixels, grid in ((small, (2, 3)), (large, (4, 6))):
         for flip in (False, True):
-            tokens = encode(pixels.flip(3) if flip else pixels).mT.unflatten(2, grid)[:, :4]
+            tokens = encode(pixels.flip(3) if flip else pixels).mT.reshape(2, -1, *grid)[:, :4]
             tokens = tokens.flip(3) if flip else tokens
             parts.append(torch.nn.functional.interpolate(tokens, (4, 6), mode="bilinear"))
     found = module._averaged(
@@ -97,7 +97,7 @@ def test_predictions_are_averaged_over_sizes_and_mirror_images(tmp_path: Path) -
     )
     torch.testing.assert_close(found, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-5)
     alone = module._averaged(EvaluationRecipe(), encode, images, lambda tokens: tokens)
-    torch.testing.assert_close(alone, encode(small).mT.unflatten(2, (2, 3)))
+    torch.testing.assert_close(alone, encode(small).mT.reshape(2, -1, 2, 3))
 
 
 def test_majority_of_a_patch(tmp_path: Path) -> None:
