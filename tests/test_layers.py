@@ -22,6 +22,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "encoder",
         "whitening",
         "kmeans",
+        "device_kmeans",
         "maps",
         "decoder",
         "dropout",

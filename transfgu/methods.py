@@ -167,6 +167,16 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             fields=("concepts.iterations", *_ENCODER),
             values={"": {"epochs": 1, "passes": 1, "training.batch_size": 64}},
         ),
+        "linear-head": Method(
+            title="Linear head on patch tokens",
+            about="One linear layer learned the pseudo labels from the patch tokens of the frozen encoder.",
+            learner="transfgu.baselines.linear_head:LinearHead",
+            model="transfgu.baselines.linear_head:load_models",
+            stages=STAGES,
+            encoder=True,
+            fields=(*OPTIMISED, "training.background_threshold"),
+            values={"": {"epochs": 10, "passes": 1, "lr": 1e-3}},
+        ),
     }
 )  # fmt: skip
 """Every method by its name on the command line."""
