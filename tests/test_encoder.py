@@ -247,6 +247,23 @@ def test_other_transformers_are_timms_and_autograds(family: str) -> None:
     torch.testing.assert_close(encoder.class_tokens(images), output.cls, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("registers", ["vit_small_patch14_reg4_dinov2.lvd142m", "vit_small_patch16_dinov3.lvd1689m"])
+def test_sizes_of_the_tutorial_fit_encoders_with_registers(registers: str) -> None:
+    """All sizes in its table are whole patches, and random views are half of the training size."""
+    table = (Path(__file__).parents[1] / "docs" / "tutorial-images.md").read_text().splitlines()
+    (row,) = [line for line in table if line.startswith("|") and f"`{registers}`" in line]
+    _, patch, image, feature, window = (cell.strip() for cell in row.strip("|").split("|"))
+    encoder = Encoder.from_pretrained(registers, "random")
+    assert encoder.patch_size == int(patch)
+    for size in (image, feature, window):
+        height, width = map(int, size.split("x"))
+        assert patch_grid((height, width), encoder.patch_size) == (height // int(patch), width // int(patch))
+    assert int(image.split("x")[0]) % (2 * encoder.patch_size) == 0
+    output = encoder(torch.zeros(1, 3, 2 * encoder.patch_size, 3 * encoder.patch_size))
+    assert output.grid == (2, 3)
+    assert output.patches.shape == (1, 6, encoder.width)
+
+
 @pytest.mark.parametrize(
     ("name", "size", "grid", "rotary"),
     [

@@ -154,14 +154,16 @@ class PseudoLabelsRecipe:
 class DecoderRecipe:
     """The mask decoder."""
 
-    depth: int = field(2, "transformer blocks", "blocks")
+    depth: int = field(
+        2, "transformer blocks; 0: masks are cosines of projected patch tokens and class embeddings alone", "blocks"
+    )
     dropout: float = field(0.1, "dropout probability in training", "0 to 1")
     weights: str = field(
         "", "decoder weights to evaluate instead of the run's own: a path or URI (.pt, .pth, .safetensors)"
     )
 
     def __post_init__(self) -> None:
-        check(self.depth > 0, f"decoder.depth must be positive, not {self.depth}")
+        check(self.depth >= 0, f"decoder.depth must not be negative, not {self.depth}")
         check(0 <= self.dropout < 1, f"decoder.dropout must lie in [0, 1), not {self.dropout}")
 
 

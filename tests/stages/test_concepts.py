@@ -289,7 +289,7 @@ def test_an_interrupted_group_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
     class StopsAfterFive(Progress):
         def update(self, done: int, total: int | None, unit: str) -> None:
-            assert (total, unit) == (None, f"K-Means iterations over {group.name} (at most 100)")
+            assert (total, unit) == (None, f"K-Means iterations over {group.name} (at most 50)")
             if done == 5:
                 raise Stopped
 

@@ -36,7 +36,11 @@ COMMON = {
     "teacher_start": 1,
     "teacher_every": (1,),
     "training.batch_size": 4,
+    "decoder.depth": 1,
     "decoder.dropout": 0.0,
+    "omega_1": 1.0,
+    "omega_2": 0.3,
+    "certain_share": 0.5,
     "lr": 1e-4,
     "compute.workers": 2,
     "seed": 5,
@@ -79,7 +83,9 @@ def one_process(recipe: Recipe, made: MadeRun) -> tuple[dict[str, Tensor], list[
     """The same training as one loop without workers: the last student, and each epoch's mean loss."""
     encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
     torch.manual_seed(recipe.seed)
-    student = MaskDecoder(encoder.width, recipe.classes, num_heads=encoder.num_heads, dropout=0.0)
+    student = MaskDecoder(
+        encoder.width, recipe.classes, num_heads=encoder.num_heads, depth=recipe.decoder.depth, dropout=0.0
+    )
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     optimiser = make_optimiser(student, recipe.training.lr, recipe.training.weight_decay)
     columns = read_training_rows(training_images(made.run), size=(SIDE, SIDE))
@@ -110,6 +116,7 @@ def one_process(recipe: Recipe, made: MadeRun) -> tuple[dict[str, Tensor], list[
                 alpha=plan.alpha,
                 permutation=np.random.default_rng([recipe.seed, epoch, step]).permutation(recipe.classes),
                 background_threshold=0.1 if recipe.background else None,
+                certain_share=recipe.training.certain_share,
             )
             totals.append(result.total)
         losses.append(float(np.mean(totals)))
