@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "name": "give names to a run's classes, and merge those of one name; nothing is trained again",
         "export": "write masks as COCO, CVAT, Label Studio or GeoJSON files",
         "tune": "search for a better recipe by many short trainings",
+        "compare": "compare methods on the same images, over several seeds",
         "pretrain": "train a small self-supervised encoder on a folder of images",
         "runs": "list the runs in a folder",
         "status": "show how far a run is, its scores, and the command to use next",

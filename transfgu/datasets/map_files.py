@@ -140,6 +140,12 @@ def _opened(part: str) -> pa.Table:
     return _table(part, {"index": index, "offset": unknown, "bytes": unknown, "h": none, "w": none})
 
 
+def maps_shape(rows: pa.Table) -> tuple[int, int, int]:
+    """Return planes, h and w of the images' packed maps, as the first of the rows has them."""
+    planes, h, w = read_maps(rows.slice(0, 1)).shape[1:]
+    return planes, h, w
+
+
 def read_maps(rows: pa.Table) -> Int16[np.ndarray, "n planes h w"]:
     """Packed maps of the images whose places the columns `PLACE` say, of which all but `part` and `row` may be absent.
 

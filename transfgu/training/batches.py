@@ -304,9 +304,8 @@ def cache_text(recipe: Recipe, rows: pa.Table) -> str:
     compute = recipe.compute
     maps = rows["bytes"].slice(0, 1).to_pylist() if "bytes" in rows.column_names else []
     needed = len(rows) * (3 * int(np.prod(recipe.dataset.training_size)) + max([0, *maps])) / 2**30
-    # Small sets that are seen whole stay in memory as features.
-    small = not recipe.training.views and needed <= compute.resident_gib
-    if small or not compute.cache_gib or VERSIONS not in (rows.schema.metadata or {}):
+    # Small sets stay in memory.
+    if needed <= compute.resident_gib or not compute.cache_gib or VERSIONS not in (rows.schema.metadata or {}):
         return ""
     return (
         f"each node keeps decoded images and their maps, {needed:.2g} GiB, in "
