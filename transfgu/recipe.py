@@ -322,8 +322,8 @@ class ComputeRecipe:
     )
     resident_gib: float = field(
         1.0,
-        "maximum size of what a training worker keeps in memory of frozen features, of validation images and, without "
-        "a cache, of training images (1: 2,700 images of 320 x 320); larger sets are read anew",
+        "maximum size of what a training worker keeps in memory of frozen features, of training images and of "
+        "validation images (1: 2,700 images of 320 x 320); larger sets go through the cache, or are read anew",
         "GiB",
     )
     cache_folder: str = field(

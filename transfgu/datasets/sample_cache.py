@@ -81,7 +81,7 @@ class SampleCache:
             OSError: the folder can't be written.
         """
         root = Path(folder).expanduser()
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # the images may be private
         self.layout, self._folder = layout, root / layout.name
         self._stripes: list[Path] = [self._folder / "locks" / f"{i:03d}" for i in range(_STRIPES)]
         with _locked(root / "lock"):
