@@ -15,7 +15,7 @@ from typing import NoReturn
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "train": "segment a data set without labels: features, concepts, pseudo labels, training, evaluation, report",
-        "check": "check data, weights, storage and machine, show what a training would do and cost",
+        "check": "check what a training would read, do and cost; or verify all files of a run",
         "predict": "make masks of a folder of images with a trained run",
         "evaluate": "score a run, a decoder or a folder of masks on labelled images",
         "name": "give names to a run's classes, and merge those of one name; nothing is trained again",

@@ -367,7 +367,7 @@ def _write(uri: str, data: bytes) -> None:
 
 def _write_local(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}"
+    temporary = path.parent / f".{uuid.uuid4().hex}{_PARTIAL}"
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -381,7 +381,7 @@ def _write_local(path: Path, data: bytes) -> None:
 
 def _create_local(path: Path, data: bytes) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}"
+    temporary = path.parent / f".{uuid.uuid4().hex}{_PARTIAL}"
     try:
         temporary.write_bytes(data)
         try:
