@@ -135,7 +135,7 @@ def _attempt(damage: list[Damage], file: str, remedy: str, read: Callable[[], T]
 def _read(file: str) -> None:
     """Read one file by its kind. Raises UserError, BadInput or ValueError where it is damaged."""
     kind = file.rpartition(".")[2]
-    if kind == "parquet":
+    if kind in ("parquet", "table"):
         parquet.read(file)
     elif kind == "safetensors":
         for name, tensor in read_weights(file).tensors.items():
