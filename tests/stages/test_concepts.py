@@ -309,7 +309,7 @@ def test_an_interrupted_group_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.ray
 def test_things_come_from_foreground_and_stuff_from_background(tmp_path: Path, ray_cluster: None) -> None:
     windows = made_windows(25)
-    run, recipe = write_parts(tmp_path, windows), recipe_of()
+    run, recipe = write_parts(tmp_path, windows), recipe_of(whiten="none")
     outcome = concepts.run(recipe, run, quiet())
     assert outcome.items == 150
     assert outcome.details["windows"] == {"foreground": 100, "background": 50}
