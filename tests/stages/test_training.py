@@ -26,7 +26,7 @@ from transfgu.store import parquet, storage
 from transfgu.training import schedule
 from transfgu.training.order import Order
 from transfgu.training.state import State
-from transfgu.training.step import make_optimiser, training_step
+from transfgu.training.step import make_optimiser, start_step
 from transfgu.views import apply_views, draw_views
 
 pytestmark = pytest.mark.ray
@@ -105,7 +105,7 @@ def one_process(recipe: Recipe, made: MadeRun) -> tuple[dict[str, Tensor], list[
                 pixels, seen = apply_views(images[places], planes[places], views, encoder.patch_size)
             else:
                 pixels, seen = normalise(images[places]), planes[places]
-            result = training_step(
+            result = start_step(
                 student,
                 optimiser,
                 encoder.patch_tokens(pixels),
@@ -117,7 +117,7 @@ def one_process(recipe: Recipe, made: MadeRun) -> tuple[dict[str, Tensor], list[
                 permutation=np.random.default_rng([recipe.seed, epoch, step]).permutation(recipe.classes),
                 background_threshold=0.1 if recipe.background else None,
                 certain_share=recipe.training.certain_share,
-            )
+            ).result()
             totals.append(result.total)
         losses.append(float(np.mean(totals)))
     return student.state_dict(), losses
@@ -260,7 +260,7 @@ def train(state: State, steps: int) -> None:
     assert state.optimiser
     for step in range(steps):
         torch.manual_seed(100 + step)
-        training_step(
+        start_step(
             state.student,
             state.optimiser,
             torch.randn(2, 9, 12),
@@ -270,7 +270,7 @@ def train(state: State, steps: int) -> None:
             omega_2=0.3,
             alpha=0.05,
             permutation=[1, 0, 3, 2],
-        )
+        ).result()
 
 
 def test_a_state_that_was_saved_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
