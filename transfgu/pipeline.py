@@ -176,11 +176,11 @@ def run_stages(
             if complete[stage]:
                 manifest = run.artifact(stage).manifest()
                 assert manifest is not None
-                at_the_time = f"{manifest.outcome.items} items, {manifest.seconds:.1f} s at the time"
+                at_the_time = f"{_counted(manifest)}, {manifest.seconds:.1f} s at the time"
                 say(f"{stage}: complete already ({at_the_time}), skipped")
             elif stage in stages:
                 manifest = run_stage(stage, recipe, run, lock, quiet=quiet, verbose=verbose)
-                say(f"{stage}: {manifest.outcome.items} items in {manifest.seconds:.1f} s{_left_out_note(manifest)}")
+                say(f"{stage}: {_counted(manifest)} in {manifest.seconds:.1f} s{_left_out_note(manifest)}")
             else:
                 continue
             manifests[stage] = manifest
@@ -226,6 +226,11 @@ def check_shared(recipe: Recipe, run: Run | None) -> None:
     for uri, flag in ((run.uri if run else "", "--run"), (recipe.data, "--data"), (recipe.labels, "--labels")):
         if uri:
             capacity.check_shared(uri, flag)
+
+
+def _counted(manifest: Manifest) -> str:
+    """How much a stage worked on, such as ``200 images``."""
+    return f"{manifest.outcome.items} {'windows' if manifest.stage == 'concepts' else 'images'}"
 
 
 def _left_out_note(manifest: Manifest) -> str:

@@ -269,7 +269,8 @@ def _cluster_group(recipe: Recipe, group: _Group, shards: Shards, folder: Artifa
     result = cluster(shards, group.count, iterations=limit, seed=recipe.seed, resume=resume, after=after)
     _save(folder, group, result.iterations, result.centroids)
     settled = "settled after" if result.iterations < limit else "stopped at the limit of"
-    progress.note(f"K-Means over {group.name} {settled} {result.iterations} iterations")
+    updates = f"{result.iterations} iteration{'' if result.iterations == 1 else 's'}"
+    progress.note(f"K-Means over {group.name} {settled} {updates} of the best start")
     return result
 
 
