@@ -75,9 +75,11 @@ def read_image(uri: str, *, orient: bool = False) -> UInt8[np.ndarray, "H W 3"]:
     return decode_image(_read(uri, "image"), orient=orient)
 
 
-def read_file(uri: str) -> bytes:
-    """An image file's bytes; raises BadInput where it is missing, and UserError where the storage fails."""
-    return _read(uri, "image")
+def decode_file(data: bytes | None, *, orient: bool = False) -> UInt8[np.ndarray, "H W 3"]:
+    """As :func:`pixels_of`, of a file's bytes, or of None for a file that is missing."""
+    if data is None:
+        raise BadInput("missing image")
+    return decode_image(data, orient=orient)
 
 
 def decode_image(data: bytes, *, orient: bool = False) -> UInt8[np.ndarray, "H W 3"]:

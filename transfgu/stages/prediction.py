@@ -404,8 +404,8 @@ class ReadPhotos(parts.ReadImages):
         pixels = np.zeros((len(samples), 3, *self.size), np.uint8)
 
         def read(uri: str) -> tuple[dict[str, Any], UInt8[np.ndarray, "3 H W"]]:
-            data = images.read_file(uri)
-            image = images.decode_image(data, orient=self.orient)
+            data = storage.read_bytes_or_none(uri)
+            image = images.decode_file(data, orient=self.orient)
             row = {"height": image.shape[0], "width": image.shape[1], "file": data if self.keep_files else None}
             return {**row, "reason": None}, images.resize(image, self.size, self.interpolation)
 
