@@ -103,6 +103,12 @@ def preflight(recipe: Recipe) -> None:
                     f"the folder {storage.shown(uri)} is empty: put the images there, or check the path",
                     code="folder-empty",
                 )
+    if labels and storage.resolved(labels) == storage.resolved(data):
+        raise UserError(
+            f"--labels {storage.shown(labels)} and --data {storage.shown(data)} are one folder: labels would be "
+            "trained on as photographs, so lay them in a folder of their own",
+            code="labels-among-images",
+        )
     if missing := LAYOUTS[layout].missing(data):
         raise UserError(
             f"{storage.shown(data)} has no {' and no '.join(missing)}: preset {recipe.preset} expects "
