@@ -74,7 +74,7 @@ def test_a_run_from_images_to_masks(method: str, tmp_path: Path, ray_cluster: No
     again = pipeline.run_stages(recipe, run, quiet=True)
     assert all(stage["skipped"] for stage in again["stages"].values())
     other = "picie" if method == "iic" else "iic"
-    with refused("recipe-mismatch method"):
+    with refused(f"run-of-another-method {method} {other}"):
         pipeline.run_stages(recipe_of(other, tmp_path, max_bad_share=0.5), run, quiet=True)
 
     # Whoever predicts by the run, or scores its model, does as its evaluation did.
