@@ -25,20 +25,23 @@ from transfgu.datasets.class_lists import index_type
 from transfgu.decoder import MaskDecoder, winners
 from transfgu.errors import BadInput, UserError
 from transfgu.inference.averaging import averaged_logits
+from transfgu.inference.mask_model import MaskModel
+from transfgu.inference.models import CLASSES, METHOD, load_models
 from transfgu.inference.tiles import Rows, Tiling, strips
 from transfgu.inference.tokens import PatchTokens
+from transfgu.learner import Model
+from transfgu.methods import TRANSFGU
 from transfgu.recipe import Recipe
 from transfgu.sharing import model_card
 from transfgu.sharing import names as names_of
 from transfgu.sharing.names import named
 from transfgu.store import storage
 from transfgu.store.artifacts import BESIDE, MODEL, SCORES, Run
-from transfgu.store.weights import read_weights
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 Classes = Integer[np.ndarray, "H W"]
 Probabilities = Float32[np.ndarray, "C H W"]
-Photo = Image.Image | np.ndarray | str | Path
+Photo = images.Picture
 
 _AT_ONCE = 16  # images that go through the encoder together
 _ENCODER = "encoder.safetensors"
@@ -88,24 +91,21 @@ class Segmenter(ModelHubMixin):
 
     def __init__(
         self,
-        encode: PatchTokens,
-        decoder: MaskDecoder,
+        model: Model,
         *,
         recipe: Recipe,
         scores: Mapping[str, Any] | None,
         names: Mapping[int, str] | None = None,
     ) -> None:
-        """Join the parts of a model.
+        """Give a model its classes.
 
         Args:
-            encode: the frozen encoder, on its device.
-            decoder: the mask decoder, on the same.
+            model: of any method, on its device and in evaluation mode.
             recipe: of the run: the images' size, the classes.
             scores: see `scores`.
             names: see `names`; None: none.
         """
-        self.encode = encode
-        self.decoder = decoder
+        self.model = model
         self.recipe = recipe
         self.scores = scores
         self.size = recipe.dataset.image_size
@@ -135,21 +135,53 @@ class Segmenter(ModelHubMixin):
                 f"{run.uri} holds no model yet: finish its training, by the command that began it", code="model-missing"
             )
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        weights = read_weights(model).tensors
-        encode = PatchTokens(recipe.encoder, where)
-        decoder = MaskDecoder.from_state_dict(weights, num_heads=encode.encoder.num_heads).to(where)
-        if (decoder.classes, decoder.proj_dec.in_features) != (recipe.classes, encode.encoder.width):
-            raise UserError(
-                f"{model} tells {decoder.classes} classes apart from tokens of width {decoder.proj_dec.in_features}, "
-                f"and its recipe wants {recipe.classes} from width {encode.encoder.width}: it is another run's",
-                code="model-mismatch",
-            )
+        (loaded,) = load_models(recipe, [model], where)
+        if isinstance(loaded, MaskModel):
+            decoder, width = loaded.decoder, loaded.encode.encoder.width
+            if (decoder.classes, decoder.proj_dec.in_features) != (recipe.classes, width):
+                raise UserError(
+                    f"{model} tells {decoder.classes} classes apart from tokens of width "
+                    f"{decoder.proj_dec.in_features}, and its recipe wants {recipe.classes} from width {width}: it is "
+                    "another run's",
+                    code="model-mismatch",
+                )
         names = names_of.read(run) if named else {}
-        return Segmenter(encode, decoder, recipe=recipe, scores=run.scores(), names=names)
+        return Segmenter(loaded, recipe=recipe, scores=run.scores(), names=names)
+
+    @property
+    def _mask_model(self) -> MaskModel:
+        """TransFGU's model.
+
+        Raises:
+            UserError: the model is another method's.
+        """
+        if not isinstance(self.model, MaskModel):
+            raise UserError(
+                f"a model of method {self.recipe.method} has no encoder and mask decoder to take apart or export: "
+                "use predict",
+                code="model-of-another-method",
+            )
+        return self.model
+
+    @property
+    def encode(self) -> PatchTokens:
+        """The frozen encoder of a TransFGU model."""
+        return self._mask_model.encode
+
+    @property
+    def decoder(self) -> MaskDecoder:
+        """The mask decoder of a TransFGU model."""
+        return self._mask_model.decoder
 
     @overload
     def predict(  # type: ignore[overload-overlap]  # a path is no list of paths
-        self, image: Photo, *, probabilities: Literal[False] = False, tile: int | None = None, overlap: int = 64
+        self,
+        image: Photo,
+        *,
+        probabilities: Literal[False] = False,
+        tile: int | None = None,
+        overlap: int = 64,
+        orient: bool = True,
     ) -> Classes: ...
     @overload
     def predict(
@@ -159,14 +191,27 @@ class Segmenter(ModelHubMixin):
         probabilities: Literal[False] = False,
         tile: int | None = None,
         overlap: int = 64,
+        orient: bool = True,
     ) -> list[Classes]: ...
     @overload
     def predict(  # type: ignore[overload-overlap]
-        self, image: Photo, *, probabilities: Literal[True], tile: int | None = None, overlap: int = 64
+        self,
+        image: Photo,
+        *,
+        probabilities: Literal[True],
+        tile: int | None = None,
+        overlap: int = 64,
+        orient: bool = True,
     ) -> Probabilities: ...
     @overload
     def predict(
-        self, image: Sequence[Photo], *, probabilities: Literal[True], tile: int | None = None, overlap: int = 64
+        self,
+        image: Sequence[Photo],
+        *,
+        probabilities: Literal[True],
+        tile: int | None = None,
+        overlap: int = 64,
+        orient: bool = True,
     ) -> list[Probabilities]: ...
     def predict(
         self,
@@ -175,6 +220,7 @@ class Segmenter(ModelHubMixin):
         probabilities: bool = False,
         tile: int | None = None,
         overlap: int = 64,
+        orient: bool = True,
     ) -> Classes | Probabilities | list[Classes] | list[Probabilities]:
         """Which class each pixel is of, or how probable each class is there.
 
@@ -184,12 +230,15 @@ class Segmenter(ModelHubMixin):
         an image file of any size can be predicted (above 178 million pixels by the extra `geo`).
 
         Args:
-            image: a PIL image, an (H, W, 3) uint8 array, a path or URI; or a list of these.
+            image: a PIL image, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8 or uint16, a file's bytes, a
+                path or URI; or a list of these.
             probabilities: return the classes' probabilities, which take 4 C bytes per pixel, rather than the index of
                 the largest. A class of several clusters has the sum of theirs.
             tile: height of a tile in pixels of the image; None: the image is predicted whole, and so is one that fits
                 into a tile.
             overlap: pixels that neighbouring tiles share at least.
+            orient: apply the orientation in EXIF data, so that the mask lies on what a viewer shows; False: on the
+                pixels that are stored.
 
         Returns:
             (H, W) indices into `classes`, or (C, H, W) float32 that add up to 1 at each pixel; for a list, one
@@ -198,18 +247,24 @@ class Segmenter(ModelHubMixin):
         Raises:
             UserError: an image that can't be read, or a tile that is no larger than the overlap.
         """
-        single = isinstance(image, Image.Image | np.ndarray | str | Path)
+        single = isinstance(image, Image.Image | np.ndarray | bytes | str | Path)
         photos: Sequence[Photo] = [image] if single else image  # type: ignore[assignment, list-item]
         if tile is None:
-            found = list(self._predict_all(photos, probabilities))
+            found = list(self._predict_all(photos, probabilities, orient))
         else:
             tiling = Tiling(tile=tile, overlap=overlap)
-            found = [self._predict_tiled(photo, tiling, probabilities) for photo in photos]
+            found = [self._predict_tiled(photo, tiling, probabilities, orient) for photo in photos]
         return found[0] if single else found
 
-    def _predict_tiled(self, photo: Photo, tiling: Tiling, probabilities: bool) -> Classes | Probabilities:
+    def _predict_tiled(
+        self, photo: Photo, tiling: Tiling, probabilities: bool, orient: bool
+    ) -> Classes | Probabilities:
         try:
-            rows = rasters.rows_of(str(photo)) if isinstance(photo, str | Path) else rasters.ArrayRows(_pixels(photo))
+            rows = (
+                rasters.rows_of(str(photo), orient=orient)
+                if isinstance(photo, str | Path)
+                else rasters.ArrayRows(_pixels(photo, orient))
+            )
             shape = (len(self.classes), rows.height, rows.width) if probabilities else (rows.height, rows.width)
             whole = np.empty(shape, np.float32 if probabilities else index_type(len(self.classes)))
             done = 0
@@ -218,7 +273,7 @@ class Segmenter(ModelHubMixin):
                 done += strip.shape[-2]
             return whole
         except BadInput as error:
-            raise UserError(f"{photo}: {error}; give a readable image", code="image-unreadable") from None
+            raise _unreadable(photo, error) from None
 
     def strips(self, rows: Rows, tiling: Tiling, *, probabilities: bool = False) -> Iterator[np.ndarray]:
         """As `predict` with tiles, a strip of rows after the other, for results that are too large to hold.
@@ -231,7 +286,7 @@ class Segmenter(ModelHubMixin):
         height, width = tiling.size(self.size)
         if rows.height <= height and rows.width <= width:
             whole = rows.read(0, rows.height)
-            yield from self._predict_all([whole], probabilities)
+            yield from self._predict_all([whole], probabilities, orient=False)
             return
         class_of = torch.from_numpy(self.class_of)
         kind = index_type(len(self.classes))
@@ -246,9 +301,11 @@ class Segmenter(ModelHubMixin):
 
         yield from strips(rows, self.size, tiling, self.logits, reduce)
 
-    def _predict_all(self, photos: Sequence[Photo], probabilities: bool) -> Iterator[Classes | Probabilities]:
+    def _predict_all(
+        self, photos: Sequence[Photo], probabilities: bool, orient: bool
+    ) -> Iterator[Classes | Probabilities]:
         for start in range(0, len(photos), _AT_ONCE):
-            pixels = [_pixels(photo) for photo in photos[start : start + _AT_ONCE]]
+            pixels = [_pixels(photo, orient) for photo in photos[start : start + _AT_ONCE]]
             resized = np.stack([images.resize(image, self.size, "bilinear") for image in pixels])  # (B, 3, h, w)
             sizes = [(image.shape[0], image.shape[1]) for image in pixels]
             yield from self._probabilities(resized, sizes) if probabilities else self.predict_resized(resized, sizes)
@@ -287,7 +344,7 @@ class Segmenter(ModelHubMixin):
         They are averaged over the recipe's `evaluation.scales` and `evaluation.flip`, as in evaluation, and have the
         patches of the largest scale.
         """
-        return averaged_logits(self.encode, [self.decoder], batch, self.recipe.evaluation)[0]
+        return averaged_logits([self.model], batch, self.recipe.evaluation)[0]
 
     def export_onnx(self, folder: str | Path, *, size: tuple[int, int] | None = None) -> tuple[Path, Path]:
         """Write `encoder.onnx` and `decoder.onnx` into a local folder; see `transfgu.sharing.onnx_export`.
@@ -304,24 +361,29 @@ class Segmenter(ModelHubMixin):
     # What huggingface_hub's mixin asks for.
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        encoder = self.encode.encoder
+        encode: PatchTokens | None = getattr(self.model, "encode", None)
         shared = self.recipe.with_fields(
             {
                 "data": "",
                 "labels": "not shared" if self.recipe.labels else "",  # that there were labels decides on names
-                "encoder.weights": BESIDE + _ENCODER,
+                "encoder.weights": BESIDE + _ENCODER if encode else "pretrained",
                 "decoder.weights": "",
+                # What a network began with is not needed to load it.
+                **{f"{component}.weights": "random" for component in ("picie", "maskcontrast")},
+                "maskcontrast.object_masks": "",
             }
         )
         (save_directory / "recipe.yaml").write_text(shared.to_yaml())
-        described = {
-            formats.WEIGHTS_KEY: str(formats.FORMAT),
-            "patch_size": str(encoder.patch_size),
-            "num_heads": str(encoder.num_heads),
-        }
-        tensors = {name: tensor.contiguous() for name, tensor in encoder.vit.state_dict().items()}
-        safetensors.torch.save_file(tensors, save_directory / _ENCODER, described)
-        safetensors.torch.save_file(self.decoder.state_dict(), save_directory / MODEL)
+        described = {formats.WEIGHTS_KEY: str(formats.FORMAT)}
+        if encode:
+            encoder = encode.encoder
+            sides = {"patch_size": str(encoder.patch_size), "num_heads": str(encoder.num_heads)}
+            tensors = {name: tensor.contiguous() for name, tensor in encoder.vit.state_dict().items()}
+            safetensors.torch.save_file(tensors, save_directory / _ENCODER, {**described, **sides})
+        if self.recipe.method != TRANSFGU:
+            described |= {METHOD: self.recipe.method, CLASSES: str(self.recipe.classes)}
+        weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        safetensors.torch.save_file(weights, save_directory / MODEL, described)
         if self.names:
             (save_directory / names_of.FILE).write_text(names_of.to_yaml(self.names))
         if self.scores is not None:
@@ -378,16 +440,13 @@ def assignment_of(scores: Mapping[str, Any] | None) -> Int[np.ndarray, " C"] | N
     return None if assignment is None else np.array(assignment)
 
 
-def _pixels(photo: Photo) -> Pixels:
-    if isinstance(photo, Image.Image):
-        return np.asarray(photo.convert("RGB"))
-    if isinstance(photo, np.ndarray):
-        if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
-            raise UserError(
-                f"an image must be an (H, W, 3) array of uint8, not {photo.shape} of {photo.dtype}", code="image-shape"
-            )
-        return photo
+def _pixels(photo: Photo, orient: bool) -> Pixels:
     try:
-        return images.read_image(str(photo))
+        return images.pixels_of(photo, orient=orient)
     except BadInput as error:
-        raise UserError(f"{photo}: {error}; give a readable image", code="image-unreadable") from None
+        raise _unreadable(photo, error) from None
+
+
+def _unreadable(photo: Photo, error: BadInput) -> UserError:
+    name = storage.shown(str(photo)) if isinstance(photo, str | Path) else f"the {type(photo).__name__}"
+    return UserError(f"{name}: {error}; give a readable image", code="image-unreadable")

@@ -17,6 +17,19 @@ def test_progress_in_a_log_is_plain_lines() -> None:
     assert "\r" not in out.getvalue()
 
 
+def test_without_a_total_nothing_is_said_of_what_is_left() -> None:
+    out = Terminal()
+    progress = Progress("concepts", stream=out)
+    progress._last -= 1
+    progress.update(0, None, "iterations of things")
+    progress._last -= 1
+    progress._start -= 1
+    progress.update(8, None, "iterations of things")
+    assert "concepts: 8 iterations of things  8.0 iterations of things/s" in out.getvalue()
+    assert "left" not in out.getvalue()
+    assert "/" not in out.getvalue().split("\r")[1]
+
+
 def test_quiet_progress_says_nothing() -> None:
     out = io.StringIO()
     Progress("features", stream=out, quiet=True).update(10, 10, "images")

@@ -24,7 +24,7 @@ from ray.exceptions import RayError
 from transfgu.datasets import images as pictures
 from transfgu.datasets import shapes
 from transfgu.datasets.listing import images_in
-from transfgu.errors import BadInput, UserError
+from transfgu.errors import UserError
 from transfgu.pretraining.recipe import PretrainingRecipe
 from transfgu.pretraining.training import REMEDY, Part, Pretraining, PretrainingInputs, worker_batch
 from transfgu.recipe import ComputeRecipe
@@ -83,7 +83,10 @@ class PretrainingJob:
 
     def digest(self) -> str:
         """Of all that the weights depend on."""
-        fields = {**asdict(self.recipe), "images": self.images, "count": self.count, "size": self.image_size}
+        recipe = asdict(self.recipe)
+        if not self.recipe.orient:  # as it was before there was this field
+            del recipe["orient"]
+        fields = {**recipe, "images": self.images, "count": self.count, "size": self.image_size}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -120,7 +123,9 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
         )
     size = max(1, min(_PART_SIZE, len(names) // _PARTS))
     seed = job.recipe.seed if job.images == SHAPES else 0
-    listing = hashlib.sha256(json.dumps([job.image_size, seed, names]).encode()).hexdigest()[:12]
+    orient = job.recipe.orient and job.images != SHAPES
+    asked = [job.image_size, seed, names, *([True] if orient else [])]
+    listing = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
     folder = storage.join(job.work, f"images-{listing}")
     rows = [
         {
@@ -129,7 +134,7 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
         }
         for first in range(0, len(names), size)
     ]
-    make = partial(_make_part, images=job.images, size=job.image_size, seed=seed)
+    make = partial(_make_part, images=job.images, size=job.image_size, seed=seed, orient=orient)
     with ray_internals.data_context():
         made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make)
     parts, left_out, done = [], [], 0
@@ -170,10 +175,10 @@ def files(uri: str) -> list[str]:
     return files
 
 
-def _make_part(row: dict[str, Any], images: str, size: int, seed: int) -> dict[str, Any]:
+def _make_part(row: dict[str, Any], images: str, size: int, seed: int, orient: bool = False) -> dict[str, Any]:
     """A task: makes one part, unless it is there, and says what it holds."""
     if not storage.is_file(row["part"]):
-        storage.write_bytes(row["part"], _draw_part(list(row["names"]), images, size, seed))
+        storage.write_bytes(row["part"], _draw_part(list(row["names"]), images, size, seed, orient))
     metadata = parquet.opened(row["part"], remedy=REMEDY).metadata
     return {
         "part": row["part"],
@@ -182,14 +187,17 @@ def _make_part(row: dict[str, Any], images: str, size: int, seed: int) -> dict[s
     }
 
 
-def _draw_part(names: list[str], images: str, size: int, seed: int) -> bytes:
+def _draw_part(names: list[str], images: str, size: int, seed: int, orient: bool) -> bytes:
+    def draw(name: str) -> bytes:
+        drawn = images == SHAPES
+        return (shapes.object_image(seed, int(name), size) if drawn else small_square(name, size, orient)).tobytes()
+
     good, left_out = [], []
-    for name in names:
-        try:
-            pixels = shapes.object_image(seed, int(name), size) if images == SHAPES else small_square(name, size)
-            good.append(pixels.tobytes())
-        except BadInput as error:
-            left_out.append({"name": name, "reason": str(error)})
+    for name, (pixels, reason) in zip(names, pictures.read_rows(names, draw), strict=True):
+        if pixels is None:
+            left_out.append({"name": name, "reason": reason})
+        else:
+            good.append(pixels)
     table = pa.table({"pixels": pa.array(good, pa.binary(3 * size**2))})
     sink = io.BytesIO()
     # One row per row group: training reads rows in any order, and each costs one request.
@@ -197,13 +205,13 @@ def _draw_part(names: list[str], images: str, size: int, seed: int) -> bytes:
     return sink.getvalue()
 
 
-def small_square(uri: str, size: int) -> UInt8[ndarray, "size size 3"]:
+def small_square(uri: str, size: int, orient: bool = False) -> UInt8[ndarray, "size size 3"]:
     """The square about an image's centre, brought to `size` pixels a side.
 
     Raises:
         BadInput: the image can't be read.
     """
-    image = pictures.read_image(uri)
+    image = pictures.read_image(uri, orient=orient)
     side = min(image.shape[:2])
     top, left = ((length - side) // 2 for length in image.shape[:2])
     square = torch.from_numpy(image[top : top + side, left : left + side]).permute(2, 0, 1)[None].float()

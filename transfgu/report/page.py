@@ -24,6 +24,7 @@ from transfgu.datasets import images, map_files, pictures
 from transfgu.datasets.packed_maps import unpack_maps
 from transfgu.errors import BadInput
 from transfgu.maps import background_map, scale_maps
+from transfgu.methods import method
 from transfgu.metrics import scores
 from transfgu.recipe import FIELDS, Recipe, preset
 from transfgu.report import charts
@@ -87,8 +88,9 @@ def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Ma
         legend=_legend(segmenter, [p for row in grid for p in row.pictures]),
         classes=None if confusion is None else class_bars(segmenter, confusion),
         confusion=None if confusion is None else confusion_view(segmenter, confusion),
-        concepts=_concepts(recipe, run, segmenter),
-        pseudo_labels=_pseudo_labels(recipe, run, segmenter),
+        method=method(recipe.method),
+        concepts=_concepts(recipe, run, segmenter) if "concepts" in recipe.stages else [],
+        pseudo_labels=_pseudo_labels(recipe, run, segmenter) if "concepts" in recipe.stages else [],
         curves=_curves(run, kept),
         epochs=_epochs(run, metrics),
         protocol=_PROTOCOLS[recipe.evaluation.protocol].format(*recipe.dataset.image_size),
@@ -122,6 +124,8 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
+_NO_LOSS = ("seconds", "images_per_second", "label_free")  # numbers of the history that are not drawn
+
 _TITLES = {
     "samples": "Samples",
     "features": "Features",
@@ -154,7 +158,8 @@ def duration(seconds: float) -> str:
 def _facts(recipe: Recipe, stages: Mapping[str, Manifest]) -> dict[str, Any]:
     """Numbers for the explanation in words."""
     images_of = {stage: manifest.outcome.items for stage, manifest in stages.items()}
-    return {"items": images_of, "windows": sum(stages["features"].outcome.details["windows"].values())}
+    windows = sum(stages["features"].outcome.details["windows"].values()) if "features" in stages else 0
+    return {"items": images_of, "windows": windows}
 
 
 def _table_1(recipe: Recipe, metrics: Mapping[str, Any]) -> list[tuple[Result, bool]]:
@@ -191,7 +196,7 @@ def _grid(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
     known = datasets.classes(recipe)
 
     def read(sample: dict[str, Any]) -> tuple[dict[str, Any], pictures.Pixels, pictures.Mask | None]:
-        image = images.read_image(sample["image"])
+        image = images.read_image(sample["image"], orient=recipe.dataset.orient)
         label = None if sample["label"] is None else images.read_label(sample["label"], known, image.shape[:2])
         return sample, image, label
 
@@ -376,7 +381,7 @@ def _concepts(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concept]:
     def cut(item: tuple[int, list[dict[str, Any]]]) -> list[tuple[int, float, pictures.Pixels]]:
         # Windows are in pixels of the resized image; the picture is cut where they lie in the image as it is.
         index, windows = item
-        image = images.read_image(paths[index].as_py())
+        image = images.read_image(paths[index].as_py(), orient=recipe.dataset.orient)
         scale = np.array(image.shape[:2]) / recipe.dataset.feature_size
         tiles = []
         for window in windows:
@@ -416,7 +421,7 @@ def _pseudo_labels(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
     def read(place: tuple[int, Int16[np.ndarray, "planes h w"]]) -> tuple[Any, str, pictures.Pixels]:
         index, maps = place
         sample = samples.slice(index, 1).to_pylist()[0]
-        return maps, sample["name"], images.read_image(sample["image"])
+        return maps, sample["name"], images.read_image(sample["image"], orient=recipe.dataset.orient)
 
     rows = []
     found = zip(places["index"].to_pylist(), map_files.read_maps(places), strict=True)
@@ -468,7 +473,7 @@ class Curve:
 def _curves(run: Run, kept: int | None) -> dict[str, Any]:
     """Scores and losses by epoch, with the epochs at which the student became the teacher, and the kept one."""
     history = run.history()
-    updates = [float(epoch["epoch"]) for epoch in history if epoch["teacher_updated"]]
+    updates = [float(epoch["epoch"]) for epoch in history if epoch.get("teacher_updated")]
     ends = (float(history[0]["epoch"]), float(history[-1]["epoch"]))
     groups: list[tuple[str, str, tuple[tuple[str, str], ...]]] = [
         ("Scores on the validation images", " %", (("accuracy", "pixel_accuracy"), ("mIoU", "mean_iou"))),
@@ -478,10 +483,13 @@ def _curves(run: Run, kept: int | None) -> dict[str, Any]:
         ("Uncertainty loss", "", (("uncertainty", "uncertainty"),)),
         ("Alpha, the weight of the negative labels", "", (("alpha", "alpha"),)),
     ]
+    shown = {key for _, _, lines in groups for _, key in lines}
+    others = [key for key, value in history[0].items() if isinstance(value, float) and key not in {*shown, *_NO_LOSS}]
+    groups += [(f"{key[0].upper()}{key[1:]} loss", "", ((key, key),)) for key in others]
     drawn = []
     for title, unit, lines in groups:
         points = {
-            name: [(float(e["epoch"]), float(e[key])) for e in history if e[key] is not None] for name, key in lines
+            name: [(float(e["epoch"]), float(e[key])) for e in history if e.get(key) is not None] for name, key in lines
         }
         series = [Series(name=name, points=found) for name, found in points.items() if found]
         if series:
@@ -514,6 +522,8 @@ def _commands(recipe: Recipe, run: Run) -> list[tuple[str, str]]:
     if not recipe.labels and recipe.preset == "folder":
         named = ("Names for the concepts, and merges", f"transfgu name {uri} NAMES.yaml")
         return [*made, named, ("Scores, once there are labels", f"transfgu evaluate --run {uri} --labels LABELS")]
+    if "concepts" not in recipe.stages:
+        return made
     return [
         *made,
         ("The same images scored by simpler methods", f"transfgu evaluate --run {uri} --baselines"),
@@ -587,7 +597,7 @@ def _left_out(stages: Mapping[str, Manifest]) -> list[dict[str, Any]]:
 
 def _changes(recipe: Recipe) -> list[dict[str, str]]:
     """The fields that differ from the preset's."""
-    published, own = preset(recipe.preset).flat(), recipe.flat()
+    published, own = preset(recipe.preset, recipe.method).flat(), recipe.flat()
     return [
         {"name": name, "doc": FIELDS[name].doc, "value": _shown(own[name]), "preset": _shown(published[name])}
         for name in own

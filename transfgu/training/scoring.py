@@ -13,12 +13,12 @@ from torch import Tensor
 from transfgu.datasets.rows import read_labelled_rows, read_plain_rows, usable
 from transfgu.decoder import all_winners
 from transfgu.learner import Model
-from transfgu.losses import worker_count
 from transfgu.metrics import Scores, batch_confusion, invariant_information, scores
 from transfgu.recipe import Recipe
 from transfgu.store import parquet
 from transfgu.training.batches import stream
 from transfgu.training.job import Place
+from transfgu.workers import worker_count
 
 
 class Kept:
@@ -98,7 +98,7 @@ class Mirror:
 
     def _batches(self) -> Iterator[tuple[Shaped[Tensor, "B ..."], Shaped[Tensor, "B ..."]]]:
         """What the frozen part makes of images and of their mirror images."""
-        read = partial(read_plain_rows, size=self._recipe.dataset.image_size)
+        read = partial(read_plain_rows, size=self._recipe.dataset.image_size, orient=self._recipe.dataset.orient)
         for columns in stream(self._rows, read, self._recipe.evaluation.batch_size, world=self._world):
             images = torch.from_numpy(columns["image"][columns["good"]])
             if len(images):
