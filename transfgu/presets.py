@@ -52,7 +52,9 @@ PRESET_FIELDS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
             **_LIP, **_COCO_SLOW, "dataset.classes": "lip_19", "things": 19, "training_size": (640, 320),
             "training.batch_size": 256,
         },
-        "folder": {"dataset.layout": "folder", "dataset.classes": "auto", "things": 12, "stuff": 15},
+        "folder": {
+            "dataset.layout": "folder", "dataset.classes": "auto", "dataset.orient": True, "things": 12, "stuff": 15,
+        },
     }
 )  # fmt: skip
 

@@ -15,12 +15,11 @@ from jaxtyping import Float, Int, Int16, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from transfgu.datasets.images import read_image, resize
+from transfgu.datasets.images import read_image, read_rows, resize
 from transfgu.datasets.packed_maps import unpack_maps
 from transfgu.datasets.rows import read_labelled_rows, usable
 from transfgu.decoder import winners
 from transfgu.encoder import SHIPPED, normalise, patch_grid, scaled_size
-from transfgu.errors import BadInput
 from transfgu.inference.frozen_encoder import FrozenEncoder
 from transfgu.inference.tokens import PatchTokens
 from transfgu.kmeans import Shard, cluster
@@ -196,12 +195,9 @@ def _images(recipe: Recipe, rows: pa.Table) -> Iterator[Images]:
     """Decoded images, a batch at a time; those that can't be read are passed over."""
     size = recipe.dataset.image_size
     for start in range(0, len(rows), _AT_ONCE):
-        batch = []
-        for uri in rows["image"].slice(start, _AT_ONCE).to_pylist():
-            try:
-                batch.append(resize(read_image(uri), size))
-            except BadInput:  # the features stage has counted and named it
-                continue
+        uris = rows["image"].slice(start, _AT_ONCE).to_pylist()
+        found = read_rows(uris, lambda uri: resize(read_image(uri, orient=recipe.dataset.orient), size))
+        batch = [image for image, _ in found if image is not None]  # the features stage has counted and named the rest
         if batch:
             yield np.stack(batch)
 

@@ -41,6 +41,7 @@ class PretrainingRecipe:
     clustering_starts: float = field(0.1, "share of the steps before DINO's cross-entropy sets in", "0 to 1")
     clustering_full: float = field(0.25, "share of the steps after which it counts fully", "0 to 1")
     contrast_kept: float = field(0.5, "weight that InfoNCE keeps from then on", "0 to 1")
+    orient: bool = field(True, "apply the orientation in an image's EXIF data, as viewers do", before=False)
     steps: int = field(2400, "optimiser steps", "steps")
     batch_size: int = field(64, "global batch, divided among the workers", "images")
     learning_rate: float = field(1e-3, "AdamW's learning rate at a batch of 64")

@@ -27,7 +27,7 @@ from ray.exceptions import RayError
 from transfgu.datasets import images as pictures
 from transfgu.datasets import shapes
 from transfgu.datasets.listing import images_in
-from transfgu.errors import BadInput, UserError
+from transfgu.errors import UserError
 from transfgu.pretraining.recipe import PretrainingRecipe, compared_fields
 from transfgu.pretraining.training import REMEDY, Part, Pretraining, PretrainingInputs, worker_batch
 from transfgu.recipe import ComputeRecipe
@@ -126,7 +126,8 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
         raise _too_few(job, len(names) * each)
     size = max(1, min(_PART_SIZE, len(names) // _PARTS))
     seed = job.recipe.seed if job.images == SHAPES else 0
-    asked = [job.image_size, seed, names, *([each] if each > 1 else [])]
+    orient = job.recipe.orient and job.images != SHAPES
+    asked = [job.image_size, seed, names, *([True] if orient else []), *([each] if each > 1 else [])]
     listing = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
     folder = storage.join(job.work, f"images-{listing}")
     rows = [
@@ -140,7 +141,7 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
     context.enable_progress_bars = False
     # An exception of ours should arrive as it was raised.
     context.raise_original_map_exception = True
-    make = partial(_make_part, images=job.images, size=job.image_size, squares=each, seed=seed)
+    make = partial(_make_part, images=job.images, size=job.image_size, squares=each, seed=seed, orient=orient)
     with DataContext.current(context):
         made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make)
     parts, left_out, done = [], [], 0
@@ -181,10 +182,12 @@ def files(uri: str) -> list[str]:
     return files
 
 
-def _make_part(row: dict[str, Any], images: str, size: int, squares: int, seed: int) -> dict[str, Any]:
+def _make_part(
+    row: dict[str, Any], images: str, size: int, squares: int, seed: int, orient: bool = False
+) -> dict[str, Any]:
     """A task: makes one part, unless it is there, and says what it holds."""
     if not storage.is_file(row["part"]):
-        storage.write_bytes(row["part"], _draw_part(list(row["names"]), images, size, squares, seed))
+        storage.write_bytes(row["part"], _draw_part(list(row["names"]), images, size, squares, seed, orient))
     metadata = parquet.opened(row["part"], remedy=REMEDY).metadata
     return {
         "part": row["part"],
@@ -193,16 +196,18 @@ def _make_part(row: dict[str, Any], images: str, size: int, squares: int, seed: 
     }
 
 
-def _draw_part(names: list[str], images: str, size: int, squares: int, seed: int) -> bytes:
+def _draw_part(names: list[str], images: str, size: int, squares: int, seed: int, orient: bool) -> bytes:
+    def draw(name: str) -> list[bytes]:
+        if images == SHAPES:
+            return [shapes.object_image(seed, int(name), size).tobytes()]
+        return [square.tobytes() for square in cut_squares(name, size, squares, orient)]
+
     good, left_out = [], []
-    for name in names:
-        try:
-            if images == SHAPES:
-                good.append(shapes.object_image(seed, int(name), size).tobytes())
-            else:
-                good += [square.tobytes() for square in cut_squares(name, size, squares)]
-        except BadInput as error:
-            left_out.append({"name": name, "reason": str(error)})
+    for name, (drawn, reason) in zip(names, pictures.read_rows(names, draw), strict=True):
+        if drawn is None:
+            left_out.append({"name": name, "reason": reason})
+        else:
+            good += drawn
     table = pa.table({"pixels": pa.array(good, pa.binary(3 * size**2))})
     sink = io.BytesIO()
     # One row per row group: training reads rows in any order, and each costs one request.
@@ -210,7 +215,7 @@ def _draw_part(names: list[str], images: str, size: int, squares: int, seed: int
     return sink.getvalue()
 
 
-def cut_squares(uri: str, size: int, count: int = 1) -> list[UInt8[ndarray, "size size 3"]]:
+def cut_squares(uri: str, size: int, count: int = 1, orient: bool = False) -> list[UInt8[ndarray, "size size 3"]]:
     """Cut squares from an image and bring each to `size` pixels a side.
 
     The first is the largest one about the centre. The others have sides between half of that (`size` at least, where
@@ -219,7 +224,7 @@ def cut_squares(uri: str, size: int, count: int = 1) -> list[UInt8[ndarray, "siz
     Raises:
         BadInput: the image can't be read.
     """
-    image = pictures.read_image(uri)
+    image = pictures.read_image(uri, orient=orient)
     height, width = image.shape[:2]
     most = min(height, width)
     random = np.random.default_rng(zlib.crc32(uri.rsplit("/", 1)[-1].encode(errors="surrogateescape")))

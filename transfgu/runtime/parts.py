@@ -21,7 +21,7 @@ from ray.data import DataContext, Dataset, ExecutionResources
 from ray.exceptions import RayError
 
 from transfgu.datasets import images, map_files
-from transfgu.errors import BadInput, LeftOut, UserError
+from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import Recipe, Size
 from transfgu.runtime.bottleneck import details
 from transfgu.runtime.failures import find_user_error
@@ -95,17 +95,22 @@ class ReadImages:
     size: Size
     """Height and width the images are resized to, pixels."""
     interpolation: Literal["bilinear", "nearest"]
+    orient: bool = False
+    """Apply EXIF's orientation."""
 
     def __call__(self, samples: pa.Table) -> pa.Table:
         """Raises UserError where the storage fails."""
         pixels = np.zeros((len(samples), 3, *self.size), np.uint8)
+
+        def read(data: bytes | None) -> UInt8[np.ndarray, "3 H W"]:
+            return images.resize(images.decode_file(data, orient=self.orient), self.size, self.interpolation)
+
         reasons: list[str | None] = []
-        for place, data in zip(pixels, storage.read_many(samples["image"].to_pylist()), strict=True):
-            try:
-                place[:] = images.resize(images.decode_file(data), self.size, self.interpolation)
-                reasons.append(None)
-            except BadInput as error:
-                reasons.append(str(error))
+        files = storage.read_many(samples["image"].to_pylist())
+        for place, (image, reason) in zip(pixels, images.read_rows(files, read), strict=True):
+            if image is not None:
+                place[:] = image
+            reasons.append(reason or None)
         index = samples["index"].combine_chunks()
         return pa.table(
             {

@@ -65,6 +65,8 @@ class Share:
     """Planes (K + 2), h, w of an image's packed maps."""
     rank: int
     world: int
+    orient: bool = False
+    """Apply EXIF's orientation."""
     read_rows: Callable[[pa.Table], dict[str, Any]] | None = None
     """From rows to columns `image`, `maps` and the others passed on; None: `read_training_rows` at `size`."""
 
@@ -80,7 +82,7 @@ class Share:
     def read(self, slots: Int[np.ndarray, " n"], batch_size: int) -> Iterator[Batch]:
         """Decoded slots in their order, a batch at a time."""
         rows = self.rows.take(slots % self.order.images).append_column("slot", pa.array(slots))
-        read = self.read_rows or partial(read_training_rows, size=self.size)
+        read = self.read_rows or partial(read_training_rows, size=self.size, orient=self.orient)
         for columns in stream(rows, read, batch_size, world=self.world):
             # Copied: arrays out of Ray's object store are read-only, which torch warns of.
             yield Batch(columns["slot"], torch.tensor(columns["image"]), torch.tensor(columns["maps"]))
@@ -224,8 +226,12 @@ class Cached:
 
     def _obtain(self, position: int, image: Any, maps: Any) -> None:
         """Get a sample that is not in the cache, and keep it there."""
-        uri, size = self._uris[position], self.share.size
-        self.cache.image(position, image, lambda: training_image(uri, storage.read_bytes_or_none(uri), size))
+        uri, size, orient = self._uris[position], self.share.size, self.share.orient
+
+        def decode() -> Any:
+            return training_image(uri, storage.read_bytes_or_none(uri), size, orient=orient)
+
+        self.cache.image(position, image, decode)
         part = int(self._parts[position])
         others = self._of_part[part] if position < self.cache.kept else np.array([position])
         self.cache.maps(position, maps, part, others, lambda: read_maps(self.share.rows.take(others)))
@@ -271,7 +277,7 @@ def open_cache(share: Share, compute: ComputeRecipe, epochs: int, threads: int |
     if not key or not compute.cache_gib:
         return None
     layout = Layout(
-        key=f"{key.decode()} {share.size} {share.maps} bilinear",
+        key=f"{key.decode()} {share.size} {share.maps} bilinear {'oriented' if share.orient else 'stored'}",
         samples=len(share.rows),
         image_bytes=3 * share.size[0] * share.size[1],
         maps_bytes=2 * int(np.prod(share.maps)),
