@@ -75,6 +75,13 @@ def test_data_context() -> None:
         assert DataContext.get_current().target_max_block_size == before.target_max_block_size
 
 
+def test_data_context_enable_progress_bars() -> None:
+    with DataContext.current(DataContext.get_current().copy()):
+        for shown in (True, False):
+            ray_internals.show_progress_bars(shown)
+            assert DataContext.get_current().enable_progress_bars is shown
+
+
 def test_dataset_map_batches_internal_and_get_stats_summary(ray_cluster: None) -> None:
     blocks = [pa.table({"x": list(range(n))}) for n in (3, 1, 5)]
     pool: dict[str, Any] = {"compute": ActorPoolStrategy(size=1), "num_cpus": 1}

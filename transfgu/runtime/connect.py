@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.data import DataContext
 
 from transfgu.runtime import ray_internals
 from transfgu.runtime.capacity import NODES, cluster_gpus
@@ -116,8 +115,7 @@ def _no_stderr() -> Iterator[None]:
 
 def quiet(*, verbose: bool = False) -> None:
     """Keep the progress bars and info messages of Ray Data, Train and Tune out of this process."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = verbose
+    ray_internals.show_progress_bars(verbose)
     if not verbose:
         for name in ("ray", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -19,11 +19,19 @@ def stay_on_this_machine() -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False
 
 
+def show_progress_bars(shown: bool) -> None:
+    """Switch the progress bars of Ray Data on or off for the data sets that this process makes from here on.
+
+    API: `ray.data.DataContext`.
+    """
+    DataContext.get_current().enable_progress_bars = shown
+
+
 @contextmanager
 def data_context(
-    *, preserve_order: bool = False, whole_blocks: bool = False, store_bytes: float | None = None
+    *, preserve_order: bool = False, whole_blocks: bool = False, store_bytes: int | float | None = None
 ) -> Iterator[None]:
-    """Plan Ray Data without progress bars, and so that our exceptions arrive as they were raised.
+    """Make data sets without progress bars, and let exceptions of mapped functions arrive as they were raised.
 
     API: `ray.data.DataContext`, whose settings go with each data set that the body makes.
 
