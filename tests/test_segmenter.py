@@ -2,9 +2,11 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -295,3 +297,24 @@ def test_mistakes_are_answered_in_one_line(tmp_path: Path) -> None:
     Path(made.run.file("model.safetensors")).unlink()
     with refused("model-missing"):
         Segmenter.load(made.run.uri)
+
+
+@pytest.mark.parametrize("shape", [(0, 0, 3), (0, 5, 3), (5, 0, 3), (1, 5, 3), (), (3,), (2, 3, 4, 5), (4, 4, 2)])
+def test_arrays_that_are_no_images_are_one_line(labelled: MadeRun, shape: tuple[int, ...]) -> None:
+    segmenter = Segmenter.load(labelled.run.uri)
+    for tile in (None, 64):
+        with refused("image-unreadable"):
+            segmenter.predict(np.zeros(shape, np.uint8), tile=tile)
+    with refused("image-unreadable"):
+        segmenter.predict(np.zeros((4, 4, 3), np.float32))
+    assert segmenter.predict([]) == []
+
+
+@pytest.mark.parametrize("assignment", [[0, 0], [0, 99], [-1, 0], "ab", [0.5, 1], [None, 1]])
+def test_an_assignment_that_is_no_permutation_is_damage(labelled: MadeRun, tmp_path: Path, assignment: Any) -> None:
+    shutil.copytree(labelled.run.uri, tmp_path / "run")
+    file = tmp_path / "run" / "evaluation" / "scores.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({**told, "assignment": [*assignment, *told["assignment"][2:]]}))
+    with refused("file-damaged scores.json"):
+        Segmenter.load(str(tmp_path / "run"))

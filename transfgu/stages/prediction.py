@@ -413,7 +413,8 @@ def _record(job: PredictionJob, samples: pa.Table, bad: Collection[str]) -> None
 
 
 def _names(uri: str) -> list[str]:
-    with parquet.opened(uri, remedy="delete it, and run again") as file:
+    remedy = "delete it, and run again"
+    with parquet.opened(uri, remedy=remedy) as file, parquet.damage(uri, remedy):
         names: list[str] = file.read(columns=["name"])["name"].to_pylist()
     return names
 

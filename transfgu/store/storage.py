@@ -189,6 +189,17 @@ def _read(uri: str, span: tuple[int, int] | None) -> bytes | None:
             return None
 
 
+def opened(uri: str) -> Any:
+    """Open a file to take pieces from it.
+
+    Raises:
+        UserError: there is no such file, or it can't be read.
+    """
+    with _one_line(uri, "read"):
+        fs, path = filesystem(uri)
+        return fs.open_input_file(path)
+
+
 def read_chunks(uri: str, size: int) -> Iterator[bytes]:
     """The file's contents in pieces of at most `size` bytes, for files too large to hold.
 
