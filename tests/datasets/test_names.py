@@ -234,7 +234,7 @@ def test_lists_of_names(tmp_path: Path, data: bytes) -> None:
 def test_lists_of_other_names(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text(f"x.y\n{NFD}\n/JPEGImages/2007_000032.jpg /S/2007_000032.png\nlost.jpg 1\n")
     assert read_names(str(tmp_path / "list.txt"), KNOWN) == ["x.y", NFC, "2007_000032", "lost"]
-    for data in (b"\n \n", b"a\0b", b"\xff\xd8\xff\xe0"):
+    for data in (b"\n \n", b" , \n/\n", b"a\0b", b"\xff\xd8\xff\xe0"):
         (tmp_path / "list.txt").write_bytes(data)
         with refused("list-damaged list.txt"):
             read_names(str(tmp_path / "list.txt"), KNOWN)

@@ -1,5 +1,6 @@
 """Damage bytes and trees of plain values, reproducibly."""
 
+import copy
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -77,7 +78,7 @@ def odd_tree(tree: Any, random: np.random.Generator) -> Any:
             for key in keys:
                 places.append((node, key))
                 waiting.append(node[key])
-        value = ODD[int(random.integers(len(ODD)))]
+        value = copy.deepcopy(ODD[int(random.integers(len(ODD)))])
         if not places:
             return value
         node, key = places[int(random.integers(len(places)))]

@@ -237,14 +237,14 @@ def read_names(uri: str, known: Mapping[str, str]) -> list[str]:
             f"{storage.shown(uri)} is not a text file of names: fetch it again, or save it as UTF-8",
             code="list-damaged",
         ) from None
-    names = [_named(composed(line.strip()), known) for line in text.splitlines() if line.strip()]
+    names = [name for line in text.splitlines() if (name := _named(composed(line.strip()), known))]
     if not names:
         raise UserError(f"{storage.shown(uri)} names no image: fetch it again", code="list-damaged")
     return names
 
 
 def _named(line: str, known: Mapping[str, str]) -> str:
-    """The sample that a line of a list names."""
+    """The sample that a line of a list names; empty for none."""
     first = re.split(r"[\t,;]|\s+", line)[0]
     for text in dict.fromkeys((line, first)):
         file = text.replace("\\", "/").rpartition("/")[2]

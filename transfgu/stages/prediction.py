@@ -356,7 +356,8 @@ class _There:
 
 
 def _there(job: PredictionJob, samples: pa.Table) -> _There:
-    records, masks = predicted.read(job.out), storage.join(job.out, "masks")
+    records, recorded = predicted.read(job.out)
+    masks = storage.join(job.out, "masks")
     files = storage.list_versions(masks)
     current = {row["name"]: row for row in samples.to_pylist()}
 
@@ -384,7 +385,8 @@ def _there(job: PredictionJob, samples: pa.Table) -> _There:
         lit = _relative(overlays, storage.list_versions(overlays))
         done = {name for name in done if f"{current[name]['mask']}.jpg" in lit}
     # A mask that has another name by now is removed at the end.
-    known = {row["mask"] for row in current.values()} | {records[name].mask for name in records.keys() & current}
+    elsewhere = {record.mask for name, record in records.items() if name not in current}
+    known = {row["mask"] for row in current.values()} | (recorded - elsewhere)
     return _There(done=done, stale=[], orphans=sum(name.removesuffix(".png") not in known for name in here))
 
 
@@ -396,8 +398,7 @@ def _relative(folder: str, files: Mapping[str, storage.Version]) -> dict[str, st
 
 def _record(job: PredictionJob, samples: pa.Table, bad: Collection[str]) -> None:
     """Record what masks were made of; remove those that have another name now, or whose image became a bad one."""
-    records = predicted.read(job.out)
-    gone = {made.mask for made in records.values()}
+    records, gone = predicted.read(job.out)
     for row in samples.to_pylist():
         if row["name"] in bad:
             records.pop(row["name"], None)

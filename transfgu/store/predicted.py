@@ -31,8 +31,12 @@ class Made:
     image: storage.Version
 
 
-def read(out: str) -> dict[str, Made]:
-    """Read the records in a folder of predicted masks, by the images' names.
+def read(out: str) -> tuple[dict[str, Made], set[str]]:
+    """Read the records in a folder of predicted masks.
+
+    Returns:
+        What each mask was made of, by the image's name, and the paths of all masks that were ever recorded: an image
+        whose mask has another name by now has two.
 
     Raises:
         UserError: a record is damaged.
@@ -42,11 +46,12 @@ def read(out: str) -> dict[str, Made]:
     files = [whole] * storage.is_file(whole) + [uri for uri in parts if uri.endswith(".parquet")]
     with ThreadPoolExecutor(storage.IN_FLIGHT) as pool:
         tables = list(pool.map(lambda uri: parquet.read(uri, SCHEMA.names, remedy=_REMEDY), files))
-    return {
+    rows = [row for table in tables for row in table.to_pylist()]
+    made = {
         row["name"]: Made(mask=row["mask"], image=storage.Version(size=row["size"], changed=row["changed"]))
-        for table in tables
-        for row in table.to_pylist()
+        for row in rows
     }
+    return made, {row["mask"] for row in rows}
 
 
 def write_part(out: str, rows: pa.Table) -> None:
