@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 _SIZES = ("dataset.image_size", "dataset.feature_size", "dataset.training_size", "windows.size")
 
 
+_OF_METHOD = ("pseudo_labels", "training")  # stages whose artefacts say which method made them
+
+
 def fit_to_patch(recipe: Recipe, patch_size: int) -> Recipe:
     """Bring a preset's image sides to the encoder's patch: with patch 14, 320 becomes 322.
 
@@ -191,8 +194,10 @@ def check_artifacts(recipe: Recipe, run: Run) -> dict[str, bool]:
     """Which artefacts are complete in the run's folder: of all the method's stages, for they share one `recipe.yaml`.
 
     Raises:
-        UserError: one holds another recipe's work, if only in part.
+        UserError: one holds another method's or another recipe's work, if only in part.
     """
+    for stage in _OF_METHOD:
+        run.artifact(stage).check_method(recipe)
     return {stage: run.artifact(stage).check(recipe) for stage in recipe.stages}
 
 
