@@ -85,7 +85,7 @@ _PICIE: dict[str, Any] = {
         "cityscapes": {"training_size": (640, 1280), "lr": 1e-3},
         **{name: {"training_size": (1280, 640)} for name in _LIP},
         "shapes": {
-            "training_size": (128, 128), "epochs": 10, "lr": 1e-3, "training.batch_size": 16,
+            "training_size": (128, 128), "epochs": 6, "lr": 1e-3, "training.batch_size": 16,
             "picie.backbone": "resnet18", "picie.weights": "random", "picie.auxiliary": 30,
         },
     },
