@@ -189,7 +189,7 @@ def test_the_whole_method_and_again_nothing(tmp_path: Path, capsys: pytest.Captu
     assert all(stage["skipped"] for stage in again["stages"].values())
     assert again["mean_iou"] == metrics["mean_iou"]
 
-    scored = pipeline.evaluate(recipe, run, quiet=True)
+    scored = pipeline.evaluate(run.recipe(), run, quiet=True)
     assert scored["mean_iou"] == metrics["mean_iou"]
     assert scored["images"] == IMAGES
     published = recipe.with_fields({"decoder.weights": run.file("model.safetensors")})
