@@ -88,7 +88,8 @@ def fit_to_small_encoder(recipe: Recipe) -> Recipe:
     if encoder.native_side < SMALL_SIDE:
         step = 2 * encoder.patch_size
         side = max(1, round(encoder.native_side * 8 / 3 / step)) * step
-        proposed |= dict.fromkeys(_SIZES, (side, side)) | {"windows.size": (encoder.native_side,) * 2} | SMALL_ENCODER
+        proposed.update(dict.fromkeys(_SIZES, (side, side)))
+        proposed.update(SMALL_ENCODER, **{"windows.size": (encoder.native_side, encoder.native_side)})
     given = recipe.given()
     wanted = usual.with_fields(proposed).flat()
     return recipe.with_fields({f: v for f, v in wanted.items() if f not in given or f == "encoder.name"})
