@@ -302,7 +302,7 @@ def test_mistakes_are_answered_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(0, 0, 3), (0, 5, 3), (5, 0, 3), (1, 5, 3), (), (3,), (2, 3, 4, 5), (4, 4, 2)])
 def test_arrays_that_are_no_images_are_one_line(labelled: MadeRun, shape: tuple[int, ...]) -> None:
     segmenter = Segmenter.load(labelled.run.uri)
-    for tile in (None, 64):
+    for tile in (None, 128):
         with refused("image-unreadable"):
             segmenter.predict(np.zeros(shape, np.uint8), tile=tile)
     with refused("image-unreadable"):

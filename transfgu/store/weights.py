@@ -29,7 +29,7 @@ _DECODER = "cls_emb"
 # Which of the networks in a checkpoint of self-supervised training is used, as those that trained it do.
 _WANTED = ("teacher", "base_encoder", "encoder_q", "encoder.")
 _UNWANTED = ("student", "momentum", "encoder_k", "ema")
-_COUNTS = ("num_batches_tracked", "index", "ids", "mask")  # ends of names of tensors of whole numbers
+_LEARNED = ("weight", "bias", "pos_embed", "cls_token", "reg_token", _DECODER)  # ends of names of what is learned
 _HEADS = ("head.", "fc.", "dino_head.", "ibot_head.")
 
 
@@ -147,7 +147,7 @@ def _check_kind(uri: str, data: bytes) -> None:
 def _check_numbers(uri: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            if tensor.ndim and not name.endswith(_COUNTS):
+            if name.endswith(_LEARNED):
                 raise UserError(
                     f"weights {storage.shown(uri)} hold {name} as {str(tensor.dtype).removeprefix('torch.')}: save "
                     "floating-point numbers, not quantised ones",
