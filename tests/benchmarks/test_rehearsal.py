@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.refusals import refused
-from transfgu.benchmarks import rehearsal
+from transfgu.benchmarks import many_rows, rehearsal
 from transfgu.benchmarks.processes import Command, Line, Memory, kind_of_title
 from transfgu.recipe import preset
 
@@ -94,6 +94,19 @@ def test_too_few_images_are_refused() -> None:
         rehearsal.rehearse(preset("coco-stuff-27"), 100, 4)
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_kmeans_of_many_rows(tmp_path: Path, on_disk: bool) -> None:
+    recipe = preset("coco-stuff-27").with_fields({"iterations": 3})
+    found = many_rows.measure(recipe, 30_000, str(tmp_path), on_disk=on_disk)
+    assert (found.rows, found.faiss_rows, found.iterations, found.on_disk) == (30_000, 30_000, 3, on_disk)
+    assert 30_000 * 4 * many_rows.WIDTH > 40 << 20
+    assert found.peak_own_bytes > 20 << 20
+    assert json.loads(found.to_json())["ratio"] == found.ratio > 0
+    assert not list(tmp_path.iterdir())
+    with refused("flag-range"):
+        many_rows.measure(recipe, 100)
+
+
 @pytest.mark.ray
 @pytest.mark.long
 def test_a_rehearsal(tmp_path: Path) -> None:
@@ -107,7 +120,7 @@ def test_a_rehearsal(tmp_path: Path) -> None:
         "evaluation": VALIDATION,
     }
     assert all(stage.requests == 0 for stage in found.stages.values())  # the server's count stays at 7
-    assert found.stages["pseudo_labels"].files == IMAGES // 32 + 2  # parts, their index, the manifest
+    assert found.stages["pseudo_labels"].files == IMAGES // 32 + 3  # parts, index, claim, manifest
     assert 0 < found.parts_at_kill <= IMAGES // 32
     assert 0 < found.resume_seconds < found.wall_seconds
     assert len(found.epoch_seconds) == len(found.score_share) == rehearsal.EPOCHS

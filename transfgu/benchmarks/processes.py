@@ -116,6 +116,9 @@ class Command:
         for process in self.living():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+        deadline = time.monotonic() + _END_SECONDS
+        while self.living() and time.monotonic() < deadline:
+            time.sleep(0.05)
         self._conclude()
         return self.seconds
 
