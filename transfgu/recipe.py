@@ -49,6 +49,12 @@ class DatasetRecipe:
     interpolation: Literal["bilinear", "nearest"] = field(
         "bilinear", "how images are resized for features and pseudo labels; the published code used nearest for COCO"
     )
+    orient: bool = field(
+        False,
+        "apply the orientation in an image's EXIF data, as viewers do; false: pixels as they are stored, on which the "
+        "benchmarks' labels are drawn",
+        before=False,
+    )
     max_bad_share: float = field(0.1, "share of unusable images or labels that ends the run", "0 to 1")
 
     def __post_init__(self) -> None:
@@ -616,7 +622,7 @@ _OWN_FIELDS: Mapping[str, typing.Callable[[Recipe], list[str]]] = types.MappingP
     {
         "samples": _samples_fields,
         "features": lambda r: [
-            *("dataset.feature_size", "dataset.interpolation"),
+            *("dataset.feature_size", "dataset.interpolation", "dataset.orient"),
             *("encoder.name", "encoder.weights", "encoder.precision"),
             *(f"windows.{f.name}" for f in dataclasses.fields(WindowsRecipe)),
         ],

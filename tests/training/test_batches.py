@@ -2,10 +2,12 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.made_run import SIDE, TRAIN, MadeRun, make_run
 from transfgu.learner import Batch
@@ -24,7 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
     return make_run(tmp_path_factory.mktemp("streams"))
 
 
-def share(made: MadeRun, rank: int, world: int, batch_size: int = 4) -> Share:
+def share(made: MadeRun, rank: int, world: int, batch_size: int = 4, orient: bool = False) -> Share:
     return Share(
         order=Order(images=TRAIN, passes=2, batch_size=batch_size, seed=3),
         rows=training_images(made.run),
@@ -32,6 +34,7 @@ def share(made: MadeRun, rank: int, world: int, batch_size: int = 4) -> Share:
         maps=(12, SIDE // 8, SIDE // 8),
         rank=rank,
         world=world,
+        orient=orient,
     )
 
 
@@ -72,7 +75,7 @@ def test_what_would_stay_in_memory_is_known_before(made: MadeRun, ray_cluster: N
     assert mine.bytes == images.nbytes + maps.nbytes
 
 
-def cached(made: MadeRun, folder: Path, rank: int, world: int, epochs: int = 3, **how: int) -> Cached:
+def cached(made: MadeRun, folder: Path, rank: int, world: int, epochs: int = 3, **how: Any) -> Cached:
     share_ = share(made, rank, world, **how)
     compute = ComputeRecipe(cache_folder=str(folder))
     source = streams.open_cache(share_, compute, epochs, threads=2)
@@ -138,3 +141,24 @@ def test_without_room_or_wish_there_is_no_cache(
     assert source.cache.kept == 3
     assert "room for 3 of 6 images" in caplog.text
     assert equal(Streamed(mine, epochs=2).epoch(1), source.epoch(1)) == 3
+
+
+def test_a_cache_holds_images_as_the_orientation_turns_them(tmp_path: Path) -> None:
+    """Orientation 6: what is stored in the upper left corner is shown in the upper right one."""
+    (tmp_path / "run").mkdir()
+    made = make_run(tmp_path / "run")
+    name = training_images(made.run)["image"][0].as_py()
+    stored = np.full((SIDE, SIDE, 3), 40, np.uint8)
+    stored[: SIDE // 2, : SIDE // 2] = 220
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(stored).save(name, "JPEG", quality=95, exif=exif)
+    stream = Streamed(share(made, 0, 1, orient=True), epochs=1)
+    turned = cached(made, tmp_path / "caches", 0, 1, orient=True)
+    assert equal(stream.epoch(0), turned.epoch(0))
+    as_stored = cached(made, tmp_path / "caches", 0, 1)
+    half = SIDE // 2
+    for source, light in ((turned, (slice(0, half), slice(half, SIDE))), (as_stored, (slice(0, half), slice(0, half)))):
+        pixels = next(b.inputs[b.slots % TRAIN == 0][0] for b in source.epoch(0) if (b.slots % TRAIN == 0).any())
+        assert abs(float(pixels[:, *light].float().mean()) - 220) < 4
+        assert abs((float(pixels.float().mean()) * 4 - float(pixels[:, *light].float().mean())) / 3 - 40) < 4

@@ -141,7 +141,7 @@ class _Bench:
             ("pseudo-labels", how.image_size),
             ("training", how.training_size),
         ):
-            read = parts.ReadImages(size=size, interpolation=how.interpolation)
+            read = parts.ReadImages(size=size, interpolation=how.interpolation, orient=how.orient)
             took = [_seconds(partial(read, listed)) for _ in range(_READINGS)]
             found[f"{name} decoding"] = min(took) / count
         return found
@@ -294,6 +294,7 @@ class _Bench:
             maps=(packed_planes(how.concepts.count), h, w),
             rank=0,
             world=1,
+            orient=how.dataset.orient,
         )
         source = Streamed(share, _INGEST_EPOCHS)
         batches = chain.from_iterable(source.epoch(epoch) for epoch in range(_INGEST_EPOCHS))

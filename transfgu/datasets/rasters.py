@@ -118,14 +118,18 @@ def _ends(uri: str) -> tuple[bytes, bytes]:
         return head, file.read()
 
 
-def rows_of(uri: str) -> ArrayRows | RasterRows:
+def rows_of(uri: str, *, orient: bool = False) -> ArrayRows | RasterRows:
     """An image file, to be read by rows: in memory where Pillow reads it, else by GDAL.
+
+    Args:
+        uri: of the file.
+        orient: apply EXIF's orientation, where Pillow reads it.
 
     Raises:
         BadInput: it can't be used.
         UserError: the storage fails.
     """
-    return RasterRows(uri) if _pixels(uri) > images.MAX_PIXELS else ArrayRows(images.read_image(uri))
+    return RasterRows(uri) if _pixels(uri) > images.MAX_PIXELS else ArrayRows(images.read_image(uri, orient=orient))
 
 
 def _pixels(uri: str) -> int:

@@ -14,12 +14,13 @@ from transfgu.recipe import Protocol, Recipe, Size
 from transfgu.store import storage
 
 
-def read_training_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
+def read_training_rows(rows: pa.Table, *, size: Size, orient: bool = False) -> dict[str, Any]:
     """Decode images and maps.
 
     Args:
         rows: columns `image` (URI), and, where there are maps, `part` and `row`; others are passed on.
         size: images are resized to this, bilinear.
+        orient: apply EXIF's orientation.
 
     Returns:
         The columns of `rows` but `part` and `row`, `image` as (n, 3, H, W) uint8, and `maps` (n, K + 2, h, w) int16,
@@ -31,7 +32,7 @@ def read_training_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
     pixels = np.empty((len(rows), 3, *size), np.uint8)
     uris = rows["image"].to_pylist()
     for i, (uri, data) in enumerate(zip(uris, storage.read_many(uris), strict=True)):
-        pixels[i] = training_image(uri, data, size)
+        pixels[i] = training_image(uri, data, size, orient=orient)
     passed = {n: rows[n].to_numpy() for n in rows.column_names if n not in ("image", *PLACE)}
     maps = read_maps(rows) if "part" in rows.column_names else np.empty((len(rows), 0, 0, 0), np.int16)
     return {**passed, "image": pixels, "maps": maps}
@@ -49,14 +50,14 @@ def read_reasons(rows: pa.Table) -> dict[str, Any]:
     return {"reason": np.array(reasons, object)}
 
 
-def training_image(uri: str, data: bytes | None, size: Size) -> UInt8[np.ndarray, "3 H W"]:
+def training_image(uri: str, data: bytes | None, size: Size, *, orient: bool = False) -> UInt8[np.ndarray, "3 H W"]:
     """Decode a training image, bilinear to `size`, from its file's bytes (None: the file is missing).
 
     Raises:
         UserError: it could be read when its maps were made, and now can't.
     """
     try:
-        return images.resize(images.decode_file(data), size, "bilinear")
+        return images.resize(images.decode_file(data, orient=orient), size, "bilinear")
     except BadInput as error:
         raise UserError(
             f"{storage.shown(uri)} was read for its pseudo label, and now is bad ({error}): put it back",
@@ -84,7 +85,7 @@ def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, protocol: Protocol = "
     files = storage.read_many(rows["image"].to_pylist())
     for i, (data, label) in enumerate(zip(files, rows["label"].to_pylist(), strict=True)):
         try:
-            decoded = images.decode_file(data)
+            decoded = images.decode_file(data, orient=recipe.dataset.orient)
             truth = images.read_label(label, classes, decoded.shape[:2])
             if protocol == "stego":
                 decoded = _centre(decoded, size)
@@ -140,12 +141,13 @@ def _covering(shape: Size, size: Size) -> tuple[Size, tuple[slice, slice]]:
     return whole, (slice(top, top + size[0]), slice(left, left + size[1]))
 
 
-def read_plain_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
+def read_plain_rows(rows: pa.Table, *, size: Size, orient: bool = False) -> dict[str, Any]:
     """Decode images alone, bilinear to `size`; what can't be read is left out.
 
     Args:
         rows: column `image` (URI).
         size: of the result, pixels.
+        orient: apply EXIF's orientation.
 
     Returns:
         `image` as (n, 3, H, W) uint8, and `good`, whether it is one; a bad one is black.
@@ -154,7 +156,7 @@ def read_plain_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
     good = np.ones(len(rows), bool)
     for i, data in enumerate(storage.read_many(rows["image"].to_pylist())):
         try:
-            pixels[i] = images.resize(images.decode_file(data), size, "bilinear")
+            pixels[i] = images.resize(images.decode_file(data, orient=orient), size, "bilinear")
         except BadInput:
             good[i] = False
     return {"image": pixels, "good": good}

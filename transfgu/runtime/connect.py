@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
-from ray.data import DataContext
 
+from transfgu.runtime import ray_internals
 from transfgu.runtime.capacity import NODES, cluster_gpus
 
 # Threads that spin while they wait burn what other processes of a small machine need: four times the CPU for a step.
@@ -57,7 +56,7 @@ def connect(*, verbose: bool = False, setup_hook: Callable[[], None] | None = No
         # Nobody takes this machine away with a warning: there is nothing to watch for, by a process of its own.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Its ports are open to this machine alone, as Ray has them where there can't be a cluster (macOS).
-        ray_constants.ENABLE_RAY_CLUSTER = False
+        ray_internals.stay_on_this_machine()
     if setup_hook:
         environment["worker_process_setup_hook"] = setup_hook
     with nullcontext() if verbose else _no_stderr(), nullcontext() if address else _workers_find_the_package():
@@ -116,8 +115,7 @@ def _no_stderr() -> Iterator[None]:
 
 def quiet(*, verbose: bool = False) -> None:
     """Keep the progress bars and info messages of Ray Data, Train and Tune out of this process."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = verbose
+    ray_internals.show_progress_bars(verbose)
     if not verbose:
         for name in ("ray", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)

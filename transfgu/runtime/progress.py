@@ -16,11 +16,14 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._start = self._last = time.monotonic()
         self._first_done: int | None = None
+        self._unit = ""
         self._width = 0
 
     def update(self, done: int, total: int | None, unit: str) -> None:
         """Tell how many of how many `unit` (images, epochs, iterations) are done; None: nobody knows of how many."""
         now = time.monotonic()
+        if unit != self._unit or done < (self._first_done or 0):  # a stage may count images first, then steps
+            self._first_done, self._unit, self._start = None, unit, now if self._unit else self._start
         # Parts found from an earlier attempt cost nothing now: the rate counts from the first report on.
         if self._first_done is None:
             self._first_done, self._start = (done, now) if done else (0, self._start)

@@ -86,7 +86,7 @@ def _object_masks(recipe: Recipe, listed: pa.Table, folder: str, progress: Progr
 
     uri = recipe.maskcontrast.object_masks
     work = parts.Work(
-        read=parts.ReadImages(size=recipe.dataset.image_size, interpolation=recipe.dataset.interpolation),
+        read=_reader(recipe),
         actor=MapObjects,
         arguments={
             "recipe": recipe,
@@ -151,11 +151,16 @@ def _work(recipe: Recipe, centroids: Float[np.ndarray, "K d"], folder: str) -> p
     from transfgu.runtime import capacity
 
     return parts.Work(
-        read=parts.ReadImages(size=recipe.dataset.image_size, interpolation=recipe.dataset.interpolation),
+        read=_reader(recipe),
         actor=MapConcepts,
         arguments={"recipe": recipe, "centroids": centroids, "processes": capacity.actors_per_node(recipe.compute)},
         write=WritePseudoLabels(folder=folder),
     )
+
+
+def _reader(recipe: Recipe) -> parts.ReadImages:
+    dataset = recipe.dataset
+    return parts.ReadImages(size=dataset.image_size, interpolation=dataset.interpolation, orient=dataset.orient)
 
 
 class MapConcepts:

@@ -21,7 +21,6 @@ import pyarrow as pa
 import ray
 import torch
 from jaxtyping import Int, Int16, Shaped
-from ray.data import DataContext, ExecutionResources
 from torch import Tensor
 
 from transfgu.datasets.map_files import read_maps
@@ -30,6 +29,7 @@ from transfgu.datasets.sample_cache import Layout, SampleCache, default_folder
 from transfgu.errors import UserError
 from transfgu.learner import Batch
 from transfgu.recipe import ComputeRecipe, Recipe, Size
+from transfgu.runtime.ray_internals import data_context
 from transfgu.store import storage
 from transfgu.training.order import Order
 
@@ -65,6 +65,8 @@ class Share:
     """Planes (K + 2), h, w of an image's packed maps."""
     rank: int
     world: int
+    orient: bool = False
+    """Apply EXIF's orientation."""
     read_rows: Callable[[pa.Table], dict[str, Any]] | None = None
     """From rows to columns `image`, `maps` and the others passed on; None: `read_training_rows` at `size`."""
 
@@ -80,7 +82,7 @@ class Share:
     def read(self, slots: Int[np.ndarray, " n"], batch_size: int) -> Iterator[Batch]:
         """Decoded slots in their order, a batch at a time."""
         rows = self.rows.take(slots % self.order.images).append_column("slot", pa.array(slots))
-        read = self.read_rows or partial(read_training_rows, size=self.size)
+        read = self.read_rows or partial(read_training_rows, size=self.size, orient=self.orient)
         for columns in stream(rows, read, batch_size, world=self.world):
             # Copied: arrays out of Ray's object store are read-only, which torch warns of.
             yield Batch(columns["slot"], torch.tensor(columns["image"]), torch.tensor(columns["maps"]))
@@ -102,17 +104,9 @@ def stream(
         for start in range(0, len(rows), batch_size):
             yield {name: values[start : start + batch_size] for name, values in columns.items()}
         return
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    # An exception of ours should arrive as it was raised.
-    context.raise_original_map_exception = True
-    context.execution_options.preserve_order = True
     store = ray.cluster_resources().get("object_store_memory", _AHEAD_BYTES)
-    context.execution_options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=min(_AHEAD_BYTES, store / (2 * world))
-    )
     blocks = [rows.slice(start, _BLOCK_ROWS) for start in range(0, len(rows), _BLOCK_ROWS)]
-    with DataContext.current(context):
+    with data_context(preserve_order=True, store_bytes=min(_AHEAD_BYTES, store / (2 * world))):
         data = ray.data.from_arrow(blocks).map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=1)
     yield from data.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2)
 
@@ -224,8 +218,12 @@ class Cached:
 
     def _obtain(self, position: int, image: Any, maps: Any) -> None:
         """Get a sample that is not in the cache, and keep it there."""
-        uri, size = self._uris[position], self.share.size
-        self.cache.image(position, image, lambda: training_image(uri, storage.read_bytes_or_none(uri), size))
+        uri, size, orient = self._uris[position], self.share.size, self.share.orient
+
+        def decode() -> Any:
+            return training_image(uri, storage.read_bytes_or_none(uri), size, orient=orient)
+
+        self.cache.image(position, image, decode)
         part = int(self._parts[position])
         others = self._of_part[part] if position < self.cache.kept else np.array([position])
         self.cache.maps(position, maps, part, others, lambda: read_maps(self.share.rows.take(others)))
@@ -271,7 +269,7 @@ def open_cache(share: Share, compute: ComputeRecipe, epochs: int, threads: int |
     if not key or not compute.cache_gib:
         return None
     layout = Layout(
-        key=f"{key.decode()} {share.size} {share.maps} bilinear",
+        key=f"{key.decode()} {share.size} {share.maps} bilinear {'oriented' if share.orient else 'stored'}",
         samples=len(share.rows),
         image_bytes=3 * share.size[0] * share.size[1],
         maps_bytes=2 * int(np.prod(share.maps)),

@@ -96,6 +96,7 @@ class ImageTraining:
             maps=maps,
             rank=place.rank,
             world=place.world,
+            orient=recipe.dataset.orient,
         )
         if share.bytes > recipe.compute.resident_gib * 2**30:
             return open_cache(share, recipe.compute, self.epochs) or Streamed(share, self.epochs)
