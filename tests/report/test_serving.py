@@ -91,7 +91,8 @@ def test_what_is_no_photograph_is_one_line(server: Playground) -> None:
     status, body, _ = ask(server, "POST", "/predict", b"no picture")
     assert status == 400
     assert body.startswith(b"this photograph can't be used")
-    assert ask(server, "POST", "/predict", **{"Content-Length": str(MAX_BODY + 1)})[0] == 413
+    too_long = {"Content-Length": str(MAX_BODY + 1)}
+    assert ask(server, "POST", "/predict", b"", token="", **too_long)[0] == 413
     assert ask(server, "POST", "/elsewhere", b"x")[0] == 404
     assert ask(server, "POST", "/predict", photograph())[0] == 200  # it goes on
 
