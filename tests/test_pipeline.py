@@ -1,12 +1,9 @@
 """The whole method from one call: what is wrong is said before Ray starts, and what is done is done once."""
 
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 from PIL import Image
@@ -16,11 +13,8 @@ from tests.refusals import refused
 from transfgu import pipeline
 from transfgu.methods import STAGES
 from transfgu.pipeline import fit_to_patch
-from transfgu.planning import dry_run
 from transfgu.recipe import preset
 from transfgu.report import page
-from transfgu.segmenter import Segmenter
-from transfgu.stages import samples
 from transfgu.store import lock
 from transfgu.store.artifacts import Run
 from transfgu.verification import verify
@@ -204,33 +198,3 @@ def test_runs_share_stages_and_more_epochs_go_on(tmp_path: Path) -> None:
     assert not list(Path(straight.file("ray")).rglob("after-epoch-*"))
     verified = verify(other_omega)
     assert (verified.stages, verified.damage) == (STAGES, ())
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_images_in_parquet_and_tar_come_to_the_same_masks(tmp_path: Path) -> None:
-    photographs(tmp_path, labels=False)
-    files = sorted((tmp_path / "images").iterdir())
-    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
-        for file in files:
-            shard.add(file, file.name)
-    rows = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
-    (tmp_path / "rows").mkdir()
-    pq.write_table(pa.table({"image": rows}), tmp_path / "rows" / "0.parquet", row_group_size=4)
-    made = {}
-    for kind, data in (("files", "images"), ("tar", "shard.tar"), ("rows", "rows")):
-        run = Run(str(tmp_path / f"run {kind}"))
-        recipe = small(tmp_path, data=str(tmp_path / data), labels="", epochs=1, dropout=0.0, track="none")
-        assert any("6 training images, 6 for validation" in line for line in dry_run.describe(recipe, run))
-        pipeline.run_stages(recipe, run, quiet=True)
-        features = pq.read_table(run.artifact("features").file("part-00000000.parquet"))
-        masks = [Segmenter.load(run.uri).predict(file) for file in files]
-        made[kind] = (features, Path(run.file("model.safetensors")).read_bytes(), np.stack(masks))
-        assert verify(run).damage == ()
-    for kind in ("tar", "rows"):
-        assert made[kind][0].equals(made["files"][0])
-        assert made[kind][1] == made["files"][1]
-        np.testing.assert_array_equal(made[kind][2], made["files"][2])
-    moved = Run(str(tmp_path / "moved"))
-    (tmp_path / "run tar").rename(moved.uri)
-    assert all(Path(uri).exists() for uri in samples.load(moved, "train")["image"].to_pylist())
