@@ -8,8 +8,11 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from tests.folder_run import IMAGES, photographs, small
 from tests.made_run import SIDE, MadeRun, make_run
+from tests.refusals import refused
 from transfgu.baselines import tokens as module
+from transfgu.baselines.pixel_features import PixelFeatures
 from transfgu.baselines.tokens import baselines
 from transfgu.datasets.images import resize
 from transfgu.decoder import winners
@@ -31,6 +34,8 @@ def test_baselines_of_a_run(tmp_path: Path) -> None:
     made = make_run(tmp_path)
     found = baselines(made.recipe, made.run)
     assert sorted(found) == [
+        "K-Means over colour and texture",
+        "K-Means over colour, texture and height",
         "K-Means over patch tokens",
         "K-Means over patch tokens, smoothed",
         "linear probe, supervised",
@@ -79,6 +84,29 @@ def test_a_patch_is_of_the_nearest_centroid(tmp_path: Path) -> None:
     assert (predict(images).argmax(1).flatten(1) == nearest).float().mean() > 0.99
 
 
+def test_standardised_numbers_weigh_the_same(tmp_path: Path) -> None:
+    """A number in other units, or with an offset, changes no cluster; without standardisation it does."""
+    made = make_run(tmp_path)
+    train = pq.read_table(made.run.file("samples/train.parquet"))
+    images = np.stack([image for image, _ in validation(made)])
+    plain = PixelFeatures(8, torch.device("cpu"), height=True)
+
+    class InOtherUnits(PixelFeatures):
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            features = super().__call__(images)
+            return torch.cat([features[..., :8], 1000 * features[..., 8:] + 50], 2)
+
+    other = InOtherUnits(8, torch.device("cpu"), height=True)
+
+    def clusters(features: PixelFeatures, *, standardised: bool) -> torch.Tensor:
+        return module._bottom_up(made.recipe, features, train, smoothing=1, standardised=standardised)(images).argmax(1)
+
+    same = clusters(plain, standardised=True) == clusters(other, standardised=True)
+    assert same.float().mean() > 0.99
+    found = clusters(other, standardised=False)  # height decides first: no cluster is of two rows of patches
+    assert all(len({row for _, row, _ in (found == c).nonzero().tolist()}) <= 1 for c in range(10))
+
+
 def test_predictions_are_averaged_over_sizes_and_mirror_images(tmp_path: Path) -> None:
     """Of an image that is twice as large and of its mirror image, brought to the finest grid and back to its sides."""
     made = make_run(tmp_path)
@@ -119,3 +147,26 @@ def test_an_untrained_encoder_is_another(tmp_path: Path) -> None:
     torch.testing.assert_close(tokens.flatten(2).mT, encode(torch.from_numpy(images)))
     smooth = module._tokens(encode, images, 3)
     torch.testing.assert_close(smooth[:, :, 0, 0], tokens[:, :, :2, :2].mean((2, 3)))
+
+
+def test_a_probe_reads_classes_off_tokens(tmp_path: Path) -> None:
+    """Bright discs on dark noise: colour alone tells them, to within the patches that the disc's edge crosses."""
+    photographs(tmp_path)
+    recipe = small(tmp_path, **{"encoder.weights": str(tmp_path / "encoder.safetensors")})
+    count, found = module.probe(recipe)
+    assert (count, set(found)) == (IMAGES, {module.ENCODER, module.PIXELS})
+    assert found[module.PIXELS].pixel_accuracy > 90
+    assert len(found[module.PIXELS].iou) == 2  # as many classes as the labels have
+    few, _ = module.probe(recipe.with_fields({"limit": 4}))
+    assert few == 4
+
+
+def test_a_probe_needs_labels_of_two_classes(tmp_path: Path) -> None:
+    photographs(tmp_path)
+    recipe = small(tmp_path)
+    for file in (tmp_path / "labels").iterdir():
+        Image.fromarray(np.zeros((64, 64), np.uint8)).save(file)
+    with refused("labels-few 6 1"):
+        module.probe(recipe)
+    with refused("labels-few 1"):
+        module.probe(recipe.with_fields({"limit": 1}))
