@@ -242,8 +242,8 @@ def check_artifacts(recipe: Recipe, run: Run) -> dict[str, bool]:
     """Which artefacts are complete in the run's folder: of all the method's stages, for they share one `recipe.yaml`.
 
     Raises:
-        UserError: one holds another method's or another recipe's work, if only in part, or a stage taken from another run
-            is gone.
+        UserError: one holds another method's or another recipe's work, if only in part, or one that is taken from
+            another run is gone.
     """
     reuse.check_present(run)
     for stage in _OF_METHOD:
