@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from transfgu import formats
-from transfgu.errors import UserError
+from transfgu.errors import BadShare, UserError
 from transfgu.fields import MISSING, FieldInfo, check, convert, field, field_infos, listed
 from transfgu.methods import METHODS, SHARED, STAGES, TRANSFGU, method
 from transfgu.presets import FIRST_FORMAT, PRESET_FIELDS, PRESETS
@@ -62,6 +62,11 @@ class DatasetRecipe:
             size = getattr(self, name)
             check(len(size) == 2 and min(size) > 0, f"dataset.{name} must be two positive sides, not {size}")
         check(0 <= self.max_bad_share <= 1, f"dataset.max_bad_share must lie in 0..1, not {self.max_bad_share}")
+
+    @property
+    def bad_share(self) -> BadShare:
+        """The share of unusable inputs that a run accepts."""
+        return BadShare(limit=self.max_bad_share)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, Channels
+from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, Channels, patch_grid
 from transfgu.transfer import constant, to_device
 
 GREY = (0.2989, 0.587, 0.114)  # luma of red, green, blue (ITU-R 601)
@@ -90,7 +90,7 @@ def apply_views(
     """
     colours = change_colours(images.float() / 255, views)
     size = (images.shape[2] // 2, images.shape[3] // 2)
-    colours, maps = crop_views(colours, maps, views.boxes, size, (size[0] // patch_size, size[1] // patch_size))
+    colours, maps = crop_views(colours, maps, views.boxes, size, patch_grid(size, patch_size))
     centre, spread = (constant(values, colours.device, colours.dtype).view(3, 1, 1) for values in (mean, std))
     colours = (colours - centre) / spread
     flip = to_device(torch.from_numpy(views.flip), images.device)[:, None, None, None]

@@ -544,10 +544,11 @@ def check(recipe: Recipe) -> None:
     rows = datasets.list_samples(recipe, "train")
     if how.object_masks:
         missing = len(rows) - len(find_masks(rows, how.object_masks))
-        if missing > recipe.dataset.max_bad_share * len(rows):
+        share = recipe.dataset.bad_share
+        if share.is_exceeded(missing, len(rows)):
             raise UserError(
-                f"{missing} of {len(rows)} training images have no mask in {how.object_masks}: add them, or raise "
-                f"--dataset.max_bad_share from {recipe.dataset.max_bad_share:g}",
+                f"{missing} of {len(rows)} training images have no mask in {how.object_masks}: "
+                f"add them{share.or_raise}",
                 code="masks-missing",
             )
         return

@@ -139,7 +139,7 @@ class _Sample:
     """The same few patches of each image, spread at random, so that all images together give at most `_TOKENS`."""
 
     def __init__(self, recipe: Recipe, encode: PatchTokens, images: int) -> None:
-        height, width = (side // encode.encoder.patch_size for side in recipe.dataset.image_size)
+        height, width = patch_grid(recipe.dataset.image_size, encode.encoder.patch_size)
         count = max(1, min(height * width, _TOKENS // max(1, images)))
         self._places = np.sort(np.random.default_rng(recipe.seed).permutation(height * width)[:count])
 
@@ -177,7 +177,7 @@ def _averaged(
 
 
 def _tokens(encode: PatchTokens, images: Images | Tensor, smoothing: int = 1) -> Float[Tensor, "B d h w"]:
-    height, width = (side // encode.encoder.patch_size for side in images.shape[2:])
+    height, width = patch_grid((images.shape[2], images.shape[3]), encode.encoder.patch_size)
     pixels = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
     tokens = encode(pixels).mT.reshape(len(pixels), -1, height, width)  # (B, hw, d) -> (B, d, h, w)
     return F.avg_pool2d(tokens, smoothing, 1, smoothing // 2, count_include_pad=False)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from transfgu.encoder import Encoder, normalise
+from transfgu.encoder import Encoder, normalise, patch_grid
 from transfgu.inference.device import in_bfloat16
 from transfgu.inference.memory import HalveOnOutOfMemory
 from transfgu.recipe import EncoderRecipe
@@ -31,9 +31,8 @@ class PatchTokens:
     def __call__(self, images: UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B hw d"]:
         """Patch tokens, float32, of images as they are decoded (uint8), or normalised already (float)."""
         if not len(images):
-            patch = self.encoder.patch_size
-            hw = images.shape[2] // patch * (images.shape[3] // patch)
-            return torch.empty(0, hw, self.encoder.width, device=self.device)
+            h, w = patch_grid((images.shape[2], images.shape[3]), self.encoder.patch_size)
+            return torch.empty(0, h * w, self.encoder.width, device=self.device)
         tokens: Tensor = self._encode(images)
         return tokens
 

@@ -5,7 +5,6 @@ last one writes it whole, so nothing is grouped, ordered or waited for, and a pa
 driver comes back one small row a part. No torch here: the tasks that read and write start in a moment.
 """
 
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,18 +13,16 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from jaxtyping import UInt8
 from ray.data import Dataset
-from ray.exceptions import RayError
 
 from transfgu.datasets import images, map_files
 from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import Recipe, Size
 from transfgu.runtime import ray_internals
 from transfgu.runtime.bottleneck import details
-from transfgu.runtime.failures import find_user_error
+from transfgu.runtime.failures import raises_user_errors
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, storage
 
@@ -157,9 +154,7 @@ def write_part(
     Returns:
         The row that the driver is told: `summary`, as JSON, and `note`.
     """
-    sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({_METADATA: summary.to_json()}), sink, **options)
-    data = sink.getvalue()
+    data = parquet.encoded(table.replace_schema_metadata({_METADATA: summary.to_json()}), **options)
     storage.write_bytes(storage.join(folder, summary.file), data)
     if places:
         summary = replace(summary, size=len(data), places=places(data))
@@ -288,9 +283,15 @@ def complete(
     summaries = {s.part: s for s in _found(folder, parts)}
     missing = [table for part, table in parts.items() if part not in summaries]
     done = sum(s.images for s in summaries.values())
+
+    def check_bad() -> None:
+        """Raise UserError as soon as there are too many bad images, however good the rest may be."""
+        bad = [x for _, summary in sorted(summaries.items()) for x in summary.left_out]
+        recipe.dataset.bad_share.check(bad, len(samples), "images", at_least=True)
+
     if done:
         progress.update(done, len(samples), "images")
-    _check_share(recipe, samples, summaries)
+    check_bad()
     noted = {""}
     data: Dataset | None = None
     rows: Iterator[tuple[Summary, str]] = iter(())
@@ -306,7 +307,7 @@ def complete(
         summaries[summary.part] = summary
         done += summary.images
         progress.update(done, len(samples), "images")
-        _check_share(recipe, samples, summaries)
+        check_bad()
     return [summaries[part] for part in parts], {} if data is None else details(data, recipe)
 
 
@@ -323,14 +324,9 @@ def _told(rows: pa.Table) -> Iterator[tuple[Summary, str]]:
 
 
 def _made(data: Dataset) -> Iterator[tuple[Summary, str]]:
-    try:
+    with raises_user_errors():
         for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from _told(cast(pa.Table, batch))
-    except RayError as error:
-        cause = find_user_error(error)
-        if cause:
-            raise cause from None
-        raise
 
 
 def _found(folder: str, parts: Mapping[int, pa.Table]) -> list[Summary]:
@@ -349,17 +345,3 @@ def _summary(uri: str, part: pa.Table) -> Summary | None:
     except (UserError, KeyError, ValueError, TypeError):
         return None  # damaged since: it is made anew
     return summary if (summary.part, summary.images) == (part["index"][0].as_py(), len(part)) else None
-
-
-def _check_share(recipe: Recipe, samples: pa.Table, summaries: Mapping[int, Summary]) -> None:
-    """Raises UserError as soon as the bad images are too many, however good the rest may be."""
-    bad = [x for _, summary in sorted(summaries.items()) for x in summary.left_out]
-    limit = recipe.dataset.max_bad_share
-    if len(bad) <= limit * len(samples):
-        return
-    first = ", ".join(f"{x.name} ({x.reason})" for x in bad[:3])
-    raise UserError(
-        f"at least {len(bad)} of {len(samples)} images ({len(bad) / len(samples):.0%}) can't be used, such as {first}: "
-        f"mend or remove them, or raise --dataset.max_bad_share from {limit:g}",
-        code="images-bad",
-    )

@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 import safetensors
 import safetensors.numpy
 from jaxtyping import Bool, Float, Float32, Int
@@ -45,6 +44,7 @@ from transfgu.kmeans import (
     whitened,
 )
 from transfgu.recipe import Recipe
+from transfgu.runtime.failures import raises_user_errors
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Artifact, Outcome, Run
@@ -175,9 +175,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         "centroids": np.concatenate(concepts),
         "counts": np.concatenate([r.counts for r in results]),
     }
-    nearest = pa.BufferOutputStream()
-    pq.write_table(pa.concat_tables(found), nearest)
-    storage.write_bytes(folder.file("nearest.parquet"), nearest.getvalue().to_pybytes())
+    parquet.write_table(folder.file("nearest.parquet"), pa.concat_tables(found))
     storage.write_bytes(folder.file("concepts.safetensors"), safetensors.numpy.save(tensors))
     return Outcome(
         items=sum(s.rows for s in shards),
@@ -584,15 +582,11 @@ def _resources(actors: int, nodes: Sequence[Mapping[str, float]]) -> dict[str, f
 
 
 def _get(references: list[Any]) -> list[Any]:
-    """What actors answer; a user's mistake that one of them found is raised as it was there, in one line."""
+    """Return what actors answer; raises the UserError of an actor as it was raised there."""
     import ray
 
-    try:
+    with raises_user_errors():
         return list(ray.get(references))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
 
 
 def _connect() -> None:

@@ -137,13 +137,7 @@ def evaluate(
         if progress:
             progress.update(images + len(left_out), len(rows), "images")
     left_out.sort(key=lambda x: x.name)
-    if len(left_out) > recipe.dataset.max_bad_share * len(rows):
-        raise UserError(
-            f"{len(left_out)} of {len(rows)} validation images can't be used, such as {left_out[0].name} "
-            f"({left_out[0].reason}): mend them, or raise --dataset.max_bad_share from "
-            f"{recipe.dataset.max_bad_share:g}",
-            code="images-bad",
-        )
+    recipe.dataset.bad_share.check(left_out, len(rows), "validation images")
     return Evaluation(
         confusions=dict(zip(decoders, confusions, strict=True)),
         images=images,

@@ -90,16 +90,17 @@ class EncodeWindows:
 
     def __init__(self, recipe: Recipe, processes: int) -> None:
         # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
+        from transfgu.encoder import patch_grid
         from transfgu.inference import device
         from transfgu.inference.frozen_encoder import FrozenEncoder
         from transfgu.windows import sliding_windows
 
         self._recipe = recipe
-        height, width = recipe.dataset.feature_size
-        at_once = parts.part_size((height, width))
+        size = recipe.dataset.feature_size
+        at_once = parts.part_size(size)
         self._frozen = FrozenEncoder(recipe, device.own_device(), processes=processes, images_at_once=at_once)
         patch = self._frozen.encoder.patch_size
-        self._windows = sliding_windows((height // patch, width // patch), recipe.windows.scales, patch)
+        self._windows = sliding_windows(patch_grid(size, patch), recipe.windows.scales, patch)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """A block of `ReadImages` to one of windows."""

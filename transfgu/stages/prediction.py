@@ -17,7 +17,6 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int, UInt8
 from PIL import Image
 from ray.data import Dataset
@@ -556,7 +555,7 @@ def _write_rows(
     # A name of its own for each set of images: a task that is run twice replaces what it wrote.
     whole = list(names) if part is None else part.to_pylist()
     digest = hashlib.sha256("\n".join(whole).encode()).hexdigest()[:16]
-    storage.write_bytes(storage.join(job.out, "masks", f"part-{digest}.parquet"), _parquet(table))
+    storage.write_bytes(storage.join(job.out, "masks", f"part-{digest}.parquet"), masks_file(table))
 
 
 def png_of_strips(
@@ -606,7 +605,6 @@ def overlay(
     return sink.getvalue()
 
 
-def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=1, use_dictionary=False)
-    return sink.getvalue()
+def masks_file(table: pa.Table) -> bytes:
+    """Return the bytes of a Parquet file of masks, each of which can be read without the others."""
+    return parquet.encoded(table, compression="zstd", row_group_size=1, use_dictionary=False)

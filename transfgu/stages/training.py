@@ -97,13 +97,9 @@ def usable_images(recipe: Recipe, run: Run, kept: str) -> tuple[pa.Table, tuple[
         for name, reason in zip(listed["name"].to_pylist(), reasons, strict=True)
         if reason
     )
-    if not len(good) or len(left_out) > recipe.dataset.max_bad_share * len(listed):
-        such = f", such as {left_out[0].name} ({left_out[0].reason})" if left_out else ""
-        raise UserError(
-            f"{len(left_out)} of {len(listed)} training images can't be used{such}: mend them, or raise "
-            f"--dataset.max_bad_share from {recipe.dataset.max_bad_share:g}",
-            code="images-bad",
-        )
+    share = recipe.dataset.bad_share
+    if not len(good) or share.is_exceeded(len(left_out), len(listed)):
+        raise share.error(left_out, len(listed), "training images")
     return good.select(["image"]), left_out
 
 

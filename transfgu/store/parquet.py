@@ -93,8 +93,19 @@ def _damage(uri: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{storage.shown(uri)} is damaged: {remedy}", code="file-damaged") from None
 
 
-def write_table(uri: str, table: pa.Table) -> None:
-    """Write a small Parquet file in one piece."""
+def encoded(table: pa.Table, **options: Any) -> bytes:
+    """Return the bytes of a Parquet file.
+
+    Args:
+        table: the file's rows and metadata.
+        options: those of `pyarrow.parquet.write_table`.
+    """
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+    pq.write_table(table, sink, **options)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def write_table(uri: str, table: pa.Table, **options: Any) -> None:
+    """Write a Parquet file in one piece; arguments as of :func:`encoded`."""
+    storage.write_bytes(uri, encoded(table, **options))
