@@ -243,7 +243,7 @@ class Encoder(nn.Module):
             # Attention to patch n mixes in value n, so its gradient is the pulled-back cotangent times that value.
             patch_value = value[:, :, self.vit.num_prefix_tokens :]
             gain = torch.einsum("kbhie,bhne->bkn", pulled, patch_value) / self.num_heads
-            maps = _maps(self._patch_columns(row).mean(1), gain * gradient_scale)
+            maps = combined_maps(self._patch_columns(row).mean(1), gain * gradient_scale)
         return maps.reshape(*maps.shape[:2], *grid)
 
     # The transformer's parts.
@@ -376,7 +376,7 @@ def _scaled(block: Any, part: int, y: Float[Tensor, "B n d"]) -> Float[Tensor, "
     return y if gamma is None else gamma * y
 
 
-def _maps(attention: Float[Tensor, "B hw"], gain: Float[Tensor, "B K hw"]) -> Float[Tensor, "B K hw"]:
+def combined_maps(attention: Float[Tensor, "B hw"], gain: Float[Tensor, "B K hw"]) -> Float[Tensor, "B K hw"]:
     """Attention and gain (minus the gradient) to concept maps."""
     positive = gain.clamp(min=0)
     values, order = positive.sort(-1)
@@ -415,13 +415,13 @@ def _create(name: str, *, pretrained: bool = False) -> Any:
     except (RuntimeError, OSError, TypeError, ValueError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         if pretrained:
-            remedy = f"{_fetching(name)} give --encoder.weights another path or URI, or random"
+            remedy = f"{fetch_command(name)} give --encoder.weights another path or URI, or random"
         else:
             remedy = "use a timm vision transformer, such as vit_small_patch8_224.dino"
         raise UserError(f"encoder {name} can't be had ({reason}): {remedy}", code="encoder-unavailable") from error
 
 
-def _fetching(name: str) -> str:
+def fetch_command(name: str) -> str:
     """How to get a model's weights on a machine that has network access; empty where timm does not say."""
     try:
         known = timm.models.get_pretrained_cfg(name)

@@ -104,12 +104,12 @@ def batch_confusion(
     """
     if isinstance(labels, Tensor) and isinstance(predictions, Tensor):
         if labels.device.type != "cpu":
-            return _confusion_on_device(labels, predictions, num_classes, num_clusters or num_classes)
+            return confusion_on_device(labels, predictions, num_classes, num_clusters or num_classes)
         return torch.from_numpy(confusion_matrix(labels.numpy(), predictions.numpy(), num_classes, num_clusters))
     return confusion_matrix(labels, predictions, num_classes, num_clusters)
 
 
-def _confusion_on_device(
+def confusion_on_device(
     labels: Integer[Tensor, "..."], predictions: Integer[Tensor, "..."], num_classes: int, num_clusters: int
 ) -> Int[Tensor, "C clusters"]:
     _check_shapes(labels.shape, predictions.shape)

@@ -525,7 +525,8 @@ def given_in(text: str | bytes, name: str = "the recipe") -> set[str]:
     tree = _mapping(text, name)
     if _GIVEN in tree:
         with formats.damage(name, "restore it, or choose another --run"):
-            return {_FORMER_NAMES.get(str(n), str(n)) for n in tree[_GIVEN]}
+            former = _former_names()
+            return {former.get(str(n), str(n)) for n in tree[_GIVEN]}
     recipe = from_yaml(text, name, resolved=True)
     usual = preset(recipe.preset, recipe.method).with_fields(FIRST_FORMAT.get(recipe.preset, {})).flat()
     return {n for n, value in recipe.flat().items() if value != usual[n] and FIELDS[n].before is MISSING}
@@ -550,7 +551,8 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The same under today's names, and each later field with the value that runs had before it.
     """
-    now = {_FORMER_NAMES.get(name, name): value for name, value in values.items()}
+    former = _former_names()
+    now = {former.get(name, name): value for name, value in values.items()}
     later = {n: listed(info.before) for n, info in FIELDS.items() if info.before is not MISSING and n not in now}
     return {**now, **later}
 
@@ -568,9 +570,9 @@ def _walk(recipe: Recipe) -> Iterator[tuple[str, Any]]:
 FIELDS: dict[str, FieldInfo] = field_infos(Recipe)
 """Every field of the recipe by dotted name."""
 
-_FORMER_NAMES: Mapping[str, str] = types.MappingProxyType(
-    {former: name for name, info in FIELDS.items() for former in info.was}
-)
+
+def _former_names() -> dict[str, str]:
+    return {former: name for name, info in FIELDS.items() for former in info.was}
 
 
 def _short_names() -> dict[str, str]:
@@ -589,7 +591,7 @@ def field_name(name: str) -> str:
         UserError: no such field; the message lists the nearest.
     """
     full = SHORT_NAMES.get(name, name)
-    full = _FORMER_NAMES.get(full, full)
+    full = _former_names().get(full, full)
     if full not in FIELDS:
         near = difflib.get_close_matches(name, [*FIELDS, *SHORT_NAMES], n=4, cutoff=0.4)
         raise UserError(

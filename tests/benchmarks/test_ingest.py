@@ -79,7 +79,7 @@ def test_requests_at_the_server(s3: str, faults: Gateway, tmp_path: Path) -> Non
 
 @pytest.mark.s3
 def test_a_stage_asks_for_each_image_once(s3: str, faults: Gateway, tmp_path: Path) -> None:
-    files = ingest._photographs(tmp_path / "images", 20)
+    files = ingest.write_photographs(tmp_path / "images", 20)
     for i, file in enumerate(files):
         storage.write_bytes(f"{s3}/{i:02d}.jpg", Path(file).read_bytes())
     uris = [f"{s3}/{i:02d}.jpg" for i in range(20)]

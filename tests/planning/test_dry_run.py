@@ -68,4 +68,4 @@ def test_scenes_are_counted_before_they_are_drawn(tmp_path: Path) -> None:
     ("count", "shown"), [(12, "12 bytes"), (1500, "1.5 kB"), (25 * 10**6, "25 MB"), (3 * 10**16, "30000 TB")]
 )
 def test_bytes_are_written_in_two_figures_or_more(count: int, shown: str) -> None:
-    assert dry_run._bytes(count) == shown
+    assert dry_run.in_bytes(count) == shown

@@ -30,7 +30,8 @@ from transfgu.recipe import Recipe, Size
 from transfgu.views import Colours, change_colours
 from transfgu.workers import gather_rows, sum_over_workers
 
-_ROWS = 1 << 12  # of features that are looked at together: 4 MB of 128 channels in double precision stay in cache
+CHUNK_ROWS = 1 << 12
+"""Rows of features that are assigned together: 4 MB of 128 channels in double precision stay in cache."""
 _UNIT = 1 << 32  # steps of 1.0 in exact sums: 2^31 rows of unit length cannot overflow 64 bits
 
 
@@ -48,13 +49,14 @@ class ClusteringLoss:
 
 @torch.no_grad()
 def assign(
-    features: Float[Tensor, "B d h w"], centroids: Float[Tensor, "K d2"]
+    features: Float[Tensor, "B d h w"], centroids: Float[Tensor, "K d2"], *, chunk_rows: int = CHUNK_ROWS
 ) -> tuple[Int64[Tensor, "B h w"], Float[Tensor, " K"]]:
     """The nearest centroid of each pixel, and the share of the pixels that each cluster has.
 
     Args:
         features: of any length; they are brought to unit length here.
         centroids: compared by Euclidean distance, as they are.
+        chunk_rows: pixels that are assigned together; it changes no result.
 
     Returns:
         labels, and the clusters' shares, which `clustering_loss` takes as class weights: the published code weights
@@ -67,7 +69,7 @@ def assign(
     batch, _, height, width = features.shape
     clusters = centroids.shape[0]
     rows = features.movedim(1, 3).flatten(0, 2)  # (B, d, h, w) -> (B h w, d)
-    labels = torch.cat([_nearest(some, centroids)[0] for some in _unit_rows(rows)])
+    labels = torch.cat([_nearest(some, centroids)[0] for some in _unit_rows(rows, chunk_rows)])
     counts = torch.bincount(labels, minlength=clusters)
     shares = counts.double() / max(1, len(labels))
     return labels.reshape(batch, height, width), shares.to(centroids.dtype)
@@ -383,9 +385,9 @@ class MiniBatchKMeans:
         return batch.mean_distance
 
 
-def _unit_rows(rows: Float[Tensor, "n d"]) -> Iterator[Tensor]:
+def _unit_rows(rows: Float[Tensor, "n d"], chunk_rows: int = CHUNK_ROWS) -> Iterator[Tensor]:
     """Chunks of rows brought to unit length, in double precision: a row's centroid does not depend on its chunk."""
-    return (F.normalize(chunk.double(), dim=1) for chunk in torch.split(rows, _ROWS))
+    return (F.normalize(chunk.double(), dim=1) for chunk in torch.split(rows, chunk_rows))
 
 
 def _nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,13 +58,13 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
     train = samples.load(run, "train")
     labelled = train.filter(train["label"].is_valid())
     predictors = {
-        "K-Means over patch tokens": _bottom_up(recipe, encode, train, smoothing=1),
-        "K-Means over patch tokens, smoothed": _bottom_up(recipe, encode, train, smoothing=3),
-        "pseudo labels alone": _pseudo_labels(recipe, run, device),
+        "K-Means over patch tokens": bottom_up(recipe, encode, train, smoothing=1),
+        "K-Means over patch tokens, smoothed": bottom_up(recipe, encode, train, smoothing=3),
+        "pseudo labels alone": pseudo_label_method(recipe, run, device),
     }
     if recipe.encoder.name == SHIPPED or timm.is_model(recipe.encoder.name):
         untrained = PatchTokens(replace(recipe.encoder, weights="random"), device)
-        predictors["K-Means over patch tokens, untrained encoder"] = _bottom_up(recipe, untrained, train, smoothing=1)
+        predictors["K-Means over patch tokens, untrained encoder"] = bottom_up(recipe, untrained, train, smoothing=1)
     if len(labelled):
         predictors["linear probe, supervised"] = _linear_probe(recipe, encode, labelled)
     confusions = {name: np.zeros((recipe.classes, recipe.classes), np.int64) for name in predictors}
@@ -76,20 +76,20 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
     return {name: scores(confusion) for name, confusion in confusions.items()}
 
 
-def _bottom_up(recipe: Recipe, encode: PatchTokens, train: pa.Table, *, smoothing: int) -> Predict:
+def bottom_up(recipe: Recipe, encode: PatchTokens, train: pa.Table, *, smoothing: int) -> Predict:
     """Each patch is of the cluster whose centroid is nearest to its token."""
     sample = _Sample(recipe, encode, len(train))
-    rows = [sample.take(_tokens(encode, images, smoothing)) for images in _images(recipe, train)]
+    rows = [sample.take(smoothed_tokens(encode, images, smoothing)) for images in _images(recipe, train)]
     centroids = torch.from_numpy(cluster(Shard(rows), recipe.classes, seed=recipe.seed).centroids).to(encode.device)
 
     def likeness(tokens: Float[Tensor, "B d h w"]) -> Float[Tensor, "B K h w"]:
         # The nearest centroid c of a token x has the largest 2 x c - |c|^2, whatever |x| is.
         return torch.einsum("bdhw,kd->bkhw", tokens, 2 * centroids) - centroids.square().sum(1)[:, None, None]
 
-    return lambda images: _averaged(recipe.evaluation, encode, images, likeness, smoothing)
+    return lambda images: averaged(recipe.evaluation, encode, images, likeness, smoothing)
 
 
-def _pseudo_labels(recipe: Recipe, run: Run, device: torch.device) -> Predict:
+def pseudo_label_method(recipe: Recipe, run: Run, device: torch.device) -> Predict:
     """What the decoder begins to learn from, made of the validation images themselves."""
     encoder, centroids = FrozenEncoder(recipe, device), torch.from_numpy(load_centroids(run))
 
@@ -108,8 +108,8 @@ def _linear_probe(recipe: Recipe, encode: PatchTokens, labelled: pa.Table) -> Pr
     sample = _Sample(recipe, encode, len(labelled))
     rows, truths = [], []
     for images, labels in _labelled(recipe, labelled):
-        rows.append(sample.take(_tokens(encode, images)))
-        truths.append(sample.take(_majority(recipe, labels, encode.encoder.patch_size))[:, 0])
+        rows.append(sample.take(smoothed_tokens(encode, images)))
+        truths.append(sample.take(majority(recipe, labels, encode.encoder.patch_size))[:, 0])
     known = np.concatenate(truths) >= 0
     tokens = torch.from_numpy(np.concatenate(rows)[known]).to(encode.device)
     truth = torch.from_numpy(np.concatenate(truths)[known]).to(encode.device)
@@ -132,7 +132,7 @@ def _linear_probe(recipe: Recipe, encode: PatchTokens, labelled: pa.Table) -> Pr
         seen = (tokens.movedim(1, 3) - mean) / deviation  # (B, d, h, w) -> (B, h, w, d)
         return F.linear(seen, weight, bias).movedim(3, 1)
 
-    return lambda images: _averaged(recipe.evaluation, encode, images, logits)
+    return lambda images: averaged(recipe.evaluation, encode, images, logits)
 
 
 class _Sample:
@@ -150,7 +150,7 @@ class _Sample:
         return rows
 
 
-def _averaged(
+def averaged(
     how: EvaluationRecipe,
     encode: PatchTokens,
     images: Images,
@@ -170,20 +170,20 @@ def _averaged(
                 normalise(pixels.to(encode.device), encoder.mean, encoder.std), size, mode="bilinear"
             )
         for mirrored in (False, True) if how.flip else (False,):
-            seen = read(_tokens(encode, resized.flip(3) if mirrored else resized, smoothing))
+            seen = read(smoothed_tokens(encode, resized.flip(3) if mirrored else resized, smoothing))
             seen = seen.flip(3) if mirrored else seen
             found.append(seen if seen.shape[2:] == finest else F.interpolate(seen, finest, mode="bilinear"))
     return torch.stack(found).mean(0)
 
 
-def _tokens(encode: PatchTokens, images: Images | Tensor, smoothing: int = 1) -> Float[Tensor, "B d h w"]:
+def smoothed_tokens(encode: PatchTokens, images: Images | Tensor, smoothing: int = 1) -> Float[Tensor, "B d h w"]:
     height, width = patch_grid((images.shape[2], images.shape[3]), encode.encoder.patch_size)
     pixels = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
     tokens = encode(pixels).mT.reshape(len(pixels), -1, height, width)  # (B, hw, d) -> (B, d, h, w)
     return F.avg_pool2d(tokens, smoothing, 1, smoothing // 2, count_include_pad=False)
 
 
-def _majority(recipe: Recipe, labels: list[Int16[np.ndarray, "_ _"]], patch: int) -> Int[Tensor, "B 1 h w"]:
+def majority(recipe: Recipe, labels: list[Int16[np.ndarray, "_ _"]], patch: int) -> Int[Tensor, "B 1 h w"]:
     """The class of most labelled pixels of each patch; -1 without any."""
     pixels = torch.from_numpy(np.stack(labels)).long()
     votes = F.one_hot(pixels + 1, recipe.classes + 1).movedim(3, 1)[:, 1:].float()  # (B, C, H, W)

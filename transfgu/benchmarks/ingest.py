@@ -146,7 +146,7 @@ def _rows(recipe: Recipe, images: int, folder: Path) -> pa.Table:
             )
         uris = listed[:images]
     else:
-        uris = _photographs(folder / "images", images)
+        uris = write_photographs(folder / "images", images)
     run = Run(str(folder / "run"))
     labels = run.artifact("pseudo_labels").uri
     _write_maps(recipe, labels, images)
@@ -156,7 +156,7 @@ def _rows(recipe: Recipe, images: int, folder: Path) -> pa.Table:
     return table.replace_schema_metadata({VERSIONS: json.dumps([uris, versions])})
 
 
-def _photographs(folder: Path, count: int) -> list[str]:
+def write_photographs(folder: Path, count: int) -> list[str]:
     """Photographs of COCO's sizes: smooth colours with some noise, about 100 KB each."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)

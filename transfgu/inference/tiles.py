@@ -19,7 +19,9 @@ from transfgu.errors import UserError
 from transfgu.recipe import Size
 
 _AT_ONCE = 16  # tiles that go through the encoder together
-_NUMBERS = 1 << 25  # of blended logits at a time: 128 MiB
+
+BLENDED = 1 << 25
+"""Blended logits that are held at a time: 128 MiB."""
 
 
 @runtime_checkable
@@ -120,6 +122,8 @@ def strips(
     tiling: Tiling,
     logits_of: Callable[[UInt8[Tensor, "B 3 H W"]], Float[Tensor, "B C h w"]],
     reduce: Callable[[Float[Tensor, "C rows columns"]], np.ndarray],
+    *,
+    blended: int = BLENDED,
 ) -> Iterator[np.ndarray]:
     """Predict an image, a strip of rows after the other.
 
@@ -130,6 +134,7 @@ def strips(
         logits_of: logits of resized tiles.
         reduce: what is wanted of blended logits, such as the index of the largest: (C, rows, columns) to
             (..., rows, columns).
+        blended: logits that are blended at a time; it bounds memory and changes no result.
 
     Yields:
         (..., rows, W), from the top down.
@@ -151,7 +156,7 @@ def strips(
             found.append(logits_of(torch.from_numpy(np.stack(tiles))).float())
         held[row] = torch.cat(found)
         stop = down.begins[row + 1] if row + 1 < len(down.begins) else image.height
-        yield _strip(held, down, across, done, stop, image.width, reduce)
+        yield _strip(held, down, across, done, stop, image.width, reduce, blended)
         done = stop
         held = {r: logits for r, logits in held.items() if down.begins[r] + down.tile > done}
 
@@ -164,11 +169,12 @@ def _strip(
     stop: int,
     width: int,
     reduce: Callable[[Any], np.ndarray],
+    blended: int,
 ) -> np.ndarray:
     """The rows `start` to `stop`, from the logits of the tiles that lie over them."""
     logits = next(iter(held.values()))
     _, classes, h, w = logits.shape
-    columns = max(1, min(across.tile, _NUMBERS // (classes * (stop - start))))
+    columns = max(1, min(across.tile, blended // (classes * (stop - start))))
     blocks = []
     for left in range(0, width, columns):
         right = min(left + columns, width)

@@ -104,13 +104,13 @@ def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool
             yield f"{stage}: complete already, skipped"
             continue
         work = works[stage]
-        stored = f"; {_bytes(work.stored)} to write" if work.stored else ""
+        stored = f"; {in_bytes(work.stored)} to write" if work.stored else ""
         takes = f"; about {duration(work.time)} in the encoder" if work.time else ""
         yield f"{stage}: {work.what}{stored}{takes}"
         if stage in plans:
             yield f"  {' > '.join(plans[stage])}"
     left = [works[stage] for stage in stages if not complete[stage]]
-    total = f"in all {_bytes(sum(w.stored for w in left))} to write"
+    total = f"in all {in_bytes(sum(w.stored for w in left))} to write"
     if timed and encode:
         total += f", and about {duration(sum(w.time for w in left))} in the encoder, timed on this {encode.device.type}"
     elif by_concepts:
@@ -257,7 +257,7 @@ def _left_out(left_out: Sequence[LeftOut]) -> str:
     return f"; {len(left_out)} left out ({left_out[0].name}: {left_out[0].reason}, ...)" if left_out else ""
 
 
-def _bytes(count: int) -> str:
+def in_bytes(count: int) -> str:
     shown, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
     while shown >= 1000 and len(units) > 1:
         shown /= 1000

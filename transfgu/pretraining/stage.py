@@ -133,7 +133,7 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
         }
         for first in range(0, len(names), size)
     ]
-    make = partial(_make_part, images=job.images, size=job.image_size, squares=each, seed=seed, orient=orient)
+    make = partial(make_part, images=job.images, size=job.image_size, squares=each, seed=seed, orient=orient)
     with ray_internals.data_context():
         made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make)
     parts, left_out, done = [], [], 0
@@ -164,7 +164,7 @@ def files(uri: str) -> list[str]:
     return files
 
 
-def _make_part(
+def make_part(
     row: dict[str, Any], images: str, size: int, squares: int, seed: int, orient: bool = False
 ) -> dict[str, Any]:
     """A task: makes one part, unless it is there, and says what it holds."""

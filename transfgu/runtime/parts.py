@@ -334,11 +334,11 @@ def _found(folder: str, parts: Mapping[int, pa.Table]) -> list[Summary]:
     there = {uri.rsplit("/", 1)[-1]: uri for uri in storage.list_files(folder)}
     wanted = [(there[part_file(part)], table) for part, table in parts.items() if part_file(part) in there]
     with ThreadPoolExecutor(16) as pool:
-        found = pool.map(lambda job: _summary(*job), wanted)
+        found = pool.map(lambda job: read_summary(*job), wanted)
         return [summary for summary in found if summary is not None]
 
 
-def _summary(uri: str, part: pa.Table) -> Summary | None:
+def read_summary(uri: str, part: pa.Table) -> Summary | None:
     try:
         metadata = parquet.opened(uri).metadata.metadata or {}
         summary = Summary.from_json(metadata[_METADATA])

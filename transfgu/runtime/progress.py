@@ -1,27 +1,43 @@
-"""Progress is the driver's alone: a line that is redrawn on a terminal, plain lines in a log."""
+"""Show the progress of a stage, in the driver: a line that is redrawn on a terminal, plain lines in a log."""
 
 import io
 import sys
 import time
+from collections.abc import Callable
 from typing import cast
 
 
 class Progress:
     """One stage's progress: a line that is redrawn on a terminal, a line every ten seconds in a log."""
 
-    def __init__(self, stage: str, stream: io.TextIOBase | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        stage: str,
+        stream: io.TextIOBase | None = None,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the clock.
+
+        Args:
+            stage: stands at the beginning of each line.
+            stream: what is written to; None: stderr.
+            quiet: write nothing.
+            clock: returns the time, s.
+        """
+        self._clock = clock
         self._stage = stage
         self._stream = stream or cast(io.TextIOBase, sys.stderr)
         self._quiet = quiet
         self._terminal = self._stream.isatty()
-        self._start = self._last = time.monotonic()
+        self._start = self._last = clock()
         self._first_done: int | None = None
         self._unit = ""
         self._width = 0
 
     def update(self, done: int, total: int | None, unit: str) -> None:
-        """Tell how many of how many `unit` (images, epochs, iterations) are done; None: nobody knows of how many."""
-        now = time.monotonic()
+        """Report that `done` of `total` units, such as images or epochs, are done; `total` is None if unknown."""
+        now = self._clock()
         if unit != self._unit or done < (self._first_done or 0):  # a stage may count images first, then steps
             self._first_done, self._unit, self._start = None, unit, now if self._unit else self._start
         # Parts found from an earlier attempt cost nothing now: the rate counts from the first report on.

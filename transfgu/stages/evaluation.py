@@ -125,7 +125,7 @@ def evaluate(
             read(rows), Count(**arguments), recipe.evaluation.batch_size
         )
     else:
-        data = _plan(recipe, rows, read, arguments)
+        data = plan(recipe, rows, read, arguments)
         # Fetched ahead, a batch would be told of only once the next one is there.
         counted = iter(data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
     confusions = np.zeros((len(decoders), recipe.classes, recipe.classes), np.int64)
@@ -146,7 +146,7 @@ def evaluate(
     )
 
 
-def _plan(
+def plan(
     recipe: Recipe,
     rows: pa.Table,
     read: Callable[[pa.Table], dict[str, Any]],

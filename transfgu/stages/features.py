@@ -98,8 +98,8 @@ class EncodeWindows:
         self._recipe = recipe
         size = recipe.dataset.feature_size
         at_once = parts.part_size(size)
-        self._frozen = FrozenEncoder(recipe, device.own_device(), processes=processes, images_at_once=at_once)
-        patch = self._frozen.encoder.patch_size
+        self.frozen = FrozenEncoder(recipe, device.own_device(), processes=processes, images_at_once=at_once)
+        patch = self.frozen.encoder.patch_size
         self._windows = sliding_windows(patch_grid(size, patch), recipe.windows.scales, patch)
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -107,7 +107,7 @@ class EncodeWindows:
         images, pixels = parts.usable(block)
         rows, kept, kinds = self._chosen(pixels)
         places = self._windows[kept]
-        features = self._frozen.window_features(pixels, rows, places, self._recipe.windows.size)
+        features = self.frozen.window_features(pixels, rows, places, self._recipe.windows.size)
         found = images.select(["part", "index"]).take(rows)
         for name, column in zip(_PLACE, places.T, strict=True):
             found = found.append_column(name, pa.array(column.astype(np.int16)))
@@ -117,7 +117,7 @@ class EncodeWindows:
         without = block.filter(pc.invert(pc.is_in(block["index"], found["index"].combine_chunks())))
         without = without.drop_columns("image")
         whole = pa.concat_tables([found, without], promote_options="default")
-        return whole.append_column("note", pa.array([self._frozen.note] * len(whole), pa.string()))
+        return whole.append_column("note", pa.array([self.frozen.note] * len(whole), pa.string()))
 
     def _chosen(
         self, pixels: UInt8[np.ndarray, "n 3 H W"]
@@ -130,9 +130,9 @@ class EncodeWindows:
             each = np.arange(len(self._windows))
             n = len(pixels)
             return np.repeat(np.arange(n), len(each)), np.tile(each, n), np.zeros(n * len(each), np.int64)
-        patch = self._frozen.encoder.patch_size
+        patch = self.frozen.encoder.patch_size
         chosen = []
-        for row, saliency in enumerate(self._frozen.saliency(pixels, times_mean=how.saliency_factor)):
+        for row, saliency in enumerate(self.frozen.saliency(pixels, times_mean=how.saliency_factor)):
             selected = select_windows(
                 self._windows, saliency, patch, min_foreground=how.min_foreground, min_background=how.min_background
             )

@@ -35,10 +35,14 @@ from transfgu.training.order import Order
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_ROWS = 32  # rows that one task decodes: 10 MB of 320 x 320
-_STREAM_ROWS = 4096  # a stream takes a second to start: epochs of fewer rows share one
 _AHEAD_BYTES = 1 << 30  # decoded rows that may wait in the object store for one worker
 _BATCHES_AHEAD = 2  # that are read from the cache while one is trained on
+
+BLOCK_ROWS = 32
+"""Rows that one task decodes: 10 MB of 320 x 320."""
+
+STREAM_ROWS = 4096
+"""Rows of a stream at least, where there are as many: a stream takes a second to start."""
 
 VERSIONS = b"transfgu.versions"
 """In the metadata of a table of training images: digest of the versions of all files that it names."""
@@ -79,17 +83,22 @@ class Share:
         """What all images and maps take in memory, once decoded."""
         return len(self.rows) * (3 * self.size[0] * self.size[1] + 2 * int(np.prod(self.maps)))
 
-    def read(self, slots: Int[np.ndarray, " n"], batch_size: int) -> Iterator[Batch]:
-        """Decoded slots in their order, a batch at a time."""
+    def read(self, slots: Int[np.ndarray, " n"], batch_size: int, block_rows: int = BLOCK_ROWS) -> Iterator[Batch]:
+        """Decode the samples of slots, in their order, a batch at a time; a task decodes `block_rows`."""
         rows = self.rows.take(slots % self.order.images).append_column("slot", pa.array(slots))
         read = self.read_rows or partial(read_training_rows, size=self.size, orient=self.orient)
-        for columns in stream(rows, read, batch_size, world=self.world):
+        for columns in stream(rows, read, batch_size, world=self.world, block_rows=block_rows):
             # Copied: arrays out of Ray's object store are read-only, which torch warns of.
             yield Batch(columns["slot"], torch.tensor(columns["image"]), torch.tensor(columns["maps"]))
 
 
 def stream(
-    rows: pa.Table, read: Callable[[pa.Table], dict[str, Any]], batch_size: int, *, world: int
+    rows: pa.Table,
+    read: Callable[[pa.Table], dict[str, Any]],
+    batch_size: int,
+    *,
+    world: int,
+    block_rows: int = BLOCK_ROWS,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Rows in their order, `batch_size` at a time, through `read` in CPU tasks; what is one block, in this process.
 
@@ -98,14 +107,15 @@ def stream(
         read: from a block of rows to columns of as many.
         batch_size: rows at a time; the last may be fewer.
         world: workers that read at the same time, and share the cluster's memory for objects.
+        block_rows: rows that one task reads.
     """
-    if len(rows) <= _BLOCK_ROWS:  # a plan takes two seconds to start
+    if len(rows) <= block_rows:  # a plan takes two seconds to start
         columns = read(rows)
         for start in range(0, len(rows), batch_size):
             yield {name: values[start : start + batch_size] for name, values in columns.items()}
         return
     store = ray.cluster_resources().get("object_store_memory", _AHEAD_BYTES)
-    blocks = [rows.slice(start, _BLOCK_ROWS) for start in range(0, len(rows), _BLOCK_ROWS)]
+    blocks = [rows.slice(start, block_rows) for start in range(0, len(rows), block_rows)]
     with data_context(preserve_order=True, store_bytes=min(_AHEAD_BYTES, store / (2 * world))):
         data = ray.data.from_arrow(blocks).map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=1)
     yield from data.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2)
@@ -114,9 +124,18 @@ def stream(
 class Streamed:
     """Batches of a data set of any size, decoded anew each time they are seen."""
 
-    def __init__(self, share: Share, epochs: int) -> None:
-        """`epochs` is how many there are in all, where reading ahead ends."""
-        self._share = share
+    def __init__(
+        self, share: Share, epochs: int, *, stream_rows: int = STREAM_ROWS, block_rows: int = BLOCK_ROWS
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            share: which rows are this worker's.
+            epochs: number of all epochs, where reading ahead ends.
+            stream_rows: rows of a stream at least, where there are as many.
+            block_rows: rows that one task decodes.
+        """
+        self._share, self._stream_rows, self._block_rows = share, stream_rows, block_rows
         self._epochs = epochs
         self._next = -1
         self._batches: Iterator[Batch] = iter(())
@@ -132,11 +151,11 @@ class Streamed:
     def _from(self, epoch: int) -> Iterator[Batch]:
         share = self._share
         steps, rows = share.slots(epoch).shape
-        at_once = -(-_STREAM_ROWS // max(1, steps * rows))
+        at_once = -(-self._stream_rows // max(1, steps * rows))
         for first in range(epoch, self._epochs, at_once):
             slots = [share.slots(e) for e in range(first, min(first + at_once, self._epochs))]
             if rows:
-                yield from share.read(np.concatenate(slots).ravel(), rows)
+                yield from share.read(np.concatenate(slots).ravel(), rows, self._block_rows)
             else:
                 yield from (_nothing(share) for _ in range(steps * len(slots)))
 
