@@ -46,6 +46,11 @@ class Method:
     values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Fields in which it differs from a preset's TransFGU, by preset; under "" those of all presets."""
 
+    @property
+    def optimised(self) -> bool:
+        """Return True if its training takes optimiser steps."""
+        return "training" in self.fields or "training.lr" in self.fields
+
     def load(self, what: str) -> Any:
         """Import `learner`, `model` or `check`."""
         module, _, name = getattr(self, what).partition(":")

@@ -125,6 +125,13 @@ class Artifact:
         if held is not None:
             held = {n: value for n, value in upgraded(held).items() if n in held or n in wanted}
         if held is not None and held != wanted:
+            theirs = str(held.get("method", TRANSFGU))
+            if theirs != wanted.get("method", TRANSFGU):
+                raise UserError(
+                    f"{self.uri} holds the work of another method, {theirs} (asked: {recipe.method}): choose another "
+                    f"--run, or go on with that one by --method {theirs}",
+                    code="run-of-another-method",
+                )
             differing = [
                 f"{n} ({_shown(held.get(n))} there, {_shown(wanted.get(n))} asked)"
                 for n in dict.fromkeys([*held, *wanted])
@@ -210,7 +217,7 @@ class Run:
         if text is None:
             return asked
         held = from_yaml(text, storage.shown(uri), resolved=True)
-        if held.preset != asked.preset or (asked.method != TRANSFGU and asked.method != held.method):
+        if (held.preset, held.method) != (asked.preset, asked.method):
             return asked
         given = self.given(asked)
         kept = {n: v for n, v in held.flat().items() if n not in given and not n.startswith("compute.")}
