@@ -112,6 +112,7 @@ def batch_confusion(
 def confusion_on_device(
     labels: Integer[Tensor, "..."], predictions: Integer[Tensor, "..."], num_classes: int, num_clusters: int
 ) -> Int[Tensor, "C clusters"]:
+    """Count as :func:`confusion_matrix` does, on the tensors' device and without waiting for it."""
     _check_shapes(labels.shape, predictions.shape)
     true, predicted = labels.flatten().long(), predictions.flatten().long()
     labelled = (true >= 0) & (true < num_classes)

@@ -378,7 +378,7 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
         found = _named_scores(recipe, run, counted.confusions["model"])
     else:
         found = counted.scores("model")
-    return _result(recipe, run, found, counted.images, counted.left_out)
+    return evaluation_result(recipe, run, found, counted.images, counted.left_out)
 
 
 def evaluate_masks(recipe: Recipe, run: Run | None, masks: str, *, quiet: bool = False) -> dict[str, Any]:
@@ -400,7 +400,7 @@ def evaluate_masks(recipe: Recipe, run: Run | None, masks: str, *, quiet: bool =
     from transfgu.metrics import scores
 
     counted = score_masks(recipe, _labelled_rows(recipe, run), masks, Progress("evaluation", quiet=quiet))
-    return _result(recipe, run, scores(counted.confusion, counted.ignored), counted.images, counted.left_out)
+    return evaluation_result(recipe, run, scores(counted.confusion, counted.ignored), counted.images, counted.left_out)
 
 
 def _labelled_rows(recipe: Recipe, run: Run | None) -> "pa.Table":
@@ -427,9 +427,10 @@ def _labelled_rows(recipe: Recipe, run: Run | None) -> "pa.Table":
     return rows
 
 
-def _result(
+def evaluation_result(
     recipe: Recipe, run: Run | None, scores: "Scores", images: int, left_out: Sequence[LeftOut]
 ) -> dict[str, Any]:
+    """Return the scores of a run as `metrics.json` has them, with the names of its classes and what was left out."""
     from transfgu.metrics import scores_json
 
     result = scores_json(scores)

@@ -37,7 +37,7 @@ def test_the_first_epoch_reads_each_file_once_and_later_ones_none(tmp_path: Path
 def test_requests_at_the_server(s3: str, faults: Gateway, tmp_path: Path) -> None:
     size = (32, 32)
     recipe = preset("coco-stuff-27").with_fields({"image_size": size, "training_size": size})
-    local = ingest._rows(recipe, IMAGES, tmp_path)
+    local = ingest.made_rows(recipe, IMAGES, tmp_path)
     parts = sorted(set(local["part"].to_pylist()))
     index = str(Path(parts[0]).parent / map_files.INDEX)
     for uri in [*parts, index, *local["image"].to_pylist()]:

@@ -158,7 +158,7 @@ PARQUET: dict[str, tuple[str, Callable[[MadeRun, Run, str], object]]] = {
         "pseudo_labels/unlabelled.table",
         lambda made, run, uri: Mirror(*scoring(made, uri)),
     ),
-    "masks": ("masks/part-0.parquet", lambda made, run, uri: prediction._names(uri)),
+    "masks": ("masks/part-0.parquet", lambda made, run, uri: prediction.names_in(uri)),
     "part to pretrain on, counted": (
         "images/part-00000000.parquet",
         lambda made, run, uri: stage.make_part({"part": uri, "names": ["0"]}, "shapes", 8, 1, 0),

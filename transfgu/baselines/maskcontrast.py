@@ -479,7 +479,7 @@ class MaskContrastModel:
 
     def __init__(self, recipe: Recipe, network: ClusteredEmbeddings, device: torch.device) -> None:
         self.device, self.patch_size = device, 1
-        self._background, self._network = recipe.background, network
+        self._background, self.network = recipe.background, network
 
     def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         """Pixels normalised by ImageNet's mean and deviation."""
@@ -492,25 +492,25 @@ class MaskContrastModel:
     def logits(self, seen: Shaped[Tensor, "B 3 H W"], size: Size) -> Float[Tensor, "B C h w"]:
         """For each cluster the object logit (its negative for stuff) less what the nearest cluster is nearer by."""
         pixels = seen if seen.is_floating_point() else self.normalise(seen)
-        embeddings, objects = self._network(pixels)
+        embeddings, objects = self.network(pixels)
         inside: Bool[Tensor, "B h w"] = objects > 0
         unit = F.normalize(embeddings, dim=1)
         parts = []
         if self._background:
             parts.append(-objects[:, None])
-        if len(self._network.things):
-            likeness = object_prototypes(embeddings, inside) @ self._network.things.mT  # (B, T)
+        if len(self.network.things):
+            likeness = object_prototypes(embeddings, inside) @ self.network.things.mT  # (B, T)
             behind = likeness - likeness.amax(1, keepdim=True)
             parts.append(objects[:, None] + behind[:, :, None, None])
-        if len(self._network.stuff):
-            likeness = torch.einsum("bdhw,kd->bkhw", unit, self._network.stuff)
+        if len(self.network.stuff):
+            likeness = torch.einsum("bdhw,kd->bkhw", unit, self.network.stuff)
             behind = likeness - likeness.amax(1, keepdim=True)
-            parts.append(behind - objects[:, None] if len(self._network.things) else behind)
+            parts.append(behind - objects[:, None] if len(self.network.things) else behind)
         return torch.cat(parts, dim=1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights of the network, its queue and the clusters."""
-        weights: dict[str, Tensor] = self._network.state_dict()
+        weights: dict[str, Tensor] = self.network.state_dict()
         return weights
 
 

@@ -77,7 +77,7 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
 
 
 def bottom_up(recipe: Recipe, encode: PatchTokens, train: pa.Table, *, smoothing: int) -> Predict:
-    """Each patch is of the cluster whose centroid is nearest to its token."""
+    """Return the prediction that assigns each patch to the cluster whose centroid is nearest to its token."""
     sample = _Sample(recipe, encode, len(train))
     rows = [sample.take(smoothed_tokens(encode, images, smoothing)) for images in _images(recipe, train)]
     centroids = torch.from_numpy(cluster(Shard(rows), recipe.classes, seed=recipe.seed).centroids).to(encode.device)
@@ -90,7 +90,7 @@ def bottom_up(recipe: Recipe, encode: PatchTokens, train: pa.Table, *, smoothing
 
 
 def pseudo_label_method(recipe: Recipe, run: Run, device: torch.device) -> Predict:
-    """What the decoder begins to learn from, made of the validation images themselves."""
+    """Return the prediction by pseudo labels, which the decoder first learns from, made of validation images."""
     encoder, centroids = FrozenEncoder(recipe, device), torch.from_numpy(load_centroids(run))
 
     def predict(images: Images) -> Tensor:
@@ -157,7 +157,7 @@ def averaged(
     read: Callable[[Float[Tensor, "B d h w"]], Float[Tensor, "B C h w"]],
     smoothing: int = 1,
 ) -> Float[Tensor, "B C h w"]:
-    """What `read` makes of tokens, averaged over scaled and mirrored images as `averaged_logits` does."""
+    """Apply `read` to tokens of scaled and mirrored images, and average, as `averaged_logits` does."""
     encoder, own = encode.encoder, (images.shape[2], images.shape[3])
     sizes = [scaled_size(own, scale, encoder.patch_size) for scale in how.scales]
     finest = patch_grid(max(sizes), encoder.patch_size)
@@ -177,6 +177,7 @@ def averaged(
 
 
 def smoothed_tokens(encode: PatchTokens, images: Images | Tensor, smoothing: int = 1) -> Float[Tensor, "B d h w"]:
+    """Return the patch tokens of images, averaged over `smoothing` x `smoothing` patches."""
     height, width = patch_grid((images.shape[2], images.shape[3]), encode.encoder.patch_size)
     pixels = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
     tokens = encode(pixels).mT.reshape(len(pixels), -1, height, width)  # (B, hw, d) -> (B, d, h, w)
@@ -184,7 +185,7 @@ def smoothed_tokens(encode: PatchTokens, images: Images | Tensor, smoothing: int
 
 
 def majority(recipe: Recipe, labels: list[Int16[np.ndarray, "_ _"]], patch: int) -> Int[Tensor, "B 1 h w"]:
-    """The class of most labelled pixels of each patch; -1 without any."""
+    """Return the class of most labelled pixels of each patch; -1 where no pixel is labelled."""
     pixels = torch.from_numpy(np.stack(labels)).long()
     votes = F.one_hot(pixels + 1, recipe.classes + 1).movedim(3, 1)[:, 1:].float()  # (B, C, H, W)
     share, winner = F.avg_pool2d(votes, patch).max(dim=1, keepdim=True)

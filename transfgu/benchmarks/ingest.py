@@ -75,7 +75,7 @@ def measure(recipe: Recipe, images: int, batch_size: int | None = None) -> Inges
         UserError: fewer training images than that.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        rows = _rows(recipe, images, Path(folder))
+        rows = made_rows(recipe, images, Path(folder))
         size = recipe.dataset.training_size
         h, w = (side // _PATCH for side in recipe.dataset.image_size)
         order = Order(images=images, passes=1, batch_size=batch_size or recipe.training.batch_size, seed=recipe.seed)
@@ -135,7 +135,7 @@ def _own_memory() -> int:
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 
-def _rows(recipe: Recipe, images: int, folder: Path) -> pa.Table:
+def made_rows(recipe: Recipe, images: int, folder: Path) -> pa.Table:
     """The table of training images, with made-up maps."""
     if recipe.data:
         listed = datasets.list_samples(recipe.with_fields({"limit": images}), "train")["image"].to_pylist()

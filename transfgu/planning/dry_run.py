@@ -260,6 +260,7 @@ def _left_out(left_out: Sequence[LeftOut]) -> str:
 
 
 def in_bytes(count: int) -> str:
+    """Return a number of bytes in words, such as `1.5 kB`."""
     shown, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
     while shown >= 1000 and len(units) > 1:
         shown /= 1000

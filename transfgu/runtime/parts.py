@@ -339,6 +339,7 @@ def _found(folder: str, parts: Mapping[int, pa.Table]) -> list[Summary]:
 
 
 def read_summary(uri: str, part: pa.Table) -> Summary | None:
+    """Return the summary of a part's file; None if the file is damaged or of other samples."""
     try:
         metadata = parquet.opened(uri).metadata.metadata or {}
         summary = Summary.from_json(metadata[_METADATA])

@@ -31,7 +31,6 @@ _PARTIAL = ".partial"
 
 IN_FLIGHT = 8
 """Requests of one task or thread pool that wait for a remote storage at the same time."""
-_FEW = 100  # files of a folder that are asked for one by one
 
 _lock = threading.Lock()
 _reads = 0
@@ -252,7 +251,7 @@ def list_versions(uri: str, recursive: bool = True) -> dict[str, "Version"]:
         }
 
 
-def versions(uris: Sequence[str]) -> list["Version | None"]:
+def versions(uris: Sequence[str], *, few: int = 100) -> list["Version | None"]:
     """Return size and time of change of each file, None where there is no such file.
 
     Files of one folder are listed by one request per thousand; a few files are asked for one by one.
@@ -266,7 +265,7 @@ def versions(uris: Sequence[str]) -> list["Version | None"]:
 
     def look(item: tuple[str, list[str]]) -> dict[str, Version]:
         folder, files = item
-        if len(files) > _FEW and not is_local(folder):
+        if len(files) > few and not is_local(folder):
             return list_versions(folder, recursive=False)
         with _one_line(folder, "list"):
             fs = filesystem(files[0])[0]
