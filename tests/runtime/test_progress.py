@@ -35,7 +35,7 @@ def test_without_a_total_nothing_is_said_of_what_is_left() -> None:
     progress.update(0, None, "iterations of things")
     clock.now += 1
     progress.update(8, None, "iterations of things")
-    assert "concepts: 8 iterations of things  8.0 iterations of things/s" in out.getvalue()
+    assert "concepts: 8 iterations of things  4.0 iterations of things/s" in out.getvalue()
     assert "left" not in out.getvalue()
     assert "/" not in out.getvalue().split("\r")[1]
 

@@ -27,9 +27,9 @@ class Progress:
         """
         self._clock = clock
         self._stage = stage
-        self._stream = stream or cast(io.TextIOBase, sys.stderr)
+        self._stream = stream
         self._quiet = quiet
-        self._terminal = self._stream.isatty()
+        self._terminal = self._out.isatty()
         self._start = self._last = clock()
         self._first_done: int | None = None
         self._unit = ""
@@ -58,13 +58,18 @@ class Progress:
         if not self._quiet:
             self._write(f"{self._stage}: {text}", final=True)
 
+    @property
+    def _out(self) -> io.TextIOBase:
+        """The stream; looked up when needed, since Ray Tune pickles who holds this."""
+        return self._stream or cast(io.TextIOBase, sys.stderr)
+
     def _write(self, text: str, *, final: bool) -> None:
         if self._terminal:
-            self._stream.write("\r" + text.ljust(self._width) + ("\n" if final else ""))
+            self._out.write("\r" + text.ljust(self._width) + ("\n" if final else ""))
             self._width = 0 if final else len(text)
         else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+            self._out.write(text + "\n")
+        self._out.flush()
 
 
 def duration(seconds: float) -> str:
