@@ -1,7 +1,7 @@
-"""The frozen encoder as training and evaluation use it: pixels in, patch tokens out, never a gradient.
+"""Compute patch tokens by the frozen encoder, without gradients, for training and evaluation.
 
-It runs in bfloat16 where the device has it, as fast as the device's memory allows: a batch that does not fit is halved.
-On CPUs each core has a part of the batch to itself, and none waits for another at the end of every product.
+The encoder runs in bfloat16 where the device computes it natively; a batch that does not fit in memory is halved. On
+CPUs each core has its own part of the batch, so cores do not wait for each other after every product.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ class PatchTokens:
     """Images to patch tokens on a device; the recipe says which encoder, and how precise."""
 
     def __init__(self, recipe: EncoderRecipe, device: torch.device) -> None:
-        """Raises UserError where the encoder or its weights can't be had."""
+        """Load the encoder; raises UserError if it or its weights are not available."""
         self.encoder = Encoder.from_pretrained(recipe.name, recipe.weights).to(device)
         self.device = device
         self._half = in_bfloat16(recipe, device)
@@ -29,7 +29,7 @@ class PatchTokens:
         self._cores = ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,))
 
     def __call__(self, images: UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B hw d"]:
-        """Patch tokens, float32, of images as they are decoded (uint8), or normalised already (float)."""
+        """Return float32 patch tokens of images, which are uint8 as decoded, or float if already normalised."""
         if not len(images):
             h, w = patch_grid((images.shape[2], images.shape[3]), self.encoder.patch_size)
             return torch.empty(0, h * w, self.encoder.width, device=self.device)

@@ -1,8 +1,8 @@
-"""A run folder has one writer: its lock says who, and a heartbeat in it says that the writer lives.
+"""Lock a run folder, so that one process writes to it; the holder renews the lock by a heartbeat.
 
-Storage has no locks that end with their holder, so a dead run's must be told from a living one's. Where holder and
-newcomer share a process table that is asked; elsewhere the newcomer watches the heartbeat for longer than a living
-holder lets pass. Clocks are not compared: those of two machines need not agree.
+Object storage has no locks that end with their holder, so a process that finds a lock has to know whether the holder
+is alive. On the same machine it looks up the holder's process. Otherwise it watches the heartbeat for longer than a
+living holder needs for one. Clocks are not compared, because those of two machines may differ.
 """
 
 import json
@@ -36,7 +36,7 @@ class Timing:
 
 
 class Lock:
-    """A run's lock, held."""
+    """The lock of a run folder."""
 
     def __init__(self, uri: str, flag: str = "--run", timing: Timing | None = None) -> None:
         self._timing = timing or Timing()
@@ -50,7 +50,7 @@ class Lock:
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
 
     def take(self, say: Callable[[str], None]) -> None:
-        """Take it, from a dead run if need be; `say` is told what is waited for.
+        """Take the lock, from a dead run if necessary; `say` is called with what the wait is for.
 
         Raises:
             UserError: another run holds it.
@@ -77,7 +77,7 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Let go."""
+        """Release the lock."""
         self._end.set()
         self._thread.join()
         if not self._lost.is_set():
@@ -167,9 +167,9 @@ def hold(uri: str, say: Callable[[str], None], flag: str = "--run", timing: Timi
 
 
 def holder_of(uri: str) -> str | None:
-    """Return who works on the run folder `uri`, such as `process 12 on host`; None where nobody is known to.
+    """Return who holds the run folder `uri`, such as `process 12 on host`; None if no process does.
 
-    A process of another machine counts as living, as only its heartbeat could tell.
+    A process on another machine counts as alive, because only its heartbeat could show that it is not.
     """
     found = _holder(storage.read_bytes_or_none(storage.join(uri, FILE)))
     return None if not found or _is_dead(found) else _named(found)
@@ -180,20 +180,20 @@ def _named(holder: dict[str, Any]) -> str:
 
 
 def _process_table() -> str:
-    """Where process numbers mean what they mean here: this boot of this machine, in this container."""
+    """Return what identifies the process table: the boot of this machine, and the container."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 - it is no path
 
 
 def _process(pid: int) -> str:
-    """A process, told from a later one of the same number by its start, in ticks since boot."""
+    """Return what identifies a process: its number, and its start in ticks since boot."""
     state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     started = "" if state == "Z" else fields[18]  # what is left of a process until its parent has seen it end
     return f"{_process_table()}/{pid}@{started}"
 
 
 def _holder(found: bytes | None) -> dict[str, Any]:
-    """Who holds a lock of this content; empty where nobody does, or whoever did died writing it."""
+    """Return the holder in a lock's content; empty if there is none, or if it died while writing."""
     try:
         tree = json.loads(found or b"")
     except ValueError:
@@ -206,7 +206,7 @@ def _is_here(holder: dict[str, Any]) -> bool:
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether the holder is known to be dead."""
+    """Return True if the holder is known to be dead."""
     process = str(holder.get("process"))
     if "id" not in holder:
         return True
