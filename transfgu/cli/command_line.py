@@ -218,7 +218,7 @@ def add_recipe(
 def add_output(parser: Parser, quiet: str = "print nothing but errors") -> None:
     """Add `--quiet` and `--verbose`."""
     parser.add_argument("--quiet", action="store_true", help=quiet)
-    parser.add_argument("--verbose", action="store_true", help="let Ray's own messages through")
+    parser.add_argument("--verbose", action="store_true", help="show Ray's own messages")
 
 
 def print_config(recipe: Recipe, run: "Run | None" = None) -> None:
