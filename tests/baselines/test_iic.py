@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from transfgu.baselines.iic import (
+    BLOCK_BYTES,
     Pairs,
     SegmentationNetwork,
     apply_pairs,
@@ -195,8 +196,10 @@ def test_parts_of_a_batch_add_up() -> None:
 def test_blocks_of_classes_do_not_matter() -> None:
     views = pair(2, 5, 6, 7)
 
-    def found(**how: int) -> tuple[Tensor, ...]:
-        loss = mutual_information_loss(*views, identity(2).double(), torch.ones(2, 6, 7), half_side=3, **how)
+    def found(block_bytes: int = BLOCK_BYTES) -> tuple[Tensor, ...]:
+        mask = torch.ones(2, 6, 7)
+        affine = identity(2).double()
+        loss = mutual_information_loss(*views, affine, mask, half_side=3, block_bytes=block_bytes)
         return loss, *torch.autograd.grad(loss, views)
 
     torch.testing.assert_close(found(block_bytes=1), found(), rtol=1e-12, atol=1e-14)

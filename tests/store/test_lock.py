@@ -100,7 +100,7 @@ def test_a_killed_runs_lock_is_taken_over_at_once(tmp_path: Path, said: list[str
     started = time.monotonic()
     with hold(str(tmp_path), said.append):  # not yet waited for: a zombie
         assert time.monotonic() - started < 5
-        assert f"/{os.getpid()}@" in lock_of(str(tmp_path))["process"]
+        assert f"/{os.getpid()}@" in str(lock_of(str(tmp_path))["process"])
     other.wait()
     assert said == ["took over the lock of a run that died"]
 

@@ -24,6 +24,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from transfgu import datasets
 from transfgu.baselines.optimisation import new_network, optimise, resized
+from transfgu.baselines.pixel_model import PixelModel
 from transfgu.baselines.resnet import residual_network, widths
 from transfgu.datasets import images as files
 from transfgu.datasets.mask_files import find_masks, no_objects
@@ -470,7 +471,7 @@ def _pixels_outside(
     return found.flatten(0, 1)
 
 
-class MaskContrastModel:
+class MaskContrastModel(PixelModel):
     """Objects by their logits, each image's object of the nearest cluster of things; see `transfgu.learner.Model`.
 
     Outside the object a pixel is background, or, where there are clusters of stuff, of the nearest of these. The last
@@ -478,16 +479,8 @@ class MaskContrastModel:
     """
 
     def __init__(self, recipe: Recipe, network: ClusteredEmbeddings, device: torch.device) -> None:
-        self.device, self.patch_size = device, 1
-        self._background, self.network = recipe.background, network
-
-    def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-        """Pixels normalised by ImageNet's mean and deviation."""
-        return normalise(images.to(self.device))
-
-    def frozen(self, images: Shaped[Tensor, "B 3 H W"]) -> Shaped[Tensor, "B 3 H W"]:
-        """The images: everything is trained."""
-        return images
+        super().__init__(network, device)
+        self.network, self._background = network, recipe.background
 
     def logits(self, seen: Shaped[Tensor, "B 3 H W"], size: Size) -> Float[Tensor, "B C h w"]:
         """For each cluster the object logit (its negative for stuff) less what the nearest cluster is nearer by."""
@@ -507,11 +500,6 @@ class MaskContrastModel:
             behind = likeness - likeness.amax(1, keepdim=True)
             parts.append(behind - objects[:, None] if len(self.network.things) else behind)
         return torch.cat(parts, dim=1)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The weights of the network, its queue and the clusters."""
-        weights: dict[str, Tensor] = self.network.state_dict()
-        return weights
 
 
 def load_models(

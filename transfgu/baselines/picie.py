@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from transfgu.baselines.optimisation import new_network, optimise
+from transfgu.baselines.pixel_model import PixelModel
 from transfgu.baselines.resnet import residual_network, widths
-from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, normalise
+from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD
 from transfgu.errors import UserError
 from transfgu.kmeans import Shard, cluster
 from transfgu.learner import Batch, Batches, Model, Pending, Setting
@@ -576,31 +577,18 @@ def _sampled_pixels(
     return F.normalize(taken, dim=1).mT
 
 
-class PiCIEModel:
+class PiCIEModel(PixelModel):
     """Pixel features classified by the first view's centroids; see `transfgu.learner.Model`."""
 
     def __init__(self, network: ClusteredNetwork, device: torch.device) -> None:
-        self.device, self.patch_size = device, 1
-        self._network = network
-
-    def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-        """Pixels normalised by ImageNet's mean and deviation."""
-        return normalise(images.to(self.device))
-
-    def frozen(self, images: Shaped[Tensor, "B 3 H W"]) -> Shaped[Tensor, "B 3 H W"]:
-        """The images: everything is trained."""
-        return images
+        super().__init__(network, device)
+        self.network = network
 
     def logits(self, seen: Shaped[Tensor, "B 3 H W"], size: Size) -> Float[Tensor, "B C h w"]:
         """Products of unit-length features and centroids, at a quarter of the images' sides."""
         pixels = seen if seen.is_floating_point() else self.normalise(seen)
-        features = F.normalize(self._network(pixels), dim=1)
-        return torch.einsum("bdhw,kd->bkhw", features, self._network.centroids[0])
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The network's weights and the centroids."""
-        weights: dict[str, Tensor] = self._network.state_dict()
-        return weights
+        features = F.normalize(self.network(pixels), dim=1)
+        return torch.einsum("bdhw,kd->bkhw", features, self.network.centroids[0])
 
 
 def load_models(recipe: Recipe, weights: Sequence[Mapping[str, Tensor]], device: torch.device) -> list[PiCIEModel]:

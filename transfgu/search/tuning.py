@@ -75,9 +75,9 @@ class Proposals(OptunaSearch):
         super().__init__(axes(search.space), metric=VALUE, mode="max", sampler=sampler, points_to_evaluate=points)
         for trial in ledger.trials.values():
             if trial.status != "running":
-                value = trial.value(search.objective)
                 scores = [reported(trial, search.objective, epoch + 1) for epoch in range(len(trial.history))]
-                failed = value is None or trial.status == "failed"
+                value = reported(trial, search.objective)
+                failed = math.isnan(value) or trial.status == "failed"
                 self.add_evaluated_point(trial.parameters, value, error=failed, intermediate_values=scores)
 
     def suggest(self, trial_id: str) -> Any:
@@ -85,7 +85,7 @@ class Proposals(OptunaSearch):
         number = self._waiting.pop(0) if self._waiting else len(self._ledger.trials)
         if number >= self._search.count:
             return self.FINISHED
-        parameters = super().suggest(trial_id)
+        parameters: Parameters = super().suggest(trial_id) or {}
         if number not in self._ledger.trials:
             try:
                 epochs = search_space.apply(self._search.recipe, parameters).training.epochs
@@ -147,11 +147,12 @@ class Recorder(FIFOScheduler):
 
     def _stops(self, record: Trial, epoch: int) -> bool:
         """Tell ASHA what a trial reached; returns True if ASHA stops it."""
-        known = SimpleNamespace(trial_id=record.number)  # the same after a restart, unlike Tune's own name
+        controller: Any = None
+        known: Any = SimpleNamespace(trial_id=record.number)  # the same after a restart, unlike Tune's own name
         if epoch == 1:
-            self._asha.on_trial_add(None, known)
+            self._asha.on_trial_add(controller, known)
         result = {EPOCH: epoch, VALUE: reported(record, self._search.objective, epoch)}
-        return bool(self._asha.on_trial_result(None, known, result) == TrialScheduler.STOP)
+        return bool(self._asha.on_trial_result(controller, known, result) == TrialScheduler.STOP)
 
     def _end(self, record: Trial, status: str, reason: str) -> None:
         """Record how the trial ended; what ended it first stays."""
