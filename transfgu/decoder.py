@@ -1,4 +1,4 @@
-"""Class embeddings and patch tokens attend to each other, and a mask is nothing but their cosine.
+"""Decode masks: class embeddings and patch tokens attend to each other, and their cosines are the mask logits.
 
 The decoder holds one learned embedding per class. It joins them to an image's patch tokens, lets two
 transformer blocks mix the sequence, and reads each class's mask off as the cosine between its embedding and

@@ -46,7 +46,7 @@ PIECE_PARTS = 32
 def kmeans(
     features: Any, k: int, *, iterations: int = 100, seed: int = 0, workers: int = 1, whiten: bool = False
 ) -> KMeansResult:
-    """K-Means of features, with the same result on any number of workers.
+    """Cluster features by K-Means, with the same result on any number of workers.
 
     Args:
         features: (n, d) array, or a Ray Dataset with a column `feature`, or with a single column, of d numbers a row.
