@@ -62,7 +62,7 @@ def normalise(
 
 
 def patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Return the (h, w) patches of an image of `size` = (H, W) pixels; UserError if a side is no multiple of the patch."""
+    """Return the (h, w) patches of an image of (H, W) pixels; UserError if the patch does not divide a side."""
     for side in size:
         if side % patch_size or side == 0:
             below = side // patch_size * patch_size
