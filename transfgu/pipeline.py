@@ -38,6 +38,9 @@ SMALL_SIDE = 128
 """Encoders that learned from images of fewer pixels a side are small ones; DINO's learned from 224."""
 
 
+_OF_METHOD = ("pseudo_labels", "training")  # stages whose artefacts say which method made them
+
+
 def fit_to_patch(recipe: Recipe, patch_size: int) -> Recipe:
     """Bring a preset's image sides to the encoder's patch: with patch 14, 320 becomes 322.
 
@@ -230,8 +233,10 @@ def check_artifacts(recipe: Recipe, run: Run) -> dict[str, bool]:
     """Which artefacts are complete in the run's folder: of all the method's stages, for they share one `recipe.yaml`.
 
     Raises:
-        UserError: one holds another recipe's work, if only in part.
+        UserError: one holds another method's or another recipe's work, if only in part.
     """
+    for stage in _OF_METHOD:
+        run.artifact(stage).check_method(recipe)
     return {stage: run.artifact(stage).check(recipe) for stage in recipe.stages}
 
 

@@ -113,6 +113,23 @@ class Artifact:
     def _remedy(self) -> str:
         return f"delete the folder {storage.shown(self.uri)}, and the same command makes it anew"
 
+    def check_method(self, recipe: Recipe) -> None:
+        """Refuse an artefact that another method made, if only in part.
+
+        Raises:
+            UserError: it is another method's; the message names it.
+        """
+        held = self._held()
+        if held is None:
+            return
+        theirs, asked = (str(fields.get("method", TRANSFGU)) for fields in (held, recipe.stage_fields(self.stage)))
+        if theirs != asked:
+            raise UserError(
+                f"{self.uri} holds the work of another method, {theirs} (asked: {recipe.method}): choose another "
+                f"--run, or go on with that one by --method {theirs}",
+                code="run-of-another-method",
+            )
+
     def check(self, recipe: Recipe) -> bool:
         """Return True if the artefact is complete, False if there is none or an interrupted attempt with `recipe`.
 
@@ -120,18 +137,11 @@ class Artifact:
             UserError: it holds what another recipe made, if only in part; the message names the fields that differ.
         """
         manifest = self.manifest()
-        held = manifest.fields if manifest else self._claimed()
+        held = self._held(manifest)
         wanted = recipe.stage_fields(self.stage)
         if held is not None:
             held = {n: value for n, value in upgraded(held).items() if n in held or n in wanted}
         if held is not None and held != wanted:
-            theirs = str(held.get("method", TRANSFGU))
-            if theirs != wanted.get("method", TRANSFGU):
-                raise UserError(
-                    f"{self.uri} holds the work of another method, {theirs} (asked: {recipe.method}): choose another "
-                    f"--run, or go on with that one by --method {theirs}",
-                    code="run-of-another-method",
-                )
             differing = [
                 f"{n} ({_shown(held.get(n))} there, {_shown(wanted.get(n))} asked)"
                 for n in dict.fromkeys([*held, *wanted])
@@ -144,8 +154,11 @@ class Artifact:
             )
         return manifest is not None
 
-    def _claimed(self) -> dict[str, Any] | None:
-        """Return the fields that an attempt began with; None if there was no attempt."""
+    def _held(self, manifest: Manifest | None = None) -> dict[str, Any] | None:
+        """Return the fields of the artefact, complete or not; None if there is none."""
+        manifest = manifest or self.manifest()
+        if manifest:
+            return manifest.fields
         uri = self.file("fields.json")
         text = storage.read_bytes_or_none(uri)
         return None if text is None else formats.read_json(text, storage.shown(uri), self._remedy)
