@@ -1,9 +1,9 @@
-"""A training worker reads for itself: CPU tasks decode its rows ahead of it, in its order, wherever there are CPUs.
+"""Read a training worker's batches, from memory, from the node's cache, or from storage by CPU tasks.
 
-Nothing is split or shuffled by Ray Data, which would tie the batches to the number of workers; a stream is told its
-rows in order. In the first epoch a worker's threads decode what its node has not cached yet, and later epochs copy it
-from the cache (`transfgu.datasets.sample_cache`). Without a cache a data set passes by, one stream for several epochs
-where epochs are short, and memory does not grow with it.
+Ray Data neither splits nor shuffles, because batches would then depend on the number of workers: a stream gets its rows
+in order. In the first epoch the worker's threads decode samples that the node has not cached yet; later epochs copy
+them from the cache (`transfgu.datasets.sample_cache`). Without a cache, tasks on any CPU of the cluster decode rows
+ahead of the worker. One stream serves several epochs if epochs are short, and memory does not grow with the data set.
 """
 
 import logging
@@ -50,16 +50,16 @@ VERSIONS = b"transfgu.versions"
 
 @runtime_checkable
 class Source(Protocol):
-    """Where a worker's batches come from."""
+    """A source of a worker's batches."""
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The worker's share of each of an epoch's global batches."""
+        """Yield the worker's share of each global batch of an epoch."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Which rows of an order are this worker's, and what is decoded of each."""
+    """A worker's rows of an order, and how they are decoded."""
 
     order: Order
     rows: pa.Table
@@ -75,12 +75,12 @@ class Share:
     """From rows to columns `image`, `maps` and the others passed on; None: `read_training_rows` at `size`."""
 
     def slots(self, epoch: int) -> Int[np.ndarray, "steps B"]:
-        """The worker's slots of each of an epoch's global batches."""
+        """Return the worker's slots of each global batch of an epoch."""
         return self.order.share(epoch, self.rank, self.world)
 
     @property
     def bytes(self) -> int:
-        """What all images and maps take in memory, once decoded."""
+        """The memory of all decoded images and maps, in bytes."""
         return len(self.rows) * (3 * self.size[0] * self.size[1] + 2 * int(np.prod(self.maps)))
 
     def read(self, slots: Int[np.ndarray, " n"], batch_size: int, block_rows: int = BLOCK_ROWS) -> Iterator[Batch]:
@@ -100,7 +100,7 @@ def stream(
     world: int,
     block_rows: int = BLOCK_ROWS,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Rows in their order, `batch_size` at a time, through `read` in CPU tasks; what is one block, in this process.
+    """Yield rows in their order, `batch_size` at a time, read in CPU tasks; a single block is read in this process.
 
     Args:
         rows: what `read` needs, a row each.
@@ -122,7 +122,7 @@ def stream(
 
 
 class Streamed:
-    """Batches of a data set of any size, decoded anew each time they are seen."""
+    """Batches of a data set of any size, decoded again in each epoch."""
 
     def __init__(
         self, share: Share, epochs: int, *, stream_rows: int = STREAM_ROWS, block_rows: int = BLOCK_ROWS
@@ -161,7 +161,7 @@ class Streamed:
 
 
 class Cached:
-    """Batches out of the node's cache, which takes in what it lacks; the batches ahead are read meanwhile."""
+    """Batches from the node's cache, which adds missing samples; the next batches are read ahead."""
 
     def __init__(self, share: Share, cache: SampleCache, epochs: int, threads: int) -> None:
         """`epochs` is how many there are in all, `threads` how many read and decode."""
