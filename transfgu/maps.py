@@ -1,7 +1,6 @@
 """Scale and refine pseudo-label maps.
 
-Scaling is over all classes of an image at once, never class by class, so that a concept which is absent stays weak
-next to one which is present.
+Maps are scaled over all classes of an image at once, not per class, so that a concept that is absent stays weak.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""Scores need nothing but one matrix of counts, so a whole validation set is a sum of small integer matrices.
+"""Compute scores from a confusion matrix, which for a validation set is the sum of the matrices of its batches.
 
-Clusters carry no names: each true class is first given its own cluster by Hungarian matching on the whole
-set's matrix, and IoU and accuracy follow from the matched cells.
+Clusters have no names, so Hungarian matching on the matrix of the whole set assigns a cluster to each true class. IoU
+and accuracy follow from the matched cells.
 """
 
 from dataclasses import dataclass

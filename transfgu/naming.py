@@ -1,6 +1,6 @@
-"""Give names to the classes of a finished run, and to masks that it made: nothing is trained or predicted again.
+"""Name the classes of a finished run and of its masks, without training or predicting again.
 
-What a mask held before its classes were merged lies beside it in `unnamed/`, so other names, or none, can follow.
+The masks before merging are kept in `unnamed/`, so names can be changed or removed.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""The stages in order; one whose artefact is complete is skipped, so the same command goes on with a stopped run.
+"""Run the stages in order; stages with a complete artefact are skipped, so the same command resumes a stopped run.
 
-What can be known to fail is found before Ray starts: a GPU is held only for a run that can work.
+Mistakes are found before Ray starts if possible, so that no GPU is held for a run that can't succeed.
 """
 
 import dataclasses

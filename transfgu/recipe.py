@@ -1,8 +1,8 @@
-"""A run is a function of its recipe: frozen values, checked when built, digested stage by stage.
+"""Define the settings of a run: frozen values, checked when built, with a digest per stage.
 
-Each component of the method has one dataclass here, and every field carries its meaning and unit once, as metadata,
-from which the command line's ``--help`` and the documents are made. A stage's digest covers just the fields that
-its artefact depends on, so what is already computed is recognised by any later run with the same ones.
+Each component of the method has a dataclass. The metadata of each field hold its meaning and unit, from which
+``--help`` and the documents are made. The digest of a stage covers the fields that its artefact depends on, so a later
+run with the same fields reuses the artefact.
 """
 
 import dataclasses

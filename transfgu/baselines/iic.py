@@ -1,8 +1,8 @@
-"""IIC: the class of a pixel should tell as much as it can about the class of the same place in another view.
+"""IIC: maximise the mutual information between the classes of a pixel in two views of an image.
 
-The joint distribution of both classes is counted for every displacement inside a box. That is a cross-correlation of
-class maps, which in the frequency domain is one small matrix product per frequency: several times faster than the
-convolution with kernels as large as the image, and in double precision more exact.
+The joint distribution of both classes is counted for every displacement in a box. This is a cross-correlation of class
+maps, which in the frequency domain is one small matrix product per frequency: several times faster than a convolution
+with kernels as large as the image, and more exact in double precision.
 
 Source: Ji, Henriques and Vedaldi, "Invariant Information Clustering for Unsupervised Image Classification and
 Segmentation", ICCV 2019, section 3.3; repository xu-ji/IIC.

@@ -1,7 +1,7 @@
-"""MaskContrast: every pixel of an object is pulled to the mean of that object in another view.
+"""MaskContrast: contrast each pixel of an object with the means of objects in other views.
 
-What it is pushed from are the means of other objects, in the batch and in a queue of earlier batches, so that no
-labels are needed: an object mask says which pixels belong together, and that is all the supervision there is.
+A pixel is pulled to the mean of its object in another view, and pushed from the means of other objects in the batch and
+in a queue of earlier batches. The only supervision is a mask of the object in each image; labels are not used.
 
 Source: Van Gansbeke, Vandenhende, Georgoulis and Van Gool, "Unsupervised Semantic Segmentation by Contrasting Object
 Mask Proposals", ICCV 2021. Written from the formulae.

@@ -1,7 +1,7 @@
-"""PiCIE: pixels of two views are clustered apart, and each view must also find the other one's clusters.
+"""PiCIE: cluster the pixels of two views separately, and classify the pixels of each view by the clusters of both.
 
-Within a view the loss makes clusters compact; across views it makes them indifferent to colour and faithful to
-geometry. Classes are not learned: the centroids themselves are the classifier.
+The loss within a view makes clusters compact. The loss across views makes them invariant to colour and equivariant to
+geometry. No classifier is learned, because the centroids classify.
 
 Source: Cho, Mall, Bala and Hariharan, "PiCIE: Unsupervised Semantic Segmentation using Invariance and Equivariance in
 Clustering", CVPR 2021; repository janghyuncho/PiCIE.

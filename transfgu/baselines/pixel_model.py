@@ -1,4 +1,4 @@
-"""What models of networks on whole images have in common."""
+"""The base class of models whose network reads whole images."""
 
 import torch
 from jaxtyping import Float, Shaped, UInt8

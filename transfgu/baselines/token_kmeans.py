@@ -1,4 +1,4 @@
-"""K-Means over the patch tokens of the frozen encoder: what they say by themselves, without any training."""
+"""Cluster the patch tokens of the frozen encoder by K-Means, without training a decoder."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""What the method has to beat on the same images, and what a linear reading of the same tokens could reach at best.
+"""Score lower and upper bounds for the method on the same images and tokens.
 
 Bottom-up: K-Means over patch tokens, of the run's encoder and of one that never learned, and over colour and texture.
 The pseudo labels alone: what the decoder adds to them is the worth of training. The ceiling is supervised: one linear

@@ -1,8 +1,7 @@
-"""A stage can be no faster than the arithmetic it is made of, so each is timed beside that arithmetic alone.
+"""Time each stage's arithmetic beside a lower bound: the same work in PyTorch or FAISS alone.
 
-Both do the same work on the same pixels in one run and take turns, so that what else the machine has to do falls on
-both, and medians are compared. The bound is what PyTorch or FAISS takes for it in one process, on data that lie in
-memory already: nothing is read, sent, kept or resumed there.
+Both do the same work on the same pixels in one run and take turns, so that other load of the machine affects both;
+medians are compared. The bound runs in one process on data in memory, without reading, sending or storing.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""How many training samples a core takes in, through the very source that a training worker reads.
+"""Measure how many training samples per second a core reads, from the source that training workers use.
 
 The first epoch fills the node's cache from the files; after a second one, epochs out of the cache are timed. What comes
 out are batches of decoded images (uint8) and packed maps in memory, ready to be copied to a device. No encoder and no

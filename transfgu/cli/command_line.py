@@ -1,7 +1,7 @@
-"""The command line is the recipe: one flag a field, made from the fields' own metadata.
+"""Build the command line from the recipe: one flag per field, from the metadata of the fields.
 
-A flag is the field's dotted name (``--training.omega_1``), or its last part where just one component has it
-(``--omega_1``). Whatever a user gets wrong is answered in one line.
+A flag is the dotted name of a field (``--training.omega_1``), or its last part if only one component has it
+(``--omega_1``). Mistakes are reported in one line.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""COCO 2017 with the stuffthingmaps labels; the published experiments use the images that have an instance annotation.
+"""List COCO 2017 with stuffthingmaps labels: the images that have an instance annotation, as published.
 
-Which those are stands in the instances JSON. It is half a gigabyte, of which only the image ids matter, so it is read
-as a stream of bytes and never parsed. Without the JSON every image of the folder is used.
+The instances JSON has half a gigabyte, of which only image ids are needed, so it is searched as a stream of bytes and
+not parsed. Without the JSON all images of the folder are used.
 """
 
 import functools

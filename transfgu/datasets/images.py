@@ -1,6 +1,6 @@
-"""Decode an image or a label to one array, or give one reason why not; no content of a file ends a run.
+"""Decode an image or a label to an array, or raise BadInput with the reason; no file content can end a run.
 
-All images come through :func:`pixels_of`, so that a file, its bytes, a PIL image and an array of the same picture give
+All images are read by :func:`pixels_of`, so that a file, its bytes, a PIL image and an array of the same picture give
 the same pixels. `orient` applies EXIF's orientation, as viewers do; without it pixels are those that are stored, on
 which the benchmarks' labels are drawn. Transparency is dropped; of an animation, the first frame is read. Labels are
 read as raw samples. No torch here: decoding runs in many small processes.

@@ -1,7 +1,8 @@
-"""Check and count a run before it is paid for; both follow from the recipe and the list of samples.
+"""Check a run and estimate its cost before it starts, from the recipe and the list of samples.
 
-The checks are the pipeline's own, so what passes here begins. The operators are those that Ray Data would run. The cost
-is the model's of `transfgu.planning.cost_plan`, whose rates are forward passes of the encoder timed on this machine.
+The checks are those of the pipeline, so a run that passes them starts. The operators are those that Ray Data would run.
+The cost is the model's of `transfgu.planning.cost_plan`, whose rates are forward passes of the encoder timed on this
+machine.
 """
 
 import time

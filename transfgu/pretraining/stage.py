@@ -1,8 +1,8 @@
-"""Pretraining on Ray: tasks make small square images of whatever is there, once; workers train on those alone.
+"""Pretrain an encoder on Ray: tasks make small square images once, and workers train on these.
 
-Decoding photographs would take longer than training a small ViT on them, and every epoch would do it again. So images
-are first brought to one small size and kept in parts beside the result; a part that exists is complete. The training
-itself runs on `transfgu.training.fit`, as that of a run's decoder does.
+Decoding photographs in every epoch would take longer than training a small ViT. So images are first reduced to one
+small size and kept in parts beside the result; a part that exists is complete. `transfgu.training.fit` runs the
+training, as it runs the training of a decoder.
 """
 
 import hashlib

@@ -1,8 +1,7 @@
-"""Whether an image is done is seen by its mask: so prediction goes on where it stopped, and takes up what was added.
+"""Predict the masks of a folder of images, in parts; images with a mask are skipped, so a stopped prediction resumes.
 
-A bucket of images becomes a bucket of masks in parts, as the other stages make theirs: tasks decode, a pool of actors
-holds the model and grows to its limit while images wait, tasks write. A mask leaves its actor compressed, so what
-travels is small however large a photograph is; to the driver comes back one small row a part.
+Tasks decode, a pool of actors holds the model and grows to its limit while images wait, and tasks write. Masks are
+compressed in the actor, so little data is sent even for large photographs; the driver gets one small row per part.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
-"""The same plan as the features': read in tasks, encode in actors, write in tasks; here a row an image.
+"""The stage "pseudo labels": compute the concept maps of the training images, one row per image.
 
-The maps of the training images are made once and kept, packed to sixteen bits; the decoder's training reads them in
-any order. The actor serves any list of samples, so what the maps alone are worth can be scored on validation images.
+The plan is that of the features: tasks read, actors encode, tasks write. Maps are packed to 16 bits and written once;
+training reads them in any order. The actor accepts any list of samples, so the maps of validation images can be scored.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
-"""The list of samples is kept with the run, so that a sample's index means one image in every later stage.
+"""The stage "samples": write the list of samples, so that an index means the same image in all later stages.
 
-The embedded demonstration's scenes are drawn here, into the run's own folder, by tasks of a few scenes each: from then
-on they are files like any others. A scene depends on its number alone, so those that are there are not drawn again.
+The scenes of the embedded demonstration are drawn here into the run's folder, by tasks of a few scenes each. A scene
+depends on its number only, so existing scenes are not drawn again.
 """
 
 import io

@@ -1,6 +1,6 @@
-"""The training stage: lists the images and their pseudo labels, trains, and publishes what the last checkpoint holds.
+"""The stage "training": list the images with pseudo labels, train, and write the weights of the last checkpoint.
 
-How it trains, and what it survives, is `transfgu.training.fit`'s.
+`transfgu.training.fit` runs the training.
 """
 
 import hashlib
