@@ -15,6 +15,7 @@ from jaxtyping import Float, Float32, Int
 from numpy import ndarray
 
 from transfgu.kmeans import Assignment, Grid, Shard
+from transfgu.store.scratch import Scratch
 from transfgu.whitening import Moments, Whitening
 
 logger = logging.getLogger(__name__)
@@ -31,9 +32,11 @@ GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")
 
 @dataclass
 class Rows:
-    """Rows of features in memory, in pieces, and for windows where they are: columns index, y0, y1, x0, x1."""
+    """Rows of features, in pieces, and for windows where they are: columns index, y0, y1, x0, x1."""
 
     pieces: list[ndarray]
+    scratch: Scratch | None = None
+    """Where the pieces lie, if on disk; None: in memory."""
     places: list[ndarray] = field(default_factory=list)
 
 
@@ -53,7 +56,7 @@ class KMeansActor:
     @functools.cached_property
     def _groups(self) -> dict[str, tuple[Shard, list[ndarray]]]:
         rows = self._source()
-        return {name: (own_shard(r.pieces, self._threads), r.places) for name, r in rows.items()}
+        return {name: (own_shard(r.pieces, self._threads, r.scratch), r.places) for name, r in rows.items()}
 
     def computes_on(self) -> str:
         """Return the name of the class that assigns rows in this process: `Shard` or `DeviceShard`."""
@@ -142,7 +145,13 @@ def matrix(column: pa.ChunkedArray) -> Float[ndarray, "n d"]:
     return matrix
 
 
-def own_shard(pieces: Sequence[ndarray], threads: int | None = None, *, gpu_files: Sequence[str] = GPU_FILES) -> Shard:
+def own_shard(
+    pieces: Sequence[ndarray],
+    threads: int | None = None,
+    scratch: Scratch | None = None,
+    *,
+    gpu_files: Sequence[str] = GPU_FILES,
+) -> Shard:
     """Return the rows in the memory of this process's GPU if it has one and they fit, else in its own.
 
     Each process decides for itself: the driver may run on a machine without a GPU.
@@ -150,20 +159,21 @@ def own_shard(pieces: Sequence[ndarray], threads: int | None = None, *, gpu_file
     Args:
         pieces: arrays of rows, (n, d) each.
         threads: CPU threads of the shard; None: one per core.
+        scratch: where the pieces lie, if on disk.
         gpu_files: files of which one exists where there is a GPU driver.
     """
     if not any(Path(file).exists() for file in gpu_files):  # torch takes seconds to import
-        return Shard(pieces, threads)
+        return Shard(pieces, threads, scratch)
     import torch
 
     from transfgu.device_kmeans import DeviceShard
     from transfgu.inference.device import without_gpus
 
     if without_gpus() or not torch.cuda.is_available():
-        return Shard(pieces, threads)
+        return Shard(pieces, threads, scratch)
     try:
-        return DeviceShard(pieces, torch.device("cuda"), threads)
+        return DeviceShard(pieces, torch.device("cuda"), threads, scratch=scratch)
     except torch.OutOfMemoryError:
         logger.warning("concepts: the features do not fit the GPU's memory: K-Means runs on the CPU of this node")
         torch.cuda.empty_cache()
-        return Shard(pieces, threads)
+        return Shard(pieces, threads, scratch)

@@ -63,6 +63,13 @@ class Progress:
         """The stream; looked up when needed, since Ray Tune pickles who holds this."""
         return self._stream or cast(io.TextIOBase, sys.stderr)
 
+    def end(self) -> None:
+        """End a line that is redrawn, so that what is printed next has a line of its own."""
+        if self._terminal and self._width:
+            self._out.write("\n")
+            self._out.flush()
+            self._width = 0
+
     def _write(self, text: str, *, final: bool) -> None:
         if self._terminal:
             self._out.write("\r" + text.ljust(self._width) + ("\n" if final else ""))

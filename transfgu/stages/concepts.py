@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import math
 import sys
 import time
@@ -25,16 +26,23 @@ import safetensors.numpy
 from jaxtyping import Bool, Float32, Int
 from numpy import ndarray
 
+from transfgu.datasets.sample_cache import default_folder
 from transfgu.errors import UserError
 from transfgu.inference.shards import PLACE, Rows, matrix, own_shard
-from transfgu.kmeans import KMeansResult, Shards, cluster, whitened
+from transfgu.kmeans import KMeansResult, Shard, Shards, cluster, cores, whitened
 from transfgu.recipe import Recipe
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Artifact, Outcome, Run
+from transfgu.store.scratch import Scratch, available_memory
+
+logger = logging.getLogger(__name__)
 
 _RESTARTS = 5  # of an actor: it goes with its node; but where memory runs out, each new one ends as the last
 _READERS = 4  # parts read at a time, as S3 answers late
+
+RESIDENT = 8 << 30
+"""Bytes of rows that an actor keeps in memory at most; more lie on its disk."""
 
 SAVE_SECONDS = 30.0
 """Time between two writes of the state of K-Means."""
@@ -136,7 +144,8 @@ def run(recipe: Recipe, run: Run, progress: Progress, *, piece_parts: int = PIEC
     found: list[pa.Table] = []
     nodes = spread.actor_nodes(size)
     shares = in_pieces(parts, spread.actor_count(size, nodes), piece_parts)
-    sources = [functools.partial(read_parts, share, groups) for share in shares]
+    own, disk = size // len(shares), recipe.compute.cache_folder
+    sources = [functools.partial(read_parts, share, groups, own, disk) for share in shares]
     memory = spread.actor_memory(size / len(sources))
     if memory:
         progress.note(f"{len(sources)} actors, each on a node with {memory / 1e9:.1f} GB of memory for it")
@@ -296,17 +305,81 @@ def saved_state(folder: Artifact, group: Group) -> tuple[int, ndarray] | None:
         return None  # damaged since: the iterations are made again
 
 
-def read_parts(pieces: Sequence[Sequence[str]], groups: Sequence[Group]) -> dict[str, Rows]:
-    """Read the windows of each group; the parts of a piece are joined, and at most one piece is held twice."""
-    found = {group.name: Rows([]) for group in groups}
+def read_parts(
+    pieces: Sequence[Sequence[str]],
+    groups: Sequence[Group],
+    size: int = 0,
+    folder: str = "",
+    resident: int = RESIDENT,
+) -> dict[str, Rows]:
+    """Read the windows of each group; the parts of a piece are joined, the files of one being held twice at most.
+
+    Args:
+        pieces: URIs of parts.
+        groups: whose windows are read.
+        size: bytes that all rows take. Where that is more than `resident` or half of the memory that is free, they
+            lie on disk; the result is the same.
+        folder: for those.
+        resident: bytes.
+
+    Raises:
+        UserError: that folder's disk has become full.
+    """
+    scratch = _scratch(folder, size) if size > min(resident, available_memory() / 2) else None
+    found = {group.name: Rows([], scratch) for group in groups}
     with ThreadPoolExecutor(_READERS) as pool:
         for uris in pieces:
             parts = list(pool.map(lambda uri: read_part(uri, groups), uris))
             for group, windows in zip(groups, zip(*parts, strict=True), strict=True):
-                rows = found[group.name]
-                rows.pieces.append(np.concatenate([features for features, _ in windows]))
+                rows, joined = found[group.name], np.concatenate([features for features, _ in windows])
+                rows.pieces.append(kept_rows(joined, scratch))
                 rows.places.append(np.concatenate([places for _, places in windows]))
     return found
+
+
+def kept_rows(rows: Float32[ndarray, "n d"], scratch: Scratch | None) -> Float32[ndarray, "n d"]:
+    """Move rows to disk; without `scratch` they stay in memory. Raises UserError if the disk is full."""
+    if scratch is None:
+        return rows
+    try:
+        return scratch.keep(rows)
+    except OSError as error:
+        raise UserError(
+            f"concepts: can't keep features in {error.filename or 'the cache folder'}: {error.strerror}: make room, or "
+            "set --compute.cache_folder to a larger disk",
+            code="disk-full",
+        ) from None
+
+
+def _scratch(folder: str, size: int) -> Scratch | None:
+    """Return room on disk for rows of `size` bytes; None where the disk has none."""
+    try:
+        return Scratch(folder or default_folder(), size)
+    except OSError as error:
+        logger.warning(
+            "concepts: %.1f GB of features stay in memory, as %s has no room for them (%s): set "
+            "--compute.cache_folder to a larger disk",
+            *(size / 1e9, folder or default_folder(), error.strerror),
+        )
+        return None
+
+
+def rows_of_parts(uris: Sequence[str], folder: str, resident: int = RESIDENT) -> tuple[Shard, bool]:
+    """Read the windows of part files as the stage's actor does, if there is just one.
+
+    Args:
+        uris: of the files.
+        folder: for rows that are more than memory should hold; empty: that of the node's caches.
+        resident: bytes of rows that are kept in memory at most.
+
+    Returns:
+        The rows, and whether they lie on disk.
+    """
+    size = sum(version.size for version in storage.versions(uris) if version)
+    (pieces,) = in_pieces(uris, 1)
+    group = Group(name="all", windows="all", count=1)
+    rows = read_parts(pieces, [group], size, folder, resident)["all"]
+    return own_shard(rows.pieces, cores(), rows.scratch), rows.scratch is not None
 
 
 def read_part(uri: str, groups: Sequence[Group]) -> list[tuple[Float32[ndarray, "_ d"], Int[ndarray, "_ 5"]]]:
