@@ -36,7 +36,7 @@ from transfgu.planning.measurements import Ingest, Measurements
 from transfgu.recipe import from_yaml, preset
 from transfgu.search.trials import Ledger
 from transfgu.sharing import names
-from transfgu.stages.prediction import PredictionJob, _known_bad, _names, read_claim
+from transfgu.stages.prediction import PredictionJob, _known_bad, names_in, read_claim
 from transfgu.store import parquet, predicted
 from transfgu.store.artifacts import Manifest, Run
 from transfgu.store.weights import read_weights
@@ -156,7 +156,7 @@ def load_weights(data: bytes, folder: Path, random: np.random.Generator) -> None
 def read_table(data: bytes, folder: Path, random: np.random.Generator) -> None:
     (folder / predicted.RECORD).write_bytes(data)
     parquet.read(str(folder / predicted.RECORD))
-    _names(str(folder / predicted.RECORD))
+    names_in(str(folder / predicted.RECORD))
     predicted.read(str(folder))
 
 

@@ -71,7 +71,7 @@ def job(made: MadeRun, folder: Path, **more: object) -> PredictionJob:
 def samples(*names: str) -> pa.Table:
     files = {name: f"/x/{name}" for name in names}
     versions = {name: storage.Version(size=9, changed=1) for name in names}
-    return prediction._samples(Images(files=files, versions=versions, passed={}))
+    return prediction.named_samples(Images(files=files, versions=versions, passed={}))
 
 
 def test_masks_are_named_after_images_and_never_share_a_file() -> None:
@@ -84,7 +84,7 @@ def test_a_mask_lies_on_what_a_viewer_shows(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
-    rows = prediction._samples(find_images(str(tmp_path)))
+    rows = prediction.named_samples(find_images(str(tmp_path)))
     for orient, shape in ((True, [8, 4]), (False, [4, 8])):
         read = prediction.ReadPhotos(size=(2, 2), interpolation="bilinear", orient=orient, keep_files=True)(rows)
         assert [read["height"][0].as_py(), read["width"][0].as_py()] == shape
@@ -100,8 +100,8 @@ def test_masks_on_stored_and_on_turned_pixels_are_kept_apart(made: MadeRun, tmp_
     with refused("out-taken --orient"):
         prediction.preflight(job(made, tmp_path, orient=True))
     prediction.preflight(job(made, tmp_path))  # goes on with what is there
-    assert prediction._orient(job(made, tmp_path)) is False
-    assert prediction._orient(job(made, tmp_path, out=str(tmp_path / "other"))) is True
+    assert prediction.resolved_orient(job(made, tmp_path)) is False
+    assert prediction.resolved_orient(job(made, tmp_path, out=str(tmp_path / "other"))) is True
 
 
 def test_what_is_to_be_made() -> None:
@@ -109,7 +109,7 @@ def test_what_is_to_be_made() -> None:
     done = {"0.jpg", "1.jpg", "2.jpg"}
 
     def names(bad: dict[str, str], whole: bool) -> list[list[str]]:
-        return [t["name"].to_pylist() for t in prediction._todo(table, 2, done, bad, whole=whole)]
+        return [t["name"].to_pylist() for t in prediction.parts_to_make(table, 2, done, bad, whole=whole)]
 
     # A part that was stopped half way is made again whole, so that its batches are what they would have been.
     assert names({}, True) == [["2.jpg", "3.jpg"], ["4.jpg", "5.jpg"]]
@@ -214,7 +214,7 @@ def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path
     def claim(model: int) -> str:
         start.wait()
         try:
-            prediction._claim(
+            prediction.take_folder(
                 asked,
                 {
                     "model": str(model),
@@ -326,7 +326,7 @@ def test_masks_without_records_are_done_if_they_are_younger(made: MadeRun, tmp_p
         (masks / f"{name}.png").write_bytes(bytes(100 if name != "empty" else 0))
     os.utime(tmp_path / "images" / "new.jpg", (4e9, 4e9))  # changed after its mask was made
     asked = job(made, tmp_path)
-    table = prediction._samples(find_images(asked.images, recursive=True))
+    table = prediction.named_samples(find_images(asked.images, recursive=True))
     there = prediction._there(asked, table)
     assert (there.done, there.orphans) == ({"old.jpg"}, 1)
 

@@ -1,4 +1,4 @@
-"""Anyone's images: every image file below a folder is a sample, named by its path there.
+"""List the images of any folder: each image file is a sample, named by its relative path.
 
 Where the folder has sub-folders for training and validation, as exporters name them (`train`, `training`; `val`,
 `valid`, `validation`, `dev`; in any case, and in a folder `images` or not), these are the splits, and other folders,

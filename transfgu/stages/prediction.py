@@ -1,10 +1,9 @@
-"""An image is done if its mask is there and was made of this version of the image.
+"""Predict the masks of a folder of images, in parts; images whose mask is up to date are skipped.
 
-So prediction goes on where it stopped, and takes up what was added or replaced.
+A stopped prediction resumes, and images that were added or replaced get their masks.
 
-A bucket of images becomes a bucket of masks in parts, as the other stages make theirs: tasks decode, a pool of actors
-holds the model and grows to its limit while images wait, tasks write. A mask leaves its actor compressed, so what
-travels is small however large a photograph is; to the driver comes back one small row a part.
+Tasks decode, a pool of actors holds the model and grows to its limit while images wait, and tasks write. Masks are
+compressed in the actor, so little data is sent even for large photographs; the driver gets one small row per part.
 """
 
 import hashlib
@@ -19,7 +18,6 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int, UInt8
 from PIL import Image
 from ray.data import Dataset
@@ -145,7 +143,7 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
         ['0.png', '1.png']
     """
     images = preflight(job)
-    job = replace(job, orient=_orient(job))
+    job = replace(job, orient=resolved_orient(job))
     # What costs seconds to import, only now.
     from transfgu.runtime import capacity, connect
 
@@ -153,13 +151,13 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     for uri, flag in ((job.out, "--out"), (job.images, "--images")):
         capacity.check_shared(uri, flag)
     capacity.check_satisfiable(replace(compute, workers=0))  # nothing is trained
-    samples = _samples(images)
+    samples = named_samples(images)
     there, bad = _there(job, samples), _known_bad(job)
     done = there.done
     for uri in there.stale:
         storage.delete(uri)
-    size = _size(job)
-    todo = _todo(samples, 1 if job.tile else parts.part_size(size), done, bad, whole=job.format == "png")
+    size = model_size(job)
+    todo = parts_to_make(samples, 1 if job.tile else parts.part_size(size), done, bad, whole=job.format == "png")
     asked = {name for table in todo for name in table["name"].to_pylist()}
     found = len(samples) - len(asked)
     if found:
@@ -240,23 +238,25 @@ def preflight(job: PredictionJob) -> Images:
             "scales": list(segmenter.recipe.evaluation.scales),
             "flip": segmenter.recipe.evaluation.flip,
         },
-        _ORIENT: _orient(job),
+        _ORIENT: resolved_orient(job),
         _TILES: job.tiles,
         "classes": [
             {"index": i, "name": name, "colour": list(colour)}
             for i, (name, colour) in enumerate(zip(segmenter.classes, segmenter.colours, strict=True))
         ],
     }
-    _claim(job, claim)
+    take_folder(job, claim)
     return found
 
 
-def _orient(job: PredictionJob) -> bool:
+def resolved_orient(job: PredictionJob) -> bool:
+    """Return whether EXIF's orientation is applied: as asked, else as in the folder so far, else True."""
     text = storage.read_bytes_or_none(storage.join(job.out, CLAIM)) if job.orient is None else None
     return job.orient is not False if text is None else bool(_parsed_claim(job.out, text)[_ORIENT])
 
 
-def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
+def take_folder(job: PredictionJob, claim: Mapping[str, Any]) -> None:
+    """Write what the masks are made with into the output folder; raises UserError if it holds masks of another job."""
     uri = storage.join(job.out, CLAIM)
     text = storage.read_bytes_or_none(uri)
     if text is None:
@@ -303,7 +303,7 @@ def read_claim(out: str) -> dict[str, Any]:
 
 def mask_names(images: str) -> dict[str, str]:
     """Return the name of the mask of each image in a folder, without an extension, by the image's relative path."""
-    table = _samples(find_images(images, recursive=True))
+    table = named_samples(find_images(images, recursive=True))
     return dict(zip(table["name"].to_pylist(), table["mask"].to_pylist(), strict=True))
 
 
@@ -325,8 +325,8 @@ def _parsed_claim(out: str, text: bytes) -> dict[str, Any]:
     return held
 
 
-def _samples(found: Images) -> pa.Table:
-    """Rows of `_SAMPLES`: `mask` is the name of the image's mask without an extension."""
+def named_samples(found: Images) -> pa.Table:
+    """Return rows of `_SAMPLES`; `mask` is the name of the image's mask without an extension."""
     names = sorted(found.files)
     versions = [found.versions.get(name) for name in names]
     columns = {
@@ -339,7 +339,8 @@ def _samples(found: Images) -> pa.Table:
     return pa.table(columns, schema=_SAMPLES)
 
 
-def _size(job: PredictionJob) -> Size:
+def model_size(job: PredictionJob) -> Size:
+    """Return the (height, width) of the images that the run's model takes, in pixels."""
     return Run(job.run).recipe().dataset.image_size
 
 
@@ -373,7 +374,7 @@ def _there(job: PredictionJob, samples: pa.Table) -> _There:
 
     if job.format == "parquet":
         with ThreadPoolExecutor(16) as pool:
-            held = dict(zip(files, pool.map(_names, files), strict=True))
+            held = dict(zip(files, pool.map(names_in, files), strict=True))
         stale = [uri for uri, names in held.items() if any(n in current and not fresh(n, files[uri]) for n in names)]
         kept = [name for uri, names in held.items() if uri not in stale for name in names]
         gone = sum(name not in current for names in held.values() for name in names)
@@ -413,7 +414,8 @@ def _record(job: PredictionJob, samples: pa.Table, bad: Collection[str]) -> None
     predicted.write(job.out, records)
 
 
-def _names(uri: str) -> list[str]:
+def names_in(uri: str) -> list[str]:
+    """Return the names of the images whose masks a Parquet file holds."""
     remedy = "delete it, and run again"
     with parquet.opened(uri, remedy=remedy) as file, parquet.damage(uri, remedy):
         names: list[str] = file.read(columns=["name"])["name"].to_pylist()
@@ -432,8 +434,10 @@ def _known_bad(job: PredictionJob) -> dict[str, str]:
         return {x["name"]: x["reason"] for x in summary["left_out"]}
 
 
-def _todo(samples: pa.Table, size: int, done: set[str], bad: Mapping[str, str], *, whole: bool) -> list[pa.Table]:
-    """The parts to make.
+def parts_to_make(
+    samples: pa.Table, size: int, done: set[str], bad: Mapping[str, str], *, whole: bool
+) -> list[pa.Table]:
+    """Return the parts of images that are still to be predicted.
 
     A part's images share their batches, and another batch may round otherwise. So a part of PNGs that was stopped
     half way is made again as a whole, and prediction that was stopped ends as if it had not been. Images that were
@@ -644,7 +648,7 @@ def _write_rows(
     # A name of its own for each set of images: a task that is run twice replaces what it wrote.
     whole = list(names) if part is None else part.to_pylist()
     digest = hashlib.sha256("\n".join(whole).encode()).hexdigest()[:16]
-    storage.write_bytes(storage.join(job.out, "masks", f"part-{digest}.parquet"), _parquet(table))
+    storage.write_bytes(storage.join(job.out, "masks", f"part-{digest}.parquet"), masks_file(table))
 
 
 def png_of_strips(
@@ -694,7 +698,6 @@ def overlay(
     return sink.getvalue()
 
 
-def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=1, use_dictionary=False)
-    return sink.getvalue()
+def masks_file(table: pa.Table) -> bytes:
+    """Return the bytes of a Parquet file of masks, each of which can be read without the others."""
+    return parquet.encoded(table, compression="zstd", row_group_size=1, use_dictionary=False)
