@@ -132,6 +132,13 @@ def _counts(recipe: Recipe, run: Run | None) -> Counts:
     elif recipe.dataset.layout == "shapes":
         drawn = {split: min(n, recipe.limit or n) for split, n in samples.SCENES.items()}
         return Counts(train=drawn["train"], validation=drawn["validation"], labelled=drawn["validation"], left_out=())
+    elif units := samples.packed_units(recipe):
+        of = {split: sum(u.count for u in units if u.pack.split == split) for split in ("train", "val", "")}
+        separate = of["train"] and of["val"]
+        train, validation = (of["train"], of["val"]) if separate else (sum(of.values()),) * 2
+        train, validation = (min(n, recipe.limit or n) for n in (train, validation))
+        labelled = validation if recipe.labels else 0
+        return Counts(train=train, validation=validation, labelled=labelled, left_out=())
     else:
         listings = {split: datasets.listing(recipe, split) for split in datasets.SPLITS}
         tables = {split: listing.table for split, listing in listings.items()}

@@ -2,9 +2,12 @@
 
 The embedded demonstration's scenes are drawn here, into the run's own folder, by tasks of a few scenes each: from then
 on they are files like any others. A scene depends on its number alone, so those that are there are not drawn again.
+Images inside Parquet files and tar shards are unpacked likewise.
 """
 
+import dataclasses
 import io
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,10 +21,11 @@ from jaxtyping import UInt8
 from PIL import Image
 from ray.exceptions import RayTaskError
 
-from transfgu import datasets
-from transfgu.datasets.listing import Listing, table
+from transfgu import datasets, formats
+from transfgu.datasets import packed
+from transfgu.datasets.listing import Listing, images_in, table
 from transfgu.datasets.shapes import scene
-from transfgu.errors import UserError
+from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import Recipe
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, storage
@@ -29,6 +33,7 @@ from transfgu.store.artifacts import Artifact, Outcome, Run
 
 SCENES = {"train": 200, "validation": 100}
 _STREAMS = {"train": "train", "validation": "val"}
+_IMAGES = "images"  # the folder of unpacked images, in the artefact
 _TASK_SIZE = 10  # scenes; a task takes about a second
 
 
@@ -44,10 +49,10 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     artifact = run.artifact("samples")
     if recipe.dataset.layout == "shapes":
         listings = _drawn(recipe, artifact, progress)
+    elif units := packed_units(recipe):
+        listings = _unpacked(recipe, units, artifact, progress)
     else:
-        with ThreadPoolExecutor(len(datasets.SPLITS)) as pool:
-            waiting = {s: pool.submit(datasets.listing, recipe, s) for s in datasets.SPLITS}
-            listings = {split: future.result() for split, future in waiting.items()}
+        listings = _listed(recipe)
     details: dict[str, Any] = {}
     for split, listing in listings.items():
         _check_share(recipe, split, listing)
@@ -62,6 +67,67 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         left_out=tuple(x for listing in listings.values() for x in listing.left_out),
         details=details,
     )
+
+
+def _listed(recipe: Recipe) -> dict[str, Listing]:
+    with ThreadPoolExecutor(len(datasets.SPLITS)) as pool:
+        waiting = {s: pool.submit(datasets.listing, recipe, s) for s in datasets.SPLITS}
+        return {split: future.result() for split, future in waiting.items()}
+
+
+def packed_units(recipe: Recipe) -> list[packed.Unit]:
+    """Return what is to be unpacked before the recipe's images are a folder; empty where they are one.
+
+    Image files win: Parquet files and tar shards beside them are not looked at.
+
+    Raises:
+        UserError: a damaged file, or one without an image column.
+    """
+    if recipe.dataset.layout != "folder":
+        return []
+    if not packed.is_pack(recipe.data) and images_in(recipe.data, recursive=True):
+        return []
+    return packed.units(recipe.data, recipe.limit)
+
+
+def _unpacked(
+    recipe: Recipe, units: Sequence[packed.Unit], artifact: Artifact, progress: Progress
+) -> dict[str, Listing]:
+    """Unpack images into files of the artefact, several units at a time, and list them."""
+    folder, records = artifact.file(_IMAGES), artifact.file("unpacked")
+    there = set(storage.list_files(records))
+    record_of = {unit.name: storage.absolute(storage.join(records, f"{unit.name}.json")) for unit in units}
+    done = sum(unit.count for unit in units if record_of[unit.name] in there)
+    total = sum(unit.count for unit in units)
+    unpack = ray.remote(_unpack).options(name="unpack images")
+    waiting = [unpack.remote(unit, folder, record_of[unit.name]) for unit in units if record_of[unit.name] not in there]
+    while waiting:
+        finished, waiting = ray.wait(waiting)
+        done += sum(_fetch(finished))
+        progress.update(done, total, "images")
+    left_out = [
+        LeftOut(**row) for unit in units for row in json.loads(storage.read_bytes(record_of[unit.name]))["left_out"]
+    ]
+    listings = _listed(recipe.with_fields({"data": folder}))
+    first = listings["train"]
+    return {**listings, "train": dataclasses.replace(first, left_out=(*first.left_out, *left_out))}
+
+
+def _unpack(unit: packed.Unit, folder: str, record: str) -> int:
+    """A task: unpacks a unit, keeps a record of it, and returns how many images it had."""
+    left_out = packed.unpack(unit, folder)
+    storage.write_bytes(record, json.dumps(formats.stamp({"left_out": [vars(x) for x in left_out]})).encode())
+    return unit.count
+
+
+def _fetch(references: list[Any]) -> list[int]:
+    """What tasks return; a user's mistake that one of them found is raised as it was there."""
+    try:
+        return list(ray.get(references))
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
 
 
 def labelled(recipe: Recipe, run: Run) -> pa.Table:
@@ -82,18 +148,24 @@ def training(recipe: Recipe, run: Run) -> pa.Table:
 def load(run: Run, split: str) -> pa.Table:
     """Read the samples of a split ("train" or "validation") of a run: rows of `datasets.SCHEMA`.
 
-    Scenes lie in the run's own folder, so they are found there when the folder has been copied or moved.
+    Scenes, and unpacked images, lie in the run's own folder, so they are found there when it has been copied or moved.
     """
     artifact = run.artifact("samples")
     found = parquet.read(artifact.file(f"{split}.parquet"))
-    here = storage.absolute(artifact.file("scenes")) + "/"
+    manifest = artifact.manifest()
+    fields = manifest.fields if manifest else {}
+    drawn = fields.get("dataset.layout") == "shapes"
+    own = "scenes" if drawn else _IMAGES
+    here = storage.absolute(artifact.file(own)) + "/"
     if not len(found) or found["image"][0].as_py().startswith(here):
         return found
-    manifest = artifact.manifest()
-    if manifest is None or manifest.fields.get("dataset.layout") != "shapes":
+    inside = f"/samples/{own}/"
+    if not drawn and (inside not in found["image"][0].as_py() or not storage.exists(here)):
         return found
-    for column in ("image", "label"):
-        moved = pc.replace_substring_regex(found[column], r"^.*/samples/scenes/", here)
+    if manifest is None:
+        return found
+    for column in ("image", "label") if drawn else ("image",):
+        moved = pc.replace_substring_regex(found[column], f"^.*{inside}", here)
         found = found.set_column(found.schema.get_field_index(column), found.schema.field(column), moved)
     return found
 
@@ -137,12 +209,7 @@ def _drawn(recipe: Recipe, artifact: Artifact, progress: Progress) -> dict[str, 
     waiting = [draw.remote(recipe.seed, folder, split, indices) for split, indices in tasks]
     while waiting:
         finished, waiting = ray.wait(waiting)
-        try:
-            done += sum(ray.get(finished))
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            raise
+        done += sum(_fetch(finished))
         progress.update(done, total, "scenes")
     return {split: Listing(table=_scenes_table(folder, split, count)) for split, count in counts.items()}
 
