@@ -2,7 +2,7 @@
 
 The embedded demonstration's scenes are drawn here, into the run's own folder, by tasks of a few scenes each: from then
 on they are files like any others. A scene depends on its number alone, so those that are there are not drawn again.
-Images inside Parquet files and tar shards are unpacked likewise.
+Images inside Parquet files and tar shards are unpacked into it, too.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from ray.exceptions import RayTaskError
 
 from transfgu import datasets, formats
 from transfgu.datasets import packed
-from transfgu.datasets.listing import Listing, images_in, table
+from transfgu.datasets.listing import Listing, table
 from transfgu.datasets.shapes import scene
 from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import Recipe
@@ -49,10 +49,10 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     artifact = run.artifact("samples")
     if recipe.dataset.layout == "shapes":
         listings = _drawn(recipe, artifact, progress)
-    elif units := packed_units(recipe):
-        listings = _unpacked(recipe, units, artifact, progress)
     else:
-        listings = _listed(recipe)
+        listings, units = listed(recipe)
+        if units:
+            listings = _unpacked(recipe, units, artifact, progress)
     details: dict[str, Any] = {}
     for split, listing in listings.items():
         _check_share(recipe, split, listing)
@@ -69,65 +69,62 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     )
 
 
-def _listed(recipe: Recipe) -> dict[str, Listing]:
+def listed(recipe: Recipe) -> tuple[dict[str, Listing], list[packed.Unit]]:
+    """List both splits; or what is to be unpacked before there is a folder of images to list.
+
+    Image files win: Parquet files and tar shards beside them are not looked at.
+
+    Raises:
+        UserError: no usable image; a damaged file of images, or one without an image column.
+    """
+    try:
+        return _both(recipe), []
+    except UserError as error:
+        if recipe.dataset.layout != "folder" or error.code != "images-missing":
+            raise
+        units = packed.units(recipe.data, recipe.limit)
+        if not units:
+            raise
+        return {}, units
+
+
+def _both(recipe: Recipe) -> dict[str, Listing]:
     with ThreadPoolExecutor(len(datasets.SPLITS)) as pool:
         waiting = {s: pool.submit(datasets.listing, recipe, s) for s in datasets.SPLITS}
         return {split: future.result() for split, future in waiting.items()}
 
 
-def packed_units(recipe: Recipe) -> list[packed.Unit]:
-    """Return what is to be unpacked before the recipe's images are a folder; empty where they are one.
-
-    Image files win: Parquet files and tar shards beside them are not looked at.
-
-    Raises:
-        UserError: a damaged file, or one without an image column.
-    """
-    if recipe.dataset.layout != "folder":
-        return []
-    if not packed.is_pack(recipe.data) and images_in(recipe.data, recursive=True):
-        return []
-    return packed.units(recipe.data, recipe.limit)
-
-
 def _unpacked(
     recipe: Recipe, units: Sequence[packed.Unit], artifact: Artifact, progress: Progress
 ) -> dict[str, Listing]:
-    """Unpack images into files of the artefact, several units at a time, and list them."""
+    """Unpack images into files of the artefact, several units at a time, and list them.
+
+    Units that an interrupted attempt has recorded are not unpacked again.
+    """
     folder, records = artifact.file(_IMAGES), artifact.file("unpacked")
     there = set(storage.list_files(records))
     record_of = {unit.name: storage.absolute(storage.join(records, f"{unit.name}.json")) for unit in units}
     done = sum(unit.count for unit in units if record_of[unit.name] in there)
     total = sum(unit.count for unit in units)
-    unpack = ray.remote(_unpack).options(name="unpack images")
-    waiting = [unpack.remote(unit, folder, record_of[unit.name]) for unit in units if record_of[unit.name] not in there]
-    while waiting:
-        finished, waiting = ray.wait(waiting)
-        done += sum(_fetch(finished))
-        progress.update(done, total, "images")
+    missing = [unit for unit in units if record_of[unit.name] not in there]
+    # Bytes are copied and nothing is decoded: threads of one process keep the storage busy.
+    with ThreadPoolExecutor(storage.IN_FLIGHT) as pool:
+        for count in pool.map(lambda unit: _unpack(unit, folder, record_of[unit.name]), missing):
+            done += count
+            progress.update(done, total, "images")
     left_out = [
         LeftOut(**row) for unit in units for row in json.loads(storage.read_bytes(record_of[unit.name]))["left_out"]
     ]
-    listings = _listed(recipe.with_fields({"data": folder}))
+    listings = _both(recipe.with_fields({"data": folder}))
     first = listings["train"]
     return {**listings, "train": dataclasses.replace(first, left_out=(*first.left_out, *left_out))}
 
 
 def _unpack(unit: packed.Unit, folder: str, record: str) -> int:
-    """A task: unpacks a unit, keeps a record of it, and returns how many images it had."""
+    """Unpack a unit, keep a record of it, and return how many images it had."""
     left_out = packed.unpack(unit, folder)
     storage.write_bytes(record, json.dumps(formats.stamp({"left_out": [vars(x) for x in left_out]})).encode())
     return unit.count
-
-
-def _fetch(references: list[Any]) -> list[int]:
-    """What tasks return; a user's mistake that one of them found is raised as it was there."""
-    try:
-        return list(ray.get(references))
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
 
 
 def labelled(recipe: Recipe, run: Run) -> pa.Table:
@@ -209,7 +206,12 @@ def _drawn(recipe: Recipe, artifact: Artifact, progress: Progress) -> dict[str, 
     waiting = [draw.remote(recipe.seed, folder, split, indices) for split, indices in tasks]
     while waiting:
         finished, waiting = ray.wait(waiting)
-        done += sum(_fetch(finished))
+        try:
+            done += sum(ray.get(finished))
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
         progress.update(done, total, "scenes")
     return {split: Listing(table=_scenes_table(folder, split, count)) for split, count in counts.items()}
 
