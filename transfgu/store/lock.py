@@ -25,6 +25,15 @@ _PATIENCE_SECONDS = 90.0  # a holder whose storage fails for a minute still live
 _SETTLE_SECONDS = 1.0  # after which, of two that took a dead run's lock at once, both see the last one's
 
 
+_held: set["Lock"] = set()
+
+
+def release_held() -> None:
+    """Release the locks that this process holds. For its last moments, when the body of :func:`hold` no longer runs."""
+    for lock in list(_held):
+        lock.release()
+
+
 class Lock:
     """A run's lock, held."""
 
@@ -52,6 +61,7 @@ class Lock:
             found = None if made else self._read()
         if not made and not self._is_mine(found):
             self._take_over(found, say)
+        _held.add(self)
         self._thread.start()
 
     def check(self) -> None:
@@ -64,6 +74,7 @@ class Lock:
 
     def release(self) -> None:
         """Let go."""
+        _held.discard(self)
         self._end.set()
         self._thread.join()
         if not self._lost.is_set():
