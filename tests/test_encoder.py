@@ -21,8 +21,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.refusals import refused
 from transfgu.encoder import Encoder, _maps, normalise, patch_grid
-from transfgu.errors import UserError
 
 PATCH = 8
 
@@ -281,15 +281,15 @@ def test_timms_own_dinov2_and_dinov3(name: str, size: tuple[int, int], grid: tup
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "refusal"),
     [
-        ({"class_token": False, "global_pool": "avg"}, "without a class token"),
-        ({"dynamic_img_size": False}, "built for one image size"),
-        ({"block_fn": timm.models.vision_transformer.ResPostBlock}, "made of ResPostBlocks"),
+        ({"class_token": False, "global_pool": "avg"}, "encoder-unsupported"),
+        ({"dynamic_img_size": False}, "encoder-unsupported"),
+        ({"block_fn": timm.models.vision_transformer.ResPostBlock}, "encoder-unsupported ResPostBlocks"),
     ],
 )
-def test_transformers_that_cant_be_taken_apart(change: dict[str, Any], reason: str) -> None:
-    with pytest.raises(UserError, match=reason):
+def test_transformers_that_cant_be_taken_apart(change: dict[str, Any], refusal: str) -> None:
+    with refused(refusal):
         Encoder(VisionTransformer(**{"img_size": 64, "patch_size": 16, **TINY, **change}))
 
 
@@ -368,11 +368,11 @@ def test_pixels_are_normalised_by_channel() -> None:
 
 def test_sides_that_the_patch_does_not_divide(encoder: Encoder) -> None:
     assert patch_grid((320, 640), 8) == (40, 80)
-    with pytest.raises(UserError, match="image side 325 is not a multiple of the encoder's patch, 8: use 320 or 328"):
+    with refused("image-size 325 8 320 328"):
         patch_grid((320, 325), 8)
-    with pytest.raises(UserError, match=r"image side 5 is not .* use 14 pixels"):
+    with refused("image-size 5 14"):
         patch_grid((5, 28), 14)
-    with pytest.raises(UserError, match="image side 20"):
+    with refused("image-size 20"):
         encoder(torch.zeros(1, 3, 16, 20))
 
 
@@ -382,15 +382,15 @@ def test_sides_that_the_patch_does_not_divide(encoder: Encoder) -> None:
 def test_state_dicts_that_are_no_such_transformer() -> None:
     state = random_state(24, 2, 4, mlp=48, seed=0)
     cases: list[tuple[dict[str, Tensor], int, int, str]] = [
-        (state, PATCH, 5, "5 heads don't divide a width of 24"),
-        (state, 16, 3, "patch_embed.proj.weight is .24, 3, 8, 8., not .24, 3, 16, 16."),
-        ({k: v for k, v in state.items() if k != "pos_embed"}, PATCH, 3, "has no pos_embed"),
-        ({k: v for k, v in state.items() if k != "norm.bias"}, PATCH, 3, "norm.bias is missing"),
-        (state | {"extra": torch.zeros(2)}, PATCH, 3, "extra has no place"),
-        ({}, PATCH, 3, "holds no network's weights"),
+        (state, PATCH, 5, "heads-mismatch 5 24"),
+        (state, 16, 3, "weights-misfit patch_embed.proj.weight 8 16"),
+        ({k: v for k, v in state.items() if k != "pos_embed"}, PATCH, 3, "weights-misfit pos_embed"),
+        ({k: v for k, v in state.items() if k != "norm.bias"}, PATCH, 3, "weights-misfit norm.bias"),
+        (state | {"extra": torch.zeros(2)}, PATCH, 3, "weights-misfit extra"),
+        ({}, PATCH, 3, "weights-misfit"),
     ]
-    for tensors, patch, heads, message in cases:
-        with pytest.raises(UserError, match=message):
+    for tensors, patch, heads, refusal in cases:
+        with refused(refusal):
             Encoder.from_state_dict(tensors, patch_size=patch, num_heads=heads)
 
 
@@ -524,9 +524,8 @@ def test_no_code_in_weights_is_run(tmp_path: Path) -> None:
     for write in (torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2))):
         write({"pos_embed": torch.zeros(1), "x": Payload(mark)}, tmp_path / "hostile.pth")
         before = (tmp_path / "hostile.pth").read_bytes()
-        with pytest.raises(UserError, match="loading anything else could run code") as caught:
+        with refused("weights-unsafe"):
             Encoder.from_pretrained("vit_tiny_patch16_224", str(tmp_path / "hostile.pth"))
-        assert "\n" not in str(caught.value)
         assert (tmp_path / "hostile.pth").read_bytes() == before
     assert not mark.exists()
 
@@ -538,16 +537,16 @@ def test_mistakes_with_names_and_weights(tmp_path: Path) -> None:
     silent = save(tmp_path / "silent.safetensors", random_state(24, 2, 4, mlp=48, seed=0))
     tiny = "vit_tiny_patch16_224"
     cases = [
-        ("vit_smal_patch16_224", "random", "no encoder is called vit_smal_patch16_224: try .*vit_small_patch16_224"),
-        ("vit_small_patch8_224.dine", "random", "Invalid pretrained tag"),
-        ("resnet50", "random", "encoder resnet50 can't be had"),
-        (tiny, str(tmp_path / "none.pth"), "none.pth"),
-        (tiny, str(tmp_path / "broken.safetensors"), "aren't a safetensors file"),
-        (tiny, str(tmp_path / "broken.pth"), "can't be read"),
-        (tiny, small, "small.pth for encoder vit_tiny.* don't fit: patch_embed.proj.weight is .24, 3, 8, 8."),
-        ("vit_shapes", silent, "don't say their patch_size and num_heads"),
-        ("my_own", silent, "no encoder is called my_own"),
+        ("vit_smal_patch16_224", "random", "encoder-unknown vit_smal_patch16_224 vit_small_patch16_224"),
+        ("vit_small_patch8_224.dine", "random", "encoder-unavailable vit_small_patch8_224.dine"),
+        ("resnet50", "random", "encoder-unavailable resnet50"),
+        (tiny, str(tmp_path / "file-missing none.pth"), "file-missing none.pth"),
+        (tiny, str(tmp_path / "broken.safetensors"), "weights-damaged broken.safetensors"),
+        (tiny, str(tmp_path / "broken.pth"), "weights-damaged broken.pth"),
+        (tiny, small, "weights-misfit small.pth vit_tiny_patch16_224 patch_embed.proj.weight"),
+        ("vit_shapes", silent, "weights-undescribed silent.safetensors"),
+        ("my_own", silent, "encoder-unknown my_own"),
     ]
-    for name, weights, message in cases:
-        with pytest.raises(UserError, match=message):
+    for name, weights, refusal in cases:
+        with refused(refusal):
             Encoder.from_pretrained(name, weights)

@@ -17,6 +17,7 @@ import safetensors.torch
 import yaml
 from PIL import Image
 
+from tests.refusals import refused
 from transfgu import Segmenter, formats, pipeline, presets, recipe
 from transfgu.errors import UserError
 from transfgu.recipe import FIELDS, STAGES, Recipe, preset
@@ -150,7 +151,7 @@ def drop(run: Run, name: str, now: str = "") -> None:
 def test_a_field_that_came_later_has_the_value_of_its_time(
     without_smoothing: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"pseudo_labels\.smoothing \(nothing there, 3 asked\)"):
+    with refused("recipe-mismatch pseudo_labels.smoothing nothing 3"):
         pipeline.check_artifacts(asked(), without_smoothing)
     restricted(monkeypatch, "pseudo_labels.smoothing", before=3)
     assert all(pipeline.check_artifacts(asked(), without_smoothing).values())
@@ -163,7 +164,7 @@ def test_a_field_that_came_later_has_the_value_of_its_time(
     assert all(pipeline.check_artifacts(continued, without_smoothing).values())
     # Who asks for it gets it, or is told why not.
     given = command().with_fields({"smoothing": 7})
-    with pytest.raises(UserError, match=r"pseudo_labels\.smoothing \(3 there, 7 asked\)"):
+    with refused("recipe-mismatch pseudo_labels.smoothing 3 7"):
         pipeline.check_artifacts(without_smoothing.continued(given), without_smoothing)
 
 
@@ -183,7 +184,7 @@ def test_a_later_field_leaves_digests_as_they_were(monkeypatch: pytest.MonkeyPat
 
 def test_a_renamed_field_is_known_by_its_old_name(golden: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     drop(golden, "concepts.iterations", "concepts.rounds")
-    with pytest.raises(UserError, match=r"concepts\.rounds"):
+    with refused("recipe-mismatch concepts.rounds"):
         pipeline.check_artifacts(asked(), golden)
     restricted(monkeypatch, "concepts.iterations", was=("concepts.rounds",))
     assert golden.recipe() == Run(str(GOLDEN / "run")).recipe()
@@ -201,20 +202,19 @@ def test_a_renamed_field_is_known_by_its_old_name(golden: Run, monkeypatch: pyte
 )
 def test_a_format_to_come_is_refused_in_one_line(golden: Run, file: str, read: Any) -> None:
     edit(Path(golden.file(file)), format=formats.FORMAT + 1)
-    with pytest.raises(UserError, match=rf"has format {formats.FORMAT + 1}, .*install the version that wrote it"):
+    with refused(f"format-newer {formats.FORMAT + 1}"):
         read(golden)
 
 
 def test_masks_trials_checkpoints_and_models_of_a_format_to_come_are_refused(golden: Run, tmp_path: Path) -> None:
-    to_come = rf"has format {formats.FORMAT + 1}, "
     shutil.copytree(GOLDEN / "prediction", tmp_path / "out")
     job = PredictionJob(run=golden.uri, images=golden.file("samples/scenes/validation/images"), out=f"{tmp_path}/out")
     edit(tmp_path / "out" / "prediction.json", format=formats.FORMAT + 1, files="png")
-    with pytest.raises(UserError, match=rf"prediction\.json {to_come}"):
+    with refused("format-newer prediction.json"):
         prediction.preflight(job)
     (tmp_path / "trials").mkdir()
     (tmp_path / "trials" / "0000.json").write_text(json.dumps({"format": formats.FORMAT + 1}))
-    with pytest.raises(UserError, match=rf"0000\.json {to_come}"):
+    with refused("format-newer 0000.json"):
         Ledger(str(tmp_path))
     checkpoint = tmp_path / "ray" / "checkpoint_1"
     checkpoint.mkdir(parents=True)
@@ -222,12 +222,12 @@ def test_masks_trials_checkpoints_and_models_of_a_format_to_come_are_refused(gol
     checkpoints.seal(checkpoint)
     assert checkpoints.newest(str(tmp_path / "ray"))
     edit(checkpoint / "digests.json", format=formats.FORMAT + 1)
-    with pytest.raises(UserError, match=rf"checkpoint_1 {to_come}"):
+    with refused("format-newer checkpoint_1"):
         checkpoints.newest(str(tmp_path / "ray"))
     model = Path(golden.file("model.safetensors"))
     tensors = safetensors.torch.load_file(model)
     safetensors.torch.save_file(tensors, model, {formats.WEIGHTS_KEY: str(formats.FORMAT + 1)})
-    with pytest.raises(UserError, match=rf"model\.safetensors {to_come}"):
+    with refused("format-newer model.safetensors"):
         Segmenter.load(golden.uri)
 
 
@@ -252,7 +252,7 @@ def test_a_damaged_file_is_told_in_one_line(golden: Run, file: str, content: byt
     Path(golden.file(file)).write_bytes(content)
     if file == "training/history.json" and content == b"[]":
         pytest.skip("a history of no epoch is whole")
-    with pytest.raises(UserError, match=r"is damaged: delete the folder"):
+    with refused("file-damaged"):
         pipeline.run_stages(command(), golden, report=page.write, quiet=True)
 
 
@@ -261,11 +261,11 @@ def test_damaged_claims_and_records_are_told_in_one_line(golden: Run, tmp_path: 
     artifact = golden.artifact("concepts")
     Path(artifact.file("manifest.json")).unlink()
     Path(artifact.file("fields.json")).write_bytes(content)
-    with pytest.raises(UserError, match=r"fields\.json is damaged: delete the folder"):
+    with refused("file-damaged fields.json"):
         artifact.check(asked())
     (tmp_path / "trials").mkdir()
     (tmp_path / "trials" / "0000.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"0000\.json is damaged: delete it"):
+    with refused("file-damaged 0000.json"):
         Ledger(str(tmp_path))
     for name in ("prediction.json", "summary.json"):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
@@ -274,12 +274,13 @@ def test_damaged_claims_and_records_are_told_in_one_line(golden: Run, tmp_path: 
         job = PredictionJob(
             run=golden.uri, images=golden.file("samples/scenes/validation/images"), out=str(tmp_path / "out")
         )
-        with pytest.raises(UserError, match=rf"{name} is damaged: delete it"):
+        with refused(f"file-damaged {name}"):
             prediction.predict(job, golden.recipe().compute, Progress("prediction", quiet=True))
 
 
 @pytest.mark.parametrize("content", [b"\xe9t\xe9: 1", b"- 1", b"a: [", b"data: {b: 1}"])
 def test_a_damaged_recipe_is_told_in_one_line(golden: Run, content: bytes) -> None:
     Path(golden.file("recipe.yaml")).write_bytes(content)
-    with pytest.raises(UserError, match=r"recipe\.yaml|no field data\.b"):
+    with pytest.raises(UserError) as caught:
         golden.recipe()
+    assert caught.value.code in ("recipe-damaged", "field-unknown")

@@ -17,9 +17,21 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "ground": ("errors", "formats", "fields"),
     "recipe": ("recipe", "presets"),
     "store": ("store",),  # below the method, as the encoder reads its weights through it
-    "method": ("windows", "encoder", "kmeans", "maps", "decoder", "dropout", "losses", "views", "metrics", "transfer"),
+    "method": (
+        "windows",
+        "encoder",
+        "whitening",
+        "kmeans",
+        "maps",
+        "decoder",
+        "dropout",
+        "losses",
+        "views",
+        "metrics",
+        "transfer",
+    ),
     "datasets": ("datasets",),
-    "inference": ("inference",),
+    "inference": ("inference", "learner"),
     "sharing": ("sharing",),  # below the segmenter, whose methods write the model card and the ONNX files
     "segmenter": ("segmenter",),
     "runtime": ("runtime",),

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from transfgu.losses import Loss, batch_shares, bootstrapping_loss, diversity, loss_share, pixel_losses
+from transfgu.losses import (
+    LEVELS,
+    Loss,
+    batch_shares,
+    bootstrapping_loss,
+    diversity,
+    loss_share,
+    margin_levels,
+    pixel_losses,
+)
 
 # ---- the formulas, transcribed: Python floats and loops, nothing of torch ----
 
@@ -86,7 +95,15 @@ class Case:
     permutation: Tensor
     threshold: float | None
 
-    def loss(self, *, teacher: bool = True, alpha: float = 0.05, omega_1: float = 1.0, omega_2: float = 0.3) -> Loss:
+    def loss(
+        self,
+        *,
+        teacher: bool = True,
+        alpha: float = 0.05,
+        omega_1: float = 1.0,
+        omega_2: float = 0.3,
+        certain_share: float = 1,
+    ) -> Loss:
         return bootstrapping_loss(
             self.logits,
             self.embeddings,
@@ -97,6 +114,7 @@ class Case:
             alpha=alpha,
             permutation=self.permutation if teacher else None,
             background_threshold=self.threshold,
+            certain_share=certain_share,
         )
 
 
@@ -280,14 +298,15 @@ def test_names_of_classes_do_not_matter() -> None:
     torch.testing.assert_close(after.total, before.total)
 
 
+@pytest.mark.parametrize("share", [1, 0.4])
 @pytest.mark.parametrize("background", [False, True])
-def test_parts_of_a_batch_add_up(background: bool) -> None:
+def test_parts_of_a_batch_add_up(background: bool, share: float) -> None:
     """With weights of the whole, a split 1 + 2 images gives its loss and gradient, however foreground is spread."""
     case = make_case(images=3, background=background)
     case.logits.requires_grad_()
-    whole = case.loss()
+    whole = case.loss(certain_share=share)
     (expected,) = torch.autograd.grad(whole.total, case.logits)
-    shares = batch_shares(case.maps, case.threshold)
+    shares = batch_shares(case.maps, case.threshold, share)
     totals = []
     for rows in (slice(0, 1), slice(1, 3)):
         part = loss_share(
@@ -305,6 +324,43 @@ def test_parts_of_a_batch_add_up(background: bool) -> None:
         totals.append(part.total)
     torch.testing.assert_close(sum(totals), whole.total)
     torch.testing.assert_close(torch.autograd.grad(totals, case.logits), (expected,))
+
+
+# Three images of 1 x 2 pixels and two concepts, as image, concept, row, column, each scaled to [0, 1]: leads of concept
+# 0 are 1, 1/4, 1/8 and 1/2, those of concept 1 are 1 and 3/4.
+LEADS = torch.tensor([[[[1.0, 0.75]], [[0.0, 0.5]]], [[[0.0, 0.625]], [[1.0, 0.5]]], [[[0.5, 0.25]], [[0.0, 1.0]]]])
+
+
+@pytest.mark.parametrize(
+    ("share", "kept"),
+    [
+        (0.1, [[True, False], [True, False], [False, False]]),
+        (0.5, [[True, False], [True, False], [True, False]]),
+        (0.51, [[True, True], [True, False], [True, True]]),
+        (1.0, [[True, True], [True, True], [True, True]]),
+    ],
+)
+def test_the_most_certain_pixels_of_each_class_by_hand(share: float, kept: list[list[bool]]) -> None:
+    """At least one pixel of each class; the peer loss is the mean over those kept."""
+    logits = torch.randn(3, 2, 1, 2, generator=torch.Generator().manual_seed(0))
+    embeddings = F.normalize(torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(1)), dim=-1)
+    loss = bootstrapping_loss(logits, embeddings, LEADS, omega_1=1, omega_2=0.3, alpha=0, certain_share=share)
+    labels = torch.tensor([[0, 0], [1, 0], [0, 1]])
+    each = F.cross_entropy(logits[:, :, 0], labels, reduction="none")
+    torch.testing.assert_close(loss.peer, each[torch.tensor(kept)].mean())
+    everything = bootstrapping_loss(logits, embeddings, LEADS, omega_1=1, omega_2=0.3, alpha=0)
+    assert loss.uncertainty == everything.uncertainty
+    assert loss.diversity == everything.diversity
+
+
+def test_levels_follow_the_lead() -> None:
+    """Half a step of 1/128 is not told apart, a whole one is; nothing below 2^-24 is."""
+    leads = torch.tensor([0.0, 2.0**-25, 2.0**-24 * (1 + 1 / 128), 0.5, 0.5 * (1 + 1 / 256), 0.5 * (1 + 1 / 128), 1.0])
+    evidence = torch.stack([torch.zeros_like(leads), leads])[None, :, None]  # (1, 2, 1, 7)
+    labels, levels = margin_levels(evidence)
+    assert labels[0, 0, 1:].eq(1).all()
+    first = LEVELS - 1 - 128
+    assert levels.flatten().tolist() == [0, 0, 1, first, first, first + 1, LEVELS - 1]
 
 
 def test_labels_carry_no_gradient_to_teacher_or_maps() -> None:

@@ -14,8 +14,8 @@ from PIL import Image
 from tests.made_run import MadeRun, make_run
 from transfgu import naming, pipeline
 from transfgu.baselines.masks import score_masks
+from transfgu.cli import export, train
 from transfgu.cli import name as command
-from transfgu.cli import train
 from transfgu.errors import UserError
 from transfgu.metrics import scores
 from transfgu.report import page
@@ -214,11 +214,32 @@ def test_the_command(bare: MadeRun, tmp_path: Path, capsys: pytest.CaptureFixtur
     again = json.loads(Path(bare.run.file("metrics.json")).read_text())
     assert {n: v for n, v in again.items() if n != "format"} == json.loads(before)
     for words, code in (
-        ([bare.run.uri, str(file), "--undo"], "arguments-wrong"),
-        ([str(tmp_path / "none"), str(file)], ""),
+        ([bare.run.uri, str(file), "--undo"], "flags-conflict"),
+        ([str(tmp_path / "none"), str(file)], "run-missing"),
     ):
         with pytest.raises(UserError) as caught:
             command.main(words)
+        assert caught.value.code == code
+
+
+def test_masks_are_exported_under_the_runs_names(
+    bare: MadeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    naming.name_classes(bare.run, {1: "cow", 3: "cow"})
+    out = masks_of(bare, tmp_path / "some")
+    words = ["--masks", str(out), "--images", str(out.parent / "images"), "--tolerance", "0", "--least", "0"]
+    export.main([*words, "--to", "coco", "--classes", "cow", "--out", str(tmp_path / "there")])
+    assert capsys.readouterr().out == f"exported: {tmp_path}/there/coco.json\n"
+    tree = json.loads((tmp_path / "there" / "coco.json").read_text())
+    assert [c["name"] for c in tree["categories"]] == ["cow"]
+    assert [i["file_name"] for i in tree["images"]] == ["0.png", "1.png", "2.png"]
+    assert sum(a["area"] for a in tree["annotations"]) == sum((mask == 1).sum() for mask in pixels(out))
+    for more, code in (
+        (["--to", "yolo"], "export-unknown"),
+        (["--to", "coco", "--classes", "x"], "export-class-unknown"),
+    ):
+        with pytest.raises(UserError) as caught:
+            export.main([*words, *more])
         assert caught.value.code == code
 
 

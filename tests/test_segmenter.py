@@ -16,11 +16,11 @@ from PIL import Image
 
 import transfgu
 from tests.made_run import SIDE, MadeRun, make_run
+from tests.refusals import refused
 from transfgu import decoder
 from transfgu.datasets import images
 from transfgu.decoder import MaskDecoder, winners
 from transfgu.encoder import Encoder, normalise
-from transfgu.errors import UserError
 from transfgu.segmenter import Segmenter, class_table
 
 
@@ -97,6 +97,34 @@ def test_probabilities_are_the_classes_at_the_images_size(labelled: MadeRun) -> 
         np.testing.assert_allclose(probabilities[index], expected, rtol=1e-4)
     several = segmenter.predict([image, photograph(20, 30)], probabilities=True)
     assert [p.shape for p in several] == [(10, 50, 90), (10, 20, 30)]
+
+
+def test_an_image_in_one_tile_is_predicted_as_a_whole(labelled: MadeRun) -> None:
+    segmenter = Segmenter.load(labelled.run.uri)
+    image = photograph(50, 90)
+    for tile in (90, 500):
+        np.testing.assert_array_equal(segmenter.predict(image, tile=tile), segmenter.predict(image))
+    shares = segmenter.predict(image, probabilities=True)
+    np.testing.assert_array_equal(segmenter.predict(image, probabilities=True, tile=90), shares)
+
+
+def test_tiles_of_an_image(labelled: MadeRun, tmp_path: Path) -> None:
+    segmenter = Segmenter.load(labelled.run.uri)
+    image = photograph(150, 90)
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    found = segmenter.predict(image, tile=64, overlap=16)
+    assert found.shape == (150, 90)
+    assert found.dtype == np.uint8
+    for form in (tmp_path / "photo.png", Image.fromarray(image)):
+        np.testing.assert_array_equal(segmenter.predict(form, tile=64, overlap=16), found)
+    shares = segmenter.predict([image], probabilities=True, tile=64, overlap=16)[0]
+    np.testing.assert_allclose(shares.sum(axis=0), 1, atol=1e-5)
+    np.testing.assert_array_equal(shares.argmax(axis=0), found)
+    # Where one tile alone lies, it is that tile's prediction.
+    corner = segmenter.predict(image[:64, :64], probabilities=True)
+    np.testing.assert_allclose(shares[:, :20, :20], corner[:, :20, :20], rtol=1e-3)
+    with refused("image-unreadable"):
+        segmenter.predict(tmp_path / "none.png", tile=64, overlap=16)
 
 
 def test_a_shared_model_is_whole_and_says_what_it_is(labelled: MadeRun, tmp_path: Path) -> None:
@@ -236,25 +264,25 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
     made = make_run(tmp_path)
     mark = tmp_path / "unpickled"
     Path(made.run.file("model.safetensors")).write_bytes(pickle.dumps(Bomb(mark)))
-    with pytest.raises(UserError, match=r"model\.safetensors aren't a safetensors file"):
+    with refused("weights-damaged model.safetensors"):
         Segmenter.load(made.run.uri)
     assert not mark.exists()
 
 
 def test_mistakes_are_answered_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no run's folder, as it holds no recipe\.yaml"):
+    with refused("run-missing"):
         Segmenter.load(tmp_path / "nowhere")
     made = make_run(tmp_path)
     segmenter = Segmenter.load(made.run.uri)
-    with pytest.raises(UserError, match=r"\(H, W, 3\) array of uint8, not \(4, 4\) of float64"):
+    with refused("image-shape (4, 4) float64"):
         segmenter.predict(np.zeros((4, 4)))
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"text\.png: unreadable image"):
+    with refused("image-unreadable text.png"):
         segmenter.predict(tmp_path / "text.png")
     other = MaskDecoder(24, 7, num_heads=3)
     safetensors.torch.save_file(other.state_dict(), made.run.file("model.safetensors"))
-    with pytest.raises(UserError, match=r"tells 7 classes apart .* wants 10"):
+    with refused("model-mismatch 7 10"):
         Segmenter.load(made.run.uri)
     Path(made.run.file("model.safetensors")).unlink()
-    with pytest.raises(UserError, match="holds no model yet"):
+    with refused("model-missing"):
         Segmenter.load(made.run.uri)

@@ -7,6 +7,7 @@ Most of them are known not to: a row's centroid stays the nearest as long as the
 what it was nearer by (Hamerly, 2010). A pass looks at the other rows alone; in the end these are few.
 """
 
+import functools
 import math
 import os
 from abc import ABC, abstractmethod
@@ -22,6 +23,7 @@ from numpy import ndarray
 from scipy import sparse
 
 from transfgu.errors import UserError
+from transfgu.whitening import Moments, Whitening, moment_step, moments
 
 CHUNK = 1024  # rows; with 384 columns a chunk is 1.5 MB, and the sums find in cache what the assignment read
 _GPU_CHUNK = 8192  # rows; on a GPU each chunk costs a transfer and a launch
@@ -119,6 +121,21 @@ class Shards(ABC):
     def assign(self, centroids: Float32[ndarray, "k d"], grid: Grid) -> Assignment:
         """One pass over all rows."""
 
+    @abstractmethod
+    def moments(self, step: float) -> Moments:
+        """Sums over all rows, from which a whitening follows; see :func:`transfgu.whitening.moments`."""
+
+    @abstractmethod
+    def whitened(self, whitening: Whitening) -> "Shards":
+        """The rows whitened and of unit length; those before are kept, too."""
+
+    @abstractmethod
+    def means_before(self, centroids: Float32[ndarray, "k d"]) -> Float32[ndarray, "k d"]:
+        """Of whitened rows: for each centroid the mean, before whitening, of the rows that are nearest to it.
+
+        A centroid without rows gets the mean of all.
+        """
+
 
 class Shard(Shards):
     """Rows in the memory of one process, worked through by its threads.
@@ -153,6 +170,7 @@ class Shard(Shards):
         self._grid: Grid | None = None
         self._centroids = np.empty((0, 0))
         self._sums, self._counts = np.empty((0, 0)), np.empty(0, np.int64)
+        self._before: Shard | None = None  # of whitened rows: the rows as they were
 
     def take(self, rows: Int[ndarray, " n"]) -> Float32[ndarray, "n d"]:
         """The rows of these numbers, which count from 0 at this shard's first."""
@@ -230,6 +248,44 @@ class Shard(Shards):
         else:
             yield from (doubted[i : i + self._step] for i in range(0, len(doubted), self._step))
 
+    def moments(self, step: float) -> Moments:
+        """Sums over all rows, from which a whitening follows; see :func:`transfgu.whitening.moments`."""
+        return functools.reduce(Moments.__add__, self._pool.map(lambda rows: moments(rows, step), self._chunks()))
+
+    def whitened(self, whitening: Whitening) -> "Shard":
+        """The rows whitened and of unit length; those before are kept, too."""
+        white = [np.empty(block.shape, np.float32) for block in self._blocks]
+        list(
+            self._pool.map(
+                lambda p: np.copyto(p[1], whitening.apply(p[0])), zip(self._chunks(), _cut(white), strict=True)
+            )
+        )
+        shard = Shard(white, self._threads, self._gpu is not None)
+        shard._before = self
+        return shard
+
+    def _chunks(self) -> Iterator[Float32[ndarray, "_ d"]]:
+        return _cut(self._blocks)
+
+    def means_before(self, centroids: Float32[ndarray, "k d"]) -> Float32[ndarray, "k d"]:
+        """Of whitened rows: for each centroid the mean, before whitening, of the rows that are nearest to it."""
+        before = self._before
+        if before is None:
+            raise ValueError("these rows are not whitened")
+        sums = self.sums_before(centroids, Grid(self.rows, self.largest), Grid(before.rows, before.largest))
+        return means(*sums)
+
+    def sums_before(
+        self, centroids: Float32[ndarray, "k d"], grid: Grid, grid_before: Grid
+    ) -> tuple[Float64[ndarray, "k d"], Int[ndarray, " k"]]:
+        """Of whitened rows: sums, before whitening, and number of the rows that are nearest to each centroid."""
+        assert self._before
+        counts = self.assign(centroids, grid).counts
+        sums = np.zeros((len(centroids), self._before._blocks[0].shape[1] if self._before._blocks else 0))
+        for rows, labels in zip(self._before._chunks(), _cut(self._labels), strict=True):
+            sums += _gains(len(centroids), labels) @ grid_before.round(rows)
+        return sums, counts
+
     def labels(self) -> Int32[ndarray, " n"]:
         """Each row's nearest centroid in the latest pass; -1 where there was none."""
         return np.concatenate([np.empty(0, np.int32), *self._labels])
@@ -268,6 +324,34 @@ def least(starts: Sequence[tuple[float, Float32[ndarray, "k d"]]]) -> Float32[nd
     return min(starts, key=lambda start: start[0])[1]
 
 
+def means(sums: Float64[ndarray, "k d"], counts: Int[ndarray, " k"]) -> Float32[ndarray, "k d"]:
+    """The mean of each cluster; that of all rows for a cluster without rows."""
+    overall = sums.sum(0) / counts.sum()
+    found: ndarray = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], overall).astype(np.float32)
+    return found
+
+
+def whitened(shards: Shards) -> Shards:
+    """The rows whitened by their own covariance, then brought to unit length.
+
+    Where one shared property of all rows (such as how bright a window is) varies most, distances say little else; after
+    whitening each direction counts alike.
+
+    Raises:
+        UserError: a row that is not finite.
+    """
+    _check_finite(shards)
+    step = moment_step(shards.rows, shards.largest)
+    return shards.whitened(Whitening.of(shards.moments(step), shards.largest))
+
+
+def _check_finite(shards: Shards) -> None:
+    if not math.isfinite(shards.largest):
+        raise UserError(
+            "the features hold NaN or infinite values, which have no mean: leave them out", code="features-not-finite"
+        )
+
+
 def cluster(
     shards: Shards,
     k: int,
@@ -300,12 +384,8 @@ def cluster(
             f"{k} clusters can't be made of {shards.rows} features: ask for 1 to {shards.rows}",
             code="concepts-too-many",
         )
-    largest = shards.largest
-    if not math.isfinite(largest):
-        raise UserError(
-            "the features hold NaN or infinite values, which have no mean: leave them out", code="features-not-finite"
-        )
-    grid = Grid(shards.rows, largest)
+    _check_finite(shards)
+    grid = Grid(shards.rows, shards.largest)
     if resume is None:
         resume = 0, shards.best_start(sample_rows(shards.rows, k, seed), k, seed)
     made, centroids = resume
@@ -393,6 +473,11 @@ class _Moves:
         upper += self._own[labels]
         lower -= self._others[labels]
         return np.flatnonzero(upper >= lower - _BOUND_ERROR * np.abs(lower))
+
+
+def _cut(blocks: Sequence[ndarray]) -> Iterator[ndarray]:
+    """All blocks, a chunk at a time."""
+    return (block[i : i + CHUNK] for block in blocks for i in range(0, len(block), CHUNK))
 
 
 def _gains(k: int, labels: Int[ndarray, " n"]) -> Any:

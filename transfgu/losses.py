@@ -2,7 +2,8 @@
 
 That one property makes the loss indifferent to how a batch is cut: a worker's slice, or a micro-batch of it,
 adds its share of the sums, and the shares add up to the loss, and to the gradient, of the whole. Even the
-uncertainty fits: the foreground pixels it averages over are counted in the pseudo-label maps alone.
+uncertainty fits: the foreground pixels it averages over are counted in the pseudo-label maps alone. So are the certain
+pixels, if only these have a label.
 
 The terms are TransFGU's (Yin et al. 2022): a peer loss, the diversity of class embeddings, the predictions'
 uncertainty.
@@ -61,6 +62,17 @@ class Shares(NamedTuple):
 
     image: Float[Tensor, ""]
     pixel: Float[Tensor, ""]
+    certain: "Certain | None" = None
+    """Which pixels have a label; None: all."""
+
+
+class Certain(NamedTuple):
+    """The pixels of a global batch whose maps say most clearly which class they are of."""
+
+    level: Int[Tensor, " C"]
+    """Of each class: the lowest `margin_levels` that is certain."""
+    pixel: Float[Tensor, ""]
+    """Weight of one certain pixel, as in `Shares`."""
 
 
 def worker_count() -> int:
@@ -68,12 +80,16 @@ def worker_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def batch_shares(maps: Float[Tensor, "B K h w"], background_threshold: Real | None = None) -> Shares:
-    """Weights for every part of this worker's slice; all workers must call it, once a step.
+def batch_shares(
+    maps: Float[Tensor, "B K h w"], background_threshold: Real | None = None, certain_share: Real = 1
+) -> Shares:
+    """Return the weights for every part of this worker's slice; all workers must call it, once per step.
 
     Args:
         maps: the pseudo-label maps of the whole slice, unscaled.
         background_threshold: T_bg where class 0 is background.
+        certain_share: share of each class's pixels in the global batch that the peer loss counts; 1: all. They are
+            the most certain ones of those whose largest scaled map is the class's.
     """
     images, _, height, width = maps.shape
     # Filled on the device: a copy from the host would wait for what a GPU still has to do.
@@ -84,7 +100,49 @@ def batch_shares(maps: Float[Tensor, "B K h w"], background_threshold: Real | No
     if worker_count() > 1:
         dist.all_reduce(counts)
     shares = worker_count() / counts.clamp(min=1)
-    return Shares(image=shares[0], pixel=shares[1])
+    certain = None if certain_share == 1 else _certain(maps, background_threshold, certain_share)
+    return Shares(image=shares[0], pixel=shares[1], certain=certain)
+
+
+def _certain(maps: Float[Tensor, "B K h w"], background_threshold: Real | None, share: Real) -> Certain:
+    """Find the levels from a histogram, whose counts add up over workers exactly."""
+    evidence = map_evidence(maps.float(), background_threshold)
+    labels, levels = margin_levels(evidence)
+    classes = evidence.shape[1]
+    counts = torch.zeros(classes * LEVELS, dtype=torch.int64, device=maps.device)
+    cells = (labels * LEVELS + levels).flatten()
+    counts.scatter_add_(0, cells, torch.ones_like(cells))
+    if worker_count() > 1:
+        dist.all_reduce(counts)
+    above = counts.view(classes, LEVELS).flip(1).cumsum(1).flip(1)  # pixels of this level or a higher one
+    wanted = (above[:, :1].double() * share).ceil()
+    level = (above >= wanted).sum(1) - 1  # `above` never rises: the last level that still has enough
+    kept = above.gather(1, level[:, None]).sum()
+    return Certain(level=level, pixel=worker_count() / kept.clamp(min=1))
+
+
+LEVELS = 1 + (24 << 7)
+
+
+def margin_levels(evidence: Float[Tensor, "B C h w"]) -> tuple[Int[Tensor, "B h w"], Int[Tensor, "B h w"]]:
+    """Return each pixel's class of largest evidence, and by how much it leads, in levels.
+
+    Evidence is 0 to 1. Maps of one image differ by little, so levels are finer for smaller leads: a level is 1/128 of
+    the power of two below the lead. Leads of 2^-24 and less are level 0, a lead of 1 is the last, `LEVELS` - 1.
+    """
+    top, order = evidence.topk(2, dim=1)
+    lead = top[:, 0] - top[:, 1]
+    # Positive float32 numbers are in the order of their bits: 8 of exponent (127 stands for 2^0), then 23 of mantissa.
+    levels = (lead.float().contiguous().view(torch.int32) >> 16) - ((127 - 24) << 7)
+    return order[:, 0], levels.clamp(0, LEVELS - 1).long()
+
+
+def map_evidence(maps: Float[Tensor, "B K h w"], background_threshold: Real | None) -> Float[Tensor, "B C h w"]:
+    """Scale maps to [0, 1] over an image's concepts, with the background in front if there is one."""
+    scaled = scale_maps(maps)
+    if background_threshold is None:
+        return scaled
+    return torch.cat((background_map(scaled, background_threshold), scaled), dim=1)
 
 
 def foreground(scaled: Float[Tensor, "B K h w"]) -> Bool[Tensor, "B h w"]:
@@ -100,8 +158,12 @@ def pixel_losses(
     alpha: Real,
     permutation: Permutation | None = None,
     background_threshold: Real | None = None,
+    certain: Certain | None = None,
 ) -> PixelLosses:
-    """Peer loss, uncertainty and pseudo label of each pixel; arguments as in `bootstrapping_loss`."""
+    """Peer loss, uncertainty and pseudo label of each pixel; arguments as in `bootstrapping_loss`.
+
+    With `certain` the peer loss of all other pixels is 0.
+    """
     concepts = logits.shape[1] - (background_threshold is not None)
     if maps.shape[1] != concepts:
         raise ValueError(f"{logits.shape[1]} classes need {concepts} maps an image, not {maps.shape[1]}")
@@ -111,12 +173,14 @@ def pixel_losses(
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     with torch.no_grad():
-        evidence = scale_maps(maps.to(logits.dtype))
+        evidence = map_evidence(maps.to(logits.dtype), background_threshold)
         if background_threshold is None:
             counted = torch.ones_like(evidence[:, 0], dtype=torch.bool)
         else:
-            counted = foreground(evidence)
-            evidence = torch.cat((background_map(evidence, background_threshold), evidence), dim=1)
+            counted = foreground(evidence[:, 1:])
+        if certain is not None:
+            leader, level = margin_levels(map_evidence(maps.float(), background_threshold))
+            is_certain = level >= certain.level[leader]
         if teacher_logits is not None:
             evidence = 0.5 * teacher_logits.to(logits.dtype).softmax(dim=1) + 0.5 * evidence
         labels = evidence.argmax(dim=1)
@@ -125,6 +189,9 @@ def pixel_losses(
     if teacher_logits is not None:
         order = to_device(torch.as_tensor(permutation), logits.device)
         peer = peer - alpha * F.cross_entropy(logits, evidence[:, order].argmax(dim=1), reduction="none")
+
+    if certain is not None:
+        peer = peer * is_certain
 
     # Without the background: at foreground pixels the question is which concept it is, not whether it is one.
     probabilities = logits[:, logits.shape[1] - concepts :].softmax(dim=1)
@@ -172,9 +239,11 @@ def loss_share(
         alpha=alpha,
         permutation=permutation,
         background_threshold=background_threshold,
+        certain=shares.certain,
     )
     _, _, height, width = logits.shape
-    peer = pixels.peer.sum() * (shares.image / (height * width))
+    labelled = shares.image / (height * width) if shares.certain is None else shares.certain.pixel
+    peer = pixels.peer.sum() * labelled
     diverse = diversity(class_embeddings).sum() * shares.image
     uncertainty = (pixels.uncertainty * pixels.counted).sum() * shares.pixel
     total = peer + omega_1 * diverse + omega_2 * uncertainty
@@ -192,6 +261,7 @@ def bootstrapping_loss(
     alpha: Real,
     permutation: Permutation | None = None,
     background_threshold: Real | None = None,
+    certain_share: Real = 1,
 ) -> Loss:
     """``L = L_peer + omega_1 L_div + omega_2 L_unc`` of a batch.
 
@@ -211,12 +281,14 @@ def bootstrapping_loss(
         permutation: of the C classes, for the negative labels; the same on every worker. Required with a
             teacher.
         background_threshold: T_bg, in units of scaled maps. If given, class 0 is background, and C = K + 1.
+        certain_share: the peer loss is the mean over this share of each class's pixels, the most certain ones; see
+            `batch_shares`.
 
     Raises:
         ValueError: the maps are not one a class, or a teacher comes without a permutation.
     """
     loss = loss_share(
-        batch_shares(maps, background_threshold),
+        batch_shares(maps, background_threshold, certain_share),
         logits,
         class_embeddings,
         maps,

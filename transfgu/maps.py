@@ -1,4 +1,4 @@
-"""Pseudo-label maps become class scores by one affine map an image: its smallest value is 0, its largest 1.
+"""Scale and refine pseudo-label maps.
 
 Scaling is over all classes of an image at once, never class by class, so that a concept which is absent stays weak
 next to one which is present.
@@ -7,6 +7,10 @@ next to one which is present.
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
+
+_REACH = 2  # patches to each side that a patch takes its new value from
+_TEMPERATURE = 0.2  # of the softmax over cosines
 
 
 def scale_maps(maps: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
@@ -26,3 +30,36 @@ def background_map(scaled: Float[Tensor, "B K h w"], threshold: float | int) -> 
     `scaled` comes from `scale_maps`; `threshold` is T_bg, 0.1 in the paper.
     """
     return (threshold - scaled.amax(1, keepdim=True)).clamp(min=0)
+
+
+def refine_maps(
+    maps: Float[Tensor, "B K h w"], tokens: Float[Tensor, "B hw d"], steps: int
+) -> Float[Tensor, "B K h w"]:
+    """Replace each patch's values, `steps` times, by the mean over its neighbours that look alike.
+
+    Neighbours are the 5 x 5 patches around a patch, itself included, as far as they are in the image. Their weights are
+    the softmax of the cosines of their tokens with the patch's, divided by 0.2.
+
+    Args:
+        maps: of all concepts.
+        tokens: patch tokens of the same patches, in row-major order.
+        steps: 0 returns the maps as they are.
+
+    Source: random walks along affinities of patches, as in AffinityNet (Ahn and Kwak 2018), section 3.3.
+    """
+    if not steps:
+        return maps
+    h, w = maps.shape[2:]
+    unit = F.normalize(tokens, dim=-1).mT.reshape(len(tokens), -1, h, w)  # (B, hw, d) -> (B, d, h, w)
+    padded, inside = (F.pad(x, [_REACH] * 4) for x in (unit, unit.new_ones(1, 1, h, w)))
+    side = range(2 * _REACH + 1)
+    places = [(slice(y, y + h), slice(x, x + w)) for y in side for x in side]
+    likeness = torch.stack([(unit * padded[:, :, y, x]).sum(1) for y, x in places], 1) / _TEMPERATURE
+    outside = torch.stack([inside[:, 0, y, x] == 0 for y, x in places], 1)
+    weights = likeness.masked_fill(outside, -torch.inf).softmax(1)  # (B, 25, h, w)
+    for _ in range(steps):
+        around = F.pad(maps, [_REACH] * 4)
+        maps = sum(
+            (weights[:, i, None] * around[:, :, y, x] for i, (y, x) in enumerate(places)), torch.zeros_like(maps)
+        )
+    return maps

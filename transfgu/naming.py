@@ -18,12 +18,13 @@ from jaxtyping import Integer
 from PIL import Image
 
 from transfgu import formats, pipeline
+from transfgu.datasets.class_lists import index_type
 from transfgu.errors import UserError
 from transfgu.pipeline import Report
 from transfgu.recipe import STAGES
 from transfgu.sharing import names
 from transfgu.sharing.names import ClassTable
-from transfgu.stages.prediction import CLAIM, index_type, png
+from transfgu.stages.prediction import CLAIM, png, read_claim
 from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Run
 from transfgu.store.lock import hold
@@ -98,14 +99,8 @@ def reindex(out: str, run: Run) -> Reindexed:
     Raises:
         UserError: the folder holds no masks of this run's model.
     """
-    claim_uri = storage.join(out, CLAIM)
-    text = storage.read_bytes_or_none(claim_uri)
-    if text is None:
-        raise UserError(
-            f"{storage.shown(out)} holds no {CLAIM}: give --masks what --out named in prediction", code="masks-missing"
-        )
-    claim = formats.read_json(text, storage.shown(claim_uri), "delete it, and the masks beside it")
-    if claim.get("model") != hashlib.sha256(storage.read_bytes(run.model())).hexdigest():
+    claim_uri, claim = storage.join(out, CLAIM), read_claim(out)
+    if claim["model"] != hashlib.sha256(storage.read_bytes(run.model())).hexdigest():
         raise UserError(
             f"{storage.shown(out)} holds masks of another model than that of {storage.shown(run.uri)}: name the run "
             "that made them",

@@ -69,7 +69,7 @@ def preflight(recipe: Recipe, run: Run) -> Recipe:
     Raises:
         UserError: the first thing found wrong.
     """
-    tracking.names(recipe)
+    tracking.names(recipe.compute.track)
     datasets.preflight(recipe)
     storage.check_writable(run.uri)
     recipe = run.continued(recipe)

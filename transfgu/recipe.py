@@ -102,10 +102,20 @@ class ConceptsRecipe:
     things: int = field(0, "concepts clustered from foreground windows", "concepts")
     stuff: int = field(0, "concepts clustered from background windows", "concepts")
     iterations: int = field(100, "K-Means iterations at most", "iterations")
+    whiten: Literal["none", "foreground", "background", "both"] = field(
+        "none",
+        "windows whose features are whitened (no feature varies more than another, none follows another) and brought "
+        "to unit length before K-Means; both includes the windows of windows.groups all",
+        before="none",
+    )
 
     def __post_init__(self) -> None:
         check(self.things >= 0 and self.stuff >= 0, "concepts.things and concepts.stuff must not be negative")
         check(self.iterations > 0, f"concepts.iterations must be positive, not {self.iterations}")
+
+    def whitens(self, windows: str) -> bool:
+        """Return True if features of these windows ("foreground", "background" or "all") are whitened."""
+        return self.whiten in ("both", windows)
 
     @property
     def count(self) -> int:
@@ -120,9 +130,17 @@ class PseudoLabelsRecipe:
     gradient_scale: float = field(1.0, "factor of the gradients; the published code's was 1 / batch: 1/8 or 1/2")
     scales: tuple[float, ...] = field((1.0,), "input sizes whose maps are summed, relative to dataset.image_size")
     smoothing: int = field(1, "side of the mean filter over the maps; 1: none", "patches")
+    refine: int = field(
+        0,
+        "steps in which each patch's maps become the mean over those of the 5 x 5 patches around it, weighted by how "
+        "much the encoder's tokens are alike; 0: none",
+        "steps",
+        before=0,
+    )
 
     def __post_init__(self) -> None:
         check(self.gradient_scale > 0, f"pseudo_labels.gradient_scale must be positive, not {self.gradient_scale}")
+        check(self.refine >= 0, f"pseudo_labels.refine must not be negative, not {self.refine}")
         check(bool(self.scales) and min(self.scales) > 0, f"pseudo_labels.scales must be positive, not {self.scales}")
         check(
             self.smoothing > 0 and self.smoothing % 2 == 1, f"pseudo_labels.smoothing must be odd, not {self.smoothing}"
@@ -161,6 +179,12 @@ class TrainingRecipe:
     background_threshold: float = field(
         0.1, "T_bg: background where no scaled map exceeds it (benchmarks with a background)"
     )
+    certain_share: float = field(
+        1.0,
+        "share of each class's patches in a batch that have a label: those whose largest map leads the second by most",
+        "0 to 1",
+        before=1.0,
+    )
     teacher_start: int = field(2, "epoch at whose start the student first becomes the teacher", "epochs")
     teacher_every: tuple[int, ...] = field(
         (2,), "epochs between teacher updates; each value holds for ten epochs", "epochs"
@@ -177,6 +201,7 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         for name in ("epochs", "passes", "batch_size", "evaluate_every", "teacher_start"):
             check(getattr(self, name) > 0, f"training.{name} must be positive, not {getattr(self, name)}")
+        check(0 < self.certain_share <= 1, f"training.certain_share must lie in (0, 1], not {self.certain_share}")
         check(self.lr > 0, f"training.lr must be positive, not {self.lr}")
         for name in ("omega_1", "omega_2", "alpha_start", "alpha_step", "alpha_end", "weight_decay"):
             check(getattr(self, name) >= 0, f"training.{name} must not be negative, not {getattr(self, name)}")

@@ -15,15 +15,17 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
-from jaxtyping import Float, Float32, Int, UInt8
+from jaxtyping import Float, Float32, Int, Integer, UInt8
 from PIL import Image
 from torch import Tensor
 
 from transfgu import datasets, formats
-from transfgu.datasets import images
+from transfgu.datasets import images, rasters
+from transfgu.datasets.class_lists import index_type
 from transfgu.decoder import MaskDecoder, winners
 from transfgu.errors import BadInput, UserError
 from transfgu.inference.averaging import averaged_logits
+from transfgu.inference.tiles import Rows, Tiling, strips
 from transfgu.inference.tokens import PatchTokens
 from transfgu.recipe import Recipe
 from transfgu.sharing import model_card
@@ -34,7 +36,7 @@ from transfgu.store.artifacts import BESIDE, MODEL, SCORES, Run
 from transfgu.store.weights import read_weights
 
 Pixels = UInt8[np.ndarray, "H W 3"]
-Classes = Int[np.ndarray, "H W"]
+Classes = Integer[np.ndarray, "H W"]
 Probabilities = Float32[np.ndarray, "C H W"]
 Photo = Image.Image | np.ndarray | str | Path
 
@@ -146,37 +148,103 @@ class Segmenter(ModelHubMixin):
         return Segmenter(encode, decoder, recipe=recipe, scores=run.scores(), names=names)
 
     @overload
-    def predict(self, image: Photo, *, probabilities: Literal[False] = False) -> Classes: ...  # type: ignore[overload-overlap]  # a path is no list of paths
+    def predict(  # type: ignore[overload-overlap]  # a path is no list of paths
+        self, image: Photo, *, probabilities: Literal[False] = False, tile: int | None = None, overlap: int = 64
+    ) -> Classes: ...
     @overload
-    def predict(self, image: Sequence[Photo], *, probabilities: Literal[False] = False) -> list[Classes]: ...
-    @overload
-    def predict(self, image: Photo, *, probabilities: Literal[True]) -> Probabilities: ...  # type: ignore[overload-overlap]
-    @overload
-    def predict(self, image: Sequence[Photo], *, probabilities: Literal[True]) -> list[Probabilities]: ...
     def predict(
-        self, image: Photo | Sequence[Photo], *, probabilities: bool = False
+        self,
+        image: Sequence[Photo],
+        *,
+        probabilities: Literal[False] = False,
+        tile: int | None = None,
+        overlap: int = 64,
+    ) -> list[Classes]: ...
+    @overload
+    def predict(  # type: ignore[overload-overlap]
+        self, image: Photo, *, probabilities: Literal[True], tile: int | None = None, overlap: int = 64
+    ) -> Probabilities: ...
+    @overload
+    def predict(
+        self, image: Sequence[Photo], *, probabilities: Literal[True], tile: int | None = None, overlap: int = 64
+    ) -> list[Probabilities]: ...
+    def predict(
+        self,
+        image: Photo | Sequence[Photo],
+        *,
+        probabilities: bool = False,
+        tile: int | None = None,
+        overlap: int = 64,
     ) -> Classes | Probabilities | list[Classes] | list[Probabilities]:
         """Which class each pixel is of, or how probable each class is there.
 
         As in evaluation, the image is resized to the recipe's size, the logits are averaged over its
-        `evaluation.scales` and `evaluation.flip`, and resized bilinearly to the image's own size.
+        `evaluation.scales` and `evaluation.flip`, and resized bilinearly to the image's own size. With `tile`, that is
+        done for overlapping tiles of the image, whose logits are blended: small things in a large image are seen, and
+        an image file of any size can be predicted (above 178 million pixels by the extra `geo`).
 
         Args:
             image: a PIL image, an (H, W, 3) uint8 array, a path or URI; or a list of these.
             probabilities: return the classes' probabilities, which take 4 C bytes per pixel, rather than the index of
                 the largest. A class of several clusters has the sum of theirs.
+            tile: height of a tile in pixels of the image; None: the image is predicted whole, and so is one that fits
+                into a tile.
+            overlap: pixels that neighbouring tiles share at least.
 
         Returns:
             (H, W) indices into `classes`, or (C, H, W) float32 that add up to 1 at each pixel; for a list, one
-            such array for each image.
+            such array for each image. Indices are uint8 (uint16 for more than 256 classes) where tiles were used.
 
         Raises:
-            UserError: an image that can't be read.
+            UserError: an image that can't be read, or a tile that is no larger than the overlap.
         """
         single = isinstance(image, Image.Image | np.ndarray | str | Path)
         photos: Sequence[Photo] = [image] if single else image  # type: ignore[assignment, list-item]
-        found = list(self._predict_all(photos, probabilities))
+        if tile is None:
+            found = list(self._predict_all(photos, probabilities))
+        else:
+            tiling = Tiling(tile=tile, overlap=overlap)
+            found = [self._predict_tiled(photo, tiling, probabilities) for photo in photos]
         return found[0] if single else found
+
+    def _predict_tiled(self, photo: Photo, tiling: Tiling, probabilities: bool) -> Classes | Probabilities:
+        try:
+            rows = rasters.rows_of(str(photo)) if isinstance(photo, str | Path) else rasters.ArrayRows(_pixels(photo))
+            shape = (len(self.classes), rows.height, rows.width) if probabilities else (rows.height, rows.width)
+            whole = np.empty(shape, np.float32 if probabilities else index_type(len(self.classes)))
+            done = 0
+            for strip in self.strips(rows, tiling, probabilities=probabilities):
+                whole[..., done : done + strip.shape[-2], :] = strip
+                done += strip.shape[-2]
+            return whole
+        except BadInput as error:
+            raise UserError(f"{photo}: {error}; give a readable image", code="image-unreadable") from None
+
+    def strips(self, rows: Rows, tiling: Tiling, *, probabilities: bool = False) -> Iterator[np.ndarray]:
+        """As `predict` with tiles, a strip of rows after the other, for results that are too large to hold.
+
+        Args:
+            rows: the image (`transfgu.datasets.rasters`).
+            tiling: the tiles.
+            probabilities: yield (C, rows, W) probabilities rather than (rows, W) indices.
+        """
+        height, width = tiling.size(self.size)
+        if rows.height <= height and rows.width <= width:
+            whole = rows.read(0, rows.height)
+            yield from self._predict_all([whole], probabilities)
+            return
+        class_of = torch.from_numpy(self.class_of)
+        kind = index_type(len(self.classes))
+
+        def reduce(logits: Float[Tensor, "clusters rows columns"]) -> np.ndarray:
+            if not probabilities:
+                indices: np.ndarray = self.class_of.astype(kind)[logits.argmax(dim=0).cpu().numpy()]
+                return indices
+            summed = logits.new_zeros((len(self.classes), *logits.shape[1:]))
+            shares: np.ndarray = summed.index_add_(0, class_of.to(logits.device), logits.softmax(dim=0)).cpu().numpy()
+            return shares
+
+        yield from strips(rows, self.size, tiling, self.logits, reduce)
 
     def _predict_all(self, photos: Sequence[Photo], probabilities: bool) -> Iterator[Classes | Probabilities]:
         for start in range(0, len(photos), _AT_ONCE):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.refusals import refused
 from transfgu.baselines import picie
 from transfgu.baselines.picie import (
     FeatureNetwork,
@@ -24,7 +25,6 @@ from transfgu.baselines.picie import (
     make_views,
     transform,
 )
-from transfgu.errors import UserError
 
 Reference = Callable[[str], dict[str, np.ndarray]]
 
@@ -182,7 +182,7 @@ def test_weights_of_something_else_are_refused(reference: Reference, broken: str
         weights["layer1.bias"] = torch.zeros(7)
     else:
         weights = {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}
-    with pytest.raises(UserError, match="these weights are not those of a PiCIE decoder"):
+    with refused("weights-misfit"):
         FPNDecoder.from_state_dict(weights)
 
 
@@ -209,9 +209,9 @@ def test_weights_are_read_from_a_file(tmp_path: Path, prefix: str) -> None:
 
 def test_wrong_weights_and_networks_are_refused(tmp_path: Path) -> None:
     torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(UserError, match="are not those of resnet50: there is"):
+    with refused("weights-misfit resnet50"):
         FeatureNetwork("resnet50", str(tmp_path / "weights.pth"))
-    with pytest.raises(UserError, match="there is no residual network 'vit_tiny_patch16_224': use a ResNet"):
+    with refused("encoder-unknown vit_tiny_patch16_224"):
         FeatureNetwork("vit_tiny_patch16_224", "random")
 
 

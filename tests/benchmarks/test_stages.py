@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.test_arithmetic import tiny_recipe
+from tests.refusals import refused
 from transfgu.benchmarks import stages
-from transfgu.errors import UserError
 from transfgu.planning import cost_plan
 from transfgu.planning.measurements import Measurements
 
@@ -59,7 +59,7 @@ def test_from_measurements_to_a_plan(tmp_path: Path, ray_cluster: None) -> None:
 
 
 def test_a_stage_that_there_is_not_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no stage speed to measure; choose one of features, concepts"):
+    with refused("stage-unknown speed features"):
         stages.measure(tiny_recipe(tmp_path), ["speed"], images=1, repeats=1, rows=1)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.refusals import refused
 from transfgu.cli.command_line import Parser, add_pretraining_recipe, add_recipe, pretraining_recipe_of, recipe_of
 from transfgu.errors import UserError
 from transfgu.pretraining.recipe import PRETRAINING_FIELDS, PretrainingRecipe
@@ -41,24 +42,23 @@ def test_a_recipe_file_may_be_the_start(tmp_path: Path) -> None:
     file = tmp_path / "best.yaml"
     file.write_text(preset("lip-5").with_fields({"omega_2": 0.5}).to_yaml())
     assert parse("--recipe", str(file), "--epochs", "1") == preset("lip-5").with_fields({"omega_2": 0.5, "epochs": 1})
-    with pytest.raises(UserError, match="not both"):
+    with refused("flags-conflict"):
         parse("shapes", "--recipe", str(file))
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "refusal"),
     [
-        (["coco"], "unknown preset coco; choose one of"),
-        (["--epohcs", "3"], "there is no flag --epohcs; near ones: --epochs"),
-        (["--epochs"], "expected one argument"),
-        (["shapes", "more"], "more is one word too many"),
-        (["--weights", "x"], "there is no flag --weights"),  # the encoder and the decoder each have some
+        (["coco"], "preset-unknown coco"),
+        (["--epohcs", "3"], "flag-unknown --epohcs --epochs"),
+        (["--epochs"], "flag-invalid --epochs"),
+        (["shapes", "more"], "word-unexpected more"),
+        (["--weights", "x"], "flag-unknown --weights"),  # the encoder and the decoder each have some
     ],
 )
-def test_mistakes_are_one_line(words: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
+def test_mistakes_are_one_line(words: list[str], refusal: str) -> None:
+    with refused(refusal):
         parse(*words)
-    assert "\n" not in str(caught.value)
 
 
 def test_help_shows_every_field_with_its_meaning() -> None:
@@ -119,17 +119,16 @@ def test_every_field_of_the_pretraining_is_a_flag() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "refusal"),
     [
-        (["--steps", "many"], "steps must be a whole number, not 'many'"),
-        (["--steps", "0"], "steps must be positive, not 0"),
-        (["--global_area", "0.5,0.2"], "global_area must be two rising shares in (0, 1], not 0.5,0.2"),
-        (["--heads", "5"], "width 96 is not a multiple of heads 5"),
+        (["--steps", "many"], "field-type steps many"),
+        (["--steps", "0"], "field-range steps 0"),
+        (["--global_area", "0.5,0.2"], "field-range global_area 0.5,0.2"),
+        (["--heads", "5"], "heads-mismatch 96 5"),
     ],
 )
-def test_mistakes_in_the_pretrainings_flags_are_one_line(words: list[str], message: str) -> None:
+def test_mistakes_in_the_pretrainings_flags_are_one_line(words: list[str], refusal: str) -> None:
     parser = Parser("")
     add_pretraining_recipe(parser)
-    with pytest.raises(UserError) as error:
+    with refused(refusal):
         pretraining_recipe_of(parser.parse(words))
-    assert str(error.value) == message

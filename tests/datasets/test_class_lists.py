@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.refusals import refused
 from transfgu import datasets
 from transfgu.datasets import shapes
-from transfgu.errors import UserError
 from transfgu.presets import PRESETS
 from transfgu.recipe import preset
 
@@ -85,15 +85,15 @@ def test_palette_grows_without_changing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "refusal"),
     [
         (
             {"things": 13},
-            r"^the class list coco_stuff_27 has 27 classes, .* but the recipe makes 28: leave out --things",
+            "classes-mismatch coco_stuff_27 27 28 --things",
         ),
-        ({"dataset.classes": "ade20k"}, r"^there is no class list ade20k; choose one of coco_stuff_27, .*, auto$"),
+        ({"dataset.classes": "ade20k"}, "class-list-unknown ade20k coco_stuff_27 auto"),
     ],
 )
-def test_classes_that_do_not_fit(fields: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_classes_that_do_not_fit(fields: dict[str, object], refusal: str) -> None:
+    with refused(refusal):
         datasets.classes(preset("coco-stuff-27").with_fields(fields))

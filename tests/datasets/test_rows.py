@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.refusals import refused
 from transfgu.datasets import map_files
 from transfgu.datasets.rows import read_labelled_rows, read_training_rows, usable
-from transfgu.errors import UserError
 from transfgu.recipe import preset
 from transfgu.training.order import Order
 
@@ -76,7 +76,7 @@ def test_a_part_that_became_shorter_is_named(tmp_path: Path) -> None:
     maps = np.zeros((2, 2, 3, 4), np.int16)
     places = map_files.index_maps(write_parts(tmp_path, maps, group=1))
     longer = places.set_column(2, "row", pa.array([0, 5], pa.int32()))
-    with pytest.raises(UserError, match=r"part-00000000.parquet is shorter"):
+    with refused("artifact-damaged part-00000000.parquet"):
         map_files.read_maps(longer)
 
 
@@ -97,7 +97,7 @@ def test_training_rows(tmp_path: Path) -> None:
     np.testing.assert_array_equal(columns["maps"], maps[[1, 0]])
     np.testing.assert_array_equal(columns["slot"], [9, 8])
     Path(images[0]).write_bytes(b"gone bad")
-    with pytest.raises(UserError, match=r"0.png was read .* now is bad \(unreadable image\): put it back"):
+    with refused("image-changed 0.png"):
         read_training_rows(rows, size=(16, 16))
 
 

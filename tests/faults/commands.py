@@ -16,8 +16,13 @@ def train(recipe: Recipe, run: str, folder: Path, **environment: str) -> subproc
     """`python jobs/train.py` on the recipe, on an embedded cluster of its own, whose logs go to `folder`."""
     file = folder / "recipe.yaml"
     file.write_text(recipe.to_yaml())
+    return job("train", ["--recipe", str(file), "--run", run], folder, **environment)
+
+
+def job(name: str, arguments: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """`python jobs/NAME.py` on an embedded cluster of its own, whose logs go to `folder`."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "jobs" / "train.py"), "--recipe", str(file), "--run", run],
+        [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments],
         env={**os.environ, "RAY_TMPDIR": str(folder), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -24,13 +24,13 @@ from transfgu.encoder import SHIPPED, Encoder, normalise
 from transfgu.inference.frozen_encoder import FrozenEncoder
 from transfgu.inference.memory import HalveOnOutOfMemory
 from transfgu.kmeans import Shard, cluster, gpu_index
+from transfgu.learner import Batch
 from transfgu.losses import bootstrapping_loss
 from transfgu.metrics import batch_confusion, confusion_matrix
 from transfgu.recipe import PseudoLabelsRecipe, Recipe, preset
 from transfgu.runtime.progress import Progress
 from transfgu.stages import concepts, training
 from transfgu.store import storage
-from transfgu.training.batches import Batch
 from transfgu.training.copies import on_device
 from transfgu.training.step import make_optimiser, start_step
 from transfgu.views import apply_views, draw_views

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from tests.made_run import SIDE, MadeRun, make_run
+from tests.refusals import refused
 from transfgu import datasets
 from transfgu.datasets import images
 from transfgu.datasets.rows import read_labelled_rows
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import scaled_size
-from transfgu.errors import UserError
 from transfgu.inference.averaging import averaged_logits
 from transfgu.inference.tokens import PatchTokens
 from transfgu.metrics import confusion_matrix
@@ -94,7 +94,7 @@ def test_one_scale_is_a_single_pass_bit_for_bit(made: MadeRun) -> None:
 
 def test_a_side_that_is_no_multiple_of_the_patch_is_refused(made: MadeRun) -> None:
     segmenter = Segmenter.load(made.run.uri)
-    with pytest.raises(UserError, match="image side 60 is not a multiple of the encoder's patch, 8"):
+    with refused("image-size 60 8"):
         segmenter.logits(torch.zeros(1, 3, 60, 64, dtype=torch.uint8))
 
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.made_run import write_encoder
+from tests.refusals import refused
 from transfgu.datasets.packed_maps import unpack_maps
 from transfgu.encoder import normalise
-from transfgu.errors import UserError
 from transfgu.inference.frozen_encoder import FrozenEncoder
+from transfgu.maps import refine_maps
 from transfgu.recipe import PseudoLabelsRecipe, Recipe, preset
 from transfgu.windows import crop_windows
 
@@ -76,7 +77,7 @@ def test_a_row_is_the_same_to_the_last_bit_in_any_company(frozen: FrozenEncoder,
     windows = np.tile(WINDOWS, (5, 1))
     features = frozen.window_features(pixels, rows, windows, (16, 16))
     saliency = frozen.saliency(pixels, times_mean=1.0)
-    concepts, how = torch.tensor(features[:4]), PseudoLabelsRecipe(scales=(1.0, 1.5))
+    concepts, how = torch.tensor(features[:4]), PseudoLabelsRecipe(scales=(1.0, 1.5), refine=1)
     maps = frozen.concept_maps(pixels, concepts, how)
     for kept in ([0], [4], [1, 3], [0, 2, 3, 4]):
         inside = np.isin(rows, kept)
@@ -124,6 +125,16 @@ def test_maps_are_summed_over_scales_and_smoothed(frozen: FrozenEncoder, pixels:
     torch.testing.assert_close(found[:, :, 1, 1], centre, rtol=2e-3, atol=2e-3)
 
 
+def test_maps_are_refined_by_the_image_s_own_tokens(frozen: FrozenEncoder, pixels: np.ndarray) -> None:
+    concepts = torch.randn(3, frozen.encoder.width, generator=torch.Generator().manual_seed(1))
+    found = unpack_maps(torch.tensor(frozen.concept_maps(pixels, concepts, PseudoLabelsRecipe(smoothing=3, refine=2))))
+    images = direct(frozen, pixels)
+    plain = F.avg_pool2d(frozen.encoder.concept_maps(images, concepts), 3, 1, 1, count_include_pad=False)
+    expected = refine_maps(plain, frozen.encoder.patch_tokens(images), 2)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    assert (expected - plain).abs().max() > 0.01
+
+
 def test_no_image_gives_no_row(frozen: FrozenEncoder, pixels: np.ndarray) -> None:
     nothing = pixels[:0]
     assert frozen.saliency(nothing, times_mean=1.0).shape == (0, 4, 3)
@@ -157,7 +168,7 @@ def test_too_little_memory_is_said_once_and_changes_nothing(
 
 
 def test_bfloat16_is_close_and_not_the_same(recipe: Recipe, frozen: FrozenEncoder, pixels: np.ndarray) -> None:
-    half = FrozenEncoder(recipe.with_fields({"precision": "bfloat16"}), torch.device("cpu"))
+    half = FrozenEncoder(recipe.with_fields({"encoder.precision": "bfloat16"}), torch.device("cpu"))
     rows = np.zeros(len(WINDOWS), np.int64)
     full = frozen.window_features(pixels, rows, WINDOWS, (16, 16))
     found = half.window_features(pixels, rows, WINDOWS, (16, 16))
@@ -168,5 +179,5 @@ def test_bfloat16_is_close_and_not_the_same(recipe: Recipe, frozen: FrozenEncode
 
 
 def test_the_encoder_is_where_it_was_asked_for(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere"):
+    with refused("file-missing nowhere.pth"):
         FrozenEncoder(recipe.with_fields({"encoder.weights": str(tmp_path / "nowhere.pth")}), torch.device("cpu"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from transfgu.errors import UserError
+from tests.refusals import refused
 from transfgu.inference.memory import HalveOnOutOfMemory
 
 
@@ -67,7 +67,7 @@ def test_an_empty_batch_keeps_its_shape() -> None:
 
 
 def test_a_single_row_too_large_is_the_users_matter() -> None:
-    with pytest.raises(UserError, match="one row of the encoder batch is too large"):
+    with refused("image-too-large"):
         HalveOnOutOfMemory(Device(0).double, "encoder batch")(torch.zeros(4, 1))
 
 

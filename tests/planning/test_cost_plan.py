@@ -3,7 +3,7 @@
 import pytest
 
 from tests.planning.test_measurements import measurements, timing
-from transfgu.errors import UserError
+from tests.refusals import refused
 from transfgu.planning.cost_plan import Site, costs, shown
 from transfgu.planning.measurements import Measurements
 from transfgu.recipe import preset
@@ -58,7 +58,7 @@ def test_the_plan_names_every_stage_and_how_it_moves() -> None:
 
 
 def test_measurements_of_another_encoder_are_refused() -> None:
-    with pytest.raises(UserError, match="of encoder tiny, and the recipe's is vit_small_patch8_224"):
+    with refused("measurements-mismatch tiny vit_small_patch8_224"):
         costs(preset("coco-stuff-27"), found(), 1, 1)
-    with pytest.raises(UserError, match="must be positive"):
+    with refused("flag-range"):
         Site(gpus=0)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.folder_run import photographs, small
+from tests.refusals import refused
 from transfgu import pipeline
-from transfgu.errors import UserError
 from transfgu.planning import dry_run
 from transfgu.recipe import Recipe, preset
 from transfgu.store.artifacts import Run
@@ -48,9 +48,9 @@ def test_counts_are_those_of_the_run_that_follows(tmp_path: Path, recipe: Recipe
     assert again[4:6] == [f"{stage}: complete already, skipped" for stage in ("samples", "features")]
     assert again[6] == told[7].partition("; about")[0]
 
-    with pytest.raises(UserError, match=r"room for \d+ training workers of 1 CPUs and 0 GPUs, and 1000 are asked for"):
+    with refused("cluster-too-small 1000"):
         next(dry_run.describe(recipe.with_fields({"workers": 1000}), run))
-    with pytest.raises(UserError, match=r"another recipe's work, differing in windows\.scales"):
+    with refused("recipe-mismatch windows.scales"):
         next(dry_run.describe(recipe.with_fields({"windows.scales": (0.25,)}), run))
 
 

@@ -3,9 +3,7 @@
 import subprocess
 import sys
 
-import pytest
-
-from transfgu.errors import UserError
+from tests.refusals import refused
 from transfgu.planning.measurements import Measurements, Timing, aligned, in_turns
 
 
@@ -67,10 +65,10 @@ def test_measurements_are_read_back_as_they_were() -> None:
     found = measurements(timing(), timing("training", flops=0.0), **{"file bytes": 3.0})
     assert Measurements.from_json(found.to_json()) == found
     assert found.timing("training").flops == 0
-    with pytest.raises(UserError, match="evaluation was not measured"):
+    with refused("measurements-missing evaluation"):
         found.timing("evaluation")
     for text in ("{}", "[1]", "no JSON"):
-        with pytest.raises(UserError, match="no file of measurements"):
+        with refused("measurements-damaged"):
             Measurements.from_json(text)
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from tests.refusals import refused
 from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
-from transfgu.errors import UserError
 from transfgu.pretraining import objective
 from transfgu.pretraining.objective import StepSchedule, Student, Teacher, Views
 from transfgu.pretraining.recipe import PretrainingRecipe
@@ -266,9 +266,17 @@ def test_steps_on_the_same_views_lower_the_loss() -> None:
     assert losses[-1] < losses[0] - 0.01
 
 
-@pytest.mark.parametrize("wrong", [{"global_size": 9}, {"width": 10}, {"batch_size": 24}, {"local_mosaic": 5}])
-def test_settings_that_do_not_fit_are_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=next(iter(wrong)).split("_mosaic")[0].replace("local", "batch_size")):
+@pytest.mark.parametrize(
+    ("wrong", "refusal"),
+    [
+        ({"global_size": 9}, "image-size global_size 9"),
+        ({"width": 10}, "heads-mismatch 10"),
+        ({"batch_size": 24}, "batch-size 24"),
+        ({"local_mosaic": 5}, "batch-size 25"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(wrong: dict[str, int], refusal: str) -> None:
+    with refused(refusal):
         PretrainingRecipe(**{**vars(SMALL), **wrong})
 
 

@@ -3,19 +3,23 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
+from tests.refusals import refused
 from transfgu.encoder import Encoder
-from transfgu.errors import UserError
 from transfgu.pretraining import stage
 from transfgu.pretraining.recipe import PretrainingRecipe
-from transfgu.pretraining.stage import Part, PretrainingJob
+from transfgu.pretraining.stage import PretrainingJob
+from transfgu.pretraining.training import Part, Pretraining, PretrainingInputs, read_small_images, rows_of
 from transfgu.recipe import ComputeRecipe
 from transfgu.runtime.progress import Progress
 from transfgu.store import lock
 from transfgu.store.weights import read_weights
+from transfgu.training.job import Place
 
 TINY = PretrainingRecipe(
     width=12, depth=2, heads=3, patch_size=4, global_size=16, local_size=8, local_views=1, global_mosaic=2,
@@ -80,19 +84,67 @@ def test_one_file_of_weights_has_one_writer(ray_cluster: None, tmp_path: Path) -
     job = PretrainingJob(images=uri, out=str(tmp_path / "vit.safetensors"), recipe=TINY, image_size=16)
     with (
         lock.hold(job.work, print),
-        pytest.raises(UserError, match=r"is writing .*vit\.safetensors.*another --out"),
+        refused("run-locked --out"),
     ):
         stage.pretrain(job, ComputeRecipe(workers=1), QUIET)
     assert not list(Path(job.work).glob("images-*"))
 
 
-def test_the_same_parts_go_to_each_worker_once_an_epoch() -> None:
-    parts = tuple(Part(uri=str(i), images=10 + i) for i in range(7))
-    dealt = [stage.worker_parts(parts, 3, 1, rank, 2) for rank in range(2)]
-    assert sorted(part.uri for mine in dealt for part in mine) == [str(i) for i in range(7)]
-    assert dealt[0] != stage.worker_parts(parts, 3, 2, 0, 2)
-    fewest = min(sum(part.images for part in mine) for mine in dealt)
-    assert stage.steps_of_epoch(parts, 3, 1, 2, 4) == fewest // 4
+def write_part(file: Path, images: np.ndarray, rows_per_group: int) -> Part:
+    pixels = pa.array([image.tobytes() for image in images], pa.binary(images[0].size))
+    pq.write_table(pa.table({"pixels": pixels}), file, row_group_size=rows_per_group)
+    return Part(uri=str(file), images=len(images))
+
+
+def test_rows_of_parts_are_read_in_any_order(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 255, (9, 4, 4, 3), np.uint8)
+    parts = [write_part(tmp_path / "a", images[:5], 2), write_part(tmp_path / "b", images[5:], 100)]
+    rows = rows_of(parts)
+    assert rows["row"].to_pylist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    order = [7, 0, 4, 4, 8, 2]
+    columns = read_small_images(rows.take(order).append_column("slot", pa.array(order)), side=4)
+    np.testing.assert_array_equal(columns["image"], images[order].transpose(0, 3, 1, 2))
+    assert columns["slot"].tolist() == order
+    assert columns["maps"].shape == (6, 0, 0, 0)
+
+
+def test_the_last_epoch_ends_with_the_last_step(tmp_path: Path) -> None:
+    """20 images make two batches of 8 in an epoch: three steps take two epochs."""
+    images = np.repeat(np.arange(20, dtype=np.uint8), 16 * 16 * 3).reshape(20, 16, 16, 3)
+    part = write_part(tmp_path / "a", images, 1)
+    inputs = PretrainingInputs(recipe=TINY, parts=(part,), side=16, resident_gib=1.0)
+    training = Pretraining(inputs, Place(device=torch.device("cpu"), rank=0, world=1))
+    assert (training.epochs, training.order.steps) == (2, 2)
+    first, second = ([set(b.inputs[:, 0, 0, 0].tolist()) for b in training.batches(epoch)] for epoch in range(2))
+    assert [len(first), len(second)] == [2, 1]
+    assert len(first[0] | first[1]) == 16
+    assert first[0] != second[0]
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), np.uint8)
+    part = write_part(tmp_path / "a", images, 1)
+    inputs = PretrainingInputs(recipe=TINY, parts=(part,), side=16, resident_gib=1.0)
+    training = Pretraining(inputs, Place(device=torch.device("cpu"), rank=0, world=1))
+    training.begin(0)
+    with torch.no_grad():
+        next(training.state.student.parameters()).fill_(torch.nan)
+    before = {name: tensor.clone() for name, tensor in training.state.student.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="diverged"):
+        training.step(next(training.batches(0)), 0, 0)()
+    for name, tensor in training.state.student.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], equal_nan=True, rtol=0, atol=0)
+
+
+def test_the_images_of_a_folder_are_those_of_every_other_job(tmp_path: Path) -> None:
+    uri = folder_of_images(tmp_path / "images", 8)
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "images" / "grey.pgm")
+    for hidden in (".hidden.png", ".folder/any.png", "__MACOSX/._0.png"):
+        (tmp_path / "images" / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / "images" / hidden).write_bytes(b"no image")
+    names = sorted(Path(file).name for file in stage.files(uri))
+    assert names == [*(f"{i:02d}.png" for i in range(8)), "grey.pgm"]
 
 
 def test_an_image_is_cut_square_about_its_centre(tmp_path: Path) -> None:
@@ -106,19 +158,23 @@ def test_an_image_is_cut_square_about_its_centre(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"out": "vit.pth"}, "vit.pth"), ({"image_size": 8}, "--image_size"), ({"count": 3}, "--count")],
+    ("changes", "refusal"),
+    [
+        ({"out": "vit.pth"}, "out-invalid vit.pth"),
+        ({"image_size": 8}, "image-size --image_size"),
+        ({"count": 3}, "images-few --count"),
+    ],
 )
-def test_a_job_that_cannot_work_is_refused(changes: dict[str, str | int], named: str) -> None:
+def test_a_job_that_cannot_work_is_refused(changes: dict[str, str | int], refusal: str) -> None:
     fields = {"images": "shapes", "out": "vit.safetensors", "image_size": 16, **changes}
-    with pytest.raises(UserError, match=named):
+    with refused(refusal):
         PretrainingJob(recipe=TINY, **fields)  # type: ignore[arg-type]
 
 
 def test_folders_without_enough_images_are_named(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     few = folder_of_images(tmp_path / "few", 4)
-    for uri, reason in ((str(tmp_path / "none"), "no image lies in"), (few, "too few")):
+    for uri, refusal in ((str(tmp_path / "none"), "images-missing"), (few, "images-few")):
         job = PretrainingJob(images=uri, out=str(tmp_path / "vit.safetensors"), recipe=TINY, image_size=16)
-        with pytest.raises(UserError, match=reason):  # before any work
+        with refused(refusal):  # before any work
             stage.pretrain(job, ComputeRecipe(workers=1), QUIET)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.made_run import SIDE, make_run
-from transfgu.errors import UserError
+from tests.refusals import refused
 from transfgu.segmenter import Segmenter
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -34,5 +34,5 @@ def test_graphs_give_what_pytorch_gives(tmp_path: Path, size: tuple[int, int]) -
 
 def test_a_size_that_the_patch_does_not_divide(tmp_path: Path) -> None:
     segmenter = Segmenter.load(make_run(tmp_path).run.uri, device="cpu")
-    with pytest.raises(UserError, match="image side 60 is not a multiple of the encoder's patch, 8"):
+    with refused("image-size 60 8"):
         segmenter.export_onnx(tmp_path / "onnx", size=(64, 60))

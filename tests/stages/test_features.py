@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.refusals import refused
 from tests.stages.small_run import BAD, IMAGES, SIDE, recipe_of, write_run
 from transfgu.datasets import images
 from transfgu.encoder import Encoder, normalise
-from transfgu.errors import LeftOut, UserError
+from transfgu.errors import LeftOut
 from transfgu.recipe import Recipe
 from transfgu.runtime import capacity, parts
 from transfgu.runtime.progress import Progress
@@ -184,7 +185,7 @@ def test_a_mistake_that_an_actor_finds_as_it_starts_is_one_line(tmp_path: Path, 
     run = write_run(tmp_path, [0, 1])
     recipe = recipe_of(tmp_path)
     (tmp_path / "encoder.safetensors").unlink()  # after what is checked before Ray starts
-    with pytest.raises(UserError, match=r"^[^\n]*encoder\.safetensors[^\n]*$"):
+    with refused("file-missing encoder.safetensors"):
         features.run(recipe, run, PROGRESS)
 
 

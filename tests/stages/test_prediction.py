@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from tests.made_run import MadeRun, make_run
+from tests.refusals import refused
 from tests.stages.small_run import BAD, picture, spoil
 from transfgu.errors import UserError
 from transfgu.recipe import ComputeRecipe
@@ -97,47 +98,84 @@ def test_a_mask_is_an_indexed_png_in_its_classes_colours() -> None:
     np.testing.assert_array_equal(np.asarray(read.convert("RGB")), colours[mask])
 
 
+def test_a_mask_in_strips_is_the_same_png() -> None:
+    mask = np.random.default_rng(0).integers(0, 5, (37, 300), dtype=np.uint8)
+    colours = np.random.default_rng(1).integers(0, 256, (5, 3), dtype=np.uint8)
+    data = prediction.png_of_strips(iter(np.split(mask, [10, 11, 30])), (37, 300), colours)
+    whole = Image.open(io.BytesIO(prediction.png(mask, colours)))
+    read = Image.open(io.BytesIO(data))
+    assert read.mode == "P"
+    np.testing.assert_array_equal(np.asarray(read), mask)
+    np.testing.assert_array_equal(np.asarray(read.convert("RGB")), np.asarray(whole.convert("RGB")))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("kind", ["png", "parquet"])
+def test_masks_in_tiles(made: MadeRun, tmp_path: Path, kind: prediction.Format) -> None:
+    write_images(tmp_path / "images", ["a/004.jpg", "a/003.png", "b/001.png"])
+    Image.fromarray(np.tile(picture(4), (2, 3, 1))).save(tmp_path / "images" / "wide.png")
+    asked = job(made, tmp_path, format=kind, tile=64, overlap=16)
+    done = predict(asked, COMPUTE, QUIET)
+    assert (done.made, [bad.name for bad in done.left_out]) == (3, ["a/003.png"])
+    segmenter = Segmenter.load(made.run.uri, device="cpu")
+    if kind == "png":
+        found = {n: np.asarray(Image.open(tmp_path / "out" / "masks" / f"{n}.png")) for n in ("a/004", "b/001", "wide")}
+    else:
+        rows = pq.read_table(tmp_path / "out" / "masks").to_pylist()
+        found = {
+            row["name"].rpartition(".")[0]: np.frombuffer(row["mask"], np.uint8).reshape(row["height"], row["width"])
+            for row in rows
+        }
+    for file in ("a/004.jpg", "b/001.png", "wide.png"):
+        expected = segmenter.predict(tmp_path / "images" / file, tile=64, overlap=16)
+        np.testing.assert_array_equal(found[file.rpartition(".")[0]], expected)
+    assert predict(asked, COMPUTE, QUIET).found == 3
+    for overlap, refusal in ((32, "out-taken --tile --overlap"), (64, "tile-wrong 64")):
+        with refused(refusal):
+            prediction.preflight(job(made, tmp_path, format=kind, tile=64, overlap=overlap))
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "refusal"),
     [
-        ({"run": "/nowhere/run"}, r"no run's folder, as it holds no recipe\.yaml"),
-        ({"images": "/nowhere/images"}, "no file or folder /nowhere/images"),
-        ({"images": "IMAGES/a/004.jpg"}, "is a file: give --images the folder"),
-        ({"images": "EMPTY"}, "holds no image"),
-        ({"out": "IMAGES/masks"}, "lie in each other"),
-        ({"out": "IMAGES/a/004.jpg/out"}, "lie in each other"),
-        ({"out": "/proc/out"}, "can't write /proc/out"),
+        ({"run": "/nowhere/run"}, "run-missing recipe.yaml"),
+        ({"images": "/nowhere/images"}, "file-missing /nowhere/images"),
+        ({"images": "IMAGES/a/004.jpg"}, "folder-expected --images"),
+        ({"images": "EMPTY"}, "images-missing --images"),
+        ({"out": "IMAGES/masks"}, "folders-nested"),
+        ({"out": "IMAGES/a/004.jpg/out"}, "folders-nested"),
+        ({"out": "/proc/out"}, "storage-failed /proc/out"),
     ],
 )
 def test_mistakes_are_told_before_ray_starts(
-    made: MadeRun, tmp_path: Path, change: dict[str, str], message: str
+    made: MadeRun, tmp_path: Path, change: dict[str, str], refusal: str
 ) -> None:
     write_images(tmp_path / "images", ["a/004.jpg"])
     (tmp_path / "empty").mkdir()
     places = {"IMAGES": str(tmp_path / "images"), "EMPTY": str(tmp_path / "empty")}
     for short, path in places.items():
         change = {name: value.replace(short, path) for name, value in change.items()}
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(refusal):
         prediction.preflight(job(made, tmp_path, **change))
-    assert "\n" not in str(caught.value)
 
 
 def test_another_models_masks_stay_as_they_are(made: MadeRun, tmp_path: Path) -> None:
     write_images(tmp_path / "images", ["a/004.jpg"])
     prediction.preflight(job(made, tmp_path))
-    with pytest.raises(UserError, match="holds masks of another format: choose another --out"):
+    with refused("out-taken"):
         prediction.preflight(job(made, tmp_path, format="parquet"))
     claim = tmp_path / "out" / "prediction.json"
     told = json.loads(claim.read_text())
     assert told["averaged"] == {"scales": [1.0], "flip": False}
     claim.write_text(json.dumps({**told, "averaged": {"scales": [1.0], "flip": True}}))
-    with pytest.raises(UserError, match=r"holds masks of another evaluation.scales or evaluation.flip: choose"):
+    with refused("out-taken evaluation.scales evaluation.flip"):
         prediction.preflight(job(made, tmp_path))
     claim.write_text(json.dumps({name: value for name, value in told.items() if name != "averaged"}))
     prediction.preflight(job(made, tmp_path))  # made before anything was averaged
     assert told["classes"][0] == {"index": 0, "name": "target", "colour": [228, 26, 28]}
     claim.write_text(json.dumps({**told, "model": "0", "run": "s3://other/run"}))
-    with pytest.raises(UserError, match="holds masks of s3://other/run"):
+    with refused("out-taken s3://other/run"):
         prediction.preflight(job(made, tmp_path))
 
 
@@ -155,6 +193,7 @@ def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path
                     "run": f"/{model}",
                     "files": "png",
                     "averaged": {"scales": [1.0], "flip": False},
+                    "tiles": None,
                     "classes": [],
                 },
             )
@@ -170,17 +209,17 @@ def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "code"),
     [
-        (["--run", "x", "--images", "y"], "--out is missing: predict needs --run URI, --images URI and --out URI"),
-        (["--run", "x", "--images", "y", "--out", "z", "--format", "jpg"], "--format must be png or parquet, not jpg"),
-        (["--run", "x", "--images", "y", "--out", "z", "--actors", "two"], "compute.actors must be a whole number"),
+        (["--run", "x", "--images", "y"], "flag-missing"),
+        (["--run", "x", "--images", "y", "--out", "z", "--format", "jpg"], "flag-invalid"),
+        (["--run", "x", "--images", "y", "--out", "z", "--actors", "two"], "field-type"),
     ],
 )
-def test_mistakes_on_the_command_line(words: list[str], message: str) -> None:
+def test_mistakes_on_the_command_line(words: list[str], code: str) -> None:
     ended = subprocess.run([sys.executable, "jobs/predict.py", *words], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2
-    assert message in ended.stderr
+    assert ended.stderr.endswith(f" [{code}]\n")
     assert ended.stderr.count("\n") == 1
 
 

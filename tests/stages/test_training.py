@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from tests.made_run import SIDE, TRAIN, MadeRun, make_run
+from tests.refusals import refused
 from transfgu.datasets.packed_maps import maps_of_planes, unpack_planes
 from transfgu.datasets.rows import read_training_rows
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import Encoder, normalise
-from transfgu.errors import UserError
 from transfgu.recipe import Recipe
 from transfgu.runtime.progress import Progress
 from transfgu.stages import samples, training
@@ -229,7 +229,7 @@ def test_what_trying_again_cannot_mend_is_one_line(tmp_path: Path, ray_cluster: 
     gone = Path(rows["image"][2].as_py())
     gone.unlink()
     recipe = made.recipe.with_fields({**COMMON, "compute.workers": 1})
-    with pytest.raises(UserError, match=rf"{gone.name} was read .*missing image.*put it back"):
+    with refused(f"image-changed {gone.name}"):
         training.run(recipe, made.run, Listener())
 
 
@@ -237,7 +237,7 @@ def test_a_run_without_pseudo_labels_is_refused(tmp_path: Path) -> None:
     made = make_run(tmp_path)
     for part in Path(made.run.file("pseudo_labels")).iterdir():
         part.unlink()
-    with pytest.raises(UserError, match="holds no pseudo label"):
+    with refused("pseudo-labels-missing"):
         training.run(made.recipe, made.run, Listener())
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import REAL_S3
 from tests.gateway import Gateway
-from transfgu.errors import UserError
+from tests.refusals import refused
 from transfgu.store import lock as store_lock
 from transfgu.store import storage
 from transfgu.store.lock import Lock, hold
@@ -49,7 +49,7 @@ def test_a_second_run_is_refused_until_the_first_lets_go(
 ) -> None:
     uri = storage.join(request.getfixturevalue("s3") if kind == "s3" else str(tmp_path), "run")
     with hold(uri, said.append):
-        with pytest.raises(UserError, match=rf"is writing .*run \(process {os.getpid()} on .*another --run"):
+        with refused(f"run-locked {os.getpid()} --run"):
             Lock(uri).take(said.append)
         assert lock_of(uri)["beats"] == 0
     assert not storage.exists(storage.join(uri, store_lock.FILE))
@@ -66,7 +66,7 @@ def test_a_server_that_would_replace_the_lock(
     gateway = Gateway(s3_endpoint)
     gateway.unknown = frozenset({"if-none-match"})
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", gateway.url)
-    with hold(f"{s3}/run", said.append), pytest.raises(UserError, match="is writing"):
+    with hold(f"{s3}/run", said.append), refused("run-locked"):
         Lock(f"{s3}/run").take(said.append)
     gateway.close()
 
@@ -91,7 +91,7 @@ def test_a_killed_runs_lock_is_taken_over_at_once(tmp_path: Path, said: list[str
     try:
         assert other.stdout
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"process {other.pid} on"):
+        with refused(f"run-locked {other.pid}"):
             Lock(str(tmp_path)).take(said.append)
     finally:
         other.send_signal(signal.SIGKILL)
@@ -111,7 +111,7 @@ def test_another_machines_lock_is_watched(tmp_path: Path, said: list[str], monke
     write_lock(str(tmp_path))
     beats = threading.Timer(0.3, lambda: write_lock(str(tmp_path), beats=4))
     beats.start()
-    with pytest.raises(UserError, match=r"process 7 on elsewhere"):
+    with refused("run-locked 7 elsewhere"):
         Lock(str(tmp_path)).take(said.append)
     beats.join()
     with hold(str(tmp_path), said.append):  # now it does not beat
@@ -136,7 +136,7 @@ def test_of_two_that_take_over_a_dead_runs_lock_one_holds_it(
     late = Lock(str(tmp_path))
     found = late._read()
     with hold(str(tmp_path), said.append) as lock:
-        with pytest.raises(UserError, match="is writing"):
+        with refused("run-locked"):
             late._take_over(found, said.append)
         assert lock_of(str(tmp_path))["id"] == lock._me["id"]
 
@@ -157,6 +157,6 @@ def test_the_holder_beats_and_notices_a_loss(tmp_path: Path, said: list[str], mo
         lock.check()
         write_lock(str(tmp_path))
         assert lock._lost.wait(5)
-        with pytest.raises(UserError, match="another run took over"):
+        with refused("run-taken"):
             lock.check()
     assert lock_of(str(tmp_path))["id"] == "other"  # not ours to delete

@@ -316,14 +316,18 @@ SLICES = {
     "unequal": (slice(0, 1), slice(1, 4)),
     "empty": (slice(0, 0), slice(0, 4)),
     "barren": (slice(0, 2), slice(2, 4)),
+    "certain": (slice(0, 1), slice(1, 4)),
 }
-"""By name, the images of each worker; all of ``barren``'s second are without a foreground pixel."""
+"""By name, the images of each worker; all of ``barren``'s second are without a foreground pixel, and ``certain``'s
+peer loss counts half of each class's pixels."""
 
 
 def make_batch(slices: str, background: bool) -> Batch:
     batch = Batch(background=background)
     if slices == "barren":
         batch.maps[SLICES[slices][1]] = 0.3
+    if slices == "certain":
+        batch.settings["certain_share"] = 0.5
     return batch
 
 

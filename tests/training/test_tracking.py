@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from transfgu.errors import UserError
+from tests.refusals import refused
 from transfgu.recipe import Recipe, preset
 from transfgu.store.artifacts import Run
 from transfgu.training import tracking
@@ -44,14 +44,14 @@ def events(file: Path) -> list[Event]:
 
 
 def test_tensorboard_is_what_one_gets() -> None:
-    assert tracking.names(preset("shapes")) == ["tensorboard"]
-    assert tracking.names(recipe_of("none")) == []
+    assert tracking.names(preset("shapes").compute.track) == ["tensorboard"]
+    assert tracking.names(recipe_of("none").compute.track) == []
 
 
 def test_an_epoch_is_one_file_however_often_it_is_told(tmp_path: Path) -> None:
     run = Run(str(tmp_path / "run"))
     for total in (9.0, 2.5):
-        trackers = tracking.Trackers(preset("shapes"), run, pytest.fail)
+        trackers = tracking.Trackers(tracking.subject(preset("shapes"), run), pytest.fail)
         trackers.epoch({**ROW, "total": total}, PICTURE)
         trackers.close()
     (file,) = (tmp_path / "run" / "tensorboard").iterdir()
@@ -72,17 +72,17 @@ def test_an_epoch_is_one_file_however_often_it_is_told(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="--track knows no comet: choose of tensorboard, mlflow, wandb, or none"):
-        tracking.names(recipe_of("tensorboard,comet"))
+    with refused("tracker-unknown comet tensorboard mlflow wandb"):
+        tracking.names(recipe_of("tensorboard,comet").compute.track)
     monkeypatch.setitem(tracking._PACKAGES, "wandb", "a_package_that_is_not_there")
-    with pytest.raises(UserError, match="--track wandb needs the package wandb: pip install"):
-        tracking.names(recipe_of("wandb"))
+    with refused("package-missing wandb"):
+        tracking.names(recipe_of("wandb").compute.track)
 
 
 def test_a_tracker_that_fails_is_given_up(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file where the folder should be")
     notes: list[str] = []
-    trackers = tracking.Trackers(preset("shapes"), Run(str(tmp_path / "run")), notes.append)
+    trackers = tracking.Trackers(tracking.subject(preset("shapes"), Run(str(tmp_path / "run"))), notes.append)
     trackers.epoch(ROW, None)
     trackers.epoch(ROW, None)
     assert len(notes) == 1
@@ -108,7 +108,7 @@ def test_mlflow_finds_its_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
     monkeypatch.chdir(tmp_path)
     for epoch in (1, 2):
-        trackers = tracking.Trackers(recipe_of("mlflow"), Run(str(tmp_path / "run")), pytest.fail)
+        trackers = tracking.Trackers(tracking.subject(recipe_of("mlflow"), Run(str(tmp_path / "run"))), pytest.fail)
         trackers.epoch({**ROW, "epoch": epoch}, PICTURE)
         trackers.close()
     client = mlflow.MlflowClient()
@@ -125,7 +125,7 @@ def test_mlflow_finds_its_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    trackers = tracking.Trackers(recipe_of("wandb"), Run(str(tmp_path / "run")), pytest.fail)
+    trackers = tracking.Trackers(tracking.subject(recipe_of("wandb"), Run(str(tmp_path / "run"))), pytest.fail)
     trackers.epoch(ROW, PICTURE)
     trackers.close()
     assert list(tmp_path.rglob("*.wandb"))

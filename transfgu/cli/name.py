@@ -30,7 +30,7 @@ def main(words: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     if given.undo and given.file:
-        raise UserError("--undo takes names back: leave out FILE", code="arguments-wrong")
+        raise UserError("--undo takes names back: leave out FILE", code="flags-conflict")
     run = Run(given.run)
     text = storage.read_bytes(given.file) if given.file else b""
     # Only now torch, which takes seconds to import: a mistake on the command line is answered at once.

@@ -7,8 +7,10 @@ the same command, run again, makes the masks that are not there yet.
 import sys
 from collections.abc import Sequence
 
+from transfgu.cli import export
 from transfgu.cli.command_line import Parser, add_compute, add_output, compute_of
 from transfgu.errors import UserError
+from transfgu.sharing.exports import FORMATS, check_format
 from transfgu.store import storage
 
 
@@ -26,6 +28,16 @@ def parser(words: Sequence[str] = ()) -> Parser:
         help="png: an indexed PNG for each image; parquet: rows name, height, width, mask (default: png)",
     )
     add("--overlays", action="store_true", help="also write each image lit in its classes' colours, as a JPEG")
+    add(
+        "--tile",
+        metavar="N",
+        type=int,
+        default=0,
+        help="predict images in overlapping tiles of this height [pixels], for large images; 0: whole (default: 0)",
+    )
+    add("--overlap", metavar="N", type=int, default=64, help="what neighbouring tiles share [pixels] (default: 64)")
+    add("--export", metavar="FORMAT", help=f"then also export the masks: one of {', '.join(FORMATS)}")
+    export.add_outlines(made)
     add_output(made)
     add_compute(made)
     return made
@@ -46,13 +58,25 @@ def main(words: Sequence[str] | None = None) -> None:
         raise UserError(
             "--overlays are pictures, and go with --format png: leave out one of them", code="flags-conflict"
         )
+    if given.overlays and given.tile:
+        raise UserError(
+            "--overlays shows images that are predicted whole: leave out --overlays or --tile", code="flags-conflict"
+        )
+    if given.export:
+        check_format(given.export)
+        if given.format != "png":
+            raise UserError("--export takes masks as PNGs: leave out --format parquet", code="flags-conflict")
     compute = compute_of(given)
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
     from transfgu.runtime.progress import Progress
     from transfgu.stages.prediction import PredictionJob, predict
 
-    job = PredictionJob(run=given.run, images=given.images, out=given.out, format=given.format, overlays=given.overlays)
+    own = ("run", "images", "out", "format", "overlays", "tile", "overlap")
+    job = PredictionJob(**{name: getattr(given, name) for name in own})
     done = predict(job, compute, Progress("prediction", quiet=given.quiet), verbose=given.verbose)
+    exported = ""
+    if given.export:
+        exported = export.write(job.out, job.images, given.export, "", given.classes, given.tolerance, given.least)
     if given.quiet:
         return
     bad = done.left_out
@@ -61,3 +85,5 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"{len(bad)} of {done.images} images left out: {named}{', ...' if len(bad) > 3 else ''}")
     before = f", {done.found} there already" if done.found else ""
     print(f"{done.made} masks made{before}: {storage.join(storage.shown(job.out), 'masks')}")
+    if exported:
+        print(f"exported: {storage.shown(exported)}")

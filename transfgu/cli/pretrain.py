@@ -12,6 +12,7 @@ import yaml
 
 from transfgu.cli.command_line import Parser, add_output, add_pretraining_recipe, pretraining_recipe_of, program
 from transfgu.fields import listed
+from transfgu.recipe import FIELDS, ComputeRecipe
 
 
 def parser(words: Sequence[str] = ()) -> Parser:
@@ -23,6 +24,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add("--count", metavar="N", type=int, default=12_000, help="images drawn for shapes [images] (default: 12000)")
     add("--image_size", metavar="N", type=int, default=72, help="side of the kept images [pixels] (default: 72)")
     add("--workers", metavar="N", type=int, default=0, help="training workers (default: one per GPU; one without)")
+    add("--track", metavar="TEXT", default="tensorboard", help=f"{FIELDS['compute.track'].doc} (default: tensorboard)")
     add("--print-config", action="store_true", help="print the settings below as YAML, and do nothing else")
     add_output(made)
     add_pretraining_recipe(made)
@@ -40,10 +42,10 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
     from transfgu.pretraining.stage import SHAPES, PretrainingJob, pretrain
-    from transfgu.recipe import ComputeRecipe
     from transfgu.runtime import capacity, connect
     from transfgu.runtime.progress import Progress
     from transfgu.store import storage
+    from transfgu.training import tracking
 
     job = PretrainingJob(
         images=given.images,
@@ -56,8 +58,9 @@ def main(words: Sequence[str] | None = None) -> None:
     if job.images != SHAPES:
         storage.check_readable(job.images)
     storage.check_writable(job.work)
+    tracking.names(given.track)
     connect.connect(verbose=given.verbose)
-    compute = ComputeRecipe(workers=capacity.training_workers(ComputeRecipe(workers=given.workers)))
+    compute = ComputeRecipe(workers=capacity.training_workers(ComputeRecipe(workers=given.workers)), track=given.track)
     capacity.check_satisfiable(compute)  # of all of them, as their number is the same from the first step to the last
     prepared = pretrain(job, compute, Progress("pretraining", quiet=given.quiet))
     if prepared.left_out and not given.quiet:

@@ -78,6 +78,11 @@ def class_lists() -> tuple[str, ...]:
     return (*_data(), "shapes", "auto")
 
 
+def index_type(classes: int) -> type[np.uint8] | type[np.uint16]:
+    """Return the type of the numbers that masks of so many classes consist of."""
+    return np.uint8 if classes <= 256 else np.uint16
+
+
 @functools.cache
 def palette(count: int) -> tuple[Colour, ...]:
     """`count` colours, each as far from those before it as 9³ candidates allow; the first is black.

@@ -24,6 +24,7 @@ from transfgu.datasets.packed_maps import pack_maps
 from transfgu.encoder import Encoder, normalise, scaled_size
 from transfgu.inference.device import allow_tf32, in_bfloat16
 from transfgu.inference.memory import HalveOnOutOfMemory
+from transfgu.maps import refine_maps
 from transfgu.recipe import PseudoLabelsRecipe, Recipe, Size
 from transfgu.windows import crop_windows
 
@@ -117,7 +118,8 @@ class FrozenEncoder:
 
         They are the sum over `how.scales` of the maps of the images resized by these (bilinear, to whole patches),
         brought to the images' own patches by area, then averaged over squares of `how.smoothing` patches, smaller ones
-        at the border. Source of a single scale's maps: see `Encoder.concept_maps`.
+        at the border, then refined in `how.refine` steps (see `refine_maps`). Source of a single scale's maps: see
+        `Encoder.concept_maps`.
         """
         concepts = concepts.to(self.device)
         height, width = _size(images)
@@ -136,6 +138,10 @@ class FrozenEncoder:
                 total += one if one.shape[2:] == grid else F.interpolate(one, grid, mode="area")
             if how.smoothing > 1:
                 total = F.avg_pool2d(total, how.smoothing, 1, how.smoothing // 2, count_include_pad=False)
+            if how.refine:
+                with self.precision():
+                    tokens = self.encoder.patch_tokens(batch)
+                total = refine_maps(total, tokens.float(), how.refine)
             return pack_maps(total)
 
         rows = min(self.rows(size) for size in sizes)

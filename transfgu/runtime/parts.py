@@ -213,6 +213,23 @@ def encoded(
         )
 
 
+def handled(
+    parts: Sequence[pa.Table], actor: type[Any], arguments: Mapping[str, Any], pool: Mapping[str, Any]
+) -> Dataset:
+    """A plan: `actor` in a pool of actors, which reads and writes itself, a block of the sample list at a time.
+
+    Arguments are those of :func:`encoded`.
+    """
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.target_max_block_size = None
+    context.raise_original_map_exception = True
+    with DataContext.current(context):
+        return ray.data.from_arrow(list(parts)).map_batches_internal(
+            actor, batch_size=None, batch_format="pyarrow", fn_constructor_kwargs=dict(arguments), **pool
+        )
+
+
 def written(data: Dataset, write: Callable[[pa.Table], pa.Table]) -> Dataset:
     """The plan `data` with a last operator that writes each part in a task."""
     with DataContext.current(data.context):

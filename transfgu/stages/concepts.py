@@ -6,6 +6,7 @@ started (on large nodes a few), as threads share the node's cores.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -39,11 +40,14 @@ from transfgu.kmeans import (
     cores,
     gpu_index,
     least,
+    means,
+    whitened,
 )
 from transfgu.recipe import Recipe
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Artifact, Outcome, Run
+from transfgu.whitening import Moments, Whitening
 
 NEAREST = 8
 """Windows kept for each concept, to look at."""
@@ -59,7 +63,9 @@ _READERS = 4  # parts read at a time, as S3 answers late
 _PIECE_PARTS = 32  # joined: a part has a few hundred windows of a group, and chunks of fewer rows than CHUNK are slow
 
 
-def kmeans(features: Any, k: int, *, iterations: int = 100, seed: int = 0, workers: int = 1) -> KMeansResult:
+def kmeans(
+    features: Any, k: int, *, iterations: int = 100, seed: int = 0, workers: int = 1, whiten: bool = False
+) -> KMeansResult:
     """K-Means of features, with the same result on any number of workers.
 
     Args:
@@ -69,6 +75,8 @@ def kmeans(features: Any, k: int, *, iterations: int = 100, seed: int = 0, worke
         seed: of the sample and the starts.
         workers: shards; an array with one worker is clustered in this process, without Ray; else each shard has an
             actor, on the cluster that this process is connected to or on a local one.
+        whiten: cluster the features after whitening and scaling to unit length. The centroids are the means of the
+            clusters' features as given; the inertia is of the whitened ones.
 
     Raises:
         UserError: features of another form, values that are not finite, or more clusters than features.
@@ -88,7 +96,11 @@ def kmeans(features: Any, k: int, *, iterations: int = 100, seed: int = 0, worke
         ([2, 2], 10.0)
     """
     with shards(features, workers) as spread:
-        return cluster(spread, k, iterations=iterations, seed=seed)
+        if not whiten:
+            return cluster(spread, k, iterations=iterations, seed=seed)
+        white = whitened(spread)
+        found = cluster(white, k, iterations=iterations, seed=seed)
+        return dataclasses.replace(found, centroids=white.means_before(found.centroids))
 
 
 @contextlib.contextmanager
@@ -117,6 +129,9 @@ def shards(features: Any, workers: int) -> Iterator[Shards]:
 def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     """Cluster the windows' features into the recipe's concepts: things first, then stuff.
 
+    A concept is the mean of its windows' features. `concepts.whiten` says in which groups the features that are
+    clustered are whitened and of unit length; the concepts are means of the features before that.
+
     Reads `features/part-*.parquet`; writes `concepts.safetensors` (centroids, (K, d); counts, (K,)) and
     `nearest.parquet`: for each concept the windows nearest to it, from different images as far as there are some.
 
@@ -126,8 +141,11 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     """
     groups = _groups(recipe)
     parts, size = _parts(run.artifact("features"))
+    if recipe.concepts.whiten != "none":
+        size *= 2  # in memory: the features before and after
     folder = run.artifact("concepts")
     results: list[KMeansResult] = []
+    concepts: list[Float32[ndarray, "k d"]] = []
     found: list[pa.Table] = []
     nodes = _nodes(size)
     sources = [functools.partial(_read_parts, p, groups) for p in _share(parts, _worker_count(size, nodes))]
@@ -139,13 +157,18 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         for group, shard in zip(groups, shards, strict=True):
             _check(recipe, group, shard)
         for group, shard in zip(groups, shards, strict=True):
-            results.append(_cluster_group(recipe, group, shard, folder, progress, done=len(results)))
+            white = recipe.concepts.whitens(group.windows)
+            clustered = whitened(shard) if white else shard
+            assert isinstance(clustered, _Spread)
+            results.append(_cluster_group(recipe, group, clustered, folder, progress, done=len(results)))
+            centroids = results[-1].centroids
             first = sum(len(r.counts) for r in results[:-1])
-            found.append(shard.nearest(results[-1].centroids, first))
+            found.append(clustered.nearest(centroids, first))
+            concepts.append(clustered.means_before(centroids) if white else centroids)
     for group in groups:
         storage.delete(_state_file(folder, group))
     tensors = {
-        "centroids": np.concatenate([r.centroids for r in results]),
+        "centroids": np.concatenate(concepts),
         "counts": np.concatenate([r.counts for r in results]),
     }
     nearest = pa.BufferOutputStream()
@@ -289,20 +312,45 @@ class KMeansActor:
 
     def __init__(self, source: _Source, threads: int, gpu: bool) -> None:
         self._source, self._threads, self._gpu = source, threads, gpu
+        self._white: dict[str, Shard] = {}
+
+    # Methods that take a whitening are of the whitened rows; without one, of the rows as they are. Each call carries
+    # it, as a restarted actor has none.
 
     @functools.cached_property
     def _groups(self) -> dict[str, tuple[Shard, list[ndarray]]]:
         rows = self._source()
         return {name: (Shard(r.pieces, self._threads, self._gpu), r.places) for name, r in rows.items()}
 
-    def measure(self, group: str) -> tuple[int, float]:
+    def _shard(self, group: str, whitening: Whitening | None) -> Shard:
+        if whitening is None:
+            return self._groups[group][0]
+        if group not in self._white:
+            self._white[group] = self._groups[group][0].whitened(whitening)
+        return self._white[group]
+
+    def measure(self, group: str, whitening: Whitening | None = None) -> tuple[int, float]:
         """Number of rows and their largest absolute value, which is not finite if one of theirs is not."""
-        shard, _ = self._groups[group]
+        shard = self._shard(group, whitening)
         return shard.rows, shard.largest
 
-    def take(self, group: str, rows: Int[ndarray, " n"]) -> Float32[ndarray, "n d"] | None:
+    def moments(self, group: str, step: float) -> Moments | None:
+        """Sums from which a whitening follows; None without a row."""
+        shard = self._shard(group, None)
+        return shard.moments(step) if shard.rows else None
+
+    def sums_before(
+        self, group: str, centroids: Float32[ndarray, "k d"], grid: Grid, grid_before: Grid, whitening: Whitening
+    ) -> tuple[ndarray, Int[ndarray, " k"]]:
+        """Sums, before whitening, and number of the rows that are nearest to each centroid."""
+        sums, counts = self._shard(group, whitening).sums_before(centroids, grid, grid_before)
+        return (sums if sums.size else np.zeros_like(centroids, np.float64)), counts
+
+    def take(
+        self, group: str, rows: Int[ndarray, " n"], whitening: Whitening | None = None
+    ) -> Float32[ndarray, "n d"] | None:
         """The rows of these numbers within the shard; None for none."""
-        return self._groups[group][0].take(rows) if len(rows) else None
+        return self._shard(group, whitening).take(rows) if len(rows) else None
 
     def starts(
         self, k: int, seed: int, numbers: Sequence[int], *samples: Float32[ndarray, "_ d"] | None
@@ -311,13 +359,17 @@ class KMeansActor:
         sample = np.concatenate([s for s in samples if s is not None])
         return Shard([sample], self._threads, self._gpu).starts(k, seed, numbers)
 
-    def assign(self, group: str, centroids: Float32[ndarray, "k d"], grid: Grid) -> Assignment:
+    def assign(
+        self, group: str, centroids: Float32[ndarray, "k d"], grid: Grid, whitening: Whitening | None = None
+    ) -> Assignment:
         """One pass over the shard."""
-        return self._groups[group][0].assign(centroids, grid)
+        return self._shard(group, whitening).assign(centroids, grid)
 
-    def nearest(self, group: str, centroids: Float32[ndarray, "k d"], grid: Grid) -> pa.Table:
+    def nearest(
+        self, group: str, centroids: Float32[ndarray, "k d"], grid: Grid, whitening: Whitening | None = None
+    ) -> pa.Table:
         """The windows of this shard that may be among the nearest to their concept."""
-        shard, places = self._groups[group]
+        shard, places = self._shard(group, whitening), self._groups[group][1]
         shard.assign(centroids, grid)  # a restarted actor has no assignment yet
         columns = {"concept": shard.labels(), **dict(zip(_PLACE, np.concatenate(places).T, strict=True))}
         return _nearest(pa.table({**columns, "distance": shard.distances(centroids).astype(np.float32)}))
@@ -404,13 +456,16 @@ def _read_tables(references: Sequence[Any], rows: int) -> dict[str, _Rows]:
 class _Spread(Shards):
     """Rows of one group on several actors, which `cluster` works on as if they were one shard."""
 
-    def __init__(self, actors: Sequence[Any], group: str) -> None:
+    def __init__(
+        self, actors: Sequence[Any], group: str, whitening: Any = None, before: "_Spread | None" = None
+    ) -> None:
+        """`whitening` is a reference to one for the rows of `before`, if these are to be whitened."""
         import ray
 
-        self._actors, self._group = actors, group
+        self._actors, self._group, self._whitening, self._before = actors, group, whitening, before
         # Tasks, not calls of the actors: those run in order, and a restarted one may have to assign before it adds.
         self._add = ray.remote(num_cpus=0)(_added)
-        measures = _get([a.measure.remote(group) for a in actors])
+        measures = _get([a.measure.remote(group, whitening) for a in actors])
         self._bounds = np.cumsum([0, *(rows for rows, _ in measures)])
         self.rows = int(self._bounds[-1])
         self.largest = float(np.max([largest for _, largest in measures]))  # keeps NaN
@@ -419,7 +474,7 @@ class _Spread(Shards):
         """The starts are shared out; the sample goes from actor to actor, not through this process."""
         cuts = np.searchsorted(rows, self._bounds[1:-1])
         own = [r - first for r, first in zip(np.split(rows, cuts), self._bounds[:-1], strict=True)]
-        samples = [a.take.remote(self._group, r) for a, r in zip(self._actors, own, strict=True)]
+        samples = [a.take.remote(self._group, r, self._whitening) for a, r in zip(self._actors, own, strict=True)]
         busy = self._actors[: len(START_NUMBERS)]
         shares = [s.tolist() for s in np.array_split(START_NUMBERS, len(busy))]
         found = _get([a.starts.remote(k, seed, share, *samples) for a, share in zip(busy, shares, strict=True)])
@@ -430,16 +485,37 @@ class _Spread(Shards):
         import ray
 
         reference = ray.put(centroids)
-        passes = [a.assign.remote(self._group, reference, grid) for a in self._actors]
+        passes = [a.assign.remote(self._group, reference, grid, self._whitening) for a in self._actors]
         while len(passes) > _ADDED_AT_ONCE:  # what is left is what this process fetches
             groups = [passes[i : i + _ADDED_AT_ONCE] for i in range(0, len(passes), _ADDED_AT_ONCE)]
             passes = [self._add.remote(*group) for group in groups]
         return _added(*_get(passes))
 
+    def moments(self, step: float) -> Moments:
+        """Sums over all rows, from which a whitening follows."""
+        found = _get([a.moments.remote(self._group, step) for a in self._actors])
+        total: Moments = functools.reduce(Moments.__add__, [m for m in found if m is not None])
+        return total
+
+    def whitened(self, whitening: Whitening) -> "_Spread":
+        """The rows whitened and of unit length; actors keep those before, too."""
+        import ray
+
+        return _Spread(self._actors, self._group, ray.put(whitening), self)
+
+    def means_before(self, centroids: Float32[ndarray, "k d"]) -> Float32[ndarray, "k d"]:
+        """Of whitened rows: for each centroid the mean, before whitening, of the rows that are nearest to it."""
+        before = self._before
+        assert before is not None
+        grids = Grid(self.rows, self.largest), Grid(before.rows, before.largest)
+        found = _get([a.sums_before.remote(self._group, centroids, *grids, self._whitening) for a in self._actors])
+        sums, counts = zip(*found, strict=True)
+        return means(np.sum(sums, axis=0), np.sum(counts, axis=0))
+
     def nearest(self, centroids: Float32[ndarray, "k d"], first_concept: int) -> pa.Table:
         """The windows nearest to each concept, concepts numbered from `first_concept`."""
         grid = Grid(self.rows, self.largest)
-        tables = _get([a.nearest.remote(self._group, centroids, grid) for a in self._actors])
+        tables = _get([a.nearest.remote(self._group, centroids, grid, self._whitening) for a in self._actors])
         table = _nearest(pa.concat_tables(tables))
         types = {name: pa.int16() for name in _PLACE} | {"index": pa.int32()}
         columns = {name: table[name].cast(types[name]) for name in _PLACE}

@@ -8,8 +8,9 @@ travels is small however large a photograph is; to the driver comes back one sma
 import hashlib
 import io
 import json
+import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
@@ -23,6 +24,7 @@ from ray.data import Dataset
 
 from transfgu import formats
 from transfgu.datasets import images
+from transfgu.datasets.class_lists import index_type
 from transfgu.datasets.listing import images_in, stem
 from transfgu.errors import BadInput, LeftOut, UserError
 from transfgu.recipe import ComputeRecipe, Size
@@ -39,6 +41,7 @@ SUMMARY = "summary.json"
 """Says how the last prediction that came to its end went."""
 
 _FILES_AS = "files"  # in the claim: how masks are stored
+_TILES = "tiles"  # in the claim: how images were cut
 _AVERAGED = "averaged"  # in the claim: what logits are averaged over
 _WRITERS = 8  # files that one task writes at a time
 _SCHEMA = pa.schema([("name", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("mask", pa.large_binary())])
@@ -55,6 +58,8 @@ class PredictionJob:
         format: `png`: for each image an indexed PNG with a palette, under its name; `parquet`: rows `name`, `height`,
             `width`, `mask` (class indices row by row, uint8 for up to 256 classes, else uint16).
         overlays: also write each image as a JPEG, lit in its classes' colours; with PNGs.
+        tile: height of the tiles that an image is predicted in, pixels (`Segmenter.predict`); 0: it is predicted whole.
+        overlap: pixels that neighbouring tiles share at least.
     """
 
     run: str
@@ -62,6 +67,13 @@ class PredictionJob:
     out: str
     format: Format = "png"
     overlays: bool = False
+    tile: int = 0
+    overlap: int = 64
+
+    @property
+    def tiles(self) -> dict[str, int] | None:
+        """How images are cut, as the claim says it; None: they are not."""
+        return {"tile": self.tile, "overlap": self.overlap} if self.tile else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +140,7 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     samples = _samples(names)
     done, bad = _done(job, samples), _known_bad(job)
     size = _size(job)
-    todo = _todo(samples, parts.part_size(size), done, bad, whole=job.format == "png")
+    todo = _todo(samples, 1 if job.tile else parts.part_size(size), done, bad, whole=job.format == "png")
     asked = {name for table in todo for name in table["name"].to_pylist()}
     found = len(samples) - len(asked)
     if found:
@@ -155,6 +167,7 @@ def preflight(job: PredictionJob) -> dict[str, str]:
     Raises:
         UserError: the first thing found wrong.
     """
+    from transfgu.inference.tiles import Tiling
     from transfgu.segmenter import Segmenter
 
     folder, out = (storage.absolute(uri) + "/" for uri in (job.images, job.out))
@@ -170,6 +183,8 @@ def preflight(job: PredictionJob) -> dict[str, str]:
             f"{storage.shown(job.images)} is a file: give --images the folder that it lies in", code="folder-expected"
         )
     segmenter = Segmenter.load(job.run, device="cpu")
+    if job.tile:
+        Tiling(tile=job.tile, overlap=job.overlap)  # raises where they cover nothing
     if job.format == "png" and len(segmenter.classes) > 256:
         raise UserError(
             f"an indexed PNG holds 256 classes, and this run has {len(segmenter.classes)}: set --format parquet",
@@ -190,6 +205,7 @@ def preflight(job: PredictionJob) -> dict[str, str]:
             "scales": list(segmenter.recipe.evaluation.scales),
             "flip": segmenter.recipe.evaluation.flip,
         },
+        _TILES: job.tiles,
         "classes": [
             {"index": i, "name": name, "colour": list(colour)}
             for i, (name, colour) in enumerate(zip(segmenter.classes, segmenter.colours, strict=True))
@@ -206,10 +222,14 @@ def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
         if storage.create(uri, json.dumps(formats.stamp(claim), indent=1).encode()):
             return
         text = storage.read_bytes(uri)  # of one that began at the same time
-    held = _read_claim(job, text)
-    differing = [n for n in ("model", _FILES_AS, _AVERAGED, "classes") if held[n] != claim[n]]
+    held = _parsed_claim(job.out, text)
+    differing = [n for n in ("model", _FILES_AS, _AVERAGED, _TILES, "classes") if held[n] != claim[n]]
     if differing:
-        other = {_FILES_AS: "format", _AVERAGED: "evaluation.scales or evaluation.flip"}.get(differing[0], differing[0])
+        other = {
+            _FILES_AS: "format",
+            _AVERAGED: "evaluation.scales or evaluation.flip",
+            _TILES: "--tile or --overlap",
+        }.get(differing[0], differing[0])
         if differing == ["classes"]:
             raise UserError(
                 f"{storage.shown(job.out)} holds masks from before the run's classes were named: run transfgu name "
@@ -222,9 +242,32 @@ def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
         )
 
 
-def _read_claim(job: PredictionJob, text: bytes) -> dict[str, Any]:
+def read_claim(out: str) -> dict[str, Any]:
+    """Read what a folder of masks says of itself, in this version or an earlier one: `model`, `run`, `classes`, ...
+
+    Args:
+        out: URI of the folder.
+
+    Raises:
+        UserError: it holds no masks of :func:`predict`, or the file is damaged, or of a format to come.
+    """
+    text = storage.read_bytes_or_none(storage.join(out, CLAIM))
+    if text is None:
+        raise UserError(
+            f"{storage.shown(out)} holds no {CLAIM}: give --masks what --out named in prediction", code="masks-missing"
+        )
+    return _parsed_claim(out, text)
+
+
+def mask_names(images: str) -> dict[str, str]:
+    """Return the name of the mask of each image in a folder, without an extension, by the image's relative path."""
+    table = _samples(images_in(images, recursive=True))
+    return dict(zip(table["name"].to_pylist(), table["mask"].to_pylist(), strict=True))
+
+
+def _parsed_claim(out: str, text: bytes) -> dict[str, Any]:
     """What a folder of masks says of itself; raises UserError where that is damaged, or of a format to come."""
-    uri = storage.shown(storage.join(job.out, CLAIM))
+    uri = storage.shown(storage.join(out, CLAIM))
     remedy = "delete it, and the masks beside it, or change --out"
     with formats.damage(uri, remedy):
         first = json.loads(text)
@@ -232,6 +275,7 @@ def _read_claim(job: PredictionJob, text: bytes) -> dict[str, Any]:
             first[_FILES_AS] = first.pop(formats.KEY)
         text = json.dumps(first).encode()
     held = formats.read_json(text, uri, remedy)
+    held.setdefault(_TILES, None)
     held.setdefault(_AVERAGED, {"scales": [1.0], "flip": False})  # masks that were made before there were others
     with formats.damage(uri, remedy):
         _ = held["model"], held["run"], held[_FILES_AS], [x["colour"] for x in held["classes"]]
@@ -312,6 +356,10 @@ def _todo(samples: pa.Table, size: int, done: set[str], bad: Mapping[str, str], 
 def plan(job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: ComputeRecipe) -> Dataset:
     """Parts of the image list to masks in `job.out`, a row of counts for each."""
     from transfgu.runtime import capacity
+
+    if job.tile:
+        arguments = {"job": job, "processes": capacity.actors_per_node(compute)}
+        return parts.handled(tables, PredictTiles, arguments, capacity.encoder_pool(compute))
 
     data = parts.encoded(
         tables,
@@ -395,9 +443,48 @@ class PredictMasks:
         return block.drop_columns("image").append_column("indices", pa.array(indices, pa.large_binary()))
 
 
-def index_type(classes: int) -> type[np.uint8] | type[np.uint16]:
-    """The numbers that masks of so many classes consist of."""
-    return np.uint8 if classes <= 256 else np.uint16
+class PredictTiles:
+    """An actor: images of any size to masks, each predicted in tiles and written a strip of rows after the other.
+
+    A block of the image list becomes the row that `WriteMasks` gives the driver.
+    """
+
+    def __init__(self, job: PredictionJob, processes: int) -> None:
+        from transfgu.inference.device import own_device, use_cores
+        from transfgu.segmenter import Segmenter
+
+        device = own_device()
+        if device.type == "cpu":
+            use_cores(processes)
+        self._job = job
+        self._segmenter = Segmenter.load(job.run, device=device.type)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """See the class. Raises UserError where the storage fails."""
+        left_out = []
+        rows = block.select(["name", "image", "mask"]).to_pylist()
+        for row in rows:
+            try:
+                self._write(row["name"], row["image"], row["mask"])
+            except BadInput as error:
+                left_out.append({"name": row["name"], "reason": str(error)})
+        return pa.table({"made": [len(rows) - len(left_out)], "left_out": [json.dumps(left_out)]})
+
+    def _write(self, name: str, uri: str, mask: str) -> None:
+        from transfgu.datasets.rasters import rows_of
+        from transfgu.inference.tiles import Tiling
+
+        if not storage.exists(uri):
+            raise BadInput("missing image")
+        rows = rows_of(uri)
+        size, kind = (rows.height, rows.width), index_type(len(self._segmenter.classes))
+        found = self._segmenter.strips(rows, Tiling(tile=self._job.tile, overlap=self._job.overlap))
+        strips = (strip.astype(kind, copy=False) for strip in found)
+        if self._job.format == "png":
+            data = png_of_strips(strips, size, np.array(self._segmenter.colours, np.uint8))
+            storage.write_bytes(storage.join(self._job.out, "masks", f"{mask}.png"), data)
+        else:
+            _write_rows(self._job, [name], [size], [b"".join(strip.tobytes() for strip in strips)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,7 +495,7 @@ class WriteMasks:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """A block of `PredictMasks` to the part's row for the driver: `made`, and `left_out` as JSON."""
-        claim = _read_claim(self.job, storage.read_bytes(storage.join(self.job.out, CLAIM)))
+        claim = read_claim(self.job.out)
         colours = np.array([c["colour"] for c in claim["classes"]], np.uint8)
         rows = block.filter(block["reason"].is_null())
         kind = index_type(len(colours))
@@ -429,17 +516,50 @@ class WriteMasks:
             if self.job.format == "png":
                 list(pool.map(lambda n, m: self._write("masks", f"{n}.png", png(m, colours)), names, masks))
         if self.job.format == "parquet" and masks:
-            table = rows.select(["name", "height", "width"]).append_column(
-                "mask", pa.array([mask.tobytes() for mask in masks], pa.large_binary())
-            )
-            # A name of its own for each set of images: a task that is run twice replaces what it wrote.
-            digest = hashlib.sha256("\n".join(block["name"].to_pylist()).encode()).hexdigest()[:16]
-            self._write("masks", f"part-{digest}.parquet", _parquet(table.cast(_SCHEMA)))
+            sizes = list(zip(rows["height"].to_pylist(), rows["width"].to_pylist(), strict=True))
+            _write_rows(self.job, rows["name"].to_pylist(), sizes, [mask.tobytes() for mask in masks], block["name"])
         left_out = [vars(x) for x in parts.left_out(block)]
         return pa.table({"made": [len(masks)], "left_out": [json.dumps(left_out)]})
 
     def _write(self, kind: str, name: str, data: bytes) -> None:
         storage.write_bytes(storage.join(self.job.out, kind, name), data)
+
+
+def _write_rows(
+    job: PredictionJob,
+    names: Sequence[str],
+    sizes: Sequence[Size],
+    masks: Sequence[bytes],
+    part: pa.ChunkedArray | None = None,
+) -> None:
+    """Write masks as a Parquet file; `part` has the names of all images of the part, if some can't be used."""
+    heights, widths = zip(*sizes, strict=True)
+    table = pa.table([list(names), list(heights), list(widths), pa.array(masks, pa.large_binary())], schema=_SCHEMA)
+    # A name of its own for each set of images: a task that is run twice replaces what it wrote.
+    whole = list(names) if part is None else part.to_pylist()
+    digest = hashlib.sha256("\n".join(whole).encode()).hexdigest()[:16]
+    storage.write_bytes(storage.join(job.out, "masks", f"part-{digest}.parquet"), _parquet(table))
+
+
+def png_of_strips(
+    strips: Iterable[UInt8[np.ndarray, "rows W"]], size: Size, colours: UInt8[np.ndarray, "C 3"]
+) -> bytes:
+    """As :func:`png`, of a mask that is never held whole: strips of rows from the top down, for a mask of `size`."""
+    packed, out = zlib.compressobj(6), io.BytesIO()
+
+    def chunk(kind: bytes, data: bytes) -> None:
+        out.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
+
+    out.write(b"\x89PNG\r\n\x1a\n")
+    chunk(b"IHDR", struct.pack(">IIBBBBB", size[1], size[0], 8, 3, 0, 0, 0))  # 8 bits, indices of a palette
+    chunk(b"PLTE", colours.tobytes())
+    for strip in strips:
+        rows = np.concatenate((np.zeros((len(strip), 1), np.uint8), strip), axis=1)  # 0: the row is not filtered
+        if data := packed.compress(rows.tobytes()):
+            chunk(b"IDAT", data)
+    chunk(b"IDAT", packed.flush())
+    chunk(b"IEND", b"")
+    return out.getvalue()
 
 
 def png(mask: UInt8[np.ndarray, "H W"], colours: UInt8[np.ndarray, "C 3"]) -> bytes:

@@ -1,21 +1,15 @@
-"""Training on Ray Train: the driver starts workers, watches a board, and publishes what the last checkpoint holds.
+"""The training stage: lists the images and their pseudo labels, trains, and publishes what the last checkpoint holds.
 
-A worker that dies, a node that goes or a driver that is killed costs the epoch in hand: whoever comes next goes on
-from the last checkpoint. What no attempt can mend (a user's mistake, a loss that is no number) goes to the board, and
-ends the training instead of being tried again.
+How it trains, and what it survives, is `transfgu.training.fit`'s.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from transfgu.datasets import map_files
 from transfgu.errors import UserError
@@ -27,12 +21,10 @@ from transfgu.store import storage
 from transfgu.store.artifacts import LAST, MODEL, Outcome, Run
 from transfgu.store.parquet import write_table
 from transfgu.training import checkpoints, tracking
-from transfgu.training.board import ATTEMPTS, Status, put_up, watched
+from transfgu.training import fit as trainer
+from transfgu.training.board import ATTEMPTS
 from transfgu.training.checkpoints import merit
-from transfgu.training.controller import Deaths
-from transfgu.training.job import Job
-from transfgu.training.process_group import gpus_found, process_group
-from transfgu.training.worker import work
+from transfgu.training.image_training import ImageJob, ImageTraining
 
 
 def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
@@ -50,7 +42,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         )
     for name, table in (("images", images), ("validation", validation)):
         write_table(artifact.file(f"{name}.parquet"), table)
-    trackers, pictures = tracking.Trackers(recipe, run, progress.note), artifact.file("pictures")
+    trackers, pictures = tracking.Trackers(tracking.subject(recipe, run), progress.note), artifact.file("pictures")
 
     def tell(row: dict[str, Any]) -> None:
         trackers.epoch(row, tracking.read_picture(pictures, row["epoch"]))
@@ -62,7 +54,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         inputs=inputs_digest(run, images, validation),
         folder=run.file("ray"),
         progress=progress,
-        pictures=pictures if tracking.names(recipe) else "",
+        pictures=pictures if tracking.names(recipe.compute.track) else "",
         on_epoch=tell,
     )
     trackers.close()
@@ -129,56 +121,22 @@ def fit(
         UserError: a user's mistake, or a loss that is no number.
         RuntimeError: the training failed again and again at one epoch, or twice alike.
     """
-    # Ray Train looks after its workers every two seconds, which an epoch of one second would wait for.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # Another recipe in the same folder, or other images, must not go on from this one's weights.
-    name = f"training-{recipe.digest('training')[:12]}-{inputs}"
-    kept = storage.join(storage.absolute(folder), name)
-    checkpoints.mend_account(kept)
-    fs, root = storage.travelling(storage.absolute(folder))
-    board = put_up(attempts)
-    resources, workers = capacity.actor_resources(recipe.compute), capacity.elastic_workers(recipe.compute)
-    trainer = TorchTrainer(
-        # Bound, not a config: Ray Train's controller would unpickle that, and import all that training needs.
+    return trainer.fit(
         partial(
-            work,
-            Job(
-                recipe=recipe,
-                images=images,
-                validation=validation,
-                checkpoints=kept,
-                board=board,
-                pictures=pictures,
-                unlabelled=unlabelled,
-                beside=beside,
-                asks=goes_on is not None,
-            ),
+            ImageTraining,
+            ImageJob(recipe=recipe, images=images, validation=validation, pictures=pictures, unlabelled=unlabelled),
         ),
-        scaling_config=ScalingConfig(
-            num_workers=workers,  # type: ignore[arg-type]  # Ray takes pairs, too
-            use_gpu=resources["num_gpus"] > 0,
-            resources_per_worker={"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]},
-            elastic_resize_monitor_interval_s=recipe.compute.resize_seconds,  # type: ignore[call-arg]  # and this
-        ),
-        torch_config=process_group(resources["num_gpus"], workers),  # type: ignore[arg-type]  # any backend's will do
-        run_config=RunConfig(
-            name=name,
-            storage_path=root,
-            storage_filesystem=fs,
-            failure_config=FailureConfig(max_failures=-1),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            callbacks=[Deaths(board)],  # type: ignore[list-item]
-        ),
+        # Another recipe in the same folder, or other images, must not go on from this one's weights.
+        name=f"training-{recipe.digest('training')[:12]}-{inputs}",
+        folder=folder,
+        compute=recipe.compute,
+        workers=capacity.elastic_workers(recipe.compute),
+        progress=progress,
+        on_epoch=on_epoch,
+        goes_on=goes_on,
+        attempts=attempts,
+        beside=beside,
     )
-    with watched(board, progress, on_epoch, goes_on), gpus_found():
-        trainer.fit()
-    status: Status = ray.get(board.read.remote(0))
-    ray.kill(board)
-    if status.failure:
-        raise UserError(status.failure, status.code) if status.is_mistake else RuntimeError(status.failure)
-    if found := checkpoints.newest(kept):
-        return found
-    raise RuntimeError(f"training ended without a whole checkpoint in {storage.shown(kept)}")
 
 
 def publish(recipe: Recipe, run: Run, checkpoint: checkpoints.Found, images: int) -> Outcome:
@@ -192,6 +150,6 @@ def publish(recipe: Recipe, run: Run, checkpoint: checkpoints.Found, images: int
     storage.write_bytes(run.file(MODEL), best or last)
     chosen = max(history, key=merit) if best else history[-1]
     details = {"epochs": len(history), "model of epoch": chosen["epoch"]}
-    if skipped := sum(row["skipped_steps"] for row in history):
+    if skipped := sum(row.get("skipped_steps", 0) for row in history):
         details["skipped steps"] = skipped
     return Outcome(items=images, details=details)

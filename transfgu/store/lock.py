@@ -111,7 +111,7 @@ class Lock:
         return _holder(found).get("id") == self._me["id"]
 
     def _refused(self, holder: dict[str, Any]) -> UserError:
-        who = f"process {str(holder.get('process')).split('/')[-1].split('@')[0]} on {holder.get('host')}"
+        who = _named(holder)
         return UserError(
             f"another run is writing {storage.shown(self._run)} ({who}): wait for it, stop it, or choose another "
             f"{self._flag}",
@@ -147,6 +147,19 @@ def hold(uri: str, say: Callable[[str], None], flag: str = "--run") -> Iterator[
         yield lock
     finally:
         lock.release()
+
+
+def holder_of(uri: str) -> str | None:
+    """Return who works on the run folder `uri`, such as `process 12 on host`; None where nobody is known to.
+
+    A process of another machine counts as living, as only its heartbeat could tell.
+    """
+    found = _holder(storage.read_bytes_or_none(storage.join(uri, FILE)))
+    return None if not found or _is_dead(found) else _named(found)
+
+
+def _named(holder: dict[str, Any]) -> str:
+    return f"process {str(holder.get('process')).split('/')[-1].split('@')[0]} on {holder.get('host')}"
 
 
 def _process_table() -> str:

@@ -8,7 +8,7 @@ by, one stream for several epochs where epochs are short, and memory does not gr
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -19,22 +19,13 @@ from ray.data import DataContext, ExecutionResources
 from torch import Tensor
 
 from transfgu.datasets.rows import read_training_rows
+from transfgu.learner import Batch
 from transfgu.recipe import Size
 from transfgu.training.order import Order
 
 _BLOCK_ROWS = 32  # rows that one task decodes: 10 MB of 320 x 320
 _STREAM_ROWS = 4096  # a stream takes a second to start: epochs of fewer rows share one
 _AHEAD_BYTES = 1 << 30  # decoded rows that may wait in the object store for one worker
-
-
-class Batch(NamedTuple):
-    """What one worker holds of a global batch, or nothing of it."""
-
-    slots: Int[np.ndarray, " B"]
-    inputs: Shaped[Tensor, "B ..."]
-    """Decoded images (B, 3, H, W) uint8, or what was made of them once and for all."""
-    maps: Int16[Tensor, "B planes h w"]
-    """As they are kept: `unpack_maps` makes K maps of K + 2 planes."""
 
 
 @runtime_checkable
@@ -58,6 +49,8 @@ class Share:
     """Planes (K + 2), h, w of an image's packed maps."""
     rank: int
     world: int
+    read_rows: Callable[[pa.Table], dict[str, Any]] | None = None
+    """From rows to columns `image`, `maps` and the others passed on; None: `read_training_rows` at `size`."""
 
     def slots(self, epoch: int) -> Int[np.ndarray, "steps B"]:
         """The worker's slots of each of an epoch's global batches."""
@@ -71,7 +64,7 @@ class Share:
     def read(self, slots: Int[np.ndarray, " n"], batch_size: int) -> Iterator[Batch]:
         """Decoded slots in their order, a batch at a time."""
         rows = self.rows.take(slots % self.order.images).append_column("slot", pa.array(slots))
-        read = partial(read_training_rows, size=self.size)
+        read = self.read_rows or partial(read_training_rows, size=self.size)
         for columns in stream(rows, read, batch_size, world=self.world):
             # Copied: arrays out of Ray's object store are read-only, which torch warns of.
             yield Batch(columns["slot"], torch.tensor(columns["image"]), torch.tensor(columns["maps"]))
@@ -162,7 +155,7 @@ def load(
         made = transform(batch.inputs)
         if not len(inputs):
             inputs = torch.empty(len(share.rows), *made.shape[1:], dtype=made.dtype)
-        places = torch.from_numpy(batch.slots)
+        places = torch.tensor(batch.slots)
         inputs[places], maps[places] = made.cpu(), batch.maps
     return inputs, maps
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from transfgu.training.batches import Batch
+from transfgu.learner import Batch
 from transfgu.transfer import to_device
 
 

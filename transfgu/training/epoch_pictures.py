@@ -1,6 +1,6 @@
 """A few images are shown in every epoch, always the same: how their masks change is how training goes.
 
-The frozen encoder's tokens of them are kept, so a picture costs the decoder alone.
+What a model's frozen part makes of them is kept, so a picture costs the trained part alone.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,9 @@ from torch import Tensor
 
 from transfgu import datasets
 from transfgu.datasets import images, pictures
-from transfgu.decoder import MaskDecoder, winners
-from transfgu.encoder import patch_grid
+from transfgu.decoder import winners
 from transfgu.errors import BadInput
-from transfgu.inference.tokens import PatchTokens
+from transfgu.learner import Model
 from transfgu.recipe import Recipe
 from transfgu.training import tracking
 
@@ -24,26 +23,22 @@ _SIDE = 160  # px, a picture's longer side
 
 
 class Shown:
-    """The images that are shown, and what a decoder makes of them."""
+    """The images that are shown, and what a model makes of them."""
 
-    def __init__(self, recipe: Recipe, rows: pa.Table, encode: PatchTokens, folder: str) -> None:
+    def __init__(self, recipe: Recipe, rows: pa.Table, model: Model, folder: str) -> None:
         """Take images at even distances through `rows` (`image`, URI); their pictures go to `folder` (URI)."""
-        self._folder, self._size = folder, recipe.dataset.image_size
-        self._grid = patch_grid(self._size, encode.encoder.patch_size)
+        self._folder, self._size, self._model = folder, recipe.dataset.image_size, model
         self._colours = datasets.classes(recipe).colours
         count = min(_IMAGES, len(rows))
         self._images = list(_readable(rows["image"].take([i * len(rows) // count for i in range(count)]).to_pylist()))
         resized = [images.resize(image, self._size) for image in self._images]
-        self._tokens: Tensor | None = encode(torch.from_numpy(np.stack(resized))) if resized else None
+        self._seen: Tensor | None = model.frozen(torch.from_numpy(np.stack(resized))) if resized else None
 
-    @torch.inference_mode()
-    def paint(self, epoch: int, decoder: MaskDecoder) -> None:
-        """Write the picture of an epoch, from 1; clusters are painted in the order that the decoder has them in."""
-        if self._tokens is None:
+    def paint(self, epoch: int) -> None:
+        """Write the picture of an epoch, from 1; clusters are painted in the order that the model has them in."""
+        if self._seen is None:
             return
-        decoder.eval()
-        logits = decoder(self._tokens)[0].mT.unflatten(2, self._grid)  # (B, hw, C) -> (B, C, h, w)
-        decoder.train()
+        logits = self._model.logits(self._seen, self._size)
         pairs = []
         for image, each in zip(self._images, logits, strict=True):
             small = pictures.shrink(image, _SIDE)

@@ -2,64 +2,86 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
-from torch.optim import Adam
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from transfgu.decoder import MaskDecoder
 from transfgu.training import checkpoints
+
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""Tensors of a checkpoint by the name of their file, without its ending, and their own."""
 
 
 @dataclass(kw_only=True)
 class State:
     """What a checkpoint holds, as safetensors and JSON."""
 
-    student: MaskDecoder
-    optimiser: Adam
-    teacher: MaskDecoder | None = None
+    student: nn.Module
+    optimiser: Optimizer
+    teacher: nn.Module | None = None
     best: dict[str, Tensor] | None = None
     """Weights of the epoch with the highest sum of mIoU and accuracy; None where none is scored yet."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """One row a finished epoch."""
+    """One row per finished epoch."""
 
-    def save(self, folder: Path, metadata: dict[str, str]) -> None:
-        """Write it to a folder; `metadata` goes into the weight files."""
+    def save(self, folder: Path, metadata: dict[str, str], more: Tensors | None = None) -> None:
+        """Write it to a folder; `metadata` goes into the weight files, those of `more` included."""
         moments = {
             f"{name}:{moment}": value
             for name, parameter in self.student.named_parameters()
             for moment, value in self.optimiser.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
         }
-        files = {"student": self.student.state_dict(), "moments": moments, "best": self.best}
-        files["teacher"] = self.teacher.state_dict() if self.teacher else None
+        files: dict[str, Mapping[str, Tensor] | None] = {
+            "student": self.student.state_dict(),
+            "moments": moments,
+            "best": self.best,
+            "teacher": self.teacher.state_dict() if self.teacher else None,
+            **(more or {}),
+        }
         for name, tensors in files.items():
             if tensors:
-                tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-                safetensors.torch.save_file(tensors, folder / f"{name}.safetensors", metadata)
+                kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+                safetensors.torch.save_file(kept, folder / f"{name}.safetensors", metadata)
         (folder / checkpoints.HISTORY).write_text(json.dumps(self.history))
         checkpoints.seal(folder)
 
     def load(self, folder: Path, device: torch.device) -> None:
         """Take it from a folder."""
-        tensors = {
-            file.stem: safetensors.torch.load_file(file, device=str(device)) for file in folder.glob("*.safetensors")
-        }
+        self.take(*read(folder, device))
+
+    def take(self, tensors: Tensors, history: list[dict[str, Any]]) -> None:
+        """Take it from what :func:`read` returned."""
         self.student.load_state_dict(tensors["student"])
         parameters = dict(self.student.named_parameters())
         for key, value in tensors.get("moments", {}).items():
             name, _, moment = key.rpartition(":")
-            self.optimiser.state[parameters[name]][moment] = value
+            # Only a fused optimiser keeps its counter of steps on the device.
+            on_host = moment == "step" and not self.optimiser.defaults.get("fused")
+            self.optimiser.state[parameters[name]][moment] = value.cpu() if on_host else value
         if "teacher" in tensors:
-            self.promote()
+            if self.teacher is None:
+                self.promote()
             assert self.teacher
             self.teacher.load_state_dict(tensors["teacher"])
-        self.best = tensors.get("best")
-        self.history = json.loads((folder / checkpoints.HISTORY).read_text())
+        best = tensors.get("best")
+        self.best = None if best is None else dict(best)
+        self.history = history
 
     def promote(self) -> None:
         """Make the student, as it is, the teacher."""
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
+
+
+def read(folder: Path, device: torch.device) -> tuple[dict[str, dict[str, Tensor]], list[dict[str, Any]]]:
+    """Read a checkpoint's tensors and history from a local folder."""
+    tensors = {
+        file.stem: safetensors.torch.load_file(file, device=str(device)) for file in folder.glob("*.safetensors")
+    }
+    return tensors, json.loads((folder / checkpoints.HISTORY).read_text())

@@ -108,6 +108,7 @@ def training_step(
     alpha: Real,
     permutation: Permutation | None = None,
     background_threshold: Real | None = None,
+    certain_share: Real = 1,
     part: int | None = None,
     half: bool = False,
 ) -> StepResult:
@@ -123,6 +124,7 @@ def training_step(
         alpha=alpha,
         permutation=permutation,
         background_threshold=background_threshold,
+        certain_share=certain_share,
         part=part,
         half=half,
     ).result()
@@ -140,6 +142,7 @@ def start_step(
     alpha: Real,
     permutation: Permutation | None = None,
     background_threshold: Real | None = None,
+    certain_share: Real = 1,
     part: int | None = None,
     half: bool = False,
 ) -> PendingStep:
@@ -160,6 +163,7 @@ def start_step(
         permutation: of the C classes, for the negative labels; the same on every worker. Required with a
             teacher.
         background_threshold: T_bg if class 0 is background.
+        certain_share: share of each class's pixels that the peer loss counts; see `transfgu.losses.batch_shares`.
         part: images per forward pass; the whole slice unless given.
         half: compute student's and teacher's matrix products in bfloat16. Norms, cosines and the loss stay in the
             weights' precision.
@@ -169,7 +173,7 @@ def start_step(
     """
     share = partial(
         loss_share,
-        batch_shares(maps, background_threshold),
+        batch_shares(maps, background_threshold, certain_share),
         omega_1=omega_1,
         omega_2=omega_2,
         alpha=alpha,

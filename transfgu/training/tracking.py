@@ -10,6 +10,7 @@ import importlib.util
 import io
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,25 +27,46 @@ Picture = UInt8[np.ndarray, "H W 3"]
 
 _PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
 _NUMBERS = {
-    "loss/total": "total",
-    "loss/peer": "peer",
-    "loss/diversity": "diversity",
-    "loss/uncertainty": "uncertainty",
-    "score/mean_iou": "mean_iou",
-    "score/pixel_accuracy": "pixel_accuracy",
-    "schedule/alpha": "alpha",
-    "speed/images_per_second": "images_per_second",
+    "mean_iou": "score/mean_iou",
+    "pixel_accuracy": "score/pixel_accuracy",
+    "alpha": "schedule/alpha",
+    "images_per_second": "speed/images_per_second",
 }
+"""Columns of the history under the names that trackers get; all others are losses."""
+_UNTOLD = ("epoch", "step", "workers", "seconds", "teacher_updated", "skipped_steps", "label_free")
 _PICTURE = "predictions"
 
 
-def names(recipe: Recipe) -> list[str]:
-    """The trackers that the recipe asks for.
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is tracked."""
+
+    track: str
+    """Names of trackers, with commas between; see `ComputeRecipe.track`."""
+    uri: str
+    """Folder of the run: its events lie in it, and a tracker finds its own run again by it."""
+    title: str
+    fields: Mapping[str, Any]
+    """Settings by name."""
+
+
+def subject(recipe: Recipe, run: Run) -> Subject:
+    """Return a run as trackers know it."""
+    return Subject(
+        track=recipe.compute.track,
+        uri=run.uri,
+        title=f"{recipe.preset}, seed {recipe.seed}",
+        fields=recipe.flat(),
+    )
+
+
+def names(track: str) -> list[str]:
+    """The trackers that a text names, with commas or spaces between.
 
     Raises:
         UserError: an unknown one, or one whose package is not installed.
     """
-    asked = [name for name in recipe.compute.track.replace(",", " ").split() if name != "none"]
+    asked = [name for name in track.replace(",", " ").split() if name != "none"]
     for name in asked:
         if name not in _PACKAGES:
             raise UserError(
@@ -72,17 +94,17 @@ class Tracker(Protocol):
 class Trackers:
     """All that were asked for; an error in one of them ends nothing but itself."""
 
-    def __init__(self, recipe: Recipe, run: Run, note: Callable[[str], None]) -> None:
+    def __init__(self, subject: Subject, note: Callable[[str], None]) -> None:
         """`note` is told why a tracker was given up."""
-        makers: dict[str, Callable[[Recipe, Run], Tracker]] = {
+        makers: dict[str, Callable[[Subject], Tracker]] = {
             "tensorboard": TensorBoard,
             "mlflow": MLflow,
             "wandb": WeightsAndBiases,
         }
         self._note = note
         self._trackers: dict[str, Tracker] = {}
-        for name in names(recipe):
-            made = self._attempt(name, lambda make=makers[name]: make(recipe, run))  # type: ignore[misc]
+        for name in names(subject.track):
+            made = self._attempt(name, lambda make=makers[name]: make(subject))  # type: ignore[misc]
             if made is not None:
                 self._trackers[name] = made
 
@@ -93,7 +115,8 @@ class Trackers:
             row: of the training's history.
             picture: what the student makes of a few images, if there is one.
         """
-        values = {shown: float(row[key]) for shown, key in _NUMBERS.items() if row.get(key) is not None}
+        numbers = {key: value for key, value in row.items() if value is not None and key not in _UNTOLD}
+        values = {_NUMBERS.get(key, f"loss/{key}"): float(value) for key, value in numbers.items()}
         for name, tracker in list(self._trackers.items()):
             self._attempt(name, lambda t=tracker: t.epoch(int(row["epoch"]), values, picture))  # type: ignore[misc]
 
@@ -114,8 +137,8 @@ class Trackers:
 class TensorBoard:
     """Events in the run's folder `tensorboard`: `tensorboard --logdir RUN/tensorboard --reload_multifile true`."""
 
-    def __init__(self, recipe: Recipe, run: Run) -> None:
-        self._folder = run.file("tensorboard")
+    def __init__(self, subject: Subject) -> None:
+        self._folder = storage.join(subject.uri, "tensorboard")
 
     def epoch(self, number: int, values: Mapping[str, float], picture: Picture | None) -> None:
         """See `Tracker`."""
@@ -138,19 +161,19 @@ class TensorBoard:
 class MLflow:
     """A run of the experiment `transfgu`, where `MLFLOW_TRACKING_URI` says."""
 
-    def __init__(self, recipe: Recipe, run: Run) -> None:
+    def __init__(self, subject: Subject) -> None:
         import mlflow
 
         self._client = mlflow.MlflowClient()
-        uri = storage.shown(storage.absolute(run.uri))
+        uri = storage.shown(storage.absolute(subject.uri))
         experiment = self._client.get_experiment_by_name("transfgu")
         number = experiment.experiment_id if experiment else self._client.create_experiment("transfgu")
         found = self._client.search_runs([number], f"tags.`transfgu.run` = '{uri}'", max_results=1)
         if found:
             self._run = found[0].info.run_id
             return
-        self._run = self._client.create_run(number, tags={"transfgu.run": uri}, run_name=_run_name(recipe)).info.run_id
-        for name, value in recipe.flat().items():
+        self._run = self._client.create_run(number, tags={"transfgu.run": uri}, run_name=subject.title).info.run_id
+        for name, value in subject.fields.items():
             self._client.log_param(self._run, name, str(value)[:500])
 
     def epoch(self, number: int, values: Mapping[str, float], picture: Picture | None) -> None:
@@ -168,17 +191,17 @@ class MLflow:
 class WeightsAndBiases:
     """A run of the project `transfgu`, by the key and in the mode that wandb itself finds."""
 
-    def __init__(self, recipe: Recipe, run: Run) -> None:
+    def __init__(self, subject: Subject) -> None:
         import wandb
 
         self._image = wandb.Image
-        uri = storage.shown(storage.absolute(run.uri))
+        uri = storage.shown(storage.absolute(subject.uri))
         self._run = wandb.init(
             project="transfgu",
             id=hashlib.sha256(uri.encode()).hexdigest()[:16],
-            name=_run_name(recipe),
+            name=subject.title,
             resume="allow",
-            config={**recipe.flat(), "run": uri},
+            config={**subject.fields, "run": uri},
             settings=wandb.Settings(silent=True),
         )
 
@@ -190,10 +213,6 @@ class WeightsAndBiases:
     def close(self) -> None:
         """See `Tracker`."""
         self._run.finish()
-
-
-def _run_name(recipe: Recipe) -> str:
-    return f"{recipe.preset}, seed {recipe.seed}"
 
 
 # The picture: who paints it is not who tells of it, so it lies in the run's folder meanwhile.

@@ -1,0 +1,113 @@
+"""Tiles of an image against all of their logits enlarged and added up at once."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from transfgu.datasets.rasters import ArrayRows
+from transfgu.errors import UserError
+from transfgu.inference import tiles
+from transfgu.inference.tiles import Tiling, enlarging, starts, strips, weights
+
+SIDES = st.tuples(st.integers(2, 400), st.integers(2, 90), st.integers(0, 89)).filter(lambda s: s[2] < s[1])
+
+
+@given(SIDES)
+def test_as_few_tiles_as_overlap_enough(sides: tuple[int, int, int]) -> None:
+    side, tile, overlap = sides
+    begins = starts(side, tile, overlap)
+    assert begins[0] == 0
+    if side <= tile:
+        assert begins == [0]
+        return
+    assert begins[-1] + tile == side
+    steps = np.diff(begins)
+    assert steps.min() > 0
+    assert steps.max() <= tile - overlap
+    assert steps.max() - steps.min() <= 1
+    assert side > tile + (len(begins) - 2) * (tile - overlap)  # one fewer would not reach
+
+
+def test_tiles_by_hand() -> None:
+    assert starts(10, 4, 1) == [0, 3, 6]
+    assert starts(11, 4, 1) == [0, 2, 5, 7]
+    np.testing.assert_allclose(weights(6, [0, 2], 4, 2), [[1, 1, 0.75, 0.25], [0.25, 0.75, 1, 1]])
+
+
+@given(SIDES)
+def test_weights_add_up_to_one(sides: tuple[int, int, int]) -> None:
+    side, tile, overlap = sides
+    begins, tile = starts(side, tile, overlap), min(tile, side)
+    total = np.zeros(side)
+    for begin, weight in zip(begins, weights(side, begins, tile, overlap), strict=True):
+        assert weight.min() > 0
+        total[begin : begin + tile] += weight
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(("cells", "pixels"), [(1, 5), (4, 4), (5, 37), (40, 320), (9, 4)])
+def test_enlarging_is_torchs(cells: int, pixels: int) -> None:
+    row = torch.randn(1, 1, 1, cells)
+    expected = F.interpolate(row, (1, pixels), mode="bilinear")[0, 0, 0]
+    torch.testing.assert_close(torch.from_numpy(enlarging(cells, pixels)) @ row.flatten(), expected)
+
+
+def pooled(batch: Tensor) -> Tensor:
+    """A model of two classes that sees each patch of 8 pixels alone, and its place in the tile."""
+    red, blue = F.avg_pool2d(batch.float(), 8).unbind(1)[::2]
+    return torch.stack((red - red.mean(dim=(1, 2), keepdim=True), blue), dim=1)
+
+
+class Watched(ArrayRows):
+    """An image that notes which rows are asked for."""
+
+    def __init__(self, image: np.ndarray) -> None:
+        super().__init__(image)
+        self.asked: list[tuple[int, int]] = []
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        self.asked.append((start, stop))
+        return super().read(start, stop)
+
+
+@pytest.mark.parametrize(("height", "width", "tile", "overlap"), [(70, 90, 32, 8), (33, 64, 32, 20), (20, 200, 40, 0)])
+@pytest.mark.parametrize("numbers", [1 << 25, 999])
+def test_strips_are_all_tiles_enlarged_weighted_and_added(
+    height: int, width: int, tile: int, overlap: int, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "_NUMBERS", numbers)  # blocks of all columns, and of some
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    rows = Watched(image)
+    found = list(strips(rows, (32, 32), Tiling(tile=tile, overlap=overlap), pooled, lambda logits: logits.numpy()))
+    expected, total = torch.zeros(2, height, width), torch.zeros(height, width)
+    tall, wide = min(tile, height), min(tile, width)
+    from transfgu.datasets import images
+
+    ys, xs = starts(height, tile, overlap), starts(width, tile, overlap)
+    for y, down in zip(ys, weights(height, ys, tall, overlap), strict=True):
+        for x, across in zip(xs, weights(width, xs, wide, overlap), strict=True):
+            piece = images.resize(image[y : y + tall, x : x + wide], (32, 32))
+            logits = F.interpolate(pooled(torch.from_numpy(piece)[None]), (tall, wide), mode="bilinear")[0]
+            weight = torch.from_numpy(np.outer(down, across))
+            expected[:, y : y + tall, x : x + wide] += weight * logits
+            total[y : y + tall, x : x + wide] += weight
+    torch.testing.assert_close(total, torch.ones(height, width))
+    np.testing.assert_allclose(np.concatenate(found, axis=1), expected.numpy(), atol=1e-3)
+    asked = [pair for pair in rows.asked if pair != (0, 0)]
+    assert [start for start, _ in asked] == [0, *(stop for _, stop in asked[:-1])]  # each row once, downwards
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(1, 0), (0, 0), (64, 64), (64, -1)])
+def test_tiles_that_cover_nothing(tile: int, overlap: int) -> None:
+    with pytest.raises(UserError) as caught:
+        Tiling(tile=tile, overlap=overlap)
+    assert caught.value.code == "tile-wrong"
+
+
+def test_a_tile_has_the_proportion_of_the_models_images() -> None:
+    assert Tiling(tile=320).size((320, 640)) == (320, 640)
+    assert Tiling(tile=100).size((480, 240)) == (100, 50)

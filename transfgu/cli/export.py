@@ -1,0 +1,86 @@
+"""Write masks that `transfgu predict` made in the format of a labelling tool or a data set library.
+
+`transfgu export --masks OUT --images URI --to cvat` writes OUT/cvat.xml: a polygon per connected region of a class.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from transfgu.cli.command_line import Parser
+from transfgu.errors import UserError
+from transfgu.sharing.exports import FORMATS, check_format
+from transfgu.store import storage
+
+
+def parser(words: Sequence[str] = ()) -> Parser:
+    """Return the parser."""
+    made = Parser(__doc__ or "", "export", "--masks URI --images URI --to FORMAT")
+    add = made.add_argument
+    add("--masks", metavar="URI", required=True, help="masks as PNGs: the --out of `transfgu predict`")
+    add("--images", metavar="URI", required=True, help="the images: the --images of `transfgu predict`")
+    add("--to", metavar="FORMAT", required=True, help=f"one of {', '.join(FORMATS)}")
+    add("--out", metavar="URI", help="folder for the file (default: that of --masks)")
+    add_outlines(made)
+    return made
+
+
+def add_outlines(parser: Parser) -> None:
+    """Add what decides which regions are exported, and how exactly."""
+    add = parser.add_argument
+    add("--classes", metavar="NAME,NAME", default="", help="export these classes (default: all but background, ignore)")
+    add(
+        "--tolerance",
+        metavar="X",
+        type=float,
+        default=1.0,
+        help="how far outlines are simplified [pixels] (default: 1)",
+    )
+    add("--least", metavar="N", type=int, default=16, help="leave out smaller regions [pixels] (default: 16)")
+
+
+def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance: float, least: int) -> str:
+    """Write the masks in a folder that `transfgu predict` filled.
+
+    Args:
+        masks: URI of that folder.
+        images: URI of the folder of images.
+        kind: the format.
+        out: URI of the folder for the file; empty: that of the masks.
+        classes: names of the classes to export, with commas between; empty: all but background and ignored ones.
+        tolerance: how far outlines are simplified, pixels.
+        least: regions of fewer pixels are left out.
+
+    Returns:
+        The file's URI.
+
+    Raises:
+        UserError: no masks as PNGs, no such format or class.
+    """
+    from transfgu.sharing import exports
+    from transfgu.stages.prediction import mask_names, read_claim
+
+    claim = read_claim(masks)
+    if claim["files"] != "png":
+        raise UserError(
+            f"{storage.shown(masks)} holds masks as {claim['files']}, and exports take PNGs: predict with --format png",
+            code="export-format",
+        )
+    known = [
+        exports.ExportedClass(index=c["index"], name=c["name"], colour=(c["colour"][0], c["colour"][1], c["colour"][2]))
+        for c in claim["classes"]
+    ]
+    found = exports.predicted(
+        mask_names(images), lambda name: storage.read_bytes_or_none(storage.join(masks, "masks", f"{name}.png"))
+    )
+    names = [name.strip() for name in classes.split(",") if name.strip()]
+    outlines = exports.Outlines(tolerance=tolerance, least=least)
+    return exports.write(kind, found, exports.chosen(known, names), out or masks, outlines)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse the command line, export, say where."""
+    words = sys.argv[1:] if words is None else words
+    given = parser(words).parse(words)
+    check_format(given.to)
+    out = write(given.masks, given.images, given.to, given.out or "", given.classes, given.tolerance, given.least)
+    print(f"exported: {storage.shown(out)}")

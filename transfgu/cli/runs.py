@@ -1,0 +1,74 @@
+"""List the runs in a folder: preset, classes, stages that are complete, scores.
+
+`transfgu runs` lists those in ~/transfgu.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from transfgu.cli.command_line import Parser
+from transfgu.cli.status import state_of
+from transfgu.errors import UserError
+from transfgu.recipe import STAGES
+from transfgu.store import storage
+from transfgu.store.artifacts import Run
+
+
+def parser(words: Sequence[str] = ()) -> Parser:
+    """Return the parser."""
+    made = Parser(__doc__ or "", "runs", "[FOLDER]")
+    made.add_argument("folder", metavar="FOLDER", nargs="?", help="a path or URI (default: ~/transfgu)")
+    return made
+
+
+def runs_in(folder: str) -> list[Run]:
+    """The runs that lie in a folder, by name.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    storage.check_readable(folder)
+    files, path = storage.filesystem(folder)
+    names = [
+        info.base_name for info in files.get_file_info(pafs.FileSelector(path)) if info.type == pafs.FileType.Directory
+    ]
+    found = [Run(storage.join(folder, name)) for name in sorted(names)]
+    return [run for run in found if storage.exists(run.file("recipe.yaml"))]
+
+
+def table(folder: str) -> str:
+    """The runs in a folder, a line each.
+
+    Raises:
+        UserError: the folder is not there, or holds no run.
+    """
+    rows = [("run", "preset", "classes", "epochs", "stages", "mIoU", "accuracy")]
+    for run in runs_in(folder):
+        name = run.uri.rstrip("/").rpartition("/")[2]
+        try:
+            state = state_of(run)
+        except UserError as error:
+            rows.append((name, str(error), "", "", "", "", ""))
+            continue
+        done = "finished" if state.finished else f"{len(state.complete)} of {len(STAGES)}"
+        done += ", at work" if state.holder else ""
+        scores = [state.metrics.get(key) for key in ("mean_iou", "pixel_accuracy")]
+        shown = ["" if value is None else f"{value:.2f}" for value in scores]
+        recipe = state.recipe
+        rows.append((name, recipe.preset, f"{recipe.classes}", f"{recipe.training.epochs}", done, shown[0], shown[1]))
+    if len(rows) == 1:
+        raise UserError(
+            f"{storage.shown(folder)} holds no run: give the folder in which --run folders lie", code="runs-missing"
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    words = sys.argv[1:] if words is None else words
+    given = parser(words).parse(words)
+    print(table(given.folder or str(Path.home() / "transfgu")))

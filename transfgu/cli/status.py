@@ -1,0 +1,112 @@
+"""Show how far a run is: each stage, who works on it, its scores, and the command to use next.
+
+`transfgu status RUN` reads the run's folder and changes nothing.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transfgu import formats
+from transfgu.cli.command_line import Parser
+from transfgu.recipe import STAGES, Recipe
+from transfgu.store import storage
+from transfgu.store.artifacts import Manifest, Run
+from transfgu.store.lock import holder_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What a run's folder holds.
+
+    Args:
+        recipe: the run's.
+        complete: manifests of the stages that are complete, in order.
+        begun: stages that were begun and are not complete.
+        holder: who works on it; None: nobody.
+        metrics: the content of `metrics.json`; empty where there is none.
+    """
+
+    recipe: Recipe
+    complete: dict[str, Manifest]
+    begun: tuple[str, ...]
+    holder: str | None
+    metrics: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every stage is complete."""
+        return len(self.complete) == len(STAGES)
+
+    @property
+    def score(self) -> str:
+        """MIoU and accuracy in words; empty where there are none."""
+        if self.metrics.get("mean_iou") is None:
+            return ""
+        return f"mIoU {self.metrics['mean_iou']:.2f} %, pixel accuracy {self.metrics['pixel_accuracy']:.2f} %"
+
+
+def state_of(run: Run) -> State:
+    """Read a run's state.
+
+    Raises:
+        UserError: the folder holds no run, or a damaged one.
+    """
+    recipe = run.recipe()
+    manifests = {stage: run.artifact(stage).manifest() for stage in STAGES}
+    complete = {stage: manifest for stage, manifest in manifests.items() if manifest is not None}
+    begun = tuple(s for s in STAGES if s not in complete and storage.exists(run.artifact(s).file("fields.json")))
+    uri = run.file("metrics.json")
+    text = storage.read_bytes_or_none(uri)
+    metrics = {} if text is None else formats.read_json(text, storage.shown(uri), "delete it, and train again")
+    return State(recipe=recipe, complete=complete, begun=begun, holder=holder_of(run.uri), metrics=metrics)
+
+
+def describe(run: Run) -> Iterator[str]:
+    """The state of a run, line by line."""
+    state, uri = state_of(run), storage.shown(run.uri)
+    yield f"{uri}: {state.recipe.preset}, {state.recipe.classes} classes, {state.recipe.training.epochs} epochs"
+    for stage in STAGES:
+        if stage in state.complete:
+            manifest = state.complete[stage]
+            left_out = len(manifest.outcome.left_out)
+            note = f", {left_out} left out" if left_out else ""
+            yield f"  {stage:13}  complete: {manifest.outcome.items} images, {manifest.seconds:.1f} s{note}"
+        else:
+            yield f"  {stage:13}  {'begun' if stage in state.begun else 'not yet'}"
+    if state.score:
+        yield state.score
+    if state.holder:
+        yield f"{state.holder} works on it"
+    elif state.finished:
+        yield f"next: transfgu predict --run {uri} --images IMAGES --out MASKS"
+    else:
+        yield f"next: transfgu train --recipe {storage.join(uri, 'recipe.yaml')} --run {uri}"
+
+
+def parser(words: Sequence[str] = ()) -> Parser:
+    """Return the parser."""
+    made = Parser(__doc__ or "", "status", "RUN")
+    made.add_argument("run", metavar="RUN", help="a run's folder: the --run of `transfgu train`")
+    made.add_argument("--json", action="store_true", help="print JSON: stages, begun, holder, metrics")
+    return made
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Print the state of a run."""
+    words = sys.argv[1:] if words is None else words
+    given = parser(words).parse(words)
+    run = Run(given.run)
+    if given.json:
+        state = state_of(run)
+        stages = {s: {"items": m.outcome.items, "seconds": m.seconds} for s, m in state.complete.items()}
+        print(
+            json.dumps(
+                {"stages": stages, "begun": state.begun, "holder": state.holder, "metrics": state.metrics}, indent=1
+            )
+        )
+        return
+    for line in describe(run):
+        print(line)

@@ -1,0 +1,138 @@
+"""Images that are too large to hold are read by rows, from the top down.
+
+What Pillow may decode is decoded by it, so that a tiled prediction sees the pixels that a plain one sees. GDAL (through
+rasterio, the extra `geo`) reads what is larger.
+"""
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from transfgu.datasets import images
+from transfgu.errors import BadInput
+from transfgu.store import storage
+
+# GDAL's drivers by a file's first bytes: none that follows a file to others, as VRT does.
+_DRIVERS = {
+    b"\x89PNG": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"II*\0": "GTiff",
+    b"MM\0*": "GTiff",
+    b"II+\0": "GTiff",
+    b"MM\0+": "GTiff",
+}
+
+_TAIL = 64  # bytes in which a whole file says that it ends
+
+
+class ArrayRows:
+    """An image in memory."""
+
+    def __init__(self, image: UInt8[np.ndarray, "H W 3"]) -> None:
+        self._image = image
+        self.height, self.width = image.shape[:2]
+
+    def read(self, start: int, stop: int) -> UInt8[np.ndarray, "rows W 3"]:
+        """The rows `start` to `stop`."""
+        return self._image[start:stop]
+
+
+class RasterRows:
+    """An image file of any size; a row is decoded when it is asked for.
+
+    Raises:
+        BadInput: no raster of 8 or 16 bits, unreadable, or rasterio is not installed.
+    """
+
+    def __init__(self, uri: str) -> None:
+        try:
+            import rasterio
+            from rasterio.errors import NotGeoreferencedWarning, RasterioError
+        except ImportError:
+            raise BadInput(
+                f"image of more than {images.MAX_PIXELS // 10**6} million pixels: pip install 'transfgu[geo]' reads it"
+            ) from None
+        self._broken = RasterioError
+        data = b"" if storage.is_local(uri) else storage.read_bytes(uri)
+        head, tail = _ends(uri) if storage.is_local(uri) else (data[:4], data[-_TAIL:])
+        driver = next((name for first, name in _DRIVERS.items() if head.startswith(first)), None)
+        if driver is None:
+            raise BadInput(
+                f"image of more than {images.MAX_PIXELS // 10**6} million pixels that is no PNG, JPEG or TIFF"
+            )
+        if (driver == "PNG" and b"IEND" not in tail) or (driver == "JPEG" and b"\xff\xd9" not in tail):
+            raise BadInput("truncated image")  # GDAL fills what is missing with black
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+                if storage.is_local(uri):
+                    self._file: Any = rasterio.open(storage.absolute(uri), driver=driver)
+                else:
+                    self._memory = rasterio.MemoryFile(data)
+                    self._file = self._memory.open(driver=driver)
+        except RasterioError:
+            raise BadInput("unreadable image") from None
+        self.height, self.width = int(self._file.height), int(self._file.width)
+        self._palette: UInt8[np.ndarray, "256 3"] | None = None
+        if self._file.colorinterp[0].name == "palette":
+            colours = self._file.colormap(1)
+            self._palette = np.array([colours.get(i, (0, 0, 0))[:3] for i in range(256)], np.uint8)
+        self._bands = [1, 2, 3] if self._file.count >= 3 else [1]
+        if any(kind not in ("uint8", "uint16") for kind in self._file.dtypes[: len(self._bands)]):
+            raise BadInput(f"image of {self._file.dtypes[0]}, not of 8 or 16 bits")
+
+    def read(self, start: int, stop: int) -> UInt8[np.ndarray, "rows W 3"]:
+        """The rows `start` to `stop`.
+
+        Raises:
+            BadInput: they are damaged.
+        """
+        if stop <= start:
+            return np.zeros((0, self.width, 3), np.uint8)
+        try:
+            pixels = self._file.read(self._bands, window=((start, stop), (0, self.width)))
+        except self._broken:
+            raise BadInput("damaged image") from None
+        if self._palette is not None:
+            painted: UInt8[np.ndarray, "rows W 3"] = self._palette[pixels[0]]
+            return painted
+        if pixels.dtype == np.uint16:
+            pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        whole = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+        return whole if whole.shape[2] == 3 else np.repeat(whole, 3, axis=2)
+
+
+def _ends(uri: str) -> tuple[bytes, bytes]:
+    """The first and the last bytes of a local file."""
+    path = Path(storage.absolute(uri))
+    with path.open("rb") as file:
+        head = file.read(4)
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        return head, file.read()
+
+
+def rows_of(uri: str) -> ArrayRows | RasterRows:
+    """An image file, to be read by rows: in memory where Pillow reads it, else by GDAL.
+
+    Raises:
+        BadInput: it can't be used.
+        UserError: the storage fails.
+    """
+    return RasterRows(uri) if _pixels(uri) > images.MAX_PIXELS else ArrayRows(images.read_image(uri))
+
+
+def _pixels(uri: str) -> int:
+    """How many pixels a file says that it has; 0 where Pillow does not know."""
+    try:
+        data: Any = storage.absolute(uri) if storage.is_local(uri) else io.BytesIO(storage.read_bytes(uri))
+        with Image.open(data) as picture:
+            return picture.width * picture.height
+    except Image.DecompressionBombError:  # beyond twice the limit
+        return 2 * images.MAX_PIXELS
+    except Exception:  # whatever is wrong with it, its reader tells
+        return 0

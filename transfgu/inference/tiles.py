@@ -1,0 +1,184 @@
+"""An image of any size is predicted in overlapping tiles, whose logits are blended; memory follows its width alone.
+
+Tiles lie in rows. The logits of a tile are kept by the patch, a two-hundredth of what they take by the pixel, and are
+enlarged for a block of pixels at a time. Enlarging (bilinear) and the blending weights are both products of a vertical
+and a horizontal part, so together they are two small matrices per tile.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from transfgu.datasets import images
+from transfgu.errors import UserError
+from transfgu.recipe import Size
+
+_AT_ONCE = 16  # tiles that go through the encoder together
+_NUMBERS = 1 << 25  # of blended logits at a time: 128 MiB
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """An image that is read from the top down."""
+
+    height: int
+    width: int
+
+    def read(self, start: int, stop: int) -> UInt8[np.ndarray, "rows W 3"]:
+        """The rows `start` to `stop`; neither is less than in the call before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How images are cut.
+
+    Args:
+        tile: height of a tile, in pixels of the image; its width has the proportion of the recipe's `image_size`.
+        overlap: pixels that neighbouring tiles share at least, over which one fades into the other.
+    """
+
+    tile: int
+    overlap: int = 64
+
+    def __post_init__(self) -> None:
+        if self.tile < 2 or not 0 <= self.overlap < self.tile:
+            raise UserError(
+                f"tiles of {self.tile} pixels that overlap by {self.overlap} cover nothing: set --tile to 2 or more, "
+                "and --overlap below it",
+                code="tile-wrong",
+            )
+
+    def size(self, wanted: Size) -> Size:
+        """Height and width of a tile for a model whose images have the size `wanted`, pixels."""
+        return self.tile, max(2, round(self.tile * wanted[1] / wanted[0]))
+
+
+def starts(side: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin along a side: as few as overlap enough, at even distances; the last one ends where it ends."""
+    if side <= tile:
+        return [0]
+    count = -(-(side - overlap) // (tile - overlap))
+    return [round(i * (side - tile) / (count - 1)) for i in range(count)]
+
+
+def weights(side: int, begins: Sequence[int], tile: int, overlap: int) -> Float32[np.ndarray, "tiles tile"]:
+    """What each pixel of each tile counts along a side; at each pixel of the image that adds up to 1.
+
+    A tile's weight rises from its edge over `overlap` pixels; the image's own edges have no such ramp.
+    """
+    ramp = np.minimum((np.arange(tile) + 0.5) / max(overlap, 0.5), 1)
+    found = np.ones((len(begins), tile))
+    found[1:] *= ramp
+    found[:-1] *= ramp[::-1]
+    total = np.zeros(side)
+    for begin, weight in zip(begins, found, strict=True):
+        total[begin : begin + tile] += weight
+    for begin, weight in zip(begins, found, strict=True):
+        weight /= total[begin : begin + tile]
+    return found.astype(np.float32)
+
+
+def enlarging(cells: int, pixels: int) -> Float32[np.ndarray, "pixels cells"]:
+    """The matrix that enlarges `cells` numbers to `pixels`, as torch's bilinear `interpolate` does along one side."""
+    centre = np.maximum((np.arange(pixels) + 0.5) * (cells / pixels) - 0.5, 0)
+    first = np.minimum(centre.astype(int), cells - 1)
+    second = np.minimum(first + 1, cells - 1)
+    found = np.zeros((pixels, cells))
+    np.add.at(found, (np.arange(pixels), first), 1 - (centre - first))
+    np.add.at(found, (np.arange(pixels), second), centre - first)
+    return found.astype(np.float32)
+
+
+class _Side:
+    """Tiles along one side of an image, and what each adds to a range of its pixels."""
+
+    def __init__(self, side: int, tile: int, overlap: int) -> None:
+        self.tile = min(tile, side)
+        self.begins = starts(side, tile, overlap)
+        self._weights = weights(side, self.begins, self.tile, overlap)
+
+    def part(self, index: int, start: int, stop: int, cells: int) -> Float32[np.ndarray, "pixels cells"] | None:
+        """The matrix from a tile's cells to its share of the pixels `start` to `stop`; None where it has none."""
+        begin = self.begins[index]
+        low, high = max(start, begin), min(stop, begin + self.tile)
+        if low >= high:
+            return None
+        found = np.zeros((stop - start, cells), np.float32)
+        own = slice(low - begin, high - begin)
+        found[low - start : high - start] = enlarging(cells, self.tile)[own] * self._weights[index, own, None]
+        return found
+
+
+def strips(
+    image: Rows,
+    size: Size,
+    tiling: Tiling,
+    logits_of: Callable[[UInt8[Tensor, "B 3 H W"]], Float[Tensor, "B C h w"]],
+    reduce: Callable[[Float[Tensor, "C rows columns"]], np.ndarray],
+) -> Iterator[np.ndarray]:
+    """Predict an image, a strip of rows after the other.
+
+    Args:
+        image: read from the top down, each row once.
+        size: height and width that tiles are resized to, pixels.
+        tiling: the tiles.
+        logits_of: logits of resized tiles.
+        reduce: what is wanted of blended logits, such as the index of the largest: (C, rows, columns) to
+            (..., rows, columns).
+
+    Yields:
+        (..., rows, W), from the top down.
+    """
+    height, width = tiling.size(size)
+    down = _Side(image.height, height, tiling.overlap)
+    across = _Side(image.width, width, tiling.overlap)
+    held: dict[int, Tensor] = {}  # logits of the tiles of a row, (tiles, C, h, w), by row
+    rows = image.read(0, 0)
+    top = done = 0
+    for row, begin in enumerate(down.begins):
+        end = begin + down.tile
+        rows = np.concatenate((rows[begin - top :], image.read(top + len(rows), end)))
+        top = begin
+        found = []
+        for first in range(0, len(across.begins), _AT_ONCE):
+            columns = across.begins[first : first + _AT_ONCE]
+            tiles = [images.resize(rows[:, x : x + across.tile], size) for x in columns]
+            found.append(logits_of(torch.from_numpy(np.stack(tiles))).float())
+        held[row] = torch.cat(found)
+        stop = down.begins[row + 1] if row + 1 < len(down.begins) else image.height
+        yield _strip(held, down, across, done, stop, image.width, reduce)
+        done = stop
+        held = {r: logits for r, logits in held.items() if down.begins[r] + down.tile > done}
+
+
+def _strip(
+    held: dict[int, Tensor],
+    down: _Side,
+    across: _Side,
+    start: int,
+    stop: int,
+    width: int,
+    reduce: Callable[[Any], np.ndarray],
+) -> np.ndarray:
+    """The rows `start` to `stop`, from the logits of the tiles that lie over them."""
+    logits = next(iter(held.values()))
+    _, classes, h, w = logits.shape
+    columns = max(1, min(across.tile, _NUMBERS // (classes * (stop - start))))
+    blocks = []
+    for left in range(0, width, columns):
+        right = min(left + columns, width)
+        horizontal = [(i, across.part(i, left, right, w)) for i in range(len(across.begins))]
+        near = [(i, torch.from_numpy(m).to(logits.device)) for i, m in horizontal if m is not None]
+        blended = logits.new_zeros((classes, stop - start, right - left))
+        for row, its in held.items():
+            vertical = down.part(row, start, stop, h)
+            if vertical is not None:
+                wide = sum((its[i] @ m.T for i, m in near), start=logits.new_zeros(()))  # (C, h, columns)
+                blended += torch.from_numpy(vertical).to(logits.device) @ wide
+        blocks.append(reduce(blended))
+    return np.concatenate(blocks, axis=-1)

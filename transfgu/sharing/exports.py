@@ -1,0 +1,297 @@
+"""Masks in the formats of labelling tools and data set libraries.
+
+Every format gets one entry per connected region of a chosen class, its outline simplified. Most formats know no holes,
+so a hole is reached by a slit in the outline. GeoJSON has holes, and COCO's panoptic format keeps pixels.
+"""
+
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from jaxtyping import Integer
+from PIL import Image
+
+from transfgu.datasets.class_lists import Colour
+from transfgu.errors import UserError
+from transfgu.sharing.names import IGNORE
+from transfgu.sharing.polygons import Region, regions
+from transfgu.store import storage
+
+UNCHOSEN = (IGNORE, "background")
+"""Classes that are left out unless they are chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedClass:
+    """A class of the masks."""
+
+    index: int
+    name: str
+    colour: Colour
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExportedMask:
+    """The mask of one image.
+
+    Args:
+        name: the image's path below its folder.
+        mask: class indices.
+    """
+
+    name: str
+    mask: Integer[np.ndarray, "H W"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlines:
+    """How regions become polygons.
+
+    Args:
+        tolerance: how far a simplified outline may lie from a region's edge, pixels.
+        least: regions that cover fewer pixels are left out.
+    """
+
+    tolerance: float = 1.0
+    least: int = 16
+
+    def of(self, mask: Integer[np.ndarray, "H W"], index: int) -> list[Region]:
+        """The regions of a class."""
+        return regions(mask, index, tolerance=self.tolerance, least=self.least)
+
+
+def chosen(classes: Sequence[ExportedClass], names: Sequence[str]) -> list[ExportedClass]:
+    """The classes of the given names; without names all but :data:`UNCHOSEN`.
+
+    Raises:
+        UserError: no class has one of the names.
+    """
+    known = [found.name for found in classes]
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"the masks have no class {name}; choose of {', '.join(known)}", code="export-class-unknown"
+            )
+    return [found for found in classes if (found.name in names if names else found.name not in UNCHOSEN)]
+
+
+def write(
+    kind: str,
+    masks: Iterable[ExportedMask],
+    classes: Sequence[ExportedClass],
+    out: str,
+    outlines: Outlines | None = None,
+) -> str:
+    """Write masks in a format.
+
+    Args:
+        kind: one of :data:`FORMATS`.
+        masks: in the order that the file is to have.
+        classes: those to export (:func:`chosen`).
+        out: URI of the folder for the file.
+        outlines: how regions become polygons.
+
+    Returns:
+        The file's URI.
+
+    Raises:
+        UserError: no such format.
+    """
+    check_format(kind)
+    name, writer = FORMATS[kind]
+    uri = storage.join(out, name)
+    storage.write_bytes(uri, writer(masks, classes, out, outlines or Outlines()))
+    return uri
+
+
+def check_format(kind: str) -> None:
+    """Raise UserError unless `kind` is one of :data:`FORMATS`."""
+    if kind not in FORMATS:
+        raise UserError(f"there is no export {kind}; choose one of {', '.join(FORMATS)}", code="export-unknown")
+
+
+def _coco(masks: Iterable[ExportedMask], classes: Sequence[ExportedClass], out: str, outlines: Outlines) -> bytes:
+    """COCO's instance annotations: a polygon per region; categories are numbered by class index + 1."""
+    pictures: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, item in enumerate(masks, start=1):
+        height, width = item.mask.shape
+        pictures.append({"id": number, "file_name": item.name, "height": height, "width": width})
+        for found in classes:
+            for region in outlines.of(item.mask, found.index):
+                low, high = region.outline.min(axis=0), region.outline.max(axis=0)
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": number,
+                        "category_id": found.index + 1,
+                        "segmentation": [region.keyhole.ravel().tolist()],
+                        "area": region.area,
+                        "bbox": [*low.tolist(), *(high - low).tolist()],
+                        "iscrowd": 0,
+                    }
+                )
+    return _json({"images": pictures, "annotations": annotations, "categories": _categories(classes)})
+
+
+def _panoptic(masks: Iterable[ExportedMask], classes: Sequence[ExportedClass], out: str, outlines: Outlines) -> bytes:
+    """COCO's panoptic annotations: a segment per class, and for each image a PNG of segment ids in `panoptic/`."""
+    pictures, annotations = [], []
+    for number, item in enumerate(masks, start=1):
+        height, width = item.mask.shape
+        pictures.append({"id": number, "file_name": item.name, "height": height, "width": width})
+        ids = np.zeros((height, width), np.uint32)
+        segments = []
+        for found in classes:
+            inside = item.mask == found.index
+            if not inside.any():
+                continue
+            ids[inside] = found.index + 1
+            rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+            box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
+            segments.append(
+                {
+                    "id": found.index + 1,
+                    "category_id": found.index + 1,
+                    "area": int(inside.sum()),
+                    "bbox": [int(side) for side in box],
+                    "iscrowd": 0,
+                }
+            )
+        file = f"{item.name}.png"
+        sink = io.BytesIO()
+        Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)).save(
+            sink, "PNG"
+        )
+        storage.write_bytes(storage.join(out, "panoptic", file), sink.getvalue())
+        annotations.append({"image_id": number, "file_name": file, "segments_info": segments})
+    categories = [{**category, "isthing": 0} for category in _categories(classes)]
+    return _json({"images": pictures, "annotations": annotations, "categories": categories})
+
+
+def _cvat(masks: Iterable[ExportedMask], classes: Sequence[ExportedClass], out: str, outlines: Outlines) -> bytes:
+    """CVAT for images 1.1: a polygon per region."""
+    root = ElementTree.Element("annotations")
+    ElementTree.SubElement(root, "version").text = "1.1"
+    labels = ElementTree.SubElement(ElementTree.SubElement(ElementTree.SubElement(root, "meta"), "task"), "labels")
+    for found in classes:
+        label = ElementTree.SubElement(labels, "label")
+        ElementTree.SubElement(label, "name").text = found.name
+        ElementTree.SubElement(label, "color").text = _hex(found.colour)
+        ElementTree.SubElement(label, "type").text = "polygon"
+        ElementTree.SubElement(label, "attributes")
+    for number, item in enumerate(masks):
+        height, width = item.mask.shape
+        image = ElementTree.SubElement(
+            root, "image", {"id": f"{number}", "name": item.name, "width": f"{width}", "height": f"{height}"}
+        )
+        for found in classes:
+            for region in outlines.of(item.mask, found.index):
+                points = ";".join(f"{x:.2f},{y:.2f}" for x, y in region.keyhole)
+                ElementTree.SubElement(
+                    image,
+                    "polygon",
+                    {"label": found.name, "source": "auto", "occluded": "0", "points": points, "z_order": "0"},
+                )
+    ElementTree.indent(root)
+    data: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    return data
+
+
+def _labelstudio(
+    masks: Iterable[ExportedMask], classes: Sequence[ExportedClass], out: str, outlines: Outlines
+) -> bytes:
+    """Label Studio's tasks with predictions; beside it `labelstudio.xml`, the labelling interface that they need."""
+    view = ElementTree.Element("View")
+    ElementTree.SubElement(view, "Image", {"name": "image", "value": "$image"})
+    labels = ElementTree.SubElement(view, "PolygonLabels", {"name": "label", "toName": "image"})
+    for found in classes:
+        ElementTree.SubElement(labels, "Label", {"value": found.name, "background": _hex(found.colour)})
+    ElementTree.indent(view)
+    storage.write_bytes(storage.join(out, "labelstudio.xml"), ElementTree.tostring(view, encoding="utf-8"))
+    tasks = []
+    for item in masks:
+        height, width = item.mask.shape
+        result: list[dict[str, Any]] = []
+        for found in classes:
+            for region in outlines.of(item.mask, found.index):
+                points = region.keyhole * (100 / width, 100 / height)
+                result.append(
+                    {
+                        "id": f"region-{len(result)}",
+                        "type": "polygonlabels",
+                        "from_name": "label",
+                        "to_name": "image",
+                        "original_width": width,
+                        "original_height": height,
+                        "image_rotation": 0,
+                        "value": {"points": points.round(4).tolist(), "closed": True, "polygonlabels": [found.name]},
+                    }
+                )
+        tasks.append({"data": {"image": item.name}, "predictions": [{"model_version": "transfgu", "result": result}]})
+    return _json(tasks)
+
+
+def _geojson(masks: Iterable[ExportedMask], classes: Sequence[ExportedClass], out: str, outlines: Outlines) -> bytes:
+    """GeoJSON in pixels: x to the right, y down; properties `image`, `class`, `index`."""
+    features = [
+        {
+            "type": "Feature",
+            "properties": {"image": item.name, "class": found.name, "index": found.index},
+            "geometry": {
+                "type": "Polygon",
+                "coordinates": [[*ring.tolist(), ring[0].tolist()] for ring in (region.outline, *region.holes)],
+            },
+        }
+        for item in masks
+        for found in classes
+        for region in outlines.of(item.mask, found.index)
+    ]
+    return _json({"type": "FeatureCollection", "features": features})
+
+
+def _categories(classes: Sequence[ExportedClass]) -> list[dict[str, Any]]:
+    return [
+        {"id": found.index + 1, "name": found.name, "supercategory": "", "color": list(found.colour)}
+        for found in classes
+    ]
+
+
+def _hex(colour: Colour) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def _json(tree: Any) -> bytes:
+    return json.dumps(tree).encode()
+
+
+_Writer = Callable[[Iterable[ExportedMask], Sequence[ExportedClass], str, Outlines], bytes]
+
+FORMATS: Mapping[str, tuple[str, _Writer]] = MappingProxyType(
+    {
+        "coco": ("coco.json", _coco),
+        "coco-panoptic": ("panoptic.json", _panoptic),
+        "cvat": ("cvat.xml", _cvat),
+        "labelstudio": ("labelstudio.json", _labelstudio),
+        "geojson": ("masks.geojson", _geojson),
+    }
+)
+"""Each format's file, and its writer."""
+
+
+def predicted(names: Mapping[str, str], read: Callable[[str], bytes | None]) -> Iterator[ExportedMask]:
+    """The masks that `predict` wrote as PNGs, in the order of the images' names; images without one are left out.
+
+    Args:
+        names: each image's mask, relative to the folder of masks and without an extension.
+        read: the content of such a mask's file, None where there is none.
+    """
+    for name in sorted(names):
+        data = read(names[name])
+        if data is not None:
+            yield ExportedMask(name=name, mask=np.asarray(Image.open(io.BytesIO(data))))
