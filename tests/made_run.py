@@ -23,8 +23,9 @@ from transfgu.datasets.packed_maps import pack_maps
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import Encoder, normalise
 from transfgu.errors import LeftOut
+from transfgu.methods import STAGES
 from transfgu.metrics import confusion_matrix, scores
-from transfgu.recipe import STAGES, Recipe, preset
+from transfgu.recipe import Recipe, preset
 from transfgu.segmenter import Segmenter
 from transfgu.store.artifacts import Manifest, Outcome, Run
 from transfgu.windows import crop_windows, sliding_windows

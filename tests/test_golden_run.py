@@ -20,7 +20,8 @@ from PIL import Image
 from tests.refusals import refused
 from transfgu import Segmenter, formats, pipeline, presets, recipe
 from transfgu.errors import UserError
-from transfgu.recipe import FIELDS, STAGES, Recipe, preset
+from transfgu.methods import STAGES
+from transfgu.recipe import FIELDS, Recipe, preset
 from transfgu.report import page
 from transfgu.runtime.progress import Progress
 from transfgu.search.trials import Ledger

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "transfgu"
 
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "ground": ("errors", "formats", "fields"),
-    "recipe": ("recipe", "presets"),
+    "recipe": ("recipe", "presets", "methods"),
     "store": ("store",),  # below the method, as the encoder reads its weights through it
     "method": (
         "windows",
@@ -29,22 +29,27 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "views",
         "metrics",
         "transfer",
+        "workers",
     ),
     "datasets": ("datasets",),
     "inference": ("inference", "learner"),
+    "methods": ("baselines",),  # below the segmenter, which predicts by any method
     "sharing": ("sharing",),  # below the segmenter, whose methods write the model card and the ONNX files
     "segmenter": ("segmenter",),
     "runtime": ("runtime",),
     "training": ("training",),
     "stages": ("stages",),
-    "runs": ("pipeline", "naming", "search", "pretraining", "baselines"),
+    "runs": (
+        *("pipeline", "naming", "search", "pretraining"),
+        *("baselines.masks", "baselines.tokens", "baselines.comparison"),
+    ),
     "accounts": ("report", "planning", "benchmarks"),
     "cli": ("cli", "__main__"),
     "package": ("",),  # the package itself, which offers `Segmenter`
 }
 """From the ground up. The modules of one layer may import from each other, in no circle."""
 
-RAY = ("runtime", "training", "stages", "search", "pretraining", "baselines", "benchmarks")
+RAY = ("runtime", "training", "stages", "search", "pretraining", "benchmarks")
 """Rooms that may import Ray."""
 
 UPWARD = "a layer imports from those below it"
@@ -103,10 +108,11 @@ def arrows(package: Path) -> Iterator[Arrow]:
 
 def layer_of(module: str) -> str:
     """The name of a module's layer."""
-    room = module.partition(".")[0]
-    found = [layer for layer, rooms in LAYERS.items() if room in rooms]
-    assert found, f"{module} has no layer: add its room to LAYERS"
-    return found[0]
+    for room in (module, module.partition(".")[0]):  # a module may be in another layer than its room
+        found = [layer for layer, rooms in LAYERS.items() if room in rooms]
+        if found:
+            return found[0]
+    raise AssertionError(f"{module} has no layer: add its room to LAYERS")
 
 
 def violations(package: Path) -> list[str]:
@@ -153,7 +159,7 @@ def test_imports_keep_the_layers() -> None:
 
 def test_every_layer_is_there() -> None:
     rooms = {module.partition(".")[0] for module in modules(PACKAGE)}
-    assert rooms == {room for layer in LAYERS.values() for room in layer}
+    assert rooms == {room.partition(".")[0] for layer in LAYERS.values() for room in layer}
 
 
 @pytest.mark.parametrize(

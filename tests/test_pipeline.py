@@ -9,8 +9,9 @@ from PIL import Image
 from tests.folder_run import IMAGES, SIDE, photographs, small
 from tests.refusals import refused
 from transfgu import pipeline
+from transfgu.methods import STAGES
 from transfgu.pipeline import fit_to_patch
-from transfgu.recipe import STAGES, preset
+from transfgu.recipe import preset
 from transfgu.report import page
 from transfgu.store import lock
 from transfgu.store.artifacts import Run

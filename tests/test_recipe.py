@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from tests.refusals import refused
 from transfgu.errors import UserError
+from transfgu.methods import STAGES
 from transfgu.presets import PRESETS
-from transfgu.recipe import FIELDS, SHORT_NAMES, STAGES, Recipe, from_yaml, preset
+from transfgu.recipe import FIELDS, SHORT_NAMES, Recipe, from_yaml, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -51,6 +51,8 @@ class Setting:
     """Number of workers."""
     images: int
     """Training images in all."""
+    steps: int
+    """Global batches of an epoch."""
 
 
 @runtime_checkable
@@ -73,6 +75,10 @@ class Model(Protocol):
         """Logits of the clusters, at any resolution, of what :meth:`frozen` returned for images of `size`."""
         ...
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the trained part's weights, as the model's file holds them."""
+        ...
+
 
 @runtime_checkable
 class Learner(Protocol):
@@ -80,7 +86,8 @@ class Learner(Protocol):
 
     network: nn.Module
     """What is trained; a checkpoint and the model's file hold its `state_dict`."""
-    optimiser: Optimizer
+    optimiser: Optimizer | None
+    """None: the method takes no optimiser steps."""
     teacher: nn.Module | None
     """A second network of the same make that a checkpoint holds; None: there is none (yet)."""
     model: Model

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from transfgu.maps import background_map, scale_maps
 from transfgu.transfer import to_device
+from transfgu.workers import worker_count
 
 FOREGROUND = 0.1
 """A pixel is foreground, to the uncertainty, where some map scaled to [0, 1] exceeds this."""
@@ -73,11 +74,6 @@ class Certain(NamedTuple):
     """Of each class: the lowest `margin_levels` that is certain."""
     pixel: Float[Tensor, ""]
     """Weight of one certain pixel, as in `Shares`."""
-
-
-def worker_count() -> int:
-    """Workers of the default process group; 1 where there is none."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def batch_shares(

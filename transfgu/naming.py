@@ -21,7 +21,6 @@ from transfgu import formats, pipeline
 from transfgu.datasets.class_lists import index_type
 from transfgu.errors import UserError
 from transfgu.pipeline import Report
-from transfgu.recipe import STAGES
 from transfgu.sharing import names
 from transfgu.sharing.names import ClassTable
 from transfgu.stages.prediction import CLAIM, png, read_claim
@@ -73,9 +72,9 @@ def name_classes(
         names.write(run, given)
         uri = run.file("metrics.json")
         text = storage.read_bytes_or_none(uri)
-        manifests = {stage: run.artifact(stage).manifest() for stage in STAGES}
+        manifests = {stage: run.artifact(stage).manifest() for stage in recipe.stages}
         complete = {stage: manifest for stage, manifest in manifests.items() if manifest is not None}
-        if text is not None and len(complete) == len(STAGES):
+        if text is not None and len(complete) == len(recipe.stages):
             metrics = formats.read_json(text, storage.shown(uri), "delete it, and train again to write it anew")
             metrics = formats.stamp({**metrics, **pipeline.scores_of(recipe, run)})
             storage.write_bytes(uri, json.dumps(metrics, indent=1).encode())

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from transfgu import datasets, formats
 from transfgu.encoder import Encoder
 from transfgu.errors import LeftOut, UserError
-from transfgu.recipe import STAGES, Recipe, preset
+from transfgu.methods import STAGES, TRANSFGU, method
+from transfgu.recipe import Recipe, preset
 from transfgu.runtime.progress import Progress
 from transfgu.sharing import names as names_of
 from transfgu.sharing.names import ClassTable
@@ -40,7 +41,7 @@ def fit_to_patch(recipe: Recipe, patch_size: int) -> Recipe:
     Raises:
         UserError: a side that the user gave, rather than the preset, is no multiple of the patch.
     """
-    published = preset(recipe.preset).flat()
+    published = preset(recipe.preset, recipe.method).flat()
     flat = recipe.flat()
     changes: dict[str, Any] = {}
     for name in _SIZES:
@@ -73,8 +74,22 @@ def preflight(recipe: Recipe, run: Run) -> Recipe:
     datasets.preflight(recipe)
     storage.check_writable(run.uri)
     recipe = run.continued(recipe)
-    encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
-    return fit_to_patch(recipe, encoder.patch_size)
+    return fit_to_encoder(recipe)
+
+
+def fit_to_encoder(recipe: Recipe) -> Recipe:
+    """Check what the method needs, and bring image sides to the patch of its encoder, if it uses one.
+
+    Raises:
+        UserError: an encoder that can't be had, or what the method's own check finds.
+    """
+    how = method(recipe.method)
+    if how.encoder:
+        encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
+        recipe = fit_to_patch(recipe, encoder.patch_size)
+    if how.check:
+        how.load("check")(recipe)
+    return recipe
 
 
 def _stage_function(stage: str) -> Callable[..., Outcome]:
@@ -85,11 +100,14 @@ def _stage_function(stage: str) -> Callable[..., Outcome]:
     return function
 
 
-def stages_until(until: str) -> tuple[str, ...]:
-    """The stages up to and including `until`; UserError where there is no such stage."""
-    if until not in STAGES:
-        raise UserError(f"there is no stage {until}; choose one of {', '.join(STAGES)}", code="stage-unknown")
-    return STAGES[: STAGES.index(until) + 1]
+def stages_until(recipe: Recipe, until: str) -> tuple[str, ...]:
+    """The method's stages up to and including `until`; UserError where it has no such stage."""
+    if until not in recipe.stages:
+        of = "" if until not in STAGES else f" of method {recipe.method}"
+        raise UserError(
+            f"there is no stage {until}{of}; choose one of {', '.join(recipe.stages)}", code="stage-unknown"
+        )
+    return recipe.stages[: recipe.stages.index(until) + 1]
 
 
 Report = Callable[[Recipe, Run, Mapping[str, Manifest], Mapping[str, Any]], str]
@@ -139,7 +157,7 @@ def run_stages(
         >>> again["mean_iou"] == metrics["mean_iou"], {stage["skipped"] for stage in again["stages"].values()}
         (True, {True})
     """
-    stages = stages_until(until)
+    stages = stages_until(recipe, until)
     asked, recipe = recipe, preflight(recipe, run)
 
     def say(text: str) -> None:
@@ -151,9 +169,10 @@ def run_stages(
         storage.write_bytes(run.file("recipe.yaml"), recipe.to_yaml(run.given(asked)).encode())
         if names is not None:
             names_of.write(run, names)
-        say(f"{recipe.preset}: {', '.join(stages)} in {storage.shown(run.uri)}")
+        named = recipe.preset if recipe.method == TRANSFGU else f"{recipe.preset} by {method(recipe.method).title}"
+        say(f"{named}: {', '.join(stages)} in {storage.shown(run.uri)}")
         manifests: dict[str, Manifest] = {}
-        for stage in STAGES:
+        for stage in recipe.stages:
             if complete[stage]:
                 manifest = run.artifact(stage).manifest()
                 assert manifest is not None
@@ -169,12 +188,12 @@ def run_stages(
 
 
 def check_artifacts(recipe: Recipe, run: Run) -> dict[str, bool]:
-    """Which stages' artefacts are complete in the run's folder: of all stages, for they share one `recipe.yaml`.
+    """Which artefacts are complete in the run's folder: of all the method's stages, for they share one `recipe.yaml`.
 
     Raises:
         UserError: one holds another recipe's work, if only in part.
     """
-    return {stage: run.artifact(stage).check(recipe) for stage in STAGES}
+    return {stage: run.artifact(stage).check(recipe) for stage in recipe.stages}
 
 
 def run_stage(
@@ -226,6 +245,7 @@ def _conclude(
     metrics: dict[str, Any] = {
         formats.KEY: formats.FORMAT,
         "preset": recipe.preset,
+        "method": recipe.method,
         "mean_iou": None,
         "pixel_accuracy": None,
         "iou": None,
@@ -337,8 +357,9 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
         )
     rows = _labelled_rows(recipe, run)
     evaluation.check_decoder(recipe, decoder)
-    encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
-    recipe = fit_to_patch(recipe, encoder.patch_size)
+    if method(recipe.method).encoder:
+        encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
+        recipe = fit_to_patch(recipe, encoder.patch_size)
     connect.connect(verbose=verbose)
     check_shared(recipe, run)
     capacity.check_satisfiable(dataclasses.replace(recipe.compute, workers=0))  # a run's own are those that trained

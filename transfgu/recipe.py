@@ -20,6 +20,7 @@ import yaml
 from transfgu import formats
 from transfgu.errors import UserError
 from transfgu.fields import MISSING, FieldInfo, check, convert, field, field_infos, listed
+from transfgu.methods import METHODS, SHARED, STAGES, TRANSFGU, method
 from transfgu.presets import FIRST_FORMAT, PRESET_FIELDS, PRESETS
 
 Size = tuple[int, int]
@@ -28,7 +29,9 @@ Protocol = Literal["published", "label", "stego"]
 _GIVEN = "given"  # in a recipe's file: the fields that are not its preset's
 
 
-STAGES = ("samples", "features", "concepts", "pseudo_labels", "training", "evaluation")
+def _later(default: Any, doc: str, unit: str = "") -> Any:
+    """A field of a component that came after the first format: runs before it had none of its methods."""
+    return field(default, doc, unit, before=default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +214,64 @@ class TrainingRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IICRecipe:
+    """IIC's network and loss."""
+
+    widths: tuple[int, ...] = _later((64, 128, 256, 256, 512, 512), "channels of IIC's six convolutions", "channels")
+    auxiliary: int = _later(0, "classes of IIC's over-clustering head; 0: three times the classes", "classes")
+    half_side: int = _later(10, "largest displacement that IIC's loss compares views at", "pixels")
+    entropy_weight: float = _later(1.0, "lambda: weight of the marginal entropies in IIC's loss")
+    affine: bool = _later(False, "also rotate, shear and scale IIC's second view")
+
+    def __post_init__(self) -> None:
+        check(
+            len(self.widths) == 6 and min(self.widths) > 0, f"iic.widths must list six widths, not {list(self.widths)}"
+        )
+        check(self.auxiliary == 0 or self.auxiliary >= 2, f"iic.auxiliary must be 0, or 2 or more: {self.auxiliary}")
+        check(self.half_side >= 0, f"iic.half_side must not be negative, not {self.half_side}")
+        check(self.entropy_weight > 0, f"iic.entropy_weight must be positive, not {self.entropy_weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PiCIERecipe:
+    """PiCIE's network and clustering."""
+
+    backbone: str = _later("resnet18", "PiCIE's residual network, timm's name")
+    weights: str = _later("pretrained", "its weights: `pretrained`, `random`, or a path or URI (.pth, .safetensors)")
+    width: int = _later(128, "channels of PiCIE's pixel features", "channels")
+    auxiliary: int = _later(100, "clusters of PiCIE's auxiliary over-clustering", "clusters")
+    init_batches: int = _later(20, "batches at an epoch's start whose pixels give PiCIE's first centroids", "batches")
+    start_iterations: int = _later(20, "K-Means iterations for PiCIE's first centroids", "iterations")
+
+    def __post_init__(self) -> None:
+        for name in ("width", "init_batches", "start_iterations"):
+            check(getattr(self, name) > 0, f"picie.{name} must be positive, not {getattr(self, name)}")
+        check(self.auxiliary >= 2, f"picie.auxiliary must be 2 or more, not {self.auxiliary}: see picie-no-aux")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskContrastRecipe:
+    """MaskContrast's network, masks and loss."""
+
+    object_masks: str = _later(
+        "",
+        "folder of object masks for MaskContrast, PNGs named as the images, 0 outside the object: a path or URI; "
+        "empty: masks of the encoder's class attention",
+    )
+    backbone: str = _later("resnet50", "MaskContrast's residual network, timm's name")
+    weights: str = _later("pretrained", "its weights: `pretrained`, `random`, or a path or URI (.pth, .safetensors)")
+    width: int = _later(32, "channels of MaskContrast's pixel embeddings", "channels")
+    queue: int = _later(256, "prototypes of earlier batches that objects are contrasted with", "prototypes")
+    temperature: float = _later(0.5, "temperature of MaskContrast's contrastive loss")
+    momentum: float = _later(0.999, "momentum of MaskContrast's second encoder", "0 to 1")
+
+    def __post_init__(self) -> None:
+        for name in ("width", "queue", "temperature"):
+            check(getattr(self, name) > 0, f"maskcontrast.{name} must be positive, not {getattr(self, name)}")
+        check(0 <= self.momentum <= 1, f"maskcontrast.momentum must lie in 0..1, not {self.momentum}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationRecipe:
     """How the scores are counted."""
 
@@ -281,6 +342,7 @@ class Recipe:
     """Everything a run's result depends on, plus `compute`, on which it does not."""
 
     preset: str = field("shapes", "name of the preset it started from")
+    method: str = field(TRANSFGU, f"what is trained: {', '.join(METHODS)}; see docs/methods.md", before=TRANSFGU)
     data: str = field("", "the data set's folder: a path or URI; empty: drawn (shapes alone)")
     labels: str = field("", "folder of label PNGs, for the folder layout: a path or URI; empty: none")
     limit: int = field(0, "images of each split at most; 0: all", "images")
@@ -292,10 +354,14 @@ class Recipe:
     pseudo_labels: PseudoLabelsRecipe = PseudoLabelsRecipe()
     decoder: DecoderRecipe = DecoderRecipe()
     training: TrainingRecipe = TrainingRecipe()
+    iic: IICRecipe = IICRecipe()
+    picie: PiCIERecipe = PiCIERecipe()
+    maskcontrast: MaskContrastRecipe = MaskContrastRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     compute: ComputeRecipe = ComputeRecipe()
 
     def __post_init__(self) -> None:
+        method(self.method)
         check(self.limit >= 0, f"limit must not be negative, not {self.limit}")
         check(
             self.windows.groups == "both" or self.concepts.stuff == 0 or self.windows.groups == "all",
@@ -305,6 +371,11 @@ class Recipe:
         check(
             self.concepts.count >= 2, "a run needs at least two concepts: set --things and --stuff", code="concepts-few"
         )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that the method runs, in order."""
+        return METHODS[self.method].stages
 
     @property
     def background(self) -> bool:
@@ -344,8 +415,16 @@ class Recipe:
         flat = self.flat()
         if not self.concepts.stuff and self.windows.groups == "both":
             flat["windows.groups"] = "foreground"  # nothing is clustered from the others, so they are not kept
-        names = [n for s in STAGES[: STAGES.index(stage) + 1] for n in _OWN_FIELDS[s](self)]
+        before = STAGES[: STAGES.index(stage) + 1]
+        names = [n for s in self.stages if s in before for n in _own_fields(self, s)]
         return {n: flat[n] for n in FIELDS if n in names}
+
+    def ignores(self, name: str) -> str:
+        """Return, for a field by its dotted name that this method does not have, a method that has it; else ""."""
+        if name in _all_stage_fields(self):
+            return ""
+        others = (replace(self, method=other) for other in METHODS)
+        return next((other.method for other in others if name in _all_stage_fields(other)), "")
 
     def digest(self, stage: str) -> str:
         """Hexadecimal SHA-256 of :meth:`stage_fields`, the same in every version.
@@ -362,8 +441,9 @@ class Recipe:
 
     def given(self) -> set[str]:
         """Return the dotted names of the fields whose values are not those of the recipe's preset."""
-        usual = preset(self.preset).flat()
-        return {name for name, value in self.flat().items() if value != usual[name]}
+        usual = preset(self.preset, self.method).flat()
+        given = {name for name, value in self.flat().items() if value != usual[name]}
+        return given if self.method == TRANSFGU else given | {"method"}
 
     def to_yaml(self, given: Collection[str] | None = None) -> str:
         """Write the resolved recipe as YAML; :func:`from_yaml` reads it back.
@@ -404,7 +484,7 @@ def from_yaml(text: str | bytes, name: str = "the recipe", *, resolved: bool = F
             values[str(key)] = value
     if resolved:
         values = upgraded(values)
-    return preset(values.get("preset", "shapes")).with_fields(values)
+    return preset(values.get("preset", "shapes"), values.get("method", TRANSFGU)).with_fields(values)
 
 
 def given_in(text: str | bytes, name: str = "the recipe") -> set[str]:
@@ -420,7 +500,7 @@ def given_in(text: str | bytes, name: str = "the recipe") -> set[str]:
         with formats.damage(name, "restore it, or choose another --run"):
             return {_FORMER_NAMES.get(str(n), str(n)) for n in tree[_GIVEN]}
     recipe = from_yaml(text, name, resolved=True)
-    usual = preset(recipe.preset).with_fields(FIRST_FORMAT.get(recipe.preset, {})).flat()
+    usual = preset(recipe.preset, recipe.method).with_fields(FIRST_FORMAT.get(recipe.preset, {})).flat()
     return {n for n, value in recipe.flat().items() if value != usual[n] and FIELDS[n].before is MISSING}
 
 
@@ -491,6 +571,21 @@ def field_name(name: str) -> str:
     return full
 
 
+def _own_fields(recipe: Recipe, stage: str) -> list[str]:
+    """The fields that a stage's artefact depends on besides its predecessors'."""
+    how = METHODS[recipe.method]
+    if stage == "training":
+        shared = () if recipe.method == TRANSFGU else SHARED
+        return _component("method", *shared, *how.fields)(recipe)
+    if stage == "pseudo_labels" and how.proposals:
+        return _component("method", *how.proposals)(recipe)
+    return _OWN_FIELDS[stage](recipe)
+
+
+def _all_stage_fields(recipe: Recipe) -> dict[str, Any]:
+    return recipe.stage_fields(STAGES[-1])
+
+
 def _component(*names: str) -> typing.Callable[[Recipe], list[str]]:
     return lambda _: [n for n in FIELDS if n in names or n.partition(".")[0] in names]
 
@@ -511,7 +606,6 @@ _OWN_FIELDS: Mapping[str, typing.Callable[[Recipe], list[str]]] = types.MappingP
         ],
         "concepts": _component("concepts", "seed"),
         "pseudo_labels": lambda r: ["dataset.image_size", *_component("pseudo_labels")(r)],
-        "training": lambda r: ["dataset.training_size", "decoder.depth", "decoder.dropout", *_component("training")(r)],
         "evaluation": lambda r: [
             *("decoder.weights", "evaluation.protocol", "evaluation.scales", "evaluation.flip"),
         ],
@@ -524,12 +618,20 @@ def _published(**changes: Any) -> Recipe:
     return Recipe(concepts=ConceptsRecipe(things=12, stuff=15)).with_fields(changes)
 
 
-def preset(name: str) -> Recipe:
-    """The recipe of a benchmark as published.
+def preset(name: str, how: str = TRANSFGU) -> Recipe:
+    """Return the recipe of a benchmark as published.
+
+    Args:
+        name: the benchmark.
+        how: name of the method.
 
     Raises:
-        UserError: unknown name; the message lists the good ones.
+        UserError: an unknown name; the message lists the good ones.
     """
     if name not in PRESET_FIELDS:
         raise UserError(f"unknown preset {name}; choose one of {', '.join(PRESETS)}", code="preset-unknown")
-    return _published(preset=name, **PRESET_FIELDS[name])
+    recipe = _published(preset=name, **PRESET_FIELDS[name])
+    if how == TRANSFGU:
+        return recipe
+    values = method(how).values
+    return recipe.with_fields({"method": how}).with_fields(values.get("", {})).with_fields(values.get(name, {}))

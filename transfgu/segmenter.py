@@ -25,15 +25,18 @@ from transfgu.datasets.class_lists import index_type
 from transfgu.decoder import MaskDecoder, winners
 from transfgu.errors import BadInput, UserError
 from transfgu.inference.averaging import averaged_logits
+from transfgu.inference.mask_model import MaskModel
+from transfgu.inference.models import CLASSES, METHOD, load_models
 from transfgu.inference.tiles import Rows, Tiling, strips
 from transfgu.inference.tokens import PatchTokens
+from transfgu.learner import Model
+from transfgu.methods import TRANSFGU
 from transfgu.recipe import Recipe
 from transfgu.sharing import model_card
 from transfgu.sharing import names as names_of
 from transfgu.sharing.names import named
 from transfgu.store import storage
 from transfgu.store.artifacts import BESIDE, MODEL, SCORES, Run
-from transfgu.store.weights import read_weights
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 Classes = Integer[np.ndarray, "H W"]
@@ -88,24 +91,21 @@ class Segmenter(ModelHubMixin):
 
     def __init__(
         self,
-        encode: PatchTokens,
-        decoder: MaskDecoder,
+        model: Model,
         *,
         recipe: Recipe,
         scores: Mapping[str, Any] | None,
         names: Mapping[int, str] | None = None,
     ) -> None:
-        """Join the parts of a model.
+        """Give a model its classes.
 
         Args:
-            encode: the frozen encoder, on its device.
-            decoder: the mask decoder, on the same.
+            model: of any method, on its device and in evaluation mode.
             recipe: of the run: the images' size, the classes.
             scores: see `scores`.
             names: see `names`; None: none.
         """
-        self.encode = encode
-        self.decoder = decoder
+        self.model = model
         self.recipe = recipe
         self.scores = scores
         self.size = recipe.dataset.image_size
@@ -135,17 +135,43 @@ class Segmenter(ModelHubMixin):
                 f"{run.uri} holds no model yet: finish its training, by the command that began it", code="model-missing"
             )
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        weights = read_weights(model).tensors
-        encode = PatchTokens(recipe.encoder, where)
-        decoder = MaskDecoder.from_state_dict(weights, num_heads=encode.encoder.num_heads).to(where)
-        if (decoder.classes, decoder.proj_dec.in_features) != (recipe.classes, encode.encoder.width):
-            raise UserError(
-                f"{model} tells {decoder.classes} classes apart from tokens of width {decoder.proj_dec.in_features}, "
-                f"and its recipe wants {recipe.classes} from width {encode.encoder.width}: it is another run's",
-                code="model-mismatch",
-            )
+        (loaded,) = load_models(recipe, [model], where)
+        if isinstance(loaded, MaskModel):
+            decoder, width = loaded.decoder, loaded.encode.encoder.width
+            if (decoder.classes, decoder.proj_dec.in_features) != (recipe.classes, width):
+                raise UserError(
+                    f"{model} tells {decoder.classes} classes apart from tokens of width "
+                    f"{decoder.proj_dec.in_features}, and its recipe wants {recipe.classes} from width {width}: it is "
+                    "another run's",
+                    code="model-mismatch",
+                )
         names = names_of.read(run) if named else {}
-        return Segmenter(encode, decoder, recipe=recipe, scores=run.scores(), names=names)
+        return Segmenter(loaded, recipe=recipe, scores=run.scores(), names=names)
+
+    @property
+    def _mask_model(self) -> MaskModel:
+        """TransFGU's model.
+
+        Raises:
+            UserError: the model is another method's.
+        """
+        if not isinstance(self.model, MaskModel):
+            raise UserError(
+                f"a model of method {self.recipe.method} has no encoder and mask decoder to take apart or export: "
+                "use predict",
+                code="model-of-another-method",
+            )
+        return self.model
+
+    @property
+    def encode(self) -> PatchTokens:
+        """The frozen encoder of a TransFGU model."""
+        return self._mask_model.encode
+
+    @property
+    def decoder(self) -> MaskDecoder:
+        """The mask decoder of a TransFGU model."""
+        return self._mask_model.decoder
 
     @overload
     def predict(  # type: ignore[overload-overlap]  # a path is no list of paths
@@ -287,7 +313,7 @@ class Segmenter(ModelHubMixin):
         They are averaged over the recipe's `evaluation.scales` and `evaluation.flip`, as in evaluation, and have the
         patches of the largest scale.
         """
-        return averaged_logits(self.encode, [self.decoder], batch, self.recipe.evaluation)[0]
+        return averaged_logits([self.model], batch, self.recipe.evaluation)[0]
 
     def export_onnx(self, folder: str | Path, *, size: tuple[int, int] | None = None) -> tuple[Path, Path]:
         """Write `encoder.onnx` and `decoder.onnx` into a local folder; see `transfgu.sharing.onnx_export`.
@@ -304,24 +330,29 @@ class Segmenter(ModelHubMixin):
     # What huggingface_hub's mixin asks for.
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        encoder = self.encode.encoder
+        encode: PatchTokens | None = getattr(self.model, "encode", None)
         shared = self.recipe.with_fields(
             {
                 "data": "",
                 "labels": "not shared" if self.recipe.labels else "",  # that there were labels decides on names
-                "encoder.weights": BESIDE + _ENCODER,
+                "encoder.weights": BESIDE + _ENCODER if encode else "pretrained",
                 "decoder.weights": "",
+                # What a network began with is not needed to load it.
+                **{f"{component}.weights": "random" for component in ("picie", "maskcontrast")},
+                "maskcontrast.object_masks": "",
             }
         )
         (save_directory / "recipe.yaml").write_text(shared.to_yaml())
-        described = {
-            formats.WEIGHTS_KEY: str(formats.FORMAT),
-            "patch_size": str(encoder.patch_size),
-            "num_heads": str(encoder.num_heads),
-        }
-        tensors = {name: tensor.contiguous() for name, tensor in encoder.vit.state_dict().items()}
-        safetensors.torch.save_file(tensors, save_directory / _ENCODER, described)
-        safetensors.torch.save_file(self.decoder.state_dict(), save_directory / MODEL)
+        described = {formats.WEIGHTS_KEY: str(formats.FORMAT)}
+        if encode:
+            encoder = encode.encoder
+            sides = {"patch_size": str(encoder.patch_size), "num_heads": str(encoder.num_heads)}
+            tensors = {name: tensor.contiguous() for name, tensor in encoder.vit.state_dict().items()}
+            safetensors.torch.save_file(tensors, save_directory / _ENCODER, {**described, **sides})
+        if self.recipe.method != TRANSFGU:
+            described |= {METHOD: self.recipe.method, CLASSES: str(self.recipe.classes)}
+        weights = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        safetensors.torch.save_file(weights, save_directory / MODEL, described)
         if self.names:
             (save_directory / names_of.FILE).write_text(names_of.to_yaml(self.names))
         if self.scores is not None:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from tests.made_run import SIDE, MadeRun, make_run
 from transfgu import Segmenter
-from transfgu.baselines.masks import find_masks, score_masks
+from transfgu.baselines.masks import score_masks
+from transfgu.datasets.mask_files import find_masks
 from transfgu.datasets.rows import read_labelled_rows
 from transfgu.errors import UserError
 from transfgu.metrics import scores

@@ -21,7 +21,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from transfgu import pipeline
-from transfgu.recipe import STAGES, Recipe, from_yaml
+from transfgu.methods import STAGES
+from transfgu.recipe import Recipe, from_yaml
 from transfgu.runtime import capacity as runtime
 from transfgu.store import storage
 from transfgu.store.artifacts import Run

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import pytest
 
 from tests.faults.harness import timed_run, write_data
-from transfgu.recipe import STAGES, Recipe
+from transfgu.methods import STAGES
+from transfgu.recipe import Recipe
 from transfgu.store.artifacts import Run
 
 

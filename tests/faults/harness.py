@@ -19,7 +19,8 @@ from PIL import Image
 from tests.folder_run import small
 from tests.stages.small_run import picture
 from transfgu import pipeline
-from transfgu.recipe import STAGES, Recipe
+from transfgu.methods import STAGES
+from transfgu.recipe import Recipe
 from transfgu.store.artifacts import Run
 
 IMAGES = 128  # four parts

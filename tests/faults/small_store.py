@@ -18,7 +18,8 @@ from ray._private.internal_api import get_memory_info_reply
 from ray._private.state import state
 
 from transfgu import pipeline
-from transfgu.recipe import STAGES, from_yaml
+from transfgu.methods import STAGES
+from transfgu.recipe import from_yaml
 from transfgu.runtime import connect
 from transfgu.store.artifacts import Run
 

@@ -13,7 +13,8 @@ import pytest
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import assert_same, history, row, timed_run, write_data
 from tests.faults.s3_copies import fetched, on_s3
-from transfgu.recipe import STAGES, Recipe
+from transfgu.methods import STAGES
+from transfgu.recipe import Recipe
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
 

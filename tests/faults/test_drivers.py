@@ -10,7 +10,7 @@ import pytest
 from tests.faults.commands import output_of, train
 from tests.faults.conftest import Undisturbed
 from tests.faults.harness import assert_same, history, row
-from transfgu.recipe import STAGES
+from transfgu.methods import STAGES
 from transfgu.store.artifacts import Run
 
 pytestmark = [pytest.mark.long, pytest.mark.ray]

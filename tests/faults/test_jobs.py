@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.faults.harness import history, row, write_data
-from transfgu.recipe import STAGES
+from transfgu.methods import STAGES
 from transfgu.runtime import capacity
 from transfgu.store.artifacts import Run
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.harness import assert_same, row, write_data
-from transfgu.recipe import STAGES, Recipe
+from transfgu.methods import STAGES
+from transfgu.recipe import Recipe
 from transfgu.store.artifacts import Run
 
 pytestmark = [pytest.mark.long, pytest.mark.ray]

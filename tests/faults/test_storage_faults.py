@@ -25,7 +25,8 @@ import pytest
 from tests.faults.commands import output_of, train
 from tests.faults.harness import assert_same, history, row, write_data
 from tests.gateway import HANG_UP, Asked, Gateway
-from transfgu.recipe import STAGES, Recipe
+from transfgu.methods import STAGES
+from transfgu.recipe import Recipe
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
 

@@ -14,7 +14,7 @@ import pytest
 from tests.faults.harness import assert_same, history, row, timed_run, write_data
 from tests.faults.hosts import INTERFACE, Host, join, reachable, why_not
 from tests.faults.s3_copies import fetched, on_s3
-from transfgu.recipe import STAGES
+from transfgu.methods import STAGES
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
 

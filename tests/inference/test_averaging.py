@@ -16,6 +16,7 @@ from transfgu.datasets.rows import read_labelled_rows
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import scaled_size
 from transfgu.inference.averaging import averaged_logits
+from transfgu.inference.mask_model import MaskModel
 from transfgu.inference.tokens import PatchTokens
 from transfgu.metrics import confusion_matrix
 from transfgu.recipe import EvaluationRecipe
@@ -54,20 +55,22 @@ def row(*values: int) -> Tensor:
 
 def test_scales_by_hand() -> None:
     how = EvaluationRecipe(scales=(1.0, 2.0))
-    (logits,) = averaged_logits(RedOfEachPixel(), [Squares(2)], row(0, 4), how)
+    (logits,) = averaged_logits([MaskModel(RedOfEachPixel(), Squares(2))], row(0, 4), how)
     # Of size 1 the squares are 0 and 16, enlarged 0 4 12 16; of size 2 the pixels are 0 1 3 4, their squares 0 1 9 16.
     assert logits.shape == (1, 2, 2, 4)
     torch.testing.assert_close(logits[0, 0], torch.tensor([[0, 2.5, 10.5, 16]] * 2))
 
 
 def test_a_smaller_scale_is_brought_to_the_finest_patches() -> None:
-    (logits,) = averaged_logits(RedOfEachPixel(), [Squares(4)], row(2, 2, 6, 6), EvaluationRecipe(scales=(0.5, 1.0)))
+    (logits,) = averaged_logits(
+        [MaskModel(RedOfEachPixel(), Squares(4))], row(2, 2, 6, 6), EvaluationRecipe(scales=(0.5, 1.0))
+    )
     # Half as wide, and still one pixel high: 2 and 6, of squares 4 and 36, enlarged 4 12 28 36.
     torch.testing.assert_close(logits[0, 0], torch.tensor([[4.0, 8, 32, 36]]))
 
 
 def test_the_flip_by_hand() -> None:
-    (logits,) = averaged_logits(RedOfEachPixel(), [Squares(2)], row(1, 2), EvaluationRecipe(flip=True))
+    (logits,) = averaged_logits([MaskModel(RedOfEachPixel(), Squares(2))], row(1, 2), EvaluationRecipe(flip=True))
     # By place: 1 x 0 and 2 x 1; mirrored 2 x 0 and 1 x 1, and back 1 and 0. Squares don't depend on it.
     torch.testing.assert_close(logits[0], torch.tensor([[[1.0, 4]], [[0.5, 1]]]))
 

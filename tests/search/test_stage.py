@@ -18,7 +18,8 @@ import ray
 
 from tests.folder_run import photographs, small
 from tests.refusals import refused
-from transfgu.recipe import STAGES, from_yaml, preset
+from transfgu.methods import STAGES
+from transfgu.recipe import from_yaml, preset
 from transfgu.report.search import write
 from transfgu.runtime import capacity
 from transfgu.runtime.progress import Progress
@@ -122,10 +123,10 @@ def test_a_small_search(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert all(r["epochs"] == (2 if r["status"] == "finished" else 1) for r in rows)
     assert all(0 <= r["mean_iou"] <= 100 and 0 <= r["label_free"] <= 100 for r in rows)
     assert metrics["epochs"]["trained"] == sum(r["epochs"] for r in rows)
-    assert [s for s, found in metrics["stages"].items() if not found["skipped"]] == list(stage.UPSTREAM)
+    assert [s for s, found in metrics["stages"].items() if not found["skipped"]] == list(stage.upstream(wanted.recipe))
     assert all(r["stages"] == [] for r in rows)
     assert sorted(p.name.rpartition("-")[0] for p in (tmp_path / "search" / "shared").iterdir()) == sorted(
-        stage.UPSTREAM
+        stage.upstream(wanted.recipe)
     )
     best = from_yaml((tmp_path / "search" / "best.yaml").read_text())
     assert best.training.omega_1 == metrics["best"]["parameters"]["training.omega_1"]

@@ -187,7 +187,9 @@ def test_what_a_training_goes_on_from(tmp_path: Path) -> None:
     images, validation = training_images(made.run), samples.labelled(made.recipe, made.run)
 
     def digest() -> str:
-        return training.inputs_digest(made.run, training_images(made.run), samples.labelled(made.recipe, made.run))
+        return training.inputs_digest(
+            made.recipe, made.run, training_images(made.run), samples.labelled(made.recipe, made.run)
+        )
 
     first = digest()
     parts = sorted(Path(made.run.file("pseudo_labels")).glob("part-*"))
@@ -197,10 +199,10 @@ def test_what_a_training_goes_on_from(tmp_path: Path) -> None:
     assert training_images(made.run) != images
     assert digest() == first
     others = {
-        training.inputs_digest(made.run, rotated(images), validation),
-        training.inputs_digest(made.run, images.slice(1), validation),
-        training.inputs_digest(made.run, images, rotated(validation)),
-        training.inputs_digest(made.run, images, validation.slice(1)),
+        training.inputs_digest(made.recipe, made.run, rotated(images), validation),
+        training.inputs_digest(made.recipe, made.run, images.slice(1), validation),
+        training.inputs_digest(made.recipe, made.run, images, rotated(validation)),
+        training.inputs_digest(made.recipe, made.run, images, validation.slice(1)),
     }
     concepts = Path(made.run.file("concepts/concepts.safetensors"))
     tensors = safetensors.torch.load(concepts.read_bytes())
@@ -248,6 +250,7 @@ def state(seed: int) -> State:
 
 
 def train(state: State, steps: int) -> None:
+    assert state.optimiser
     for step in range(steps):
         torch.manual_seed(100 + step)
         training_step(

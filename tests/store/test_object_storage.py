@@ -13,7 +13,8 @@ from tests.refusals import refused
 from tests.store.test_storage import faults
 from transfgu import pipeline
 from transfgu.encoder import Encoder
-from transfgu.recipe import STAGES, Recipe, preset
+from transfgu.methods import STAGES
+from transfgu.recipe import Recipe, preset
 from transfgu.segmenter import Segmenter
 from transfgu.store import storage
 from transfgu.store.artifacts import Run

@@ -9,7 +9,7 @@ Segmentation", ICCV 2019, section 3.3; repository xu-ji/IIC.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +19,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Shaped, UInt8
 from numpy import ndarray
 from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
 
+from transfgu.baselines.optimisation import optimise, resized, share_batch_norm
+from transfgu.learner import Batch, Batches, Model, Pending, Setting
+from transfgu.recipe import Recipe, Size
 from transfgu.views import GREY, Colours, change_colours
+from transfgu.workers import differentiable_sum, worker_count
 
 # To type checkers an int is a float; to the run-time checks of the tests it is not.
 Real = float | int
@@ -343,3 +348,99 @@ def apply_pairs(
     first = images.float() / 255
     matrices = torch.from_numpy(pairs.first_to_second).to(images.device)
     return first, warp(change_colours(first.clone(), pairs.colours), matrices)
+
+
+# ---- the method ----
+
+
+class IIC:
+    """IIC's training; see `transfgu.learner.Learner`. Epochs train the main head and the auxiliary one in turns."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.recipe, self.device = setting.recipe, setting.device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.seed)
+            network = _network(self.recipe)
+        share_batch_norm(network)
+        self._network = network.to(self.device)
+        self.network: nn.Module = self._network
+        training = self.recipe.training
+        self.optimiser: Optimizer | None = Adam(network.parameters(), training.lr, weight_decay=training.weight_decay)
+        self.teacher: nn.Module | None = None
+        self.model: Model = IICModel(self.recipe, self._network, self.device)
+        self.whole = False
+
+    def begin(self, epoch: int, batches: Batches) -> None:
+        """See `Learner`; there is nothing to prepare."""
+
+    def step(self, batch: Batch, epoch: int, index: int) -> Pending:
+        """One step on pairs of views; the epoch's head gives its loss."""
+        how, head = self.recipe.iic, head_of(epoch)
+        images = batch.inputs.to(self.device)
+        size = (images.shape[2], images.shape[3])
+        pairs = draw_pairs(batch.slots.tolist(), size, seed=self.recipe.seed, epoch=epoch, affine=how.affine)
+        first, second = apply_pairs(images, pairs)
+        back = torch.from_numpy(pairs.second_to_first).to(self.device)
+        mask = torch.ones(len(images), *size, device=self.device)
+        seen = zip(self._network(first, head), self._network(second, head), strict=True)
+        losses = [
+            information_loss(
+                differentiable_sum(displaced_joint(one, other, back, mask, half_side=how.half_side)),
+                weight=how.entropy_weight,
+            )
+            for one, other in seen
+        ]
+        # All workers have the whole batch's loss: each answers for its share of it.
+        share = torch.stack(losses).mean() / worker_count()
+        assert self.optimiser
+        return optimise(self._network, self.optimiser, {"total": share})[1]
+
+    def end(self, epoch: int, batches: Batches, *, scored: bool) -> Mapping[str, Any]:
+        """The head that was trained, as a column of the history."""
+        return {"head": head_of(epoch)}
+
+
+def head_of(epoch: int) -> Head:
+    """Return which head an epoch, counted from 0, trains."""
+    return "auxiliary" if epoch % 2 else "main"
+
+
+class IICModel:
+    """The network's main head on images of the training's size; see `transfgu.learner.Model`."""
+
+    def __init__(self, recipe: Recipe, network: SegmentationNetwork, device: torch.device) -> None:
+        self.device, self.patch_size = device, 1
+        self._size, self._network = recipe.dataset.training_size, network
+
+    def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        """Pixels 0 to 1."""
+        return images.to(self.device).float() / 255
+
+    def frozen(self, images: Shaped[Tensor, "B 3 H W"]) -> Shaped[Tensor, "B 3 H W"]:
+        """The images: everything is trained."""
+        return images
+
+    def logits(self, seen: Shaped[Tensor, "B 3 H W"], size: Size) -> Float[Tensor, "B C h w"]:
+        """Logarithms of the class probabilities, at the training's size."""
+        pixels = seen if seen.is_floating_point() else self.normalise(seen)
+        copies = self._network(resized(pixels, self._size))
+        return torch.stack(copies).mean(0).clamp(min=_SMALLEST).log()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The network's weights, of both heads."""
+        weights: dict[str, Tensor] = self._network.state_dict()
+        return weights
+
+
+def load_models(recipe: Recipe, weights: Sequence[Mapping[str, Tensor]], device: torch.device) -> list[IICModel]:
+    """Return the models of several networks' weights; see `transfgu.methods.Method`."""
+    models = []
+    for tensors in weights:
+        network = _network(recipe)
+        network.load_state_dict(tensors)
+        models.append(IICModel(recipe, network.to(device).eval(), device))
+    return models
+
+
+def _network(recipe: Recipe) -> SegmentationNetwork:
+    return SegmentationNetwork(recipe.classes, recipe.iic.auxiliary or 3 * recipe.classes, widths=recipe.iic.widths)

@@ -7,16 +7,33 @@ Source: Van Gansbeke, Vandenhende, Georgoulis and Van Gool, "Unsupervised Semant
 Mask Proposals", ICCV 2021. Written from the formulae.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped, UInt8
+from numpy import ndarray
 from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
+from transfgu import datasets
+from transfgu.baselines.optimisation import optimise, resized, share_batch_norm
 from transfgu.baselines.resnet import residual_network, widths
+from transfgu.datasets import images as files
+from transfgu.datasets.mask_files import find_masks, no_objects
+from transfgu.encoder import Encoder, normalise
+from transfgu.errors import BadInput, UserError
+from transfgu.kmeans import Shard, cluster
+from transfgu.learner import Batch, Batches, Model, Pending, Setting
+from transfgu.recipe import Recipe, Size
+from transfgu.views import Colours, change_colours
+from transfgu.workers import gather_rows, sum_over_workers, worker_count
 
 # To type checkers an int is a float; to the run-time checks of the tests it is not.
 Real = float | int
@@ -58,7 +75,8 @@ def contrastive_loss(
         temperature: divides the cosines.
 
     Returns:
-        The loss is 0 where no query has an object. An image without one in the query has no pixel in the loss.
+        The loss is 0 where no query has an object. An image without one in the query has no pixel in the loss. Of
+        several workers each gets its share of the loss, and the prototypes of all; the shares add up.
 
     Raises:
         ValueError: shapes that do not belong together, or a temperature that is not positive.
@@ -76,15 +94,28 @@ def contrastive_loss(
     if temperature <= 0:
         raise ValueError(f"the temperature must be more than 0, not {temperature}")
     precision = torch.promote_types(query.dtype, torch.float32)
-    prototypes = object_prototypes(key.to(precision), key_mask)
+    mine = object_prototypes(key.to(precision), key_mask)
+    prototypes, first = _of_all_workers(mine)
     targets, rows, columns = (query_mask != 0).nonzero(as_tuple=True)
-    pixels = F.normalize(query[targets, :, rows, columns].to(precision), dim=1)  # (N, d)
+    targets = targets + first
+    pixels = F.normalize(query[targets - first, :, rows, columns].to(precision), dim=1)  # (N, d)
     logits = pixels @ torch.cat((prototypes.mT, queue.detach().to(precision)), dim=1) / temperature
-    counts = torch.bincount(targets, minlength=logits.shape[1])
-    weights = enet_class_weights(counts.to(precision) / max(1, len(targets)))
+    counts = sum_over_workers(torch.bincount(targets, minlength=logits.shape[1]))
+    weights = enet_class_weights(counts.to(precision) / counts.sum().clamp(min=1))
     total = (weights * counts).sum()
     loss = F.cross_entropy(logits, targets, weights, reduction="sum") / total.masked_fill(total == 0, 1)
     return ContrastiveLoss(loss, logits, targets, weights, prototypes)
+
+
+def _of_all_workers(prototypes: Float[Tensor, "B d"]) -> tuple[Float[Tensor, "all d"], int]:
+    """Prototypes of all workers' images, one worker's after the other's, and the number of this worker's first."""
+    if worker_count() == 1:
+        return prototypes, 0
+    counts = torch.zeros(worker_count(), dtype=torch.int64, device=prototypes.device)
+    rank = dist.get_rank()
+    counts[rank] = len(prototypes)
+    counts = sum_over_workers(counts)
+    return gather_rows(prototypes, np.full(len(prototypes), rank)), int(counts[:rank].sum())
 
 
 @torch.no_grad()
@@ -112,6 +143,9 @@ def balanced_cross_entropy(logits: Float[Tensor, "*S"], labels: Shaped[Tensor, "
         logits: of being an object's.
         labels: 1 for an object's pixel, 0 elsewhere; same shape.
 
+    Returns:
+        The loss; of several workers this one's share of it.
+
     Raises:
         ValueError: shapes differ.
 
@@ -121,9 +155,10 @@ def balanced_cross_entropy(logits: Float[Tensor, "*S"], labels: Shaped[Tensor, "
         raise ValueError(f"logits {tuple(logits.shape)} need labels of the same shape, not {tuple(labels.shape)}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels.to(logits.dtype)
-    objects = labels.mean()
+    pixels = sum_over_workers(labels.new_tensor(labels.numel())).clamp(min=1)
+    objects = sum_over_workers(labels.sum()) / pixels
     weights = labels * (1 - objects) + (1 - labels) * objects
-    return F.binary_cross_entropy_with_logits(logits, labels, weights)
+    return F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum") / pixels
 
 
 class PrototypeQueue(nn.Module):
@@ -217,3 +252,322 @@ class EmbeddingNetwork(nn.Module):
             for head in (self.embedding, self.saliency)
         )
         return embeddings, saliency[:, 0]
+
+
+# ---- views ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutViews:
+    """One random view of each image of a batch, and of its mask."""
+
+    colours: Colours
+    geometry: Float[ndarray, "B 2 3"]
+    """From places in the view to places in the image, coordinates from -1 to 1 at the outer edges."""
+
+
+_TRIES = 10
+_LEAST, _MOST = 0.01, 0.99  # share of a view that its object has
+
+
+def draw_cuts(
+    slots: Sequence[int], masks: Float[Tensor, "B h w"], size: Size, *, seed: int, epoch: int, number: int
+) -> CutViews:
+    """Random views of images: a cut of 0.2 to 1 of the area, mirrored with probability 0.5, in other colours.
+
+    A cut whose object has less than 1 % or more than 99 % of its pixels is drawn again, ten times at most. Each image
+    has its own generator, so a view does not depend on its batch.
+
+    Args:
+        slots: the images' places in the epoch.
+        masks: of the images, 0 and 1; looked at on the host.
+        size: sides of a view, pixels.
+        seed: of the run.
+        epoch: of training.
+        number: of the view, as each image has two.
+
+    Source: colours and cuts as MoCo v2 draws them (Chen et al. 2020), the condition as MaskContrast's.
+    """
+    drawn = [np.random.default_rng((seed, epoch, slot, number)) for slot in slots]
+    colours = np.array([generator.random(10) for generator in drawn]).reshape(-1, 10)
+    geometry = [_cut(generator, mask, size) for generator, mask in zip(drawn, masks.cpu().numpy(), strict=True)]
+    batch = len(drawn)
+    return CutViews(
+        colours=Colours(
+            jitter=colours[:, 0] < 0.8,
+            order=colours[:, 1:5].argsort(1),
+            factors=colours[:, 5:9] * (0.8, 0.8, 0.8, 0.2) + (0.6, 0.6, 0.6, -0.1),
+            grey=colours[:, 9] < 0.2,
+            blur=np.zeros(batch, bool),
+            sigma=np.ones(batch),
+        ),
+        geometry=np.array(geometry, np.float32).reshape(-1, 2, 3),
+    )
+
+
+def _cut(generator: np.random.Generator, mask: Float[ndarray, "h w"], size: Size) -> list[list[float]]:
+    for _ in range(_TRIES):
+        area, ratio = generator.uniform(0.2, 1.0), np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
+        width, height = min(1.0, np.sqrt(area * ratio)), min(1.0, np.sqrt(area / ratio))
+        across, down = (1 - width) * generator.uniform(-1, 1), (1 - height) * generator.uniform(-1, 1)
+        mirror = -1.0 if generator.random() < 0.5 else 1.0
+        rows, columns = (
+            slice(int((1 + shift - side) / 2 * cells), max(1, round((1 + shift + side) / 2 * cells)))
+            for shift, side, cells in ((down, height, mask.shape[0]), (across, width, mask.shape[1]))
+        )
+        if _LEAST <= mask[rows, columns].mean() <= _MOST:
+            break
+    return [[width * mirror, 0.0, across], [0.0, height, down]]
+
+
+def apply_cuts(
+    images: UInt8[Tensor, "B 3 H W"], masks: Float[Tensor, "B h w"], cuts: CutViews, size: Size
+) -> tuple[Float[Tensor, "B 3 H2 W2"], Float[Tensor, "B H2 W2"]]:
+    """The views, normalised by ImageNet's mean and deviation (bilinear), and their masks (nearest), of `size`."""
+    matrices = torch.from_numpy(cuts.geometry).to(images.device)
+    grid = F.affine_grid(matrices, [len(images), 3, *size], align_corners=False)
+    pixels = change_colours(images.float() / 255, cuts.colours)
+    seen = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    cut = F.grid_sample(masks[:, None], grid, mode="nearest", padding_mode="border", align_corners=False)
+    return normalise((seen * 255).round().to(torch.uint8)), cut[:, 0]
+
+
+# ---- the method ----
+
+_BACKGROUND_PIXELS = 16  # of each image, outside its object, that clusters of stuff are made of
+
+
+class ClusteredEmbeddings(nn.Module):
+    """MaskContrast's network, its queue, and the clusters that classify its embeddings.
+
+    Args:
+        recipe: says backbone, width, queue and the numbers of clusters.
+        weights: what the backbone begins with, as `residual_network` takes it.
+    """
+
+    things: Float[Tensor, "T d"]
+    stuff: Float[Tensor, "S d"]
+
+    def __init__(self, recipe: Recipe, weights: str) -> None:
+        super().__init__()
+        how = recipe.maskcontrast
+        self.embedding = EmbeddingNetwork(how.backbone, weights, how.width)
+        self.queue = PrototypeQueue(how.width, how.queue)
+        self.register_buffer("things", torch.zeros(recipe.concepts.things, how.width))
+        self.register_buffer("stuff", torch.zeros(recipe.concepts.stuff, how.width))
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B d H W"], Float[Tensor, "B H W"]]:
+        """Embeddings and object logits; see `EmbeddingNetwork`."""
+        embeddings, objects = self.embedding(images)
+        return embeddings, objects
+
+
+class MaskContrast:
+    """MaskContrast's training; see `transfgu.learner.Learner`. The teacher is the momentum encoder."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.recipe, self.device = setting.recipe, setting.device
+        how, training = self.recipe.maskcontrast, self.recipe.training
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.seed)
+            network = ClusteredEmbeddings(self.recipe, how.weights)
+        share_batch_norm(network)
+        self._network = network.to(self.device)
+        self.network: nn.Module = self._network
+        self._sgd = SGD(network.parameters(), training.lr, momentum=0.9, weight_decay=training.weight_decay)
+        self.optimiser: Optimizer | None = self._sgd
+        self.teacher: nn.Module | None = copy.deepcopy(self._network.embedding).requires_grad_(False)
+        self.model: Model = MaskContrastModel(self.recipe, self._network, self.device)
+        self.whole = False
+        self._steps = setting.steps
+        self._view: Size = (self.recipe.dataset.training_size[0] // 2, self.recipe.dataset.training_size[1] // 2)
+
+    def begin(self, epoch: int, batches: Batches) -> None:
+        """See `Learner`; there is nothing to prepare."""
+
+    def step(self, batch: Batch, epoch: int, index: int) -> Pending:
+        """One step of SGD; then the momentum encoder follows, and the queue takes the batch's prototypes."""
+        how, training = self.recipe.maskcontrast, self.recipe.training
+        done = (epoch * self._steps + index) / (training.epochs * self._steps)
+        for group in self._sgd.param_groups:
+            group["lr"] = training.lr * (1 - done) ** 0.9
+        (query, query_mask), (key, key_mask) = (self._cut(batch, epoch, number) for number in range(2))
+        embeddings, objects = self._network(query)
+        assert self.teacher
+        with torch.no_grad():
+            keys, _ = self.teacher(key)
+        contrast = contrastive_loss(
+            embeddings, keys, query_mask, key_mask, self._network.queue.columns, temperature=how.temperature
+        )
+        saliency = balanced_cross_entropy(objects, query_mask)
+        total = contrast.loss + saliency
+        taken, pending = optimise(
+            self._network, self._sgd, {"total": total, "contrast": contrast.loss, "saliency": saliency}
+        )
+        if taken:
+            update_momentum_encoder(self.teacher, self._network.embedding, how.momentum)
+            # In the order of one worker, which takes every `world`-th image of the batch.
+            mine = object_prototypes(keys.float(), key_mask)
+            self._network.queue.push(gather_rows(mine, batch.slots))
+        return pending
+
+    def _cut(self, batch: Batch, epoch: int, number: int) -> tuple[Float[Tensor, "B 3 h w"], Float[Tensor, "B h w"]]:
+        masks = batch.maps[:, 0].to(self.device).float()
+        cuts = draw_cuts(batch.slots.tolist(), masks, self._view, seed=self.recipe.seed, epoch=epoch, number=number)
+        return apply_cuts(batch.inputs.to(self.device), masks, cuts, self._view)
+
+    def end(self, epoch: int, batches: Batches, *, scored: bool) -> Mapping[str, Any]:
+        """K-Means of the objects' mean embeddings for things, and of pixels outside objects for stuff."""
+        if scored:
+            self._network.eval()
+            self._cluster(epoch, batches)
+            self._network.train()
+        return {}
+
+    @torch.no_grad()
+    def _cluster(self, epoch: int, batches: Batches) -> None:
+        objects, outside, of_objects, of_outside = [], [], [], []
+        for batch in batches():
+            images = normalise(batch.inputs.to(self.device))
+            embeddings, _ = self._network(resized(images, self._view))
+            masks = F.interpolate(batch.maps[:, :1].to(self.device).float(), self._view)[:, 0]
+            objects.append(object_prototypes(embeddings, masks))
+            of_objects.append(batch.slots)
+            outside.append(_pixels_outside(embeddings, masks, batch.slots, (self.recipe.seed, epoch)))
+            of_outside.append(np.repeat(batch.slots, _BACKGROUND_PIXELS))
+        for name, rows, slots in (("things", objects, of_objects), ("stuff", outside, of_outside)):
+            centroids: Tensor = getattr(self._network, name)
+            if not len(centroids):
+                continue
+            found = gather_rows(torch.cat(rows), np.concatenate(slots))
+            found = found[found.any(dim=1)]  # an image without an object, or without anything outside it, has zeros
+            if len(found) < len(centroids):
+                raise UserError(
+                    f"{len(found)} embeddings can't be grouped into {len(centroids)} clusters of {name}: use more "
+                    f"images, or lower --{name}",
+                    code="too-few-objects",
+                )
+            made = cluster(
+                Shard([found.cpu().numpy()]),
+                len(centroids),
+                iterations=self.recipe.concepts.iterations,
+                seed=self.recipe.seed,
+            )
+            centroids.copy_(F.normalize(torch.from_numpy(made.centroids), dim=1))
+
+
+def _pixels_outside(
+    embeddings: Float[Tensor, "B d h w"],
+    masks: Float[Tensor, "B h w"],
+    slots: Shaped[ndarray, " B"],
+    seed: tuple[int, int],
+) -> Float[Tensor, "n d"]:
+    """Unit-length embeddings of a few pixels outside each image's object; zeros where there are none."""
+    width = embeddings.shape[1]
+    found = embeddings.new_zeros(len(slots), _BACKGROUND_PIXELS, width)
+    flat = F.normalize(embeddings, dim=1).flatten(2).mT  # (B, hw, d)
+    for place, (slot, mask) in enumerate(zip(slots, masks.flatten(1).cpu().numpy(), strict=True)):
+        pixels = np.flatnonzero(mask == 0)
+        if len(pixels):
+            chosen = np.random.default_rng((*seed, int(slot))).choice(pixels, _BACKGROUND_PIXELS)
+            found[place] = flat[place, torch.from_numpy(chosen).to(flat.device)]
+    return found.flatten(0, 1)
+
+
+class MaskContrastModel:
+    """Objects by their logits, each image's object of the nearest cluster of things; see `transfgu.learner.Model`.
+
+    Outside the object a pixel is background, or, where there are clusters of stuff, of the nearest of these. The last
+    is ours: the paper segments objects alone.
+    """
+
+    def __init__(self, recipe: Recipe, network: ClusteredEmbeddings, device: torch.device) -> None:
+        self.device, self.patch_size = device, 1
+        self._background, self._network = recipe.background, network
+
+    def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        """Pixels normalised by ImageNet's mean and deviation."""
+        return normalise(images.to(self.device))
+
+    def frozen(self, images: Shaped[Tensor, "B 3 H W"]) -> Shaped[Tensor, "B 3 H W"]:
+        """The images: everything is trained."""
+        return images
+
+    def logits(self, seen: Shaped[Tensor, "B 3 H W"], size: Size) -> Float[Tensor, "B C h w"]:
+        """For each cluster the object logit (its negative for stuff) less what the nearest cluster is nearer by."""
+        pixels = seen if seen.is_floating_point() else self.normalise(seen)
+        embeddings, objects = self._network(pixels)
+        inside: Bool[Tensor, "B h w"] = objects > 0
+        unit = F.normalize(embeddings, dim=1)
+        parts = []
+        if self._background:
+            parts.append(-objects[:, None])
+        if len(self._network.things):
+            likeness = object_prototypes(embeddings, inside) @ self._network.things.mT  # (B, T)
+            behind = likeness - likeness.amax(1, keepdim=True)
+            parts.append(objects[:, None] + behind[:, :, None, None])
+        if len(self._network.stuff):
+            likeness = torch.einsum("bdhw,kd->bkhw", unit, self._network.stuff)
+            behind = likeness - likeness.amax(1, keepdim=True)
+            parts.append(behind - objects[:, None] if len(self._network.things) else behind)
+        return torch.cat(parts, dim=1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights of the network, its queue and the clusters."""
+        weights: dict[str, Tensor] = self._network.state_dict()
+        return weights
+
+
+def load_models(
+    recipe: Recipe, weights: Sequence[Mapping[str, Tensor]], device: torch.device
+) -> list[MaskContrastModel]:
+    """Return the models of several networks' weights; see `transfgu.methods.Method`."""
+    models = []
+    for tensors in weights:
+        network = ClusteredEmbeddings(recipe, "random")
+        network.load_state_dict(tensors)
+        models.append(MaskContrastModel(recipe, network.to(device).eval(), device))
+    return models
+
+
+_LOOKED_AT = 4  # images whose class attention is looked at before a run
+
+
+def check(recipe: Recipe) -> None:
+    """Raise UserError where the backbone can't be had, masks are missing, or the attention leaves no object."""
+    how = recipe.maskcontrast
+    residual_network(how.backbone, how.weights, stages=(4,), stride=8)
+    if recipe.dataset.layout not in datasets.LAYOUTS:  # images are yet to be drawn
+        if how.object_masks:
+            raise UserError(
+                f"--maskcontrast.object_masks names files, and the images of {recipe.preset} are drawn by the run: "
+                "leave it out",
+                code="object-masks-of-drawn-images",
+            )
+        return
+    rows = datasets.list_samples(recipe, "train")
+    if how.object_masks:
+        missing = len(rows) - len(find_masks(rows, how.object_masks))
+        if missing > recipe.dataset.max_bad_share * len(rows):
+            raise UserError(
+                f"{missing} of {len(rows)} training images have no mask in {how.object_masks}: add them, or raise "
+                f"--dataset.max_bad_share from {recipe.dataset.max_bad_share:g}",
+                code="masks-missing",
+            )
+        return
+    encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
+    seen = 0
+    for uri in rows["image"].to_pylist():
+        try:
+            pixels = files.resize(files.read_image(uri), recipe.dataset.image_size)
+        except BadInput:
+            continue
+        seen += 1
+        batch = normalise(torch.from_numpy(pixels)[None], encoder.mean, encoder.std)
+        with torch.no_grad():
+            if encoder.saliency(batch, times_mean=recipe.windows.saliency_factor).any():
+                return
+        if seen == _LOOKED_AT:
+            break
+    if seen:
+        raise no_objects(f"the first {seen} training images")

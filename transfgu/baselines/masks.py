@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from transfgu import datasets, formats
 from transfgu.datasets import images
-from transfgu.datasets.listing import images_in, stem
+from transfgu.datasets.mask_files import CLAIM, find_masks
 from transfgu.datasets.rows import counted_label
 from transfgu.errors import BadInput, LeftOut, UserError
 from transfgu.metrics import confusion_matrix
@@ -23,7 +23,6 @@ from transfgu.runtime.progress import Progress
 from transfgu.sharing.names import IGNORE
 from transfgu.store import storage
 
-_CLAIM = "prediction.json"  # lies beside the folder `masks` of what transfgu predict wrote
 _READERS = 8  # images at a time
 
 
@@ -38,61 +37,6 @@ class ScoredMasks:
     images: int
     """Images that were counted."""
     left_out: tuple[LeftOut, ...]
-
-
-def find_masks(rows: pa.Table, uri: str) -> dict[str, str]:
-    """Find the mask of each image: the one whose path agrees with the longest end of the image's path.
-
-    The mask of ``val2017/0001.jpg`` is ``val2017/0001.png``, else ``0001.png``, in whatever folder that lies where
-    there is one of that name. A sample's name in its data set serves as well, such as Cityscapes' names without
-    ``_leftImg8bit``.
-
-    Args:
-        rows: samples: `name`, `image` (URI).
-        uri: a folder of masks at any depth, or the `--out` of transfgu predict.
-
-    Returns:
-        The mask's URI by sample name; samples without a mask are missing.
-
-    Raises:
-        UserError: the folder holds no masks, or two that could be an image's.
-    """
-    storage.check_readable(uri)
-    folder = storage.join(uri, "masks") if storage.exists(storage.join(uri, _CLAIM)) else uri
-    files = images_in(folder, recursive=True)
-    if not files:
-        raise UserError(
-            f"{storage.shown(folder)} holds no masks: give --masks a folder of indexed or grey PNGs, one per image",
-            code="masks-missing",
-        )
-    by_path: dict[str, list[str]] = {}
-    by_name: dict[str, list[str]] = {}
-    for relative, mask in files.items():
-        by_path.setdefault(stem(relative), []).append(mask)
-        by_name.setdefault(stem(relative).rpartition("/")[2], []).append(mask)
-    found = {}
-    for name, image in zip(rows["name"].to_pylist(), rows["image"].to_pylist(), strict=True):
-        candidates = _candidates(name, image, by_path, by_name)
-        if len(candidates) > 1:
-            two = " and ".join(storage.shown(mask) for mask in sorted(candidates)[:2])
-            raise UserError(
-                f"{two} could both be the mask of {name}: keep one of them, or lay the masks in the images' folders",
-                code="masks-ambiguous",
-            )
-        if candidates:
-            found[name] = candidates[0]
-    return found
-
-
-def _candidates(name: str, image: str, by_path: Mapping[str, list[str]], by_name: Mapping[str, list[str]]) -> list[str]:
-    pieces = image.split("/")
-    for start in range(len(pieces)):
-        tail = "/".join(pieces[start:])
-        # The mask of photo.jpg is photo.jpg.png where there is a photo.png as well.
-        for key in (tail, stem(tail)):
-            if key in by_path:
-                return by_path[key]
-    return by_name.get(stem(pieces[-1])) or by_path.get(name) or by_name.get(name.rpartition("/")[2]) or []
 
 
 def score_masks(recipe: Recipe, rows: pa.Table, uri: str, progress: Progress | None = None) -> ScoredMasks:
@@ -162,7 +106,7 @@ def score_masks(recipe: Recipe, rows: pa.Table, uri: str, progress: Progress | N
 
 def _classes(uri: str) -> list[str]:
     """The classes that masks of `transfgu predict` are in; empty for masks of other programs."""
-    claim = storage.join(uri, _CLAIM)
+    claim = storage.join(uri, CLAIM)
     text = storage.read_bytes_or_none(claim)
     if text is None:
         return []

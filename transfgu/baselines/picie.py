@@ -10,18 +10,25 @@ Clustering", CVPR 2021; repository janghyuncho/PiCIE.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Int64, UInt8
+from jaxtyping import Float, Int, Int64, Shaped, UInt8
 from numpy import ndarray
 from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
 
+from transfgu.baselines.optimisation import optimise, share_batch_norm
 from transfgu.baselines.resnet import residual_network, widths
-from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD
+from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, normalise
 from transfgu.errors import UserError
+from transfgu.kmeans import Shard, cluster
+from transfgu.learner import Batch, Batches, Model, Pending, Setting
+from transfgu.recipe import Recipe, Size
 from transfgu.views import Colours, change_colours
+from transfgu.workers import gather_rows, sum_over_workers
 
 _ROWS = 1 << 12  # of features that are looked at together: 4 MB of 128 channels in double precision stay in cache
 _UNIT = 1 << 32  # steps of 1.0 in exact sums: 2^31 rows of unit length cannot overflow 64 bits
@@ -89,7 +96,8 @@ def clustering_loss(
         weights_2: class weights for `labels_2`.
 
     Returns:
-        Means weighted by the class of each pixel; 0 where no pixel has a class of positive weight.
+        Means weighted by the class of each pixel; 0 where no pixel has a class of positive weight. Of several workers
+        each gets its share: the shares add up to the loss of all workers' images.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -111,7 +119,7 @@ def clustering_loss(
 def _cross_entropy(features: Tensor, labels: Tensor, centroids: Tensor, weights: Tensor) -> Tensor:
     logits = torch.einsum("bdhw,kd->bkhw", features, centroids.detach().to(features.dtype))
     labels, weights = labels.long(), weights.to(features.dtype)
-    weight = weights[labels].sum()
+    weight = sum_over_workers(weights[labels].sum())
     return F.cross_entropy(logits, labels, weights, reduction="sum") / weight.masked_fill(weight == 0, 1)
 
 
@@ -390,3 +398,221 @@ def _nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 def _check_width(features: int, centroids: int) -> None:
     if features != centroids:
         raise ValueError(f"features of {features} channels can't be compared with centroids of {centroids}")
+
+
+# ---- the method ----
+
+_SAMPLED = 256  # pixels of the first batches for each cluster, FAISS's measure for a start
+_MAIN, _AUXILIARY = "centroids", "auxiliary"
+
+
+class ClusteredNetwork(nn.Module):
+    """PiCIE's network and the centroids of both views that classify its features.
+
+    Args:
+        recipe: says backbone, width, the number of classes, and whether there are auxiliary clusters.
+        weights: what the backbone begins with, as `residual_network` takes it.
+    """
+
+    centroids: Float[Tensor, "2 K d"]
+    auxiliary: Float[Tensor, "2 H d"]
+
+    def __init__(self, recipe: Recipe, weights: str) -> None:
+        super().__init__()
+        how = recipe.picie
+        self.features = FeatureNetwork(how.backbone, weights, how.width)
+        self.register_buffer(_MAIN, torch.zeros(2, recipe.classes, how.width))
+        if recipe.method == "picie":
+            self.register_buffer(_AUXILIARY, torch.zeros(2, how.auxiliary, how.width))
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B d h w"]:
+        """Pixel features; see `FeatureNetwork`."""
+        features: Tensor = self.features(images)
+        return features
+
+
+class PiCIE:
+    """PiCIE's training; see `transfgu.learner.Learner`. With the method `picie` there is auxiliary clustering."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.recipe, self.device = setting.recipe, setting.device
+        how, training = self.recipe.picie, self.recipe.training
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.seed)
+            network = ClusteredNetwork(self.recipe, how.weights)
+        share_batch_norm(network)
+        self._network = network.to(self.device)
+        self.network: nn.Module = self._network
+        self.optimiser: Optimizer | None = Adam(network.parameters(), training.lr, weight_decay=training.weight_decay)
+        self.teacher: nn.Module | None = None
+        self.model: Model = PiCIEModel(self._network, self.device)
+        self.whole = False
+        self._first_images = min(how.init_batches, setting.steps) * min(
+            training.batch_size, setting.images * training.passes
+        )
+        self._view = tuple(side // 2 for side in self.recipe.dataset.training_size)
+        # Of each view: labels by batch, on the host, and each cluster's share of the pixels.
+        self._labels: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        self._weights: dict[str, tuple[Tensor, Tensor]] = {}
+        # The auxiliary loss and the main one have the same value at chance.
+        main, auxiliary = (
+            head_balance(self.recipe.classes, how.auxiliary) if self.recipe.method == "picie" else (1.0, 0.0)
+        )
+        self._balance = {_MAIN: main, _AUXILIARY: auxiliary} if auxiliary else {_MAIN: main}
+
+    def begin(self, epoch: int, batches: Batches) -> None:
+        """Cluster the pixels of each view by mini-batch K-Means, and label them."""
+        self._network.eval()
+        clusters = self._first_centroids(epoch, batches)
+        for index, batch in enumerate(batches()):
+            rows = [_rows(features) for features in self._seen(batch, epoch)]
+            for name in self._balance:
+                for kmeans, some in zip(clusters[name], rows, strict=True):
+                    sums = kmeans.sums(some)
+                    total = ClusterSums(*(sum_over_workers(x) for x in (sums.sums, sums.counts, sums.inertia)))
+                    if index < self.recipe.picie.init_batches:  # these pixels have made the first centroids
+                        kmeans.counts = kmeans.counts + total.counts
+                    else:
+                        kmeans.step(total)
+        for name, of_views in clusters.items():
+            getattr(self._network, name).copy_(torch.stack([kmeans.centroids for kmeans in of_views]))
+        self._label(epoch, batches)
+        self._network.train()
+
+    @torch.no_grad()
+    def _seen(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
+        return self._features(batch, epoch)
+
+    def _features(self, batch: Batch, epoch: int) -> tuple[Float[Tensor, "B d h w"], Float[Tensor, "B d h w"]]:
+        """Features of both views, in the frame of the geometric transform."""
+        height, width = self._view
+        transforms = draw_transforms(batch.slots.tolist(), seed=self.recipe.seed, epoch=epoch)
+        first, second = make_views(batch.inputs.to(self.device), transforms, (height, width))
+        of_first, whole = self._network(first), self._network(second)
+        return of_first, transform(whole, transforms, (of_first.shape[2], of_first.shape[3]))
+
+    def _first_centroids(self, epoch: int, batches: Batches) -> dict[str, tuple[MiniBatchKMeans, MiniBatchKMeans]]:
+        """K-Means of a few pixels of each image of the first batches, the same pixels by any number of workers."""
+        how, recipe = self.recipe.picie, self.recipe
+        largest = max(getattr(self._network, name).shape[1] for name in self._balance)
+        each = max(_LEAST, math.ceil(_SAMPLED * largest / self._first_images))
+        sampled: tuple[list[Tensor], list[Tensor]] = ([], [])
+        slots: list[ndarray] = []
+        for _, batch in zip(range(how.init_batches), batches(), strict=False):
+            slots.append(batch.slots)
+            for taken, features in zip(sampled, self._seen(batch, epoch), strict=True):
+                taken.append(_sampled_pixels(features, batch.slots, each, (recipe.seed, epoch)))
+        keys = np.repeat(np.concatenate(slots), each)
+        clusters: dict[str, tuple[MiniBatchKMeans, MiniBatchKMeans]] = {}
+        shards = [Shard([gather_rows(torch.cat(taken).flatten(0, 1), keys).cpu().numpy()]) for taken in sampled]
+        for name in self._balance:
+            count = getattr(self._network, name).shape[1]
+            found = [cluster(s, count, iterations=how.start_iterations, seed=recipe.seed).centroids for s in shards]
+            first, second = (
+                MiniBatchKMeans(torch.from_numpy(c).to(self.device), torch.zeros(count, dtype=torch.int64))
+                for c in found
+            )
+            clusters[name] = (first, second)
+        return clusters
+
+    def _label(self, epoch: int, batches: Batches) -> None:
+        """The cluster of each pixel that this worker trains on, and all workers' shares of pixels by cluster."""
+        self._labels = {name: ([], []) for name in self._balance}
+        counts = {name: [torch.zeros(0)] * 2 for name in self._balance}
+        for name in self._balance:
+            count = getattr(self._network, name).shape[1]
+            counts[name] = [torch.zeros(count, dtype=torch.int64, device=self.device) for _ in range(2)]
+        for batch in batches():
+            for view, features in enumerate(self._seen(batch, epoch)):
+                for name in self._balance:
+                    labels, _ = assign(features, getattr(self._network, name)[view])
+                    counts[name][view] += torch.bincount(labels.flatten(), minlength=len(counts[name][view]))
+                    self._labels[name][view].append(labels.to("cpu", torch.int16))
+        for name, of_views in counts.items():
+            first, second = (sum_over_workers(count).double() for count in of_views)
+            self._weights[name] = (
+                (first / first.sum().clamp(min=1)).float(),
+                (second / second.sum().clamp(min=1)).float(),
+            )
+
+    def step(self, batch: Batch, epoch: int, index: int) -> Pending:
+        """One step of Adam on the loss within and across views."""
+        first, second = self._features(batch, epoch)
+        losses: dict[str, Tensor] = {"total": first.new_zeros(())}
+        for name, balance in self._balance.items():
+            labels = [of_view[index].to(self.device) for of_view in self._labels[name]]
+            centroids, weights = getattr(self._network, name), self._weights[name]
+            loss = clustering_loss(
+                first, second, labels[0], labels[1], centroids[0], centroids[1], weights[0], weights[1]
+            )
+            losses["total"] = losses["total"] + balance * loss.total
+            losses[f"{name} within"], losses[f"{name} across"] = loss.within, loss.across
+        if _AUXILIARY not in self._balance:
+            losses = {key.removeprefix(f"{_MAIN} "): value for key, value in losses.items()}
+        assert self.optimiser
+        return optimise(self._network, self.optimiser, losses)[1]
+
+    def end(self, epoch: int, batches: Batches, *, scored: bool) -> Mapping[str, Any]:
+        """See `Learner`; the first view's centroids classify, as published."""
+        self._labels = {}
+        return {}
+
+
+_LEAST = 8  # pixels of an image that are sampled at least
+
+
+def _rows(features: Float[Tensor, "B d h w"]) -> Float[Tensor, "n d"]:
+    return features.movedim(1, 3).flatten(0, 2)  # (B, d, h, w) -> (B h w, d)
+
+
+def _sampled_pixels(
+    features: Float[Tensor, "B d h w"], slots: Int[ndarray, " B"], count: int, seed: tuple[int, int]
+) -> Float[Tensor, "B n d"]:
+    """Unit-length features of `count` pixels of each image, which depend on its slot alone."""
+    pixels = features.shape[2] * features.shape[3]
+    places = np.array([np.random.default_rng((*seed, slot)).integers(pixels, size=count) for slot in slots], np.int64)
+    index = torch.from_numpy(places.reshape(len(slots), 1, count)).to(features.device)
+    taken = features.flatten(2).gather(2, index.expand(-1, features.shape[1], -1))  # (B, d, n)
+    return F.normalize(taken, dim=1).mT
+
+
+class PiCIEModel:
+    """Pixel features classified by the first view's centroids; see `transfgu.learner.Model`."""
+
+    def __init__(self, network: ClusteredNetwork, device: torch.device) -> None:
+        self.device, self.patch_size = device, 1
+        self._network = network
+
+    def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        """Pixels normalised by ImageNet's mean and deviation."""
+        return normalise(images.to(self.device))
+
+    def frozen(self, images: Shaped[Tensor, "B 3 H W"]) -> Shaped[Tensor, "B 3 H W"]:
+        """The images: everything is trained."""
+        return images
+
+    def logits(self, seen: Shaped[Tensor, "B 3 H W"], size: Size) -> Float[Tensor, "B C h w"]:
+        """Products of unit-length features and centroids, at a quarter of the images' sides."""
+        pixels = seen if seen.is_floating_point() else self.normalise(seen)
+        features = F.normalize(self._network(pixels), dim=1)
+        return torch.einsum("bdhw,kd->bkhw", features, self._network.centroids[0])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The network's weights and the centroids."""
+        weights: dict[str, Tensor] = self._network.state_dict()
+        return weights
+
+
+def load_models(recipe: Recipe, weights: Sequence[Mapping[str, Tensor]], device: torch.device) -> list[PiCIEModel]:
+    """Return the models of several networks' weights; see `transfgu.methods.Method`."""
+    models = []
+    for tensors in weights:
+        network = ClusteredNetwork(recipe, "random")
+        network.load_state_dict(tensors)
+        models.append(PiCIEModel(network.to(device).eval(), device))
+    return models
+
+
+def check(recipe: Recipe) -> None:
+    """Raise UserError where the backbone or its weights can't be had."""
+    residual_network(recipe.picie.backbone, recipe.picie.weights, stages=(1, 2, 3, 4))

@@ -9,12 +9,13 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from transfgu.errors import UserError
 from transfgu.fields import FieldInfo, convert, kind_name, written
+from transfgu.methods import METHODS, TRANSFGU
 from transfgu.presets import PRESETS
 from transfgu.pretraining.recipe import PRETRAINING_FIELDS, PretrainingRecipe
 from transfgu.recipe import FIELDS, SHORT_NAMES, ComputeRecipe, Recipe, from_yaml, preset
@@ -34,6 +35,9 @@ GROUPS = {
     "pseudo_labels": "pseudo labels: concept maps",
     "decoder": "mask decoder",
     "training": "bootstrapped training",
+    "iic": "method iic",
+    "picie": "methods picie and picie-no-aux",
+    "maskcontrast": "method maskcontrast",
     "evaluation": "evaluation",
     "compute": "where it runs, and who is told (changes no result)",
 }
@@ -41,7 +45,17 @@ GROUPS = {
 
 
 COMMON = (
-    *("data", "labels", "limit", "seed", "encoder.name", "encoder.weights", "concepts.things", "concepts.stuff"),
+    *(
+        "method",
+        "data",
+        "labels",
+        "limit",
+        "seed",
+        "encoder.name",
+        "encoder.weights",
+        "concepts.things",
+        "concepts.stuff",
+    ),
     *("training.epochs", "training.lr", "training.batch_size", "evaluation.protocol"),
     *("compute.workers", "compute.actors", "compute.track"),
 )
@@ -153,6 +167,16 @@ def named_preset(words: Sequence[str]) -> str:
     return next((word for word in words if word in PRESETS), "shapes")
 
 
+def named_method(words: Sequence[str]) -> str:
+    """Return the method whose flags and defaults the help shows: that of `--method`, else TransFGU."""
+    after = ("--method", "")
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        name, _, value = word.partition("=")
+        if name == after[0]:
+            after = (name, value or following)
+    return after[1] if after[1] in METHODS else TRANSFGU
+
+
 def add_recipe(
     parser: Parser, words: Sequence[str] = (), preset_flag: str = "", shown: Collection[str] | None = None
 ) -> None:
@@ -160,7 +184,7 @@ def add_recipe(
 
     Args:
         parser: gets the flags.
-        words: the command line; the help shows the defaults of the preset in it.
+        words: the command line; the help shows the defaults of the preset and the method in it, and the method's flags.
         preset_flag: the preset's flag; empty: the preset is a positional argument.
         shown: the fields, or whole components, that the command depends on; None: all. Flags of the other fields are
             accepted, so that one set of flags serves every command on a recipe, but not shown.
@@ -173,14 +197,16 @@ def add_recipe(
         "--print-config", action="store_true", help="print the resolved recipe as YAML, and do nothing else"
     )
     base = named_preset(words)
-    parser.epilog = f"Defaults are those of preset {base}: name another to see its own."
+    usual = preset(base, named_method(words))
+    of_method = "" if usual.method == TRANSFGU else f" and method {usual.method}"
+    parser.epilog = f"Defaults are those of preset {base}{of_method}: name another to see its own."
     groups = {c: parser.add_argument_group(title) for c, title in GROUPS.items()}
-    for name, default in preset(base).flat().items():
+    for name, default in usual.flat().items():
         if name == "preset":
             continue
         component = name.rpartition(".")[0]
         action = _add_recipe_field(groups[component], name, default)
-        is_shown = shown is None or name in shown or component in shown
+        is_shown = (shown is None or name in shown or component in shown) and not usual.ignores(name)
         if not is_shown:
             action.help = argparse.SUPPRESS
         if not is_shown or not (name in COMMON or (shown and name == "decoder.weights")):
@@ -261,15 +287,31 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """The recipe that the arguments ask for.
 
     Raises:
-        UserError: unknown preset, or a bad value.
+        UserError: unknown preset or method, a bad value, or a field that the method does not have.
     """
+    given = given_fields(arguments)
     if arguments.recipe:
         if arguments.preset:
             raise UserError("give a PRESET or --recipe, not both", code="flags-conflict")
         recipe = from_yaml(storage.read_bytes(arguments.recipe), storage.shown(arguments.recipe))
-    else:
-        recipe = preset(arguments.preset or "shapes")
-    return recipe.with_fields(given_fields(arguments))
+        return with_given(recipe, given)
+    return with_given(preset(arguments.preset or "shapes", given.get("method", TRANSFGU)), given)
+
+
+def with_given(recipe: Recipe, given: Mapping[str, str]) -> Recipe:
+    """Return a recipe with fields that a command line gave.
+
+    Raises:
+        UserError: a bad value, or a field that the method does not have.
+    """
+    made = recipe.with_fields(given)
+    for name in given:
+        if other := made.ignores(name):
+            raise UserError(
+                f"--{name} is no option of method {made.method} (it is one of {other}): leave it out",
+                code="option-of-another-method",
+            )
+    return made
 
 
 def pretraining_recipe_of(arguments: argparse.Namespace) -> PretrainingRecipe:

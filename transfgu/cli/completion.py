@@ -13,8 +13,9 @@ from typing import get_args, get_origin
 from transfgu.cli.command_line import Parser
 from transfgu.cli.main import COMMANDS, command_module
 from transfgu.errors import UserError
+from transfgu.methods import METHODS, STAGES
 from transfgu.presets import PRESETS
-from transfgu.recipe import FIELDS, STAGES
+from transfgu.recipe import FIELDS
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -51,6 +52,8 @@ def _complete(action: argparse.Action, file: object) -> None:
     field = FIELDS.get(action.dest.removeprefix("field:"))
     if action.dest == "preset":
         action.choices = PRESETS
+    elif action.dest == "field:method":
+        action.choices = tuple(METHODS)
     elif action.dest == "until":
         action.choices = STAGES
     elif action.dest == "shell":

@@ -12,7 +12,6 @@ import pyarrow.fs as pafs
 from transfgu.cli.command_line import Parser
 from transfgu.cli.status import state_of
 from transfgu.errors import UserError
-from transfgu.recipe import STAGES
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
 
@@ -53,7 +52,7 @@ def table(folder: str) -> str:
         except UserError as error:
             rows.append((name, str(error), "", "", "", "", ""))
             continue
-        done = "finished" if state.finished else f"{len(state.complete)} of {len(STAGES)}"
+        done = "finished" if state.finished else f"{len(state.complete)} of {len(state.recipe.stages)}"
         done += ", at work" if state.holder else ""
         scores = [state.metrics.get(key) for key in ("mean_iou", "pixel_accuracy")]
         shown = ["" if value is None else f"{value:.2f}" for value in scores]

@@ -11,7 +11,7 @@ from typing import Any
 
 from transfgu import formats
 from transfgu.cli.command_line import Parser
-from transfgu.recipe import STAGES, Recipe
+from transfgu.recipe import Recipe
 from transfgu.store import storage
 from transfgu.store.artifacts import Manifest, Run
 from transfgu.store.lock import holder_of
@@ -38,7 +38,7 @@ class State:
     @property
     def finished(self) -> bool:
         """Whether every stage is complete."""
-        return len(self.complete) == len(STAGES)
+        return len(self.complete) == len(self.recipe.stages)
 
     @property
     def score(self) -> str:
@@ -55,9 +55,10 @@ def state_of(run: Run) -> State:
         UserError: the folder holds no run, or a damaged one.
     """
     recipe = run.recipe()
-    manifests = {stage: run.artifact(stage).manifest() for stage in STAGES}
+    manifests = {stage: run.artifact(stage).manifest() for stage in recipe.stages}
     complete = {stage: manifest for stage, manifest in manifests.items() if manifest is not None}
-    begun = tuple(s for s in STAGES if s not in complete and storage.exists(run.artifact(s).file("fields.json")))
+    missing = (stage for stage in recipe.stages if stage not in complete)
+    begun = tuple(stage for stage in missing if storage.exists(run.artifact(stage).file("fields.json")))
     uri = run.file("metrics.json")
     text = storage.read_bytes_or_none(uri)
     metrics = {} if text is None else formats.read_json(text, storage.shown(uri), "delete it, and train again")
@@ -68,7 +69,7 @@ def describe(run: Run) -> Iterator[str]:
     """The state of a run, line by line."""
     state, uri = state_of(run), storage.shown(run.uri)
     yield f"{uri}: {state.recipe.preset}, {state.recipe.classes} classes, {state.recipe.training.epochs} epochs"
-    for stage in STAGES:
+    for stage in state.recipe.stages:
         if stage in state.complete:
             manifest = state.complete[stage]
             left_out = len(manifest.outcome.left_out)

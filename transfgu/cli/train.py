@@ -9,7 +9,8 @@ from pathlib import Path
 
 from transfgu.cli.command_line import Parser, add_output, add_recipe, preset_table, print_config, recipe_of
 from transfgu.errors import UserError
-from transfgu.recipe import STAGES
+from transfgu.methods import STAGES, TRANSFGU
+from transfgu.recipe import Recipe
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
 
@@ -17,7 +18,11 @@ from transfgu.store.artifacts import Run
 def parser(words: Sequence[str] = ()) -> Parser:
     """Return the parser; its help shows the defaults of the preset among `words`."""
     made = Parser(__doc__ or "", "train", "[PRESET]")
-    made.add_argument("--run", metavar="URI", help="run folder: a path or URI (default: ~/transfgu/PRESET)")
+    made.add_argument(
+        "--run",
+        metavar="URI",
+        help="run folder: a path or URI (default: ~/transfgu/PRESET, with -METHOD for another method)",
+    )
     made.add_argument(
         "--until", metavar="STAGE", default=STAGES[-1], help=f"stop after this stage: {', '.join(STAGES)}"
     )
@@ -35,6 +40,11 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add_output(made)
     add_recipe(made, words)
     return made
+
+
+def folder_name(recipe: Recipe) -> str:
+    """Return the name of a run's folder where the user gives none."""
+    return recipe.preset if recipe.method == TRANSFGU else f"{recipe.preset}-{recipe.method}"
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -58,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> None:
             )
         text = storage.read_bytes(given.class_names)
         names = parse(text, datasets.classes(recipe).names, storage.shown(given.class_names))
-    run = Run(given.run or str(Path.home() / "transfgu" / recipe.preset))
+    run = Run(given.run or str(Path.home() / "transfgu" / folder_name(recipe)))
     if given.print_config:
         print_config(recipe, run)
     elif given.dry_run:

@@ -61,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.print_config:
         print_config(recipe)
         return
-    default = space.DEFAULT_GRID if arguments.searcher == "grid" else space.DEFAULT
+    default = space.default(recipe, arguments.searcher)
     own = ("trials", "objective", "searcher", "scheduler", "grace", "reduction", "concurrent", "hours")
     search = Search(
         recipe=recipe,

@@ -36,6 +36,12 @@ def index_maps(parts: list[str]) -> pa.Table:
         return pa.concat_tables(pool.map(read, parts))
 
 
+def maps_shape(rows: pa.Table) -> tuple[int, int, int]:
+    """Return planes, h and w of the images' packed maps, as the first of the rows has them."""
+    planes, h, w = read_maps(rows.slice(0, 1)).shape[1:]
+    return planes, h, w
+
+
 def read_maps(rows: pa.Table) -> Int16[np.ndarray, "n planes h w"]:
     """Packed maps of the images whose places `part` and `row` say; each row group is read once."""
     wanted: dict[tuple[str, int], list[tuple[int, int]]] = {}

@@ -18,12 +18,12 @@ def read_training_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
     """Decode images and maps.
 
     Args:
-        rows: columns `image` (URI), `part`, `row`; others are passed on.
+        rows: columns `image` (URI), and, where there are maps, `part` and `row`; others are passed on.
         size: images are resized to this, bilinear.
 
     Returns:
         The columns of `rows` but `part` and `row`, `image` as (n, 3, H, W) uint8, and `maps` (n, K + 2, h, w) int16,
-        packed as they are kept (see `packed_maps.unpack_maps`).
+        packed as they are kept (see `packed_maps.unpack_maps`), or without planes.
 
     Raises:
         UserError: an image that could be read when its maps were made, and now can't.
@@ -38,7 +38,20 @@ def read_training_rows(rows: pa.Table, *, size: Size) -> dict[str, Any]:
                 code="image-changed",
             ) from None
     passed = {n: rows[n].to_numpy() for n in rows.column_names if n not in ("image", "part", "row")}
-    return {**passed, "image": pixels, "maps": read_maps(rows)}
+    maps = read_maps(rows) if "part" in rows.column_names else np.empty((len(rows), 0, 0, 0), np.int16)
+    return {**passed, "image": pixels, "maps": maps}
+
+
+def read_reasons(rows: pa.Table) -> dict[str, Any]:
+    """Decode images (column `image`, URIs) to find the bad ones: `reason`, empty where all is well."""
+    reasons = []
+    for uri in rows["image"].to_pylist():
+        try:
+            images.read_image(uri)
+            reasons.append("")
+        except BadInput as error:
+            reasons.append(str(error))
+    return {"reason": np.array(reasons, object)}
 
 
 def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, protocol: Protocol = "published") -> dict[str, Any]:

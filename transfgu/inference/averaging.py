@@ -10,17 +10,16 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from transfgu.decoder import MaskDecoder
-from transfgu.encoder import normalise, patch_grid, scaled_size
-from transfgu.inference.tokens import PatchTokens
+from transfgu.encoder import patch_grid, scaled_size
+from transfgu.learner import Model
 from transfgu.recipe import EvaluationRecipe
 
 
 @torch.inference_mode()
 def averaged_logits(
-    encode: PatchTokens, decoders: Sequence[MaskDecoder], images: UInt8[Tensor, "B 3 H W"], how: EvaluationRecipe
+    models: Sequence[Model], images: UInt8[Tensor, "B 3 H W"], how: EvaluationRecipe
 ) -> list[Float[Tensor, "B C h w"]]:
-    """Logits of each decoder, the mean over scaled and mirrored images; every image is encoded once for all decoders.
+    """Logits of each model, the mean over scaled and mirrored images; the frozen part runs once for all models.
 
     Images are resized by each of `how.scales` (bilinear, without antialias, to whole patches); with `how.flip` each is
     also mirrored left to right, and its logits are mirrored back. Logits are resized (bilinear) to the patches of the
@@ -28,32 +27,34 @@ def averaged_logits(
     flip, they are those of a single forward pass, bit for bit.
 
     Args:
-        encode: the frozen encoder, on its device.
-        decoders: mask decoders in evaluation mode, on the same.
+        models: of one method and one frozen part, in evaluation mode.
         images: as they are decoded.
         how: says `scales` and `flip`.
 
     Returns:
-        For each decoder its logits, h x w patches of the largest of the scaled images.
+        For each model its logits: h x w patches of the largest of the scaled images, or as its single pass has them.
 
     Raises:
-        UserError: the encoder's patch does not divide a side of the images.
+        UserError: the models' patch does not divide a side of the images.
     """
-    encoder = encode.encoder
+    shared = models[0]
     own = (images.shape[2], images.shape[3])
-    patch_grid(own, encoder.patch_size)
-    sizes = [scaled_size(own, scale, encoder.patch_size) for scale in how.scales]
-    finest = patch_grid(max(sizes), encoder.patch_size)
-    found: list[list[Tensor]] = [[] for _ in decoders]
+    patch_grid(own, shared.patch_size)
+    sizes = [scaled_size(own, scale, shared.patch_size) for scale in how.scales]
+    finest = patch_grid(max(sizes), shared.patch_size)
+    found: list[list[Tensor]] = [[] for _ in models]
     for size in sizes:
         resized: Tensor = images
         if size != own:
-            pixels = normalise(images.to(encode.device), encoder.mean, encoder.std)
-            resized = F.interpolate(pixels, size, mode="bilinear")
+            resized = F.interpolate(shared.normalise(images), size, mode="bilinear")
         for mirrored in (False, True) if how.flip else (False,):
-            patches = encode(resized.flip(3) if mirrored else resized)
-            for its, decoder in zip(found, decoders, strict=True):
-                logits = decoder(patches)[0].mT.unflatten(2, patch_grid(size, encoder.patch_size))  # -> (B, C, h, w)
-                logits = logits.flip(3) if mirrored else logits
-                its.append(logits if logits.shape[2:] == finest else F.interpolate(logits, finest, mode="bilinear"))
-    return [torch.stack(its).mean(0) if len(its) > 1 else its[0] for its in found]
+            seen = shared.frozen(resized.flip(3) if mirrored else resized)
+            for its, model in zip(found, models, strict=True):
+                logits = model.logits(seen, size)
+                its.append(logits.flip(3) if mirrored else logits)
+    if len(found[0]) == 1:
+        return [its[0] for its in found]
+    return [
+        torch.stack([x if x.shape[2:] == finest else F.interpolate(x, finest, mode="bilinear") for x in its]).mean(0)
+        for its in found
+    ]

@@ -1,5 +1,7 @@
 """TransFGU's model: the frozen encoder's patch tokens, and the masks that a decoder makes of them."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import normalise, patch_grid
 from transfgu.inference.tokens import PatchTokens
-from transfgu.recipe import Size
+from transfgu.recipe import Recipe, Size
 
 
 class MaskModel:
@@ -31,3 +33,19 @@ class MaskModel:
         """The decoder's logits of patch tokens, one per patch of images of `size`."""
         logits: Tensor = self.decoder(seen)[0]
         return logits.mT.reshape(len(seen), -1, *patch_grid(size, self.patch_size))  # (B, hw, C) -> (B, C, h, w)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The decoder's weights."""
+        weights: dict[str, Tensor] = self.decoder.state_dict()
+        return weights
+
+
+def load_models(recipe: Recipe, weights: Sequence[Mapping[str, Tensor]], device: torch.device) -> list[MaskModel]:
+    """Return the models of several decoders' weights, which share one encoder; see `transfgu.methods.Method`.
+
+    Raises:
+        UserError: the encoder can't be had, or weights are not a mask decoder's.
+    """
+    encode = PatchTokens(recipe.encoder, device)
+    heads = encode.encoder.num_heads
+    return [MaskModel(encode, MaskDecoder.from_state_dict(w, num_heads=heads).to(device)) for w in weights]

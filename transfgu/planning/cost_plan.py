@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from transfgu.errors import UserError
+from transfgu.methods import TRANSFGU
 from transfgu.planning.measurements import Measurements, aligned
 from transfgu.recipe import Recipe
 
@@ -70,6 +71,11 @@ def costs(recipe: Recipe, found: Measurements, images: int, validation: int) -> 
     Raises:
         UserError: a stage that was not measured, or measurements of another encoder.
     """
+    if recipe.method != TRANSFGU:
+        raise UserError(
+            f"a plan is made of TransFGU's stages, and the recipe's method is {recipe.method}: leave out --method",
+            code="plan-of-another-method",
+        )
     if found.encoder != recipe.encoder.name:
         raise UserError(
             f"the measurements are of encoder {found.encoder}, and the recipe's is {recipe.encoder.name}: "

@@ -18,7 +18,8 @@ from transfgu.encoder import normalise
 from transfgu.errors import LeftOut
 from transfgu.inference import device
 from transfgu.inference.tokens import PatchTokens
-from transfgu.recipe import STAGES, Recipe
+from transfgu.methods import STAGES, TRANSFGU, method
+from transfgu.recipe import Recipe
 from transfgu.runtime import capacity, connect, parts
 from transfgu.runtime.bottleneck import operators
 from transfgu.runtime.progress import duration
@@ -67,23 +68,31 @@ def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool
         UserError: what would end the run before it begins: data, weights, storage, resources, another recipe's folder.
     """
     recipe = pipeline.preflight(recipe, run)
-    stages = pipeline.stages_until(until)
+    stages = pipeline.stages_until(recipe, until)
     complete = pipeline.check_artifacts(recipe, run)
     connect.connect(verbose=verbose)
     pipeline.check_shared(recipe, run)
     capacity.check_satisfiable(recipe.compute)
     held = capacity.actor_resources(recipe.compute)
     counts = _counts(recipe, run if complete["samples"] else None)
-    encode = PatchTokens(recipe.encoder, device.own_device())
-    timed = not capacity.cluster_gpus() or encode.device.type == "cuda"
-    works = _works(recipe, counts, encode, timed)
-    parameters = sum(p.numel() for p in encode.encoder.parameters())
+    how = method(recipe.method)
+    encode = PatchTokens(recipe.encoder, device.own_device()) if how.encoder else None
+    by_concepts = encode is not None and "concepts" in recipe.stages  # what these stages do is known in detail
+    timed = by_concepts and (not capacity.cluster_gpus() or (encode is not None and encode.device.type == "cuda"))
+    works = _works(recipe, counts, encode, timed) if encode and by_concepts else _other_works(recipe, counts)
     yield f"dry run of {storage.shown(run.uri)}: checked, nothing computed"
+    encoder = "no encoder"
+    if encode:
+        parameters = sum(p.numel() for p in encode.encoder.parameters())
+        encoder = (
+            f"encoder {recipe.encoder.name}, {parameters / 1e6:.1f} million parameters of patch "
+            f"{encode.encoder.patch_size}, {recipe.encoder.weights}"
+        )
     yield (
-        f"recipe   {recipe.preset}: {recipe.concepts.things} things and {recipe.concepts.stuff} stuff"
+        f"recipe   {recipe.preset}{'' if recipe.method == TRANSFGU else ' by ' + how.title}: "
+        f"{recipe.concepts.things} things and {recipe.concepts.stuff} stuff"
         f"{' before a background' if recipe.background else ''}, "
-        f"{'x'.join(map(str, recipe.dataset.image_size))} pixels; encoder {recipe.encoder.name}, "
-        f"{parameters / 1e6:.1f} million parameters of patch {encode.encoder.patch_size}, {recipe.encoder.weights}"
+        f"{'x'.join(map(str, recipe.dataset.image_size))} pixels; {encoder}"
     )
     yield (
         f"data     {counts.train} training images, {counts.validation} for validation, {counts.labelled} of them "
@@ -95,7 +104,7 @@ def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool
         f"to {capacity.pool_size(recipe.compute)} encoder actors, {capacity.training_workers(recipe.compute)} training "
         f"workers, each holding {held['num_cpus']:g} CPUs and {held['num_gpus']:g} GPUs"
     )
-    plans = _plans(recipe, encode.encoder.width)
+    plans = _plans(recipe, encode.encoder.width) if encode and by_concepts else {}
     for stage in stages:
         if complete[stage]:
             yield f"{stage}: complete already, skipped"
@@ -108,9 +117,9 @@ def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool
             yield f"  {' > '.join(plans[stage])}"
     left = [works[stage] for stage in stages if not complete[stage]]
     total = f"in all {_bytes(sum(w.stored for w in left))} to write"
-    if timed:
+    if timed and encode:
         total += f", and about {duration(sum(w.time for w in left))} in the encoder, timed on this {encode.device.type}"
-    else:
+    elif by_concepts:
         total += "; no times, as this machine has none of the cluster's GPUs"
     yield f"{total}. Without --dry-run the same command begins."
 
@@ -193,6 +202,21 @@ def _works(recipe: Recipe, counts: Counts, encode: PatchTokens, timed: bool) -> 
             seconds=seconds(dataset.image_size),
             processes=actors,
         ),
+    }
+
+
+def _other_works(recipe: Recipe, counts: Counts) -> Mapping[str, Work]:
+    """What a method without concepts would do; what it takes is not known before."""
+    training = recipe.training
+    order = Order(images=counts.train, passes=training.passes, batch_size=training.batch_size, seed=recipe.seed)
+    return {
+        "samples": Work(what=f"list {counts.train} and {counts.validation} images"),
+        "pseudo_labels": Work(what=f"an object mask for each of {counts.train} images"),
+        "training": Work(
+            what=f"{training.epochs} epochs of {order.steps} steps of {order.batch} images, "
+            f"{training.epochs * order.steps} steps in all"
+        ),
+        "evaluation": Work(what=f"score {counts.labelled} images"),
     }
 
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD
 from transfgu.pretraining.recipe import PretrainingRecipe
+from transfgu.workers import sum_over_workers, worker_count
 
 Vit = Any
 """A VisionTransformer with a class token and learned positions: timm's types leave open whether it has them."""
@@ -316,19 +317,6 @@ class Teacher(nn.Module):
         """The average becomes momentum average + (1 - momentum) student."""
         for mine, theirs in zip(self.average.parameters(), student.parameters(), strict=True):
             mine.lerp_(theirs.detach(), 1 - momentum)
-
-
-def worker_count() -> int:
-    """Workers of the default process group; 1 where there is none."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def sum_over_workers(part: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The sum of every worker's `part`; not differentiable."""
-    if worker_count() > 1:
-        part = part.clone()
-        dist.all_reduce(part)
-    return part
 
 
 def gather_from_workers(mine: Float[Tensor, "V B e"]) -> Float[Tensor, "V all e"]:

@@ -91,7 +91,8 @@ class Pretraining:
         torch.manual_seed(self.seed)  # initial weights, the same on every worker
         self._student = Student(self.recipe).to(place.device)
         self._teacher = Teacher(self._student).to(place.device)
-        self.state = State(student=self._student, optimiser=new_optimizer(self._student), teacher=self._teacher.average)
+        self._optimizer = new_optimizer(self._student)
+        self.state = State(student=self._student, optimiser=self._optimizer, teacher=self._teacher.average)
         self._parallel = DistributedDataParallel(self._student) if place.world > 1 else self._student
         self._generator = torch.Generator()
         self._source = self._open(inputs)
@@ -126,21 +127,21 @@ class Pretraining:
 
     def step(self, batch: Batch, epoch: int, index: int) -> Pending:
         """One step of AdamW; both losses are those of this worker's slice."""
-        recipe, state = self.recipe, self.state
+        recipe = self.recipe
         now = StepSchedule.at(epoch * self.order.steps + index, recipe)
-        apply_schedule(state.optimiser, now)
+        apply_schedule(self._optimizer, now)
         images = batch.inputs.to(self._place.device).float() / 255
         views = Views.draw(images, recipe, self._generator)
         unit, cosines = self._parallel(views, self._generator)
         loss = pretraining_loss(unit, cosines, self._teacher(views), now.clustering_weight, recipe)
-        state.optimiser.zero_grad()
+        self._optimizer.zero_grad()
         loss.total.backward()  # type: ignore[no-untyped-call]
         if not now.train_prototypes:
             self._student.head.prototypes.grad = None
         # Of gradients that are averaged over workers: all find the same norm, and stop at the same step.
         norm = torch.nn.utils.clip_grad_norm_(self._student.parameters(), recipe.clip).item()
         if math.isfinite(norm):
-            state.optimiser.step()
+            self._optimizer.step()
             self._teacher.follow(self._student, now.teacher_momentum)
         return partial(_values, loss.contrast.item(), loss.clustering.item(), norm)
 

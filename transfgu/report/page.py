@@ -24,6 +24,7 @@ from transfgu.datasets import images, map_files, pictures
 from transfgu.datasets.packed_maps import unpack_maps
 from transfgu.errors import BadInput
 from transfgu.maps import background_map, scale_maps
+from transfgu.methods import method
 from transfgu.metrics import scores
 from transfgu.recipe import FIELDS, Recipe, preset
 from transfgu.report import charts
@@ -87,8 +88,9 @@ def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Ma
         legend=_legend(segmenter, [p for row in grid for p in row.pictures]),
         classes=None if confusion is None else class_bars(segmenter, confusion),
         confusion=None if confusion is None else confusion_view(segmenter, confusion),
-        concepts=_concepts(recipe, run, segmenter),
-        pseudo_labels=_pseudo_labels(recipe, run, segmenter),
+        method=method(recipe.method),
+        concepts=_concepts(recipe, run, segmenter) if "concepts" in recipe.stages else [],
+        pseudo_labels=_pseudo_labels(recipe, run, segmenter) if "concepts" in recipe.stages else [],
         curves=_curves(run, kept),
         epochs=_epochs(run, metrics),
         protocol=_PROTOCOLS[recipe.evaluation.protocol].format(*recipe.dataset.image_size),
@@ -122,6 +124,8 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
+_NO_LOSS = ("seconds", "images_per_second", "label_free")  # numbers of the history that are not drawn
+
 _TITLES = {
     "samples": "Samples",
     "features": "Features",
@@ -154,7 +158,8 @@ def duration(seconds: float) -> str:
 def _facts(recipe: Recipe, stages: Mapping[str, Manifest]) -> dict[str, Any]:
     """Numbers for the explanation in words."""
     images_of = {stage: manifest.outcome.items for stage, manifest in stages.items()}
-    return {"items": images_of, "windows": sum(stages["features"].outcome.details["windows"].values())}
+    windows = sum(stages["features"].outcome.details["windows"].values()) if "features" in stages else 0
+    return {"items": images_of, "windows": windows}
 
 
 def _table_1(recipe: Recipe, metrics: Mapping[str, Any]) -> list[tuple[Result, bool]]:
@@ -468,7 +473,7 @@ class Curve:
 def _curves(run: Run, kept: int | None) -> dict[str, Any]:
     """Scores and losses by epoch, with the epochs at which the student became the teacher, and the kept one."""
     history = run.history()
-    updates = [float(epoch["epoch"]) for epoch in history if epoch["teacher_updated"]]
+    updates = [float(epoch["epoch"]) for epoch in history if epoch.get("teacher_updated")]
     ends = (float(history[0]["epoch"]), float(history[-1]["epoch"]))
     groups: list[tuple[str, str, tuple[tuple[str, str], ...]]] = [
         ("Scores on the validation images", " %", (("accuracy", "pixel_accuracy"), ("mIoU", "mean_iou"))),
@@ -478,10 +483,13 @@ def _curves(run: Run, kept: int | None) -> dict[str, Any]:
         ("Uncertainty loss", "", (("uncertainty", "uncertainty"),)),
         ("Alpha, the weight of the negative labels", "", (("alpha", "alpha"),)),
     ]
+    shown = {key for _, _, lines in groups for _, key in lines}
+    others = [key for key, value in history[0].items() if isinstance(value, float) and key not in {*shown, *_NO_LOSS}]
+    groups += [(f"{key[0].upper()}{key[1:]} loss", "", ((key, key),)) for key in others]
     drawn = []
     for title, unit, lines in groups:
         points = {
-            name: [(float(e["epoch"]), float(e[key])) for e in history if e[key] is not None] for name, key in lines
+            name: [(float(e["epoch"]), float(e[key])) for e in history if e.get(key) is not None] for name, key in lines
         }
         series = [Series(name=name, points=found) for name, found in points.items() if found]
         if series:
@@ -514,6 +522,8 @@ def _commands(recipe: Recipe, run: Run) -> list[tuple[str, str]]:
     if not recipe.labels and recipe.preset == "folder":
         named = ("Names for the concepts, and merges", f"transfgu name {uri} NAMES.yaml")
         return [*made, named, ("Scores, once there are labels", f"transfgu evaluate --run {uri} --labels LABELS")]
+    if "concepts" not in recipe.stages:
+        return made
     return [
         *made,
         ("The same images scored by simpler methods", f"transfgu evaluate --run {uri} --baselines"),
@@ -587,7 +597,7 @@ def _left_out(stages: Mapping[str, Manifest]) -> list[dict[str, Any]]:
 
 def _changes(recipe: Recipe) -> list[dict[str, str]]:
     """The fields that differ from the preset's."""
-    published, own = preset(recipe.preset).flat(), recipe.flat()
+    published, own = preset(recipe.preset, recipe.method).flat(), recipe.flat()
     return [
         {"name": name, "doc": FIELDS[name].doc, "value": _shown(own[name]), "preset": _shown(published[name])}
         for name in own

@@ -14,6 +14,7 @@ import numpy as np
 
 from transfgu.errors import UserError
 from transfgu.fields import convert, kind_name
+from transfgu.methods import TRANSFGU
 from transfgu.recipe import FIELDS, Recipe, field_name
 
 Number = int | float
@@ -30,6 +31,8 @@ DEFAULT = (
     "alpha_step=choice(0,0.01)",
 )
 """A decade around what is published (1, 0.3, 0.03 rising by 0.01); a step of 0 holds alpha constant."""
+DEFAULT_OF_OTHERS = ("lr=loguniform(1e-5,1e-2)",)
+"""For methods that have no loss weights to search."""
 DEFAULT_GRID = (
     "omega_1=grid(0.3,1,3)",
     "omega_2=grid(0.1,0.3,1)",
@@ -129,6 +132,13 @@ class Space:
         return [str(r) for r in self.ranges]
 
 
+def default(recipe: Recipe, searcher: str) -> tuple[str, ...]:
+    """Return what is searched where the user says nothing."""
+    if recipe.method == TRANSFGU:
+        return DEFAULT_GRID if searcher == "grid" else DEFAULT
+    return ("lr=grid(1e-4,1e-3,1e-2)",) if searcher == "grid" else DEFAULT_OF_OTHERS
+
+
 def parse(texts: Sequence[str], recipe: Recipe) -> Space:
     """A space from ``FIELD=KIND(...)`` texts.
 
@@ -174,7 +184,7 @@ def _parse(text: str, recipe: Recipe) -> Range:
         )
     given, kind, inside = match[1], match[2], match[3]
     name = ALPHA if given == ALPHA else field_name(given)
-    whole = _check_field(name)
+    whole = _check_field(name, recipe)
     words = [word.strip() for word in inside.split(",")] if inside.strip() else []
     values: tuple[Number, ...] = tuple(convert(name, int if whole else float, word) for word in words)
     _check_values(text, kind, values, whole=whole)
@@ -187,8 +197,13 @@ def _parse(text: str, recipe: Recipe) -> Range:
     return found
 
 
-def _check_field(name: str) -> bool:
+def _check_field(name: str, recipe: Recipe) -> bool:
     """Whether the field's values are whole numbers; raises UserError where it can't be searched."""
+    if other := recipe.ignores("training.alpha_start" if name == ALPHA else name):
+        raise UserError(
+            f"{name} can't be searched: method {recipe.method} does not have it ({other} has)",
+            code="option-of-another-method",
+        )
     if name == ALPHA:
         return False
     kind = FIELDS[name].kind

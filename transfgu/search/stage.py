@@ -26,7 +26,7 @@ from ray.tune.search import Searcher
 
 from transfgu import formats, pipeline
 from transfgu.errors import UserError, in_words
-from transfgu.recipe import STAGES, ComputeRecipe, Recipe, upgraded
+from transfgu.recipe import ComputeRecipe, Recipe, upgraded
 from transfgu.runtime import capacity, connect
 from transfgu.runtime.failures import find_user_error
 from transfgu.runtime.progress import Progress
@@ -37,8 +37,11 @@ from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Artifact, Run
 from transfgu.store.lock import hold
 
-UPSTREAM = STAGES[: STAGES.index("training")]
-"""The stages before training, whose artefacts trials share."""
+
+def upstream(recipe: Recipe) -> tuple[str, ...]:
+    """Return the method's stages before training, whose artefacts trials share."""
+    return recipe.stages[: recipe.stages.index("training")]
+
 
 _UNLABELLED = 256  # validation images that the criterion without labels is taken on, at even distances
 _TRIAL_CPUS = 0.1  # of the process that starts a trial's workers and waits
@@ -78,11 +81,11 @@ class Prepared:
     tables: Tables
 
 
-def prepare(recipe: Recipe, uri: str, stages: Sequence[str] = UPSTREAM, *, quiet: bool = True) -> list[str]:
-    """Run those of `stages` that are not complete in the search's folder `uri`; returns which."""
+def prepare(recipe: Recipe, uri: str, stages: Sequence[str] | None = None, *, quiet: bool = True) -> list[str]:
+    """Run those of `stages` (None: all before training) that are not complete in the search's folder; returns which."""
     run = SharedRun(uri, recipe)
     computed = []
-    for stage in stages:
+    for stage in upstream(recipe) if stages is None else stages:
         if not run.artifact(stage).check(recipe):
             manifest = pipeline.run_stage(stage, recipe, run, quiet=quiet, verbose=False)
             computed.append(stage)
@@ -92,18 +95,15 @@ def prepare(recipe: Recipe, uri: str, stages: Sequence[str] = UPSTREAM, *, quiet
 
 
 def tabulate(recipe: Recipe, uri: str) -> Tables:
-    """Write the tables that training reads, beside the pseudo labels that they belong to.
+    """Write the tables that training reads, beside the artefact that they belong to: the last one before training.
 
     Raises:
-        UserError: no image has a pseudo label.
+        UserError: no image has a pseudo label, or can be used.
     """
     run = SharedRun(uri, recipe)
-    folder = run.artifact("pseudo_labels")
-    images, labelled = training.training_images(run), samples.labelled(recipe, run)
-    if not len(images):
-        raise UserError(
-            f"{folder.uri} holds no pseudo label: delete that folder to make them anew", code="pseudo-labels-missing"
-        )
+    folder = run.artifact(upstream(recipe)[-1])
+    images, _ = training.usable_images(recipe, run, folder.file("usable.table"))
+    labelled = samples.labelled(recipe, run)
     validation = samples.load(run, "validation").select(["image"])
     count = min(_UNLABELLED, len(validation))
     unlabelled = validation.take(pa.array([i * len(validation) // count for i in range(count)], pa.int64()))
@@ -113,7 +113,7 @@ def tabulate(recipe: Recipe, uri: str) -> Tables:
     for name, table in tables.items():
         if len(table):
             parquet.write_table(uris[name], table)
-    return Tables(**uris, inputs=training.inputs_digest(run, images, labelled))
+    return Tables(**uris, inputs=training.inputs_digest(recipe, run, images, labelled))
 
 
 class Preparer:
@@ -212,7 +212,7 @@ def run(search: Search, progress: Progress, *, quiet: bool = False, verbose: boo
     connect.connect(verbose=verbose)
     capacity.check_shared(search.uri)
     allotment = allot(capacity.every_possible_node(), search)
-    shared = [stage for stage in UPSTREAM if not search.space.touches(search.recipe.stage_fields(stage))]
+    shared = [stage for stage in upstream(search.recipe) if not search.space.touches(search.recipe.stage_fields(stage))]
     computed = prepare(search.recipe, search.uri, shared, quiet=quiet)
     home = SharedRun(search.uri, search.recipe)
     stages = {}
@@ -230,14 +230,15 @@ def run(search: Search, progress: Progress, *, quiet: bool = False, verbose: boo
             "--objective mean_iou needs labels, and no validation image has one: use --objective label_free",
             code="labels-missing",
         )
+    whole = shared == list(upstream(search.recipe))
     if left > 0:
         plan = _Plan(
             recipe=replace(search.recipe, compute=allotment.compute),
             uri=search.uri,
             beside=allotment.beside,
-            tables=tabulate(search.recipe, search.uri) if shared == list(UPSTREAM) else None,
+            tables=tabulate(search.recipe, search.uri) if whole else None,
             preparer=ray.remote(Preparer).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
-            if shared != list(UPSTREAM)
+            if not whole
             else None,
         )
         progress.note(f"{left} trials to go, {allotment.concurrent} at a time")

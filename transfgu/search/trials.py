@@ -16,7 +16,8 @@ import numpy as np
 
 from transfgu import formats
 from transfgu.errors import UserError
-from transfgu.recipe import STAGES, Recipe, field_name
+from transfgu.methods import STAGES
+from transfgu.recipe import Recipe, field_name
 from transfgu.search import space as search_space
 from transfgu.search.space import Parameters, Space
 from transfgu.store import storage

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from transfgu import datasets
+from transfgu.methods import method
 from transfgu.recipe import Recipe
 
 PAPER = "https://arxiv.org/abs/2112.01515"
@@ -16,10 +17,16 @@ _TEMPLATE = """---
 
 # {{ title }}
 
-Divides an image into {{ classes|length }} classes. It was learned without a single label, by TransFGU
+Divides an image into {{ classes|length }} classes.
+{% if recipe.method == "transfgu" -%}
+It was learned without a single label, by TransFGU
 ([Yin et al., ECCV 2022]({{ paper }})): windows of unlabelled images were described by the self-supervised vision
 transformer `{{ recipe.encoder.name }}` and clustered into {{ recipe.concepts.count }} concepts; a mask decoder learned
 from maps of where each concept is, and then from its own predictions.
+{% else -%}
+It was learned without a single label, by {{ method.title }}.
+{{ method.about }}
+{% endif %}
 
 ## Use
 
@@ -87,7 +94,8 @@ def write_card(
     scored = scores if scores is not None and scores["mean_iou"] is not None else None
     scored_names = datasets.classes(recipe).names
     regrouped = scored is not None and len(classes) != len(scored_names)
-    title = f"TransFGU, {recipe.preset}"
+    how = method(recipe.method)
+    title = f"{how.title}, {recipe.preset}"
     results = [
         EvalResult(
             task_type="image-segmentation",
@@ -112,6 +120,7 @@ def write_card(
         data,
         template_str=_TEMPLATE,
         title=title,
+        method=how,
         paper=PAPER,
         recipe=recipe,
         classes=classes,

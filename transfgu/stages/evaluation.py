@@ -21,12 +21,14 @@ from torch import Tensor
 
 from transfgu import formats
 from transfgu.datasets.rows import read_labelled_rows, usable
-from transfgu.decoder import MaskDecoder, all_winners
+from transfgu.decoder import all_winners
 from transfgu.errors import LeftOut, UserError
 from transfgu.inference import device
 from transfgu.inference.averaging import averaged_logits
 from transfgu.inference.device import allow_tf32, use_cores
-from transfgu.inference.tokens import PatchTokens
+from transfgu.inference.mask_model import MaskModel
+from transfgu.inference.models import check_method, load_models
+from transfgu.methods import TRANSFGU
 from transfgu.metrics import Scores, batch_confusion, scores, scores_json
 from transfgu.recipe import Recipe
 from transfgu.runtime import bottleneck, capacity, connect, parts
@@ -191,14 +193,15 @@ class Count:
         if self._device.type == "cpu":
             use_cores(processes)
         allow_tf32(recipe.encoder, self._device)
-        self._encode = PatchTokens(recipe.encoder, self._device)
-        encoder = self._encode.encoder
-        self._decoders = [load_decoder(uri, encoder.num_heads).to(self._device) for uri in decoders]
-        for decoder, uri in zip(self._decoders, decoders, strict=True):
-            if decoder.proj_dec.in_features != encoder.width:
+        self._models = load_models(recipe, decoders, self._device)
+        for model, uri in zip(self._models, decoders, strict=True):
+            if not isinstance(model, MaskModel):
+                continue
+            width, encoder = model.decoder.proj_dec.in_features, model.encode.encoder
+            if width != encoder.width:
                 raise UserError(
-                    f"{storage.shown(uri)} decodes tokens of width {decoder.proj_dec.in_features}, and encoder "
-                    f"{recipe.encoder.name} has {encoder.width}: set --encoder.name to the one it was trained with",
+                    f"{storage.shown(uri)} decodes tokens of width {width}, and encoder {recipe.encoder.name} has "
+                    f"{encoder.width}: set --encoder.name to the one it was trained with",
                     code="model-mismatch",
                 )
 
@@ -206,10 +209,10 @@ class Count:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One row: counts by decoder, images, and what was left out, as JSON."""
         classes = self._recipe.classes
-        confusions = np.zeros((1, len(self._decoders), classes, classes), np.int64)
+        confusions = np.zeros((1, len(self._models), classes, classes), np.int64)
         images, labels = usable(batch)
         if labels:
-            averaged = averaged_logits(self._encode, self._decoders, torch.from_numpy(images), self._recipe.evaluation)
+            averaged = averaged_logits(self._models, torch.from_numpy(images), self._recipe.evaluation)
             for confusion, logits in zip(confusions[0], averaged, strict=True):
                 for batch_logits, batch_labels in self._same_size(logits, labels):
                     predicted = all_winners(batch_logits, (batch_labels.shape[1], batch_labels.shape[2]))
@@ -236,14 +239,13 @@ class Count:
             yield logits[start : start + at_once], some.to(self._device)
 
 
-def load_decoder(uri: str, num_heads: int) -> MaskDecoder:
-    """A decoder in evaluation mode; no code in the file is executed."""
-    return MaskDecoder.from_state_dict(read_weights(uri).tensors, num_heads=num_heads)
-
-
 def check_decoder(recipe: Recipe, uri: str) -> None:
-    """Raises UserError unless the file at `uri` holds a decoder of as many classes as the recipe has."""
-    tensors = read_weights(uri).tensors
+    """Raises UserError unless the file at `uri` holds a model of the recipe's method and number of classes."""
+    file = read_weights(uri)
+    check_method(recipe, file, uri)
+    if recipe.method != TRANSFGU:
+        return
+    tensors = file.tensors
     found = next((t.shape[1] for n, t in tensors.items() if n.endswith("cls_emb") and t.ndim == 3), None)
     if found is None:
         raise UserError(

@@ -4,23 +4,32 @@ The maps of the training images are made once and kept, packed to sixteen bits; 
 any order. The actor serves any list of samples, so what the maps alone are worth can be scored on validation images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import safetensors
 import safetensors.numpy
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from ray.data import Dataset
 
-from transfgu.errors import UserError
-from transfgu.recipe import Recipe
+from transfgu.datasets import images
+from transfgu.datasets.mask_files import find_masks, no_objects
+from transfgu.errors import BadInput, UserError
+from transfgu.methods import method
+from transfgu.recipe import Recipe, Size
 from transfgu.runtime import parts
 from transfgu.runtime.progress import Progress
 from transfgu.stages import samples
 from transfgu.store import storage
 from transfgu.store.artifacts import Outcome, Run
+
+if TYPE_CHECKING:
+    from transfgu.inference.frozen_encoder import FrozenEncoder
+
+_MASK_CELL = 4  # pixels of the image along a side of a cell in which a mask of a file is kept
 
 
 def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
@@ -34,9 +43,9 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         UserError: more bad images than `dataset.max_bad_share`; an encoder that can't be had.
     """
     folder = run.artifact("pseudo_labels").uri
-    listed = samples.load(run, "train")
-    if recipe.dataset.curated:
-        listed = listed.filter(listed["curated"])
+    listed = samples.training(recipe, run)
+    if method(recipe.method).proposals:
+        return _object_masks(recipe, listed, folder, progress)
     centroids = load_centroids(run)
     summaries, work = parts.complete(
         recipe,
@@ -49,6 +58,41 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     )
     bad = tuple(x for summary in summaries for x in summary.left_out)
     return Outcome(items=len(listed) - len(bad), left_out=bad, details={"concepts": len(centroids), **work})
+
+
+def _object_masks(recipe: Recipe, listed: pa.Table, folder: str, progress: Progress) -> Outcome:
+    """Make one object mask for each training image, in parts like the maps': one plane of 0 and 1.
+
+    Raises:
+        UserError: no image has an object; or as :func:`run`.
+    """
+    from transfgu.runtime import capacity
+
+    uri = recipe.maskcontrast.object_masks
+    work = parts.Work(
+        read=parts.ReadImages(size=recipe.dataset.image_size, interpolation=recipe.dataset.interpolation),
+        actor=MapObjects,
+        arguments={
+            "recipe": recipe,
+            "masks": find_masks(listed, uri) if uri else None,
+            "processes": capacity.actors_per_node(recipe.compute),
+        },
+        write=WritePseudoLabels(folder=folder),
+    )
+    summaries, details = parts.complete(
+        recipe,
+        listed,
+        folder,
+        parts.part_size(recipe.dataset.image_size),
+        lambda missing: work.plan(missing, capacity.encoder_pool(recipe.compute)),
+        progress,
+        work.here,
+    )
+    objects = sum(summary.counts.get("objects", 0) for summary in summaries)
+    if not objects:
+        raise no_objects(f"any of {len(listed)} images")
+    bad = tuple(x for summary in summaries for x in summary.left_out)
+    return Outcome(items=len(listed) - len(bad), left_out=bad, details={"images with an object": objects, **details})
 
 
 def load_centroids(run: Run) -> Float[np.ndarray, "K d"]:
@@ -101,17 +145,11 @@ class MapConcepts:
     """An actor: images to packed concept maps. See :func:`maps_dataset` for the rows that come out."""
 
     def __init__(self, recipe: Recipe, centroids: Float[np.ndarray, "K d"], processes: int) -> None:
-        # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
         import torch
 
-        from transfgu.inference.device import own_device
-        from transfgu.inference.frozen_encoder import FrozenEncoder
-
-        device = own_device()
         self._how = recipe.pseudo_labels
-        at_once = parts.part_size(recipe.dataset.image_size)
-        self._frozen = FrozenEncoder(recipe, device, processes=processes, images_at_once=at_once)
-        self._concepts = torch.tensor(centroids, device=device)
+        self._frozen = _frozen_encoder(recipe, processes)
+        self._concepts = torch.tensor(centroids, device=self._frozen.device)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """A block of `ReadImages` to one of maps."""
@@ -125,6 +163,55 @@ class MapConcepts:
         return whole.append_column("note", pa.array([self._frozen.note] * len(whole), pa.string()))
 
 
+def _frozen_encoder(recipe: Recipe, processes: int) -> "FrozenEncoder":
+    # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
+    from transfgu.inference.device import own_device
+    from transfgu.inference.frozen_encoder import FrozenEncoder
+
+    at_once = parts.part_size(recipe.dataset.image_size)
+    return FrozenEncoder(recipe, own_device(), processes=processes, images_at_once=at_once)
+
+
+class MapObjects:
+    """An actor: images to object masks, of the encoder's class attention or of files."""
+
+    def __init__(self, recipe: Recipe, masks: Mapping[str, str] | None, processes: int) -> None:
+        """`masks` are URIs by sample name; None: the attention's."""
+        self._recipe, self._masks = recipe, masks
+        self._frozen = _frozen_encoder(recipe, processes) if masks is None else None
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """A block of `ReadImages` to one of masks, with `objects`: 1 where the mask has a pixel."""
+        rows, pixels = parts.usable(block)
+        reasons: list[str | None] = [None] * len(rows)
+        if self._frozen:
+            masks = self._frozen.saliency(pixels, times_mean=self._recipe.windows.saliency_factor)
+        else:
+            height, width = (max(1, side // _MASK_CELL) for side in self._recipe.dataset.image_size)
+            masks = np.zeros((len(rows), height, width), bool)
+            for i, name in enumerate(rows["name"].to_pylist()):
+                try:
+                    masks[i] = self._read(name, (height, width))
+                except BadInput as error:
+                    reasons[i] = str(error)
+        planes = pa.array([mask.astype(np.int16).tobytes() for mask in masks], pa.binary())
+        made = rows.append_column("maps", planes).append_column("objects", pa.array([int(m.any()) for m in masks]))
+        for name, side in zip("hw", masks.shape[1:], strict=True):
+            made = made.append_column(name, pa.array([side] * len(made), pa.int16()))
+        made = made.set_column(made.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
+        bad = block.filter(block["reason"].is_valid()).drop_columns("image")
+        whole = pa.concat_tables([made, bad], promote_options="default")
+        note = self._frozen.note if self._frozen else ""
+        return whole.append_column("note", pa.array([note] * len(whole), pa.string()))
+
+    def _read(self, name: str, size: Size) -> Bool[np.ndarray, "h w"]:
+        assert self._masks is not None
+        if name not in self._masks:
+            raise BadInput("missing mask")
+        mask: Bool[np.ndarray, "h w"] = images.resize_label(images.read_mask(self._masks[name]), size) > 0
+        return mask
+
+
 @dataclass(frozen=True, kw_only=True)
 class WritePseudoLabels:
     """A task: a part's maps to its file."""
@@ -132,9 +219,13 @@ class WritePseudoLabels:
     folder: str
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """A block of `MapConcepts` to the part's row for the driver."""
-        table = block.filter(block["reason"].is_null()).select(["index", "maps", "h", "w"])
-        summary = parts.Summary(part=block["part"][0].as_py(), images=len(block), left_out=parts.left_out(block))
+        """A block of `MapConcepts` or `MapObjects` to the part's row for the driver."""
+        good = block.filter(block["reason"].is_null())
+        table = good.select(["index", "maps", "h", "w"])
+        counts = {"objects": sum(good["objects"].to_pylist())} if "objects" in good.column_names else {}
+        summary = parts.Summary(
+            part=block["part"][0].as_py(), images=len(block), left_out=parts.left_out(block), counts=counts
+        )
         return parts.write_part(
             self.folder,
             summary,

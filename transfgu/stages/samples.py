@@ -73,6 +73,12 @@ def labelled(recipe: Recipe, run: Run) -> pa.Table:
     return found.filter(wanted).select(["index", "name", "image", "label"])
 
 
+def training(recipe: Recipe, run: Run) -> pa.Table:
+    """The training images, the curated ones alone where the recipe says so: rows of `datasets.SCHEMA`."""
+    listed = load(run, "train")
+    return listed.filter(listed["curated"]) if recipe.dataset.curated else listed
+
+
 def load(run: Run, split: str) -> pa.Table:
     """Read the samples of a split ("train" or "validation") of a run: rows of `datasets.SCHEMA`.
 

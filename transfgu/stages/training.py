@@ -6,40 +6,41 @@ How it trains, and what it survives, is `transfgu.training.fit`'s.
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from transfgu.datasets import map_files
-from transfgu.errors import UserError
+from transfgu.datasets.rows import read_reasons
+from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import Recipe
 from transfgu.runtime import capacity
 from transfgu.runtime.progress import Progress
 from transfgu.stages import samples
-from transfgu.store import storage
+from transfgu.store import parquet, storage
 from transfgu.store.artifacts import LAST, MODEL, Outcome, Run
 from transfgu.store.parquet import write_table
 from transfgu.training import checkpoints, tracking
 from transfgu.training import fit as trainer
+from transfgu.training.batches import stream
 from transfgu.training.board import ATTEMPTS
 from transfgu.training.checkpoints import merit
 from transfgu.training.image_training import ImageJob, ImageTraining
 
+_CHECKED = 256  # findings that are fetched at a time
+
 
 def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
-    """Train the decoder on the pseudo labels; writes `model.safetensors`, `training/last.safetensors`, `history.json`.
+    """Train the recipe's method; writes `model.safetensors`, `training/last.safetensors`, `history.json`.
 
     Raises:
         UserError: no image has a pseudo label, the loss is not finite, an image is no longer there.
     """
     artifact = run.artifact("training")
-    images, validation = training_images(run), samples.labelled(recipe, run)
-    if not len(images):
-        raise UserError(
-            f"{run.artifact('pseudo_labels').uri} holds no pseudo label: delete that folder to make them anew",
-            code="pseudo-labels-missing",
-        )
+    validation = samples.labelled(recipe, run)
+    images, left_out = usable_images(recipe, run, artifact.file("usable.parquet"))
     for name, table in (("images", images), ("validation", validation)):
         write_table(artifact.file(f"{name}.parquet"), table)
     trackers, pictures = tracking.Trackers(tracking.subject(recipe, run), progress.note), artifact.file("pictures")
@@ -51,14 +52,70 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         recipe,
         images=artifact.file("images.parquet"),
         validation=artifact.file("validation.parquet") if len(validation) else "",
-        inputs=inputs_digest(run, images, validation),
+        inputs=inputs_digest(recipe, run, images, validation),
         folder=run.file("ray"),
         progress=progress,
         pictures=pictures if tracking.names(recipe.compute.track) else "",
         on_epoch=tell,
     )
     trackers.close()
-    return publish(recipe, run, checkpoint, len(images))
+    return replace(publish(recipe, run, checkpoint, len(images)), left_out=left_out)
+
+
+def usable_images(recipe: Recipe, run: Run, kept: str) -> tuple[pa.Table, tuple[LeftOut, ...]]:
+    """Return the images that a method trains on, and those that it leaves out.
+
+    They are those that have pseudo labels, where the method has these. Otherwise each is decoded once, to find the bad
+    ones, and the finding is kept.
+
+    Args:
+        recipe: says the method.
+        run: with the artefacts that the method's training needs.
+        kept: URI of the table in which the finding is kept.
+
+    Returns:
+        As :func:`training_images`, without `part` and `row` where there are no pseudo labels.
+
+    Raises:
+        UserError: there is no such image, or more than `dataset.max_bad_share` are bad.
+    """
+    if "pseudo_labels" in recipe.stages:
+        images = training_images(run)
+        if not len(images):
+            raise UserError(
+                f"{run.artifact('pseudo_labels').uri} holds no pseudo label: delete that folder to make them anew",
+                code="pseudo-labels-missing",
+            )
+        return images, ()
+    listed = samples.training(recipe, run)
+    reasons = _found_bad(listed, kept)
+    good = listed.filter(pa.array([not reason for reason in reasons], pa.bool_()))
+    left_out = tuple(
+        LeftOut(name=name, reason=reason)
+        for name, reason in zip(listed["name"].to_pylist(), reasons, strict=True)
+        if reason
+    )
+    if not len(good) or len(left_out) > recipe.dataset.max_bad_share * len(listed):
+        such = f", such as {left_out[0].name} ({left_out[0].reason})" if left_out else ""
+        raise UserError(
+            f"{len(left_out)} of {len(listed)} training images can't be used{such}: mend them, or raise "
+            f"--dataset.max_bad_share from {recipe.dataset.max_bad_share:g}",
+            code="images-bad",
+        )
+    return good.select(["image"]), left_out
+
+
+def _found_bad(listed: pa.Table, kept: str) -> list[str]:
+    """Why each of the images is bad; empty for a good one."""
+    if storage.exists(kept):
+        found = parquet.read(kept)
+        if found["image"].to_pylist() == listed["image"].to_pylist():
+            return [str(reason) for reason in found["reason"].to_pylist()]
+    reasons: list[str] = []
+    for columns in stream(listed.select(["image"]), read_reasons, _CHECKED, world=1):
+        reasons += [str(reason) for reason in columns["reason"]]
+    write_table(kept, pa.table({"image": listed["image"], "reason": pa.array(reasons, pa.string())}))
+    return reasons
 
 
 def training_images(run: Run) -> pa.Table:
@@ -71,12 +128,14 @@ def training_images(run: Run) -> pa.Table:
     return maps.append_column("image", found).drop_columns("index")
 
 
-def inputs_digest(run: Run, images: pa.Table, validation: pa.Table) -> str:
-    """Of what a run trains on: tables of :func:`training_images` and :func:`samples.labelled`, and its concepts.
+def inputs_digest(recipe: Recipe, run: Run, images: pa.Table, validation: pa.Table) -> str:
+    """Of what a run trains on: tables of :func:`usable_images` and :func:`samples.labelled`, and its concepts, if any.
 
     Pseudo labels follow from the images and the concepts: where their parts begin, and who made them, is left out.
     """
-    digest = hashlib.sha256(storage.read_bytes(run.artifact("concepts").file("concepts.safetensors")))
+    digest = hashlib.sha256()
+    if "concepts" in recipe.stages:
+        digest.update(storage.read_bytes(run.artifact("concepts").file("concepts.safetensors")))
     names = [images["image"].to_pylist(), *(validation[name].to_pylist() for name in ("image", "label"))]
     digest.update(json.dumps(names).encode())
     return digest.hexdigest()[:12]

@@ -12,6 +12,7 @@ from typing import Any
 
 from transfgu import formats
 from transfgu.errors import LeftOut, UserError
+from transfgu.methods import TRANSFGU
 from transfgu.recipe import Recipe, from_yaml, given_in, upgraded
 from transfgu.store import storage
 
@@ -209,7 +210,7 @@ class Run:
         if text is None:
             return asked
         held = from_yaml(text, storage.shown(uri), resolved=True)
-        if held.preset != asked.preset:
+        if held.preset != asked.preset or (asked.method != TRANSFGU and asked.method != held.method):
             return asked
         given = self.given(asked)
         kept = {n: v for n, v in held.flat().items() if n not in given and not n.startswith("compute.")}

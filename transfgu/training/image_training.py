@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from transfgu import formats
-from transfgu.datasets.packed_maps import packed_planes
+from transfgu.datasets.map_files import maps_shape
 from transfgu.inference.device import allow_tf32
+from transfgu.inference.mask_model import MaskModel
+from transfgu.inference.models import CLASSES, METHOD
 from transfgu.learner import Batch, Learner, Pending, Setting
+from transfgu.methods import method
 from transfgu.recipe import Recipe
 from transfgu.store import parquet
 from transfgu.training.batches import Resident, Share, Source, Streamed, load
-from transfgu.training.bootstrapping import Bootstrapping
 from transfgu.training.checkpoints import merit
 from transfgu.training.copies import on_device
 from transfgu.training.epoch_pictures import Shown
@@ -63,9 +65,14 @@ class ImageTraining:
         self.remedy = f"now {recipe.training.lr:g}, set --training.lr"
         allow_tf32(recipe.training, place.device)
         setting = Setting(
-            recipe=recipe, device=place.device, rank=place.rank, world=place.world, images=self.order.images
+            recipe=recipe,
+            device=place.device,
+            rank=place.rank,
+            world=place.world,
+            images=self.order.images,
+            steps=self.order.steps,
         )
-        self.learner: Learner = Bootstrapping(setting)
+        self.learner: Learner = method(recipe.method).load("learner")(setting)
         self.state = State(student=self.learner.network, optimiser=self.learner.optimiser, teacher=self.learner.teacher)
         self._frozen: Callable[[Tensor], Tensor] | None = self.learner.model.frozen if self.learner.whole else None
         self._source = self._open(rows, place)
@@ -80,9 +87,7 @@ class ImageTraining:
         recipe = self.recipe
         maps = (0, 0, 0)
         if "part" in rows.column_names:
-            patch = self.learner.model.patch_size
-            height, width = recipe.dataset.image_size
-            maps = (packed_planes(recipe.concepts.count), height // patch, width // patch)
+            maps = maps_shape(rows)
         share = Share(
             order=self.order,
             rows=rows,
@@ -167,17 +172,15 @@ class ImageTraining:
         recipe = self.recipe
         metadata = {
             formats.WEIGHTS_KEY: str(formats.FORMAT),
-            "classes": str(recipe.classes),
+            CLASSES: str(recipe.classes),
             "recipe": recipe.digest("training"),
         }
-        if isinstance(self.learner, Bootstrapping):
-            encoder = self.learner.encode.encoder
-            metadata |= {
-                "num_heads": str(encoder.num_heads),
-                "patch_size": str(encoder.patch_size),
-                "encoder": recipe.encoder.name,
-            }
-        return {}, metadata
+        model = self.learner.model
+        if isinstance(model, MaskModel):
+            encoder = model.encode.encoder
+            sides = {"num_heads": str(encoder.num_heads), "patch_size": str(encoder.patch_size)}
+            return {}, {**metadata, **sides, "encoder": recipe.encoder.name}
+        return {}, {**metadata, METHOD: recipe.method}
 
     def line(self, row: Mapping[str, Any]) -> str:
         """See `Training`."""

@@ -13,12 +13,12 @@ from torch import Tensor
 from transfgu.datasets.rows import read_labelled_rows, read_plain_rows, usable
 from transfgu.decoder import all_winners
 from transfgu.learner import Model
-from transfgu.losses import worker_count
 from transfgu.metrics import Scores, batch_confusion, invariant_information, scores
 from transfgu.recipe import Recipe
 from transfgu.store import parquet
 from transfgu.training.batches import stream
 from transfgu.training.job import Place
+from transfgu.workers import worker_count
 
 
 class Kept:

@@ -23,7 +23,7 @@ class State:
     """What a checkpoint holds, as safetensors and JSON."""
 
     student: nn.Module
-    optimiser: Optimizer
+    optimiser: Optimizer | None
     teacher: nn.Module | None = None
     best: dict[str, Tensor] | None = None
     """Weights of the epoch with the highest sum of mIoU and accuracy; None where none is scored yet."""
@@ -35,7 +35,7 @@ class State:
         moments = {
             f"{name}:{moment}": value
             for name, parameter in self.student.named_parameters()
-            for moment, value in self.optimiser.state.get(parameter, {}).items()
+            for moment, value in (self.optimiser.state.get(parameter, {}) if self.optimiser else {}).items()
             if isinstance(value, Tensor)
         }
         files: dict[str, Mapping[str, Tensor] | None] = {
@@ -61,6 +61,7 @@ class State:
         self.student.load_state_dict(tensors["student"])
         parameters = dict(self.student.named_parameters())
         for key, value in tensors.get("moments", {}).items():
+            assert self.optimiser
             name, _, moment = key.rpartition(":")
             # Only a fused optimiser keeps its counter of steps on the device.
             on_host = moment == "step" and not self.optimiser.defaults.get("fused")

@@ -22,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, Optimizer
 
 from transfgu.errors import UserError
-from transfgu.losses import Loss, Permutation, Real, batch_shares, loss_share, worker_count
+from transfgu.losses import Loss, Permutation, Real, batch_shares, loss_share
+from transfgu.workers import worker_count
 
 logger = logging.getLogger(__name__)
 

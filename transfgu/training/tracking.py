@@ -115,7 +115,7 @@ class Trackers:
             row: of the training's history.
             picture: what the student makes of a few images, if there is one.
         """
-        numbers = {key: value for key, value in row.items() if value is not None and key not in _UNTOLD}
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key not in _UNTOLD}
         values = {_NUMBERS.get(key, f"loss/{key}"): float(value) for key, value in numbers.items()}
         for name, tracker in list(self._trackers.items()):
             self._attempt(name, lambda t=tracker: t.epoch(int(row["epoch"]), values, picture))  # type: ignore[misc]

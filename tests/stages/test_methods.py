@@ -1,0 +1,223 @@
+"""The methods of comparison as whole runs: their stages, files, prediction, report, and what is refused before Ray."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.baselines.learning import FIELDS
+from tests.folder_run import IMAGES, SIDE, photographs, small
+from tests.refusals import refused
+from transfgu import Segmenter, pipeline
+from transfgu.cli import train as command
+from transfgu.errors import UserError
+from transfgu.methods import METHODS, STAGES
+from transfgu.recipe import ComputeRecipe, Recipe, from_yaml, preset
+from transfgu.report import page
+from transfgu.runtime.progress import Progress
+from transfgu.stages import prediction
+from transfgu.stages.evaluation import check_decoder
+from transfgu.stages.prediction import PredictionJob
+from transfgu.store import storage
+from transfgu.store.artifacts import Run
+from transfgu.store.weights import read_weights
+
+SMALL: dict[str, Any] = {
+    "image_size": (SIDE, SIDE), "training_size": (SIDE, SIDE), "training.batch_size": 4, "epochs": 1,
+}  # fmt: skip
+RANDOM = {
+    "picie.backbone": "resnet18", "picie.weights": "random",
+    "maskcontrast.backbone": "resnet18", "maskcontrast.weights": "random",
+}  # fmt: skip
+
+
+def recipe_of(method: str, folder: Path, **fields: Any) -> Recipe:
+    """A method's recipe for the photographs of a folder, of seconds."""
+    base = small(folder).flat()
+    kept = ("data", "labels", "encoder.name", "encoder.weights", "concepts.things", "concepts.stuff")
+    sizes = SMALL if method != "token-kmeans" else {k: v for k, v in SMALL.items() if "size" in k and "." not in k}
+    values = {**{name: base[name] for name in kept}, **RANDOM, **sizes, **FIELDS[method], **fields}
+    return preset("folder", method).with_fields(values)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=() if name == "picie-no-aux" else pytest.mark.long) for name in FIELDS],
+)
+def test_a_run_from_images_to_masks(method: str, tmp_path: Path, ray_cluster: None) -> None:
+    photographs(tmp_path)
+    (tmp_path / "images" / "bad.png").write_bytes(b"no image")
+    recipe = recipe_of(method, tmp_path, max_bad_share=0.5)
+    run = Run(str(tmp_path / "run"))
+    metrics = pipeline.run_stages(recipe, run, report=page.write, quiet=True)
+    assert list(metrics["stages"]) == list(METHODS[method].stages)
+    assert metrics["method"] == method
+    assert 0 <= metrics["mean_iou"] <= 100
+    if method != "token-kmeans":  # which sees a bad image in the same pass
+        assert "bad" in {left["name"].rpartition("/")[2].partition(".")[0] for left in metrics["left_out"]}
+    weights = read_weights(run.file("model.safetensors"))
+    assert (weights.metadata["method"], weights.metadata["classes"]) == (method, "2")
+    assert METHODS[method].title in storage.read_bytes(run.file("report.html")).decode()
+    history = json.loads(storage.read_bytes(run.file("training/history.json")))
+    assert [row["epoch"] for row in history] == [1]
+    assert len(storage.list_files(run.file("tensorboard"))) == 1
+
+    # The same command finds everything done; another method is refused there.
+    again = pipeline.run_stages(recipe, run, quiet=True)
+    assert all(stage["skipped"] for stage in again["stages"].values())
+    other = "picie" if method == "iic" else "iic"
+    with refused("recipe-mismatch method"):
+        pipeline.run_stages(recipe_of(other, tmp_path, max_bad_share=0.5), run, quiet=True)
+
+    # Whoever predicts by the run, or scores its model, does as its evaluation did.
+    scored = pipeline.evaluate(run.recipe(), run, quiet=True)
+    assert scored["mean_iou"] == metrics["mean_iou"]
+    segmenter = Segmenter.load(run.uri, device="cpu")
+    images = sorted((tmp_path / "images").glob("[0-9].png"))
+    masks = segmenter.predict([str(image) for image in images])
+    assert [mask.shape for mask in masks] == [(SIDE, SIDE)] * IMAGES
+    job = PredictionJob(run=run.uri, images=str(tmp_path / "images"), out=str(tmp_path / "out"))
+    made = prediction.predict(job, ComputeRecipe(), Progress("prediction", quiet=True))
+    assert (made.made, len(made.left_out)) == (IMAGES, 1)
+    for image, mask in zip(images, masks, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "masks" / image.name)), mask)
+
+    # A model that is shared predicts the same, and tells nobody where its data lay.
+    segmenter.save_pretrained(tmp_path / "shared")
+    assert str(tmp_path) not in (tmp_path / "shared" / "recipe.yaml").read_text()
+    assert METHODS[method].title in (tmp_path / "shared" / "README.md").read_text()
+    shared = Segmenter.load(tmp_path / "shared", device="cpu").predict(str(images[0]))
+    np.testing.assert_array_equal(shared, masks[0])
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.parametrize("method", FIELDS)
+def test_photographs_of_coco(method: str, samples: Path, tmp_path: Path, ray_cluster: None) -> None:
+    random = {} if method in ("iic", "picie", "picie-no-aux") else {"encoder.weights": "random"}
+    recipe = preset("coco-stuff-27", method).with_fields(
+        {
+            "data": str(samples / "coco"), "limit": 20, **RANDOM, **random,
+            **{k: v for k, v in SMALL.items() if method != "token-kmeans" or ("." not in k and k != "epochs")},
+        }
+    )  # fmt: skip
+    metrics = pipeline.run_stages(recipe, Run(str(tmp_path / "run")), report=page.write, quiet=True)
+    assert 0 <= metrics["mean_iou"] <= 100
+
+
+@pytest.mark.ray
+@pytest.mark.long
+@pytest.mark.s3
+def test_a_run_on_s3(tmp_path: Path, s3: str, ray_cluster: None) -> None:
+    photographs(tmp_path)
+    for kind in ("images", "labels"):
+        for file in (tmp_path / kind).iterdir():
+            storage.write_bytes(f"{s3}/{kind}/{file.name}", file.read_bytes())
+    recipe = recipe_of("maskcontrast", tmp_path, data=f"{s3}/images", labels=f"{s3}/labels")
+    run = Run(f"{s3}/run")
+    there = pipeline.run_stages(recipe, run, report=page.write, quiet=True)
+    here = pipeline.run_stages(
+        recipe_of("maskcontrast", tmp_path), Run(str(tmp_path / "run")), report=page.write, quiet=True
+    )
+    assert there["mean_iou"] == here["mean_iou"]
+    assert Segmenter.load(run.uri).predict(str(tmp_path / "images" / "0.png")).shape == (SIDE, SIDE)
+
+
+# ---- the recipe and the command line
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["shapes", "coco-stuff-27", "cityscapes", "pascal-voc", "lip-16", "folder"])
+def test_a_recipe_is_read_as_it_was_written(method: str, name: str) -> None:
+    recipe = preset(name, method)
+    assert recipe.method == method
+    assert from_yaml(recipe.to_yaml()) == recipe
+    assert recipe.given() == (set() if method == "transfgu" else {"method"})
+    assert recipe.stages == tuple(stage for stage in STAGES if stage in METHODS[method].stages)
+
+
+def test_a_method_counts_in_the_digest_of_its_own_runs_alone() -> None:
+    """TransFGU's digests are those of before there were others; see the golden run."""
+    digests = {method: preset("shapes", method).digest("training") for method in METHODS}
+    assert len(set(digests.values())) == len(METHODS)
+    assert preset("shapes").with_fields({"iic.half_side": 3}).digest("training") == digests["transfgu"]
+    iic = preset("shapes", "iic")
+    assert iic.with_fields({"omega_1": 3}).digest("training") == digests["iic"]
+    assert iic.with_fields({"iic.half_side": 3}).digest("training") != digests["iic"]
+    samples = {preset("shapes", method).digest("samples") for method in METHODS}
+    assert len(samples) == 1
+
+
+def mistake_of(words: list[str]) -> UserError:
+    with pytest.raises(UserError) as told:
+        command.main(words)
+    assert "\n" not in str(told.value)
+    return told.value
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_bad_requests_are_one_line_each(tmp_path: Path) -> None:
+    photographs(tmp_path)
+    run, data = ["--run", str(tmp_path / "run")], ["--data", str(tmp_path / "images")]
+    error = mistake_of(["shapes", "--method", "picei", *run])
+    assert error.code == "method-unknown"
+    assert "picie" in str(error)
+    error = mistake_of(["shapes", "--method", "iic", "--omega_1", "3", *run])
+    assert error.code == "option-of-another-method"
+    assert "--training.omega_1" in str(error)
+    assert mistake_of(["shapes", "--half_side", "3", *run]).code == "option-of-another-method"
+    assert mistake_of(["shapes", "--method", "token-kmeans", "--epochs", "3", *run]).code == "option-of-another-method"
+    assert mistake_of(["shapes", "--method", "iic", "--until", "features", *run]).code == "stage-unknown"
+    no_network = ["folder", "--method", "picie", "--picie.backbone", "vgg16", *data, *run]
+    assert "resnet18" in str(mistake_of(no_network))
+    mask = ["folder", "--method", "maskcontrast", "--maskcontrast.weights", "random", *data, *run]
+    small(tmp_path)
+    mask += ["--maskcontrast.backbone", "resnet18", "--encoder.name", "tiny"]
+    mask += ["--encoder.weights", str(tmp_path / "encoder.safetensors"), "--image_size", "64x64"]
+    assert mistake_of([*mask, "--saliency_factor", "1000"]).code == "objects-missing"
+    assert mistake_of([*mask, "--object_masks", str(tmp_path / "gone")]).code != "objects-missing"
+    few = tmp_path / "few"
+    few.mkdir()
+    Image.fromarray(np.ones((SIDE, SIDE), np.uint8)).save(few / "0.png")
+    assert mistake_of([*mask, "--object_masks", str(few)]).code == "masks-missing"
+
+
+def test_the_help_shows_the_flags_of_the_method(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            command.main([*words, "--help-all"])
+        return capsys.readouterr().out
+
+    own, iic = shown(), shown("--method", "iic")
+    assert "--training.omega_1" in own
+    assert "--iic.half_side" not in own
+    assert "--training.omega_1" not in iic
+    assert "--iic.half_side" in iic
+    assert "--picie.width" not in iic
+
+
+def test_models_are_loaded_without_ray() -> None:
+    modules = ", ".join({how.model.partition(":")[0] for how in METHODS.values()})
+    code = f"import sys, {modules}, transfgu.segmenter; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_model_of_another_method_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"x": torch.zeros(1)}, file, {"method": "iic", "classes": "10"})
+    check_decoder(preset("shapes", "iic"), str(file))
+    for recipe, code in (
+        (preset("shapes"), "model-of-another-method"),
+        (preset("coco-stuff-27", "iic"), "model-of-other-classes"),
+    ):
+        with pytest.raises(UserError) as told:
+            check_decoder(recipe, str(file))
+        assert told.value.code == code

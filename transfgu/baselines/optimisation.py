@@ -1,0 +1,104 @@
+"""One optimiser step of a method whose loss is a sum over workers, and batch norm over the whole global batch."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from transfgu.learner import Pending
+from transfgu.workers import differentiable_sum, sum_over_workers, worker_count
+
+
+def optimise(network: nn.Module, optimiser: Optimizer, losses: Mapping[str, Tensor]) -> tuple[bool, Pending]:
+    """Take one step; every worker must call it.
+
+    Args:
+        network: whose gradients are summed over workers.
+        optimiser: over its parameters.
+        losses: this worker's shares, which add up to the global batch's values; `total` is minimised.
+
+    Returns:
+        Whether the step was taken, the same on every worker, and the values, which raise FloatingPointError where the
+        total or its gradient was not a number: weights and moments then stayed as they were.
+    """
+    optimiser.zero_grad()
+    if losses["total"].requires_grad:
+        torch.autograd.backward(losses["total"])
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    values = torch.stack([value.detach().float() for value in losses.values()])
+    if worker_count() > 1:
+        flat = sum_over_workers(torch.cat([values, *(gradient.flatten() for gradient in gradients)]))
+        values, *summed = torch.split(flat, [len(values), *(gradient.numel() for gradient in gradients)])
+        for gradient, total in zip(gradients, summed, strict=True):
+            gradient.copy_(total.view_as(gradient))
+    *told, norm = torch.cat([values, nn.utils.get_total_norm(gradients).reshape(1)]).tolist()
+    found = dict(zip(losses, told, strict=True))
+    taken = math.isfinite(found["total"]) and math.isfinite(norm)
+    if taken:
+        optimiser.step()
+    return taken, partial(_values, found, norm)
+
+
+def _values(found: Mapping[str, float], norm: float) -> Mapping[str, float]:
+    if not (math.isfinite(found["total"]) and math.isfinite(norm)):
+        raise FloatingPointError(
+            f"training diverged: loss {found['total']}, gradient norm {norm}; try a lower learning rate"
+        )
+    return found
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose statistics are those of all workers' slices, on any device; a slice may be empty.
+
+    PyTorch's SyncBatchNorm does the same on GPUs alone.
+    """
+
+    def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Normalise by the global batch's statistics in training, by the running ones in evaluation."""
+        if worker_count() == 1 or not self.training:
+            return super().forward(input)
+        wide = input.float()
+        count = sum_over_workers(wide.new_tensor(wide.numel() / wide.shape[1]))
+        mean = differentiable_sum(wide.sum((0, 2, 3))) / count
+        centred = wide - mean[:, None, None]
+        variance = differentiable_sum(centred.square().sum((0, 2, 3))) / count
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                rate = 0.1 if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.detach(), rate)
+                self.running_var.lerp_(variance.detach() * count / (count - 1).clamp(min=1), rate)
+        normal = centred * (variance + self.eps).rsqrt()[:, None, None]
+        if self.affine:
+            normal = normal * self.weight[:, None, None] + self.bias[:, None, None]
+        return normal.to(input.dtype)
+
+
+def share_batch_norm(network: nn.Module) -> nn.Module:
+    """Replace each `BatchNorm2d` of a network by a `SharedBatchNorm2d` with its weights; timm's keep what they add."""
+    for name, module in network.named_children():
+        if isinstance(module, nn.BatchNorm2d) and not isinstance(module, SharedBatchNorm2d):
+            if type(module) is not nn.BatchNorm2d:
+                raise TypeError(f"{name} is a {type(module).__name__}, which does more than batch norm")
+            shared = SharedBatchNorm2d(module.num_features, module.eps, module.momentum, module.affine)
+            shared.load_state_dict(module.state_dict())
+            setattr(network, name, shared.train(module.training))
+        else:
+            share_batch_norm(module)
+    return network
+
+
+def resized(images: Float[Tensor, "B 3 H W"], size: tuple[int, int]) -> Float[Tensor, "B 3 h w"]:
+    """Images at another size, bilinear with antialias; as they are where they have it."""
+    if (images.shape[2], images.shape[3]) == size:
+        return images
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
