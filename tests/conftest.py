@@ -93,6 +93,14 @@ def ray_cluster(s3_environment: str) -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Caches of decoded images go to a folder of the session's, in Ray's workers too: they inherit the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRANSFGU_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any attempt to start Ray fails the test."""

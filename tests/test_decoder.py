@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -120,6 +121,21 @@ def test_from_state_dict_reads_every_size() -> None:
     assert (read.width, read.classes, len(read.blocks)) == (32, 9, 3)
     tokens = torch.randn(1, 5, 20)
     assert torch.equal(read(tokens)[0], decoder(tokens)[0])
+
+
+def test_without_blocks_masks_are_cosines_of_projections() -> None:
+    """Every patch by itself: cosines with embeddings that are the same in each image, normalised over classes."""
+    torch.manual_seed(0)
+    decoder = MaskDecoder(8, 3, num_heads=2, depth=0).eval()
+    tokens = torch.randn(2, 4, 8)
+    logits, embeddings = decoder(tokens)
+    seen = F.layer_norm(decoder.proj_dec(tokens), (8,)) @ decoder.proj_patch
+    classes = F.layer_norm(decoder.cls_emb, (8,)) @ decoder.proj_classes
+    cosines = F.cosine_similarity(seen[:, :, None], classes[:, None], dim=-1)
+    torch.testing.assert_close(logits, F.layer_norm(cosines, (3,)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(embeddings[0], embeddings[1])
+    read = MaskDecoder.from_state_dict(decoder.state_dict(), num_heads=2)
+    assert torch.equal(read(tokens)[0], logits)
 
 
 def test_what_is_no_decoder_is_refused_in_one_line() -> None:

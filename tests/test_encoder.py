@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.refusals import refused
+from transfgu import encoder as encoder_module
 from transfgu.encoder import Encoder, _maps, normalise, patch_grid
 
 PATCH = 8
@@ -244,6 +245,23 @@ def test_other_transformers_are_timms_and_autograds(family: str) -> None:
     maps = encoder.concept_maps(images, concepts, gradient_scale=5.0)
     torch.testing.assert_close(maps.flatten(2), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(encoder.class_tokens(images), output.cls, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("registers", ["vit_small_patch14_reg4_dinov2.lvd142m", "vit_small_patch16_dinov3.lvd1689m"])
+def test_sizes_of_the_tutorial_fit_encoders_with_registers(registers: str) -> None:
+    """All sizes in its table are whole patches, and random views are half of the training size."""
+    table = (Path(__file__).parents[1] / "docs" / "tutorial-images.md").read_text().splitlines()
+    (row,) = [line for line in table if line.startswith("|") and f"`{registers}`" in line]
+    _, patch, image, feature, window = (cell.strip() for cell in row.strip("|").split("|"))
+    encoder = Encoder.from_pretrained(registers, "random")
+    assert encoder.patch_size == int(patch)
+    for size in (image, feature, window):
+        height, width = map(int, size.split("x"))
+        assert patch_grid((height, width), encoder.patch_size) == (height // int(patch), width // int(patch))
+    assert int(image.split("x")[0]) % (2 * encoder.patch_size) == 0
+    output = encoder(torch.zeros(1, 3, 2 * encoder.patch_size, 3 * encoder.patch_size))
+    assert output.grid == (2, 3)
+    assert output.patches.shape == (1, 6, encoder.width)
 
 
 @pytest.mark.parametrize(
@@ -528,6 +546,12 @@ def test_no_code_in_weights_is_run(tmp_path: Path) -> None:
             Encoder.from_pretrained("vit_tiny_patch16_224", str(tmp_path / "hostile.pth"))
         assert (tmp_path / "hostile.pth").read_bytes() == before
     assert not mark.exists()
+
+
+def test_weights_that_cannot_be_had_come_with_the_line_that_fetches_them() -> None:
+    fetch = "hf download timm/vit_small_patch8_224.dino model.safetensors --local-dir weights"
+    assert fetch in encoder_module._fetching("vit_small_patch8_224.dino")
+    assert encoder_module._fetching("vit_small_patch8_224.none") == ""
 
 
 def test_mistakes_with_names_and_weights(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "encoder",
         "whitening",
         "kmeans",
+        "device_kmeans",
         "maps",
         "decoder",
         "dropout",
@@ -40,7 +41,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "training": ("training",),
     "stages": ("stages",),
     "runs": (
-        *("pipeline", "naming", "search", "pretraining"),
+        *("pipeline", "naming", "verification", "search", "pretraining"),
         *("baselines.masks", "baselines.tokens", "baselines.comparison"),
     ),
     "accounts": ("report", "planning", "benchmarks"),

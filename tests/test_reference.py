@@ -12,7 +12,7 @@ from transfgu.encoder import Encoder
 from transfgu.losses import bootstrapping_loss, pixel_losses
 from transfgu.metrics import confusion_matrix, match_clusters, scores
 from transfgu.stages.concepts import kmeans
-from transfgu.training.step import make_optimiser, training_step
+from transfgu.training.step import make_optimiser, start_step
 from transfgu.views import crop_views
 from transfgu.windows import crop_windows, select_windows, sliding_windows
 
@@ -167,7 +167,7 @@ def test_three_training_steps(reference: Reference, kind: str) -> None:
     optimiser = make_optimiser(student, lr=float(arrays["lr"]), weight_decay=float(arrays["weight_decay"]))
     patches = encoder(torch.from_numpy(arrays["images"])).patches
     for permutation, losses in zip(arrays["permutations"], arrays["losses_peer_unc_div_total"], strict=True):
-        result = training_step(
+        result = start_step(
             student,
             optimiser,
             patches,
@@ -178,7 +178,7 @@ def test_three_training_steps(reference: Reference, kind: str) -> None:
             alpha=0.03 + 0.01 * int(arrays["alpha_epoch"]),
             permutation=permutation,
             background_threshold=BACKGROUND[kind],
-        )
+        ).result()
         values = np.array([result.peer, result.uncertainty, result.diversity, result.total])
         assert_agrees(values, losses, rtol=1e-3, atol=1e-4)
     for name, weight in student.state_dict().items():

@@ -66,6 +66,14 @@ def test_images_come_in_many_forms(labelled: MadeRun, tmp_path: Path) -> None:
     assert expected.shape == (30, 40)
     for form in (Image.fromarray(image), tmp_path / "photo.png", f"file://{tmp_path}/photo.png"):
         np.testing.assert_array_equal(segmenter.predict(form), expected)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(image).save(tmp_path / "turned.png", exif=exif)
+    turned = segmenter.predict(np.rot90(image, -1))
+    turned_forms: list[images.Picture] = [tmp_path / "turned.png", (tmp_path / "turned.png").read_bytes()]
+    for turned_form in [*turned_forms, Image.open(tmp_path / "turned.png")]:
+        np.testing.assert_array_equal(segmenter.predict(turned_form), turned)
+        np.testing.assert_array_equal(segmenter.predict(turned_form, orient=False), expected)
     grey = Image.fromarray(image).convert("L")
     np.testing.assert_array_equal(segmenter.predict(grey), segmenter.predict(grey.convert("RGB")))
 
@@ -274,8 +282,9 @@ def test_mistakes_are_answered_in_one_line(tmp_path: Path) -> None:
         Segmenter.load(tmp_path / "nowhere")
     made = make_run(tmp_path)
     segmenter = Segmenter.load(made.run.uri)
-    with refused("image-shape (4, 4) float64"):
-        segmenter.predict(np.zeros((4, 4)))
+    for empty in (np.zeros((4, 4)), np.zeros((0, 0, 3), np.uint8), b"", Image.new("RGB", (0, 0))):
+        with refused("image-unreadable"):
+            segmenter.predict(empty)
     (tmp_path / "text.png").write_text("no picture")
     with refused("image-unreadable text.png"):
         segmenter.predict(tmp_path / "text.png")

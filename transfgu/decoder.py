@@ -29,7 +29,7 @@ class MaskDecoder(nn.Module):
         width: d, channels inside the decoder.
         classes: C, how many classes are told apart, the background included where there is one.
         num_heads: attention heads; must divide ``width``.
-        depth: transformer blocks.
+        depth: transformer blocks; with 0 class embeddings do not depend on the image.
         dropout: share of activations dropped in attention, projection and MLP while training.
         patch_width: channels of the incoming patch tokens; ``width`` unless given.
 

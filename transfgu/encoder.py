@@ -415,10 +415,22 @@ def _create(name: str, *, pretrained: bool = False) -> Any:
     except (RuntimeError, OSError, TypeError, ValueError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         if pretrained:
-            remedy = "give --encoder.weights a path or URI, or random"
+            remedy = f"{_fetching(name)} give --encoder.weights another path or URI, or random"
         else:
             remedy = "use a timm vision transformer, such as vit_small_patch8_224.dino"
         raise UserError(f"encoder {name} can't be had ({reason}): {remedy}", code="encoder-unavailable") from error
+
+
+def _fetching(name: str) -> str:
+    """How to get a model's weights on a machine that has network access; empty where timm does not say."""
+    try:
+        known = timm.models.get_pretrained_cfg(name)
+    except RuntimeError:  # a model without such weights
+        return ""
+    if not known or not known.hf_hub_id:
+        return ""
+    fetch = f"hf download {known.hf_hub_id} model.safetensors --local-dir weights"
+    return f"where there is network access, run {fetch} and give --encoder.weights weights/model.safetensors, or"
 
 
 def _of_timm(vit: Any) -> Encoder:

@@ -26,7 +26,6 @@ from transfgu.errors import UserError
 from transfgu.whitening import Moments, Whitening, moment_step, moments
 
 CHUNK = 1024  # rows; with 384 columns a chunk is 1.5 MB, and the sums find in cache what the assignment read
-_GPU_CHUNK = 8192  # rows; on a GPU each chunk costs a transfer and a launch
 _BLOCK = 16  # chunks whose bounds are looked at together: threads wait for each other at every call that Python makes
 _STARTS = 8
 _START_ITERATIONS = 5
@@ -92,15 +91,15 @@ class Grid:
         # A float64 near 3 * 2^e has its last bit at 2^(e - 51): adding this number and taking it away rounds to that
         # bit, the same way whatever else is added later. |sum| <= 2^e leaves all of its multiples exact.
         bound = max(rows * largest, float(np.finfo(np.float32).tiny))
-        self._offset = 3.0 * 2.0 ** (math.ceil(math.log2(bound)) + 1)
+        self.offset = 3.0 * 2.0 ** (math.ceil(math.log2(bound)) + 1)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Grid) and self._offset == other._offset
+        return isinstance(other, Grid) and self.offset == other.offset
 
     def round(self, rows: Float32[ndarray, "n d"]) -> Float64[ndarray, "n d"]:
         """`rows` on the grid."""
-        shifted: ndarray = rows + np.float64(self._offset)
-        shifted -= self._offset
+        shifted: ndarray = rows + np.float64(self.offset)
+        shifted -= self.offset
         return shifted
 
 
@@ -144,11 +143,9 @@ class Shard(Shards):
         pieces: (n, d) arrays; chunks do not cross from one to the next. Contiguous float32 is used where it lies,
             anything else is copied.
         threads: how many; None: one for each core that the process may use.
-        gpu: assign on the first GPU.
     """
 
-    def __init__(self, pieces: Sequence[ndarray], threads: int | None = None, gpu: bool = False) -> None:
-        self._step = _GPU_CHUNK if gpu else CHUNK
+    def __init__(self, pieces: Sequence[ndarray], threads: int | None = None) -> None:
         block = _BLOCK * CHUNK
         arrays = [np.ascontiguousarray(p, np.float32) for p in pieces]
         self._blocks = [a[i : i + block] for a in arrays for i in range(0, len(a), block)]
@@ -156,8 +153,7 @@ class Shard(Shards):
         self._labels = [np.full(len(b), -1, np.int32) for b in self._blocks]
         # Of each row: a distance that its centroid is not beyond, and one that no other centroid is within.
         self._bounds = [np.empty((2, len(b)), np.float32) for b in self._blocks]
-        self._gpu = _gpu_resources() if gpu else None
-        self._threads = 1 if gpu else threads or cores()
+        self._threads = threads or cores()
         # Blocks are shared out to Python threads, each a single OpenMP thread: what is found of a row must not depend
         # on how many there are, and no core waits for another at the end of every chunk.
         self._pool = ThreadPoolExecutor(self._threads, initializer=faiss.omp_set_num_threads, initargs=(1,))
@@ -188,8 +184,6 @@ class Shard(Shards):
         self._grid = None  # until all is up to date
         index: Any = faiss.IndexFlatL2(centroids.shape[1])
         index.add(centroids)
-        if self._gpu:
-            index = faiss.index_cpu_to_gpu(self._gpu, 0, index)
         lengths = np.square(wide).sum(1)
         numbers = iter(range(len(self._blocks)))  # one for all threads: whichever is free takes the next block
         passes = self._pool.map(
@@ -244,9 +238,9 @@ class Shard(Shards):
     ) -> Iterator[slice | Int[ndarray, " c"]]:
         """A block's rows that are looked at, a chunk at a time; slices, which copy nothing, where they are all."""
         if doubted is None or len(doubted) == len(labels):
-            yield from (slice(i, i + self._step) for i in range(0, len(labels), self._step))
+            yield from (slice(i, i + CHUNK) for i in range(0, len(labels), CHUNK))
         else:
-            yield from (doubted[i : i + self._step] for i in range(0, len(doubted), self._step))
+            yield from (doubted[i : i + CHUNK] for i in range(0, len(doubted), CHUNK))
 
     def moments(self, step: float) -> Moments:
         """Sums over all rows, from which a whitening follows; see :func:`transfgu.whitening.moments`."""
@@ -260,9 +254,13 @@ class Shard(Shards):
                 lambda p: np.copyto(p[1], whitening.apply(p[0])), zip(self._chunks(), _cut(white), strict=True)
             )
         )
-        shard = Shard(white, self._threads, self._gpu is not None)
+        shard = self._like(white)
         shard._before = self
         return shard
+
+    def _like(self, pieces: Sequence[ndarray]) -> "Shard":
+        """Other rows, where these are."""
+        return Shard(pieces, self._threads)
 
     def _chunks(self) -> Iterator[Float32[ndarray, "_ d"]]:
         return _cut(self._blocks)
@@ -492,15 +490,6 @@ def _measure(block: Float32[ndarray, "n d"]) -> tuple[float, float, float]:
     extremes = [x for chunk in chunks for x in (chunk.min(), chunk.max())]
     squares = np.concatenate([np.square(chunk, dtype=np.float64).sum(1) for chunk in chunks])
     return float(np.abs(extremes).max()), float(squares.max()), float(squares.sum())
-
-
-def _gpu_resources() -> Any:
-    return faiss.StandardGpuResources()
-
-
-def gpu_index() -> bool:
-    """Whether this installation of FAISS can put an index on a GPU."""
-    return hasattr(faiss, "StandardGpuResources")
 
 
 def cores() -> int:

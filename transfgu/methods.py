@@ -52,7 +52,10 @@ class Method:
         return getattr(importlib.import_module(module), name)
 
 
-SHARED = ("seed", "concepts.things", "concepts.stuff", "dataset.image_size", "dataset.training_size")
+SHARED = (
+    *("seed", "concepts.things", "concepts.stuff"),
+    *("dataset.image_size", "dataset.training_size", "dataset.orient"),
+)
 """Fields that the training of every method depends on."""
 
 OPTIMISED = tuple(
@@ -141,8 +144,8 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             encoder=True,
             fields=(*OPTIMISED, "maskcontrast", "concepts.iterations"),
             proposals=(
-                "dataset.image_size", "dataset.interpolation", "windows.saliency_factor", "maskcontrast.object_masks",
-                *_ENCODER,
+                "dataset.image_size", "dataset.interpolation", "dataset.orient", "windows.saliency_factor",
+                "maskcontrast.object_masks", *_ENCODER,
             ),
             # VOCSegmentation_unsupervised_saliency_model.yml: 40 epochs, batch 128, SGD 0.004, views of 224.
             values={
@@ -166,6 +169,16 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             encoder=True,
             fields=("concepts.iterations", *_ENCODER),
             values={"": {"epochs": 1, "passes": 1, "training.batch_size": 64}},
+        ),
+        "linear-head": Method(
+            title="Linear head on patch tokens",
+            about="One linear layer learned the pseudo labels from the patch tokens of the frozen encoder.",
+            learner="transfgu.baselines.linear_head:LinearHead",
+            model="transfgu.baselines.linear_head:load_models",
+            stages=STAGES,
+            encoder=True,
+            fields=(*OPTIMISED, "training.background_threshold"),
+            values={"": {"epochs": 10, "passes": 1, "lr": 1e-3}},
         ),
     }
 )  # fmt: skip

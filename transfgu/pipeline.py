@@ -176,11 +176,11 @@ def run_stages(
             if complete[stage]:
                 manifest = run.artifact(stage).manifest()
                 assert manifest is not None
-                at_the_time = f"{manifest.outcome.items} items, {manifest.seconds:.1f} s at the time"
+                at_the_time = f"{_counted(manifest)}, {manifest.seconds:.1f} s at the time"
                 say(f"{stage}: complete already ({at_the_time}), skipped")
             elif stage in stages:
                 manifest = run_stage(stage, recipe, run, lock, quiet=quiet, verbose=verbose)
-                say(f"{stage}: {manifest.outcome.items} items in {manifest.seconds:.1f} s{_left_out_note(manifest)}")
+                say(f"{stage}: {_counted(manifest)} in {manifest.seconds:.1f} s{_left_out_note(manifest)}")
             else:
                 continue
             manifests[stage] = manifest
@@ -228,6 +228,11 @@ def check_shared(recipe: Recipe, run: Run | None) -> None:
             capacity.check_shared(uri, flag)
 
 
+def _counted(manifest: Manifest) -> str:
+    """How much a stage worked on, such as ``200 images``."""
+    return f"{manifest.outcome.items} {'windows' if manifest.stage == 'concepts' else 'images'}"
+
+
 def _left_out_note(manifest: Manifest) -> str:
     left_out = manifest.outcome.left_out
     return f", {len(left_out)} left out ({left_out[0].name}: {left_out[0].reason}, ...)" if left_out else ""
@@ -267,6 +272,10 @@ def _conclude(
             say(f"no labels, no scores{': the report shows the predictions' if where else ''}")
         if where:
             say(f"report: {where}")
+        uri = storage.shown(run.uri)
+        if metrics["mean_iou"] is None:
+            say(f"next: look at the report's concepts and name them: transfgu name {uri} > names.yaml")
+        say(f"next: masks of images: transfgu predict --run {uri} --images IMAGES --out MASKS")
     return metrics
 
 

@@ -24,7 +24,9 @@ PRESET_FIELDS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
             "image_size": (128, 128), "feature_size": (128, 128), "training_size": (128, 128),
             "encoder.name": "vit_shapes", "encoder.batch_size": 256, "windows.size": (48, 48),
             "windows.scales": (0.5, 0.4, 0.3),
-            "pseudo_labels.scales": (0.75, 1.0, 1.5), "smoothing": 3, "epochs": 4, "passes": 4, "lr": 1e-3,
+            "whiten": "foreground", "pseudo_labels.scales": (0.75, 1.0, 1.5), "smoothing": 3, "refine": 2,
+            "certain_share": 0.5, "epochs": 6, "passes": 4, "lr": 1e-2, "omega_1": 0.0, "omega_2": 0.0,
+            "teacher_start": 7, "decoder.depth": 0,
             "training.batch_size": 16, "views": False, "evaluation.scales": (1.0, 1.5), "flip": True,
         },
         "coco-stuff-27": _COCO_27,
@@ -50,7 +52,9 @@ PRESET_FIELDS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
             **_LIP, **_COCO_SLOW, "dataset.classes": "lip_19", "things": 19, "training_size": (640, 320),
             "training.batch_size": 256,
         },
-        "folder": {"dataset.layout": "folder", "dataset.classes": "auto", "things": 12, "stuff": 15},
+        "folder": {
+            "dataset.layout": "folder", "dataset.classes": "auto", "dataset.orient": True, "things": 12, "stuff": 15,
+        },
     }
 )  # fmt: skip
 
@@ -58,6 +62,11 @@ PRESETS: tuple[str, ...] = tuple(PRESET_FIELDS)
 """The benchmarks of the paper (Table 1), `folder` for one's own images, and `shapes`, the embedded demonstration."""
 
 FIRST_FORMAT: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
-    {"shapes": {"windows.scales": (0.5, 0.4, 0.3, 0.2)}}
-)
+    {
+        "shapes": {
+            "windows.scales": (0.5, 0.4, 0.3, 0.2), "epochs": 4, "lr": 1e-3, "omega_1": 1.0, "omega_2": 0.3,
+            "teacher_start": 2, "decoder.depth": 2,
+        }
+    }
+)  # fmt: skip
 """Values that presets had in the first file format, where they changed: its recipes do not say what their user gave."""

@@ -41,7 +41,7 @@ from transfgu.store.artifacts import BESIDE, MODEL, SCORES, Run
 Pixels = UInt8[np.ndarray, "H W 3"]
 Classes = Integer[np.ndarray, "H W"]
 Probabilities = Float32[np.ndarray, "C H W"]
-Photo = Image.Image | np.ndarray | str | Path
+Photo = images.Picture
 
 _AT_ONCE = 16  # images that go through the encoder together
 _ENCODER = "encoder.safetensors"
@@ -175,7 +175,13 @@ class Segmenter(ModelHubMixin):
 
     @overload
     def predict(  # type: ignore[overload-overlap]  # a path is no list of paths
-        self, image: Photo, *, probabilities: Literal[False] = False, tile: int | None = None, overlap: int = 64
+        self,
+        image: Photo,
+        *,
+        probabilities: Literal[False] = False,
+        tile: int | None = None,
+        overlap: int = 64,
+        orient: bool = True,
     ) -> Classes: ...
     @overload
     def predict(
@@ -185,14 +191,27 @@ class Segmenter(ModelHubMixin):
         probabilities: Literal[False] = False,
         tile: int | None = None,
         overlap: int = 64,
+        orient: bool = True,
     ) -> list[Classes]: ...
     @overload
     def predict(  # type: ignore[overload-overlap]
-        self, image: Photo, *, probabilities: Literal[True], tile: int | None = None, overlap: int = 64
+        self,
+        image: Photo,
+        *,
+        probabilities: Literal[True],
+        tile: int | None = None,
+        overlap: int = 64,
+        orient: bool = True,
     ) -> Probabilities: ...
     @overload
     def predict(
-        self, image: Sequence[Photo], *, probabilities: Literal[True], tile: int | None = None, overlap: int = 64
+        self,
+        image: Sequence[Photo],
+        *,
+        probabilities: Literal[True],
+        tile: int | None = None,
+        overlap: int = 64,
+        orient: bool = True,
     ) -> list[Probabilities]: ...
     def predict(
         self,
@@ -201,6 +220,7 @@ class Segmenter(ModelHubMixin):
         probabilities: bool = False,
         tile: int | None = None,
         overlap: int = 64,
+        orient: bool = True,
     ) -> Classes | Probabilities | list[Classes] | list[Probabilities]:
         """Which class each pixel is of, or how probable each class is there.
 
@@ -210,12 +230,15 @@ class Segmenter(ModelHubMixin):
         an image file of any size can be predicted (above 178 million pixels by the extra `geo`).
 
         Args:
-            image: a PIL image, an (H, W, 3) uint8 array, a path or URI; or a list of these.
+            image: a PIL image, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8 or uint16, a file's bytes, a
+                path or URI; or a list of these.
             probabilities: return the classes' probabilities, which take 4 C bytes per pixel, rather than the index of
                 the largest. A class of several clusters has the sum of theirs.
             tile: height of a tile in pixels of the image; None: the image is predicted whole, and so is one that fits
                 into a tile.
             overlap: pixels that neighbouring tiles share at least.
+            orient: apply the orientation in EXIF data, so that the mask lies on what a viewer shows; False: on the
+                pixels that are stored.
 
         Returns:
             (H, W) indices into `classes`, or (C, H, W) float32 that add up to 1 at each pixel; for a list, one
@@ -224,18 +247,24 @@ class Segmenter(ModelHubMixin):
         Raises:
             UserError: an image that can't be read, or a tile that is no larger than the overlap.
         """
-        single = isinstance(image, Image.Image | np.ndarray | str | Path)
+        single = isinstance(image, Image.Image | np.ndarray | bytes | str | Path)
         photos: Sequence[Photo] = [image] if single else image  # type: ignore[assignment, list-item]
         if tile is None:
-            found = list(self._predict_all(photos, probabilities))
+            found = list(self._predict_all(photos, probabilities, orient))
         else:
             tiling = Tiling(tile=tile, overlap=overlap)
-            found = [self._predict_tiled(photo, tiling, probabilities) for photo in photos]
+            found = [self._predict_tiled(photo, tiling, probabilities, orient) for photo in photos]
         return found[0] if single else found
 
-    def _predict_tiled(self, photo: Photo, tiling: Tiling, probabilities: bool) -> Classes | Probabilities:
+    def _predict_tiled(
+        self, photo: Photo, tiling: Tiling, probabilities: bool, orient: bool
+    ) -> Classes | Probabilities:
         try:
-            rows = rasters.rows_of(str(photo)) if isinstance(photo, str | Path) else rasters.ArrayRows(_pixels(photo))
+            rows = (
+                rasters.rows_of(str(photo), orient=orient)
+                if isinstance(photo, str | Path)
+                else rasters.ArrayRows(_pixels(photo, orient))
+            )
             shape = (len(self.classes), rows.height, rows.width) if probabilities else (rows.height, rows.width)
             whole = np.empty(shape, np.float32 if probabilities else index_type(len(self.classes)))
             done = 0
@@ -244,7 +273,7 @@ class Segmenter(ModelHubMixin):
                 done += strip.shape[-2]
             return whole
         except BadInput as error:
-            raise UserError(f"{photo}: {error}; give a readable image", code="image-unreadable") from None
+            raise _unreadable(photo, error) from None
 
     def strips(self, rows: Rows, tiling: Tiling, *, probabilities: bool = False) -> Iterator[np.ndarray]:
         """As `predict` with tiles, a strip of rows after the other, for results that are too large to hold.
@@ -257,7 +286,7 @@ class Segmenter(ModelHubMixin):
         height, width = tiling.size(self.size)
         if rows.height <= height and rows.width <= width:
             whole = rows.read(0, rows.height)
-            yield from self._predict_all([whole], probabilities)
+            yield from self._predict_all([whole], probabilities, orient=False)
             return
         class_of = torch.from_numpy(self.class_of)
         kind = index_type(len(self.classes))
@@ -272,9 +301,11 @@ class Segmenter(ModelHubMixin):
 
         yield from strips(rows, self.size, tiling, self.logits, reduce)
 
-    def _predict_all(self, photos: Sequence[Photo], probabilities: bool) -> Iterator[Classes | Probabilities]:
+    def _predict_all(
+        self, photos: Sequence[Photo], probabilities: bool, orient: bool
+    ) -> Iterator[Classes | Probabilities]:
         for start in range(0, len(photos), _AT_ONCE):
-            pixels = [_pixels(photo) for photo in photos[start : start + _AT_ONCE]]
+            pixels = [_pixels(photo, orient) for photo in photos[start : start + _AT_ONCE]]
             resized = np.stack([images.resize(image, self.size, "bilinear") for image in pixels])  # (B, 3, h, w)
             sizes = [(image.shape[0], image.shape[1]) for image in pixels]
             yield from self._probabilities(resized, sizes) if probabilities else self.predict_resized(resized, sizes)
@@ -409,16 +440,13 @@ def assignment_of(scores: Mapping[str, Any] | None) -> Int[np.ndarray, " C"] | N
     return None if assignment is None else np.array(assignment)
 
 
-def _pixels(photo: Photo) -> Pixels:
-    if isinstance(photo, Image.Image):
-        return np.asarray(photo.convert("RGB"))
-    if isinstance(photo, np.ndarray):
-        if photo.ndim != 3 or photo.shape[2] != 3 or photo.dtype != np.uint8:
-            raise UserError(
-                f"an image must be an (H, W, 3) array of uint8, not {photo.shape} of {photo.dtype}", code="image-shape"
-            )
-        return photo
+def _pixels(photo: Photo, orient: bool) -> Pixels:
     try:
-        return images.read_image(str(photo))
+        return images.pixels_of(photo, orient=orient)
     except BadInput as error:
-        raise UserError(f"{photo}: {error}; give a readable image", code="image-unreadable") from None
+        raise _unreadable(photo, error) from None
+
+
+def _unreadable(photo: Photo, error: BadInput) -> UserError:
+    name = storage.shown(str(photo)) if isinstance(photo, str | Path) else f"the {type(photo).__name__}"
+    return UserError(f"{name}: {error}; give a readable image", code="image-unreadable")

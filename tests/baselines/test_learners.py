@@ -20,7 +20,6 @@ from transfgu.training import state as states
 from transfgu.training.state import State
 from transfgu.workers import differentiable_sum, gather_rows
 
-OTHERS = [name for name in METHODS if name != "transfgu"]
 Outcome = dict[str, tuple[dict[str, Tensor], list[dict[str, Any]]]]
 
 
@@ -85,7 +84,7 @@ def test_a_training_that_is_begun_again_ends_as_if_nothing_had_been(method: str,
     assert_close(again.network.state_dict(), undisturbed.network.state_dict(), 1e-7)
 
 
-@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("method", FIELDS)
 def test_a_model_is_read_as_it_was_trained(method: str) -> None:
     recipe = recipe_of(method)
     learner = make(recipe)

@@ -16,9 +16,9 @@ from transfgu.decoder import winners
 from transfgu.encoder import Encoder, normalise
 from transfgu.inference.tokens import PatchTokens
 from transfgu.kmeans import Shard, cluster
-from transfgu.maps import background_map, scale_maps
+from transfgu.maps import background_map, refine_maps, scale_maps
 from transfgu.metrics import confusion_matrix, scores
-from transfgu.recipe import EncoderRecipe
+from transfgu.recipe import EncoderRecipe, EvaluationRecipe
 
 
 def validation(made: MadeRun) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -51,6 +51,8 @@ def test_baselines_of_a_run(tmp_path: Path) -> None:
             some = encoder.concept_maps(pixels, concepts)
             maps += torch.nn.functional.adaptive_avg_pool2d(some, SIDE // 8)
         maps = torch.nn.functional.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)
+        tokens = encoder.patch_tokens(normalise(torch.from_numpy(image)[None]))
+        maps = refine_maps(maps, tokens, made.recipe.pseudo_labels.refine)
         confusion += confusion_matrix(label, winners(scale_maps(maps)[0], (SIDE, SIDE)).numpy(), 10)
     assert found["pseudo labels alone"].mean_iou == pytest.approx(scores(confusion).mean_iou, abs=0.5)
 
@@ -75,6 +77,27 @@ def test_a_patch_is_of_the_nearest_centroid(tmp_path: Path) -> None:
     predict = module._bottom_up(made.recipe, encode, train, smoothing=1)
     nearest = torch.cdist(tokens, torch.from_numpy(centroids)).argmin(2)
     assert (predict(images).argmax(1).flatten(1) == nearest).float().mean() > 0.99
+
+
+def test_predictions_are_averaged_over_sizes_and_mirror_images(tmp_path: Path) -> None:
+    """Of an image that is twice as large and of its mirror image, brought to the finest grid and back to its sides."""
+    made = make_run(tmp_path)
+    encode = PatchTokens(made.recipe.encoder, torch.device("cpu"))
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 24)).astype(np.uint8)
+    small = normalise(torch.from_numpy(images))
+    large = torch.nn.functional.interpolate(small, scale_factor=2, mode="bilinear")
+    parts = []
+    for pixels, grid in ((small, (2, 3)), (large, (4, 6))):
+        for flip in (False, True):
+            tokens = encode(pixels.flip(3) if flip else pixels).mT.reshape(2, -1, *grid)[:, :4]
+            tokens = tokens.flip(3) if flip else tokens
+            parts.append(torch.nn.functional.interpolate(tokens, (4, 6), mode="bilinear"))
+    found = module._averaged(
+        EvaluationRecipe(scales=(1.0, 2.0), flip=True), encode, images, lambda tokens: tokens[:, :4]
+    )
+    torch.testing.assert_close(found, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-5)
+    alone = module._averaged(EvaluationRecipe(), encode, images, lambda tokens: tokens)
+    torch.testing.assert_close(alone, encode(small).mT.reshape(2, -1, 2, 3))
 
 
 def test_majority_of_a_patch(tmp_path: Path) -> None:

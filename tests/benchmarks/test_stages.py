@@ -54,7 +54,8 @@ def test_from_measurements_to_a_plan(tmp_path: Path, ray_cluster: None) -> None:
     ]
     assert len(found.timing("training").ours) == 1  # the first epoch has no teacher
     assert found.timing("pseudo-labels").details["bytes an image"] > 2 * 6 * 8 * 8
-    text = cost_plan.shown(recipe, Measurements.from_json(found.to_json()), cost_plan.Site(gpus=8), 118_287, 5000)
+    rates = cost_plan.measured_rates(recipe, Measurements.from_json(found.to_json()))
+    text = cost_plan.shown(recipe, rates, cost_plan.Site(gpus=8), 118_287, 5000)
     assert "118287 images, 8 x" in text
 
 

@@ -118,6 +118,8 @@ def test_every_field_of_the_pretraining_is_a_flag() -> None:
     assert pretraining_recipe_of(parser.parse([])) == PretrainingRecipe()
     given = parser.parse(["--prototypes", "32", "--local_area", "0.1,0.3"])
     assert pretraining_recipe_of(given) == PretrainingRecipe(prototypes=32, local_area=(0.1, 0.3))
+    assert pretraining_recipe_of(parser.parse(["--hue", "10"]), "photographs").hue == 10
+    assert pretraining_recipe_of(parser.parse([]), "photographs").brightness == (0.3, 1.5)
     shown = parser.format_help()
     assert all(f"--{name} " in shown and info.doc[:20] in shown for name, info in PRETRAINING_FIELDS.items())
 

@@ -1,7 +1,10 @@
 """Decoding: every pixel format comes out as the same eight-bit picture; resizing equals torch's."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,10 +92,142 @@ def test_cmyk_jpeg() -> None:
     np.testing.assert_allclose(decoded, np.broadcast_to([200, 40, 90], (16, 16, 3)), atol=4)
 
 
-def test_stored_pixels_count_not_the_orientation_tag() -> None:
+# Two rows of three greys, and how a viewer shows them under each orientation of EXIF (TIFF 6.0, tag 274), by hand.
+STORED = [[0, 50, 100], [150, 200, 250]]
+SHOWN = {
+    1: [[0, 50, 100], [150, 200, 250]],
+    2: [[100, 50, 0], [250, 200, 150]],
+    3: [[250, 200, 150], [100, 50, 0]],
+    4: [[150, 200, 250], [0, 50, 100]],
+    5: [[0, 150], [50, 200], [100, 250]],
+    6: [[150, 0], [200, 50], [250, 100]],
+    7: [[250, 100], [200, 50], [150, 0]],
+    8: [[100, 250], [50, 200], [0, 150]],
+}
+
+
+@pytest.mark.parametrize("orientation", SHOWN)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "array"])
+def test_orientation_is_applied_where_it_is_asked_for(kind: str, orientation: int, tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # a viewer would turn it
-    assert images.decode_image(encode(Image.new("RGB", (8, 4)), "JPEG", exif=exif.tobytes())).shape == (4, 8, 3)
+    exif[0x0112] = orientation
+    # Blocks of 16 pixels of one colour, which JPEG keeps but for rounding.
+    stored = np.kron(np.array(STORED, np.uint8), np.ones((16, 16), np.uint8))
+    shown = np.kron(np.array(SHOWN[orientation], np.uint8), np.ones((16, 16), np.uint8))
+    if kind == "array":
+        np.testing.assert_array_equal(images.pixels_of(stored, orient=True)[..., 2], stored)
+        return
+    picture = Image.fromarray(stored).convert("RGB")
+    options = {"quality": 98} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    data = encode(picture, kind, exif=exif.tobytes() if kind != "TIFF" else exif, **options)
+    (tmp_path / "x").write_bytes(data)
+    for form in (data, tmp_path / "x", str(tmp_path / "x"), Image.open(tmp_path / "x")):
+        np.testing.assert_allclose(images.pixels_of(form, orient=True)[..., 1].astype(int), shown, atol=2)
+    np.testing.assert_allclose(images.decode_image(data)[..., 1].astype(int), stored, atol=2)
+
+
+def test_damaged_exif_turns_nothing() -> None:
+    data = encode(rgb().resize((16, 16)), "JPEG", exif=b"Exif\0\0nonsense")
+    np.testing.assert_array_equal(images.decode_image(data, orient=True), images.decode_image(data))
+
+
+def test_16_bits_are_scaled_alike_in_every_form(tmp_path: Path) -> None:
+    wide = np.array([[0, 128 * 257, 65535], [257, 300, 1]], np.uint16)
+    expected = np.array([[0, 128, 255], [1, 1, 0]], np.uint8)
+    Image.fromarray(wide).save(tmp_path / "x.png")
+    for form in (wide, wide[..., None], str(tmp_path / "x.png"), Image.open(tmp_path / "x.png")):
+        np.testing.assert_array_equal(images.pixels_of(form), np.repeat(expected[..., None], 3, 2))
+    colours = np.stack([wide, wide, wide, np.zeros_like(wide)], 2)
+    np.testing.assert_array_equal(images.pixels_of(colours), np.repeat(expected[..., None], 3, 2))
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((0, 0, 3), np.uint8), np.zeros((4, 4)), np.zeros((4, 4, 2), np.uint8), np.zeros(4, np.uint8)]
+)
+def test_arrays_that_are_no_image(array: np.ndarray) -> None:
+    with pytest.raises(BadInput):
+        images.pixels_of(array)
+
+
+def grey_png(values: np.ndarray, depth: int) -> bytes:
+    """A PNG of grey samples of 1 to 16 bits, packed by hand."""
+    rows = b""
+    for row in values:
+        bits = "".join(f"{v:0{depth}b}" for v in row)
+        bits += "0" * (-len(bits) % 8)
+        rows += b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+
+    def piece(kind: bytes, content: bytes) -> bytes:
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    head = values.shape[1].to_bytes(4, "big") + values.shape[0].to_bytes(4, "big") + bytes([depth, 0, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + piece(b"IHDR", head) + piece(b"IDAT", zlib.compress(rows)) + piece(b"IEND", b"")
+
+
+def grey_tiff(values: np.ndarray, depth: int, *, white_is_zero: bool) -> bytes:
+    rows = b""
+    for row in values:
+        bits = "".join(f"{v:0{depth}b}" for v in row)
+        bits += "0" * (-len(bits) % 8)
+        rows += int(bits, 2).to_bytes(len(bits) // 8, "big")
+    height, width = values.shape
+    tags = [(256, width), (257, height), (258, depth), (259, 1), (262, 0 if white_is_zero else 1), (273, 8)]
+    tags += [(277, 1), (278, height), (279, len(rows))]
+    offset = 8 + len(rows)
+    head = b"II*\0" + offset.to_bytes(4, "little")
+    directory = len(tags).to_bytes(2, "little")
+    for tag, value in tags:
+        directory += struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value)
+    return head + rows + directory + bytes(4)
+
+
+def labels_of_all_depths() -> list[Any]:
+    found = []
+    for depth, top in ((1, 1), (2, 3), (4, 15), (8, 20), (16, 20)):
+        values = np.array([[0, 1, top, 0, 1], [top, 1, 0, top, 1]])
+        found.append(pytest.param(grey_png(values, depth), values, id=f"PNG of {depth} bits"))
+        if depth < 16:
+            for white in (False, True):
+                data = grey_tiff(values, depth, white_is_zero=white)
+                found.append(pytest.param(data, values, id=f"TIFF of {depth} bits, white is zero: {white}"))
+    values = np.array([[0, 1, 2], [3, 2, 1]])
+    for top in (3, 255, 1000):
+        samples = values.astype(np.uint8).tobytes() if top < 256 else values.astype(">u2").tobytes()
+        found.append(pytest.param(b"P5 # made\n3 2\n%d\n" % top + samples, values, id=f"PGM up to {top}"))
+        text = b"P2\n3 2\n%d\n" % top + b" ".join(b"%d" % v for v in values.ravel())
+        found.append(pytest.param(text, values, id=f"plain PGM up to {top}"))
+    found.append(
+        pytest.param(b"P4\n3 2\n" + bytes([0b10100000, 0b01000000]), np.array([[1, 0, 1], [0, 1, 0]]), id="PBM")
+    )
+    return found
+
+
+@pytest.mark.parametrize(("data", "values"), labels_of_all_depths())
+def test_labels_are_raw_samples_of_any_depth(data: bytes, values: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "label").write_bytes(data)
+    found = images.read_label(str(tmp_path / "label"), datasets.classes(preset("pascal-voc")))
+    assert found.tolist() == values.tolist()
+    assert images.read_mask(str(tmp_path / "label")).tolist() == values.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("JPEG", {}), ("JPEG2000", {}), ("WEBP", {}), ("TIFF", {"compression": "jpeg"})],
+    ids=["JPEG", "JPEG 2000", "WebP", "JPEG in TIFF"],
+)
+def test_labels_with_loss_are_refused(kind: str, options: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "label").write_bytes(encode(Image.new("L", (16, 16)), kind, **options))
+    with pytest.raises(BadInput, match=r"changes class indices|without loss"):
+        images.read_label(str(tmp_path / "label"), datasets.classes(preset("pascal-voc")))
+
+
+def test_rows_come_in_order_with_their_reasons() -> None:
+    def read(number: int) -> int:
+        if number % 2:
+            raise BadInput(f"odd {number}")
+        return number * 10
+
+    assert list(images.read_rows([0, 1, 2], read)) == [(0, ""), (None, "odd 1"), (20, "")]
 
 
 @given(

@@ -12,6 +12,7 @@ from tests.refusals import refused
 from transfgu.datasets import map_files
 from transfgu.datasets.rows import read_labelled_rows, read_training_rows, usable
 from transfgu.recipe import preset
+from transfgu.store import storage
 from transfgu.training.order import Order
 
 RECIPE = preset("shapes").with_fields({"image_size": (16, 16)})
@@ -72,12 +73,44 @@ def test_maps_are_found_in_any_order(tmp_path: Path, group: int) -> None:
     np.testing.assert_array_equal(map_files.read_maps(places.take(chosen)), maps[chosen])
 
 
-def test_a_part_that_became_shorter_is_named(tmp_path: Path) -> None:
+def test_a_part_that_became_another_is_named(tmp_path: Path) -> None:
     maps = np.zeros((2, 2, 3, 4), np.int16)
     places = map_files.index_maps(write_parts(tmp_path, maps, group=1))
     longer = places.set_column(2, "row", pa.array([0, 5], pa.int32()))
     with refused("artifact-damaged part-00000000.parquet"):
         map_files.read_maps(longer)
+
+
+def plain_parts(folder: Path, maps: np.ndarray) -> list[str]:
+    """As `write_parts`, as the pseudo labels' stage writes and indexes them."""
+    made: dict[str, tuple[int, dict[str, list[int]]]] = {}
+    for uri in write_parts(folder, maps, group=1):
+        table = pq.read_table(uri)
+        pq.write_table(table, uri, row_group_size=1, use_dictionary=False, compression="none")
+        data = Path(uri).read_bytes()
+        made[Path(uri).name] = (len(data), map_files.places(data))
+    map_files.write_index(str(folder), made)
+    return [str(folder / name) for name in made]
+
+
+def test_an_index_says_where_maps_lie(tmp_path: Path) -> None:
+    maps = np.random.default_rng(0).integers(-9, 9, (7, 2, 3, 4), np.int16)
+    parts = plain_parts(tmp_path, maps)
+    sizes = [Path(part).stat().st_size for part in parts]
+    before = storage.reads()
+    places = map_files.index_maps(parts, sizes)
+    assert storage.reads() - before == 1
+    assert places["index"].to_pylist() == list(range(10, 17))
+    assert places["part"].to_pylist() == [parts[i // 3] for i in range(7)]
+    assert min(places["offset"].to_pylist()) > 4
+    for chosen in ([5, 0, 6, 5, 2], list(range(7))):
+        np.testing.assert_array_equal(map_files.read_maps(places.take(chosen)), maps[chosen])
+    # A part that is another one than was indexed is opened; one that changes afterwards is named.
+    pq.write_table(pq.read_table(parts[1]).slice(0, 2), parts[1], row_group_size=1)
+    fresh = map_files.index_maps(parts, [Path(part).stat().st_size for part in parts])
+    assert fresh["index"].to_pylist() == [10, 11, 12, 13, 14, 16]
+    with refused("artifact-damaged part-00000003.parquet"):
+        map_files.read_maps(places.take([5]))
 
 
 def picture(path: Path, values: np.ndarray) -> str:

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -18,12 +19,14 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.made_run import make_run
+from transfgu.benchmarks.arithmetic import faiss_kmeans, kmeans_start
 from transfgu.datasets.shapes import scene
 from transfgu.decoder import MaskDecoder, all_winners
+from transfgu.device_kmeans import DeviceShard
 from transfgu.encoder import SHIPPED, Encoder, normalise
 from transfgu.inference.frozen_encoder import FrozenEncoder
 from transfgu.inference.memory import HalveOnOutOfMemory
-from transfgu.kmeans import Shard, cluster, gpu_index
+from transfgu.kmeans import Shard, cluster
 from transfgu.learner import Batch
 from transfgu.losses import bootstrapping_loss
 from transfgu.metrics import batch_confusion, confusion_matrix
@@ -251,18 +254,27 @@ def test_winners_and_confusion(gpu: torch.device) -> None:
         batch_confusion(labels.to(gpu), other.to(gpu) + K, K)
 
 
-@pytest.mark.skipif(not gpu_index(), reason="this FAISS computes on CPUs alone")
-def test_kmeans(gpu: torch.device) -> None:
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_kmeans(gpu: torch.device, pieces: int) -> None:
     rows = np.random.default_rng(0).standard_normal((20_000, 64), np.float32)
-    cpu, other = (cluster(Shard([rows], gpu=on_gpu), 12, iterations=30) for on_gpu in (False, True))
+    some = np.array_split(rows, pieces)
+    cpu, other = (cluster(shard, 12, iterations=30) for shard in (Shard(some), DeviceShard(some, gpu, at_once=4096)))
     assert other.inertia == pytest.approx(cpu.inertia, rel=1e-3)
     assert other.counts.sum() == len(rows)
+
+
+@pytest.mark.skipif(not hasattr(faiss, "StandardGpuResources"), reason="this FAISS computes on CPUs alone")
+def test_kmeans_is_as_good_as_faiss_on_the_gpu(gpu: torch.device) -> None:
+    rows = np.random.default_rng(0).standard_normal((20_000, 64), np.float32)
+    own = cluster(DeviceShard([rows], gpu), 12, iterations=30)
+    _, inertia = faiss_kmeans(rows, kmeans_start(rows, 12), 30, gpu=True)
+    assert own.inertia == pytest.approx(inertia, rel=1e-3)
 
 
 def test_concepts_of_an_array_on_whatever_this_process_has(gpu: torch.device) -> None:
     rows = np.random.default_rng(0).standard_normal((5000, 32), np.float32)
     found = concepts.kmeans(rows, 7, iterations=20)
-    assert found.inertia == pytest.approx(cluster(Shard([rows], gpu=False), 7, iterations=20).inertia, rel=1e-3)
+    assert found.inertia == pytest.approx(cluster(Shard([rows]), 7, iterations=20).inertia, rel=1e-3)
 
 
 # ---- memory, and a GPU that is shared ----

@@ -16,7 +16,7 @@ from tests.refusals import refused
 from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from transfgu.pretraining import objective
 from transfgu.pretraining.objective import StepSchedule, Student, Teacher, Views
-from transfgu.pretraining.recipe import PretrainingRecipe
+from transfgu.pretraining.recipe import VIEWS, PretrainingRecipe
 
 SMALL = PretrainingRecipe(
     width=12,
@@ -181,13 +181,35 @@ def test_views_repeat_with_their_generator_and_cover_all_sizes() -> None:
 def test_a_view_of_the_whole_grey_image_stays_grey() -> None:
     """Neither hue nor saturation can change grey; brightness and contrast leave a constant image constant."""
     images = torch.full((8, 3, 16, 16), 0.5)
-    views = objective.draw_views(images, 8, (1.0, 1.0), generator())
+    views = objective.draw_views(images, 8, (1.0, 1.0), SMALL, generator())
     mean = torch.tensor(IMAGENET_MEAN)[:, None, None]
     deviation = torch.tensor(IMAGENET_STD)[:, None, None]
     pixels = views * deviation + mean
     torch.testing.assert_close(pixels, pixels[:, :1, :1, :1].expand_as(pixels), atol=2e-3, rtol=0)
     assert 0.5 * 0.6 <= pixels.min() <= pixels.max() <= 0.5 * 1.4
     assert pixels.std() > 0.05
+
+
+def test_hues_of_photographs_turn_a_little() -> None:
+    """Sky blue, (0.3, 0.5, 0.9): drawn, any channel may lead; within 36 degrees blue does, or nothing where grey."""
+    images = torch.tensor([0.3, 0.5, 0.9])[:, None, None].expand(200, 3, 4, 4)
+    mean, deviation = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+
+    def leads(recipe: PretrainingRecipe) -> Tensor:
+        pixels = objective.draw_views(images, 4, (1.0, 1.0), recipe, generator())[:, :, 0, 0] * deviation + mean
+        return pixels.argmax(1)[pixels.amax(1) - pixels.amin(1) > 0.01].bincount(minlength=3)
+
+    assert (leads(SMALL) > 10).all()
+    photographs = leads(PretrainingRecipe(**{**vars(SMALL), **VIEWS["photographs"], "grey_share": 0.0}))
+    assert photographs[2] == photographs.sum() > 150
+
+
+def test_grey_share_of_one_leaves_no_colour() -> None:
+    recipe = PretrainingRecipe(**{**vars(SMALL), "grey_share": 1.0})
+    images = torch.rand(8, 3, 4, 4, generator=generator())
+    views = objective.draw_views(images, 4, (1.0, 1.0), recipe, generator(1))
+    pixels = views * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
+    torch.testing.assert_close(pixels, pixels[:, :1].expand_as(pixels), atol=4e-3, rtol=0)
 
 
 def test_colours_turn_by_a_matrix_that_undoes_itself() -> None:

@@ -152,9 +152,31 @@ def test_an_image_is_cut_square_about_its_centre(tmp_path: Path) -> None:
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[:, 10:30, 0] = 200
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    small = stage.small_square(str(tmp_path / "a.png"), 8)
+    (small,) = stage.cut_squares(str(tmp_path / "a.png"), 8)
     assert small.shape == (8, 8, 3)
     assert (small == [200, 0, 0]).all()
+
+
+def test_several_squares_of_an_image_are_parts_of_it(tmp_path: Path) -> None:
+    """A ramp of a level per column, 40 rows: a square of side s about column x has s levels, x in their middle."""
+    ramp = np.repeat(np.arange(120, dtype=np.uint8)[None, :, None], 40, axis=0).repeat(3, axis=2)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    first, *others = stage.cut_squares(str(tmp_path / "a.png"), 4, 30)
+    np.testing.assert_allclose(first[0, :, 0], [44.5, 54.5, 64.5, 74.5], atol=1)  # of columns 40 to 79
+    sides = np.array([(square[0, 3, 0] - float(square[0, 0, 0])) * 4 / 3 for square in others])
+    assert (sides >= 20 - 2).all()
+    assert (sides <= 40 + 2).all()
+    assert len({square.tobytes() for square in others}) > 20
+    again = stage.cut_squares(str(tmp_path / "a.png"), 4, 30)
+    assert [square.tobytes() for square in again] == [square.tobytes() for square in (first, *others)]
+
+
+def test_an_older_pretraining_goes_on_under_its_name() -> None:
+    """Its name is the digest of the fields that it had; a younger field counts where it differs."""
+    job = PretrainingJob(images="photos", out="vit.safetensors", recipe=PretrainingRecipe(orient=False))
+    assert job.digest() == "13a6eed86cde"
+    blue = PretrainingJob(images="photos", out="vit.safetensors", recipe=PretrainingRecipe(orient=False, hue=36.0))
+    assert blue.digest() != job.digest()
 
 
 @pytest.mark.parametrize(
@@ -163,6 +185,7 @@ def test_an_image_is_cut_square_about_its_centre(tmp_path: Path) -> None:
         ({"out": "vit.pth"}, "out-invalid vit.pth"),
         ({"image_size": 8}, "image-size --image_size"),
         ({"count": 3}, "images-few --count"),
+        ({"squares": 0}, "field-range --squares"),
     ],
 )
 def test_a_job_that_cannot_work_is_refused(changes: dict[str, str | int], refusal: str) -> None:

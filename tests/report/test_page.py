@@ -117,7 +117,7 @@ def test_every_section_is_there_with_labels(page: Page, labelled: MadeRun) -> No
     assert "broken & bent.png" in page.text
     assert "Samples (skipped)" in page.text
     assert "Evaluation took most of it" in page.text
-    assert "training.epochs" in page.text
+    assert "windows.size" in page.text
 
 
 def test_the_grid_shows_image_prediction_and_truth(page: Page, bare: Page) -> None:

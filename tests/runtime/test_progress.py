@@ -17,6 +17,35 @@ def test_progress_in_a_log_is_plain_lines() -> None:
     assert "\r" not in out.getvalue()
 
 
+def test_without_a_total_nothing_is_said_of_what_is_left() -> None:
+    out = Terminal()
+    progress = Progress("concepts", stream=out)
+    progress._last -= 1
+    progress.update(0, None, "iterations of things")
+    progress._last -= 1
+    progress._start -= 1
+    progress.update(8, None, "iterations of things")
+    assert "concepts: 8 iterations of things  8.0 iterations of things/s" in out.getvalue()
+    assert "left" not in out.getvalue()
+    assert "/" not in out.getvalue().split("\r")[1]
+
+
+def test_another_unit_has_a_rate_of_its_own() -> None:
+    """367 images, then 700 steps at two a second: not a negative rate, nor one that mixes both."""
+    out = Terminal()
+    progress = Progress("pretraining", stream=out)
+    progress.update(367, 367, "images")
+    progress.update(0, 700, "steps")
+    progress._last -= 5
+    progress._start -= 5
+    progress.update(10, 700, "steps")
+    assert "pretraining: 10/700 steps  2.0 steps/s, 5 min 45 s left" in out.getvalue()
+    progress._last -= 5
+    progress.update(4, 700, "steps")  # an epoch begun again
+    assert "pretraining: 4/700 steps  " in out.getvalue()
+    assert "-" not in out.getvalue()
+
+
 def test_quiet_progress_says_nothing() -> None:
     out = io.StringIO()
     Progress("features", stream=out, quiet=True).update(10, 10, "images")

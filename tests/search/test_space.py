@@ -65,19 +65,21 @@ def test_values_go_into_the_recipe() -> None:
 def test_alpha_is_held_constant_or_rises() -> None:
     space = parse(["alpha=uniform(0,0.2)"], SHAPES)
     assert space.names == ("alpha",)
-    held = apply(SHAPES.with_fields({"epochs": 30, "teacher_every": (20,)}), {"alpha": 0.17}).training
+    taught = SHAPES.with_fields({"epochs": 30, "teacher_start": 2, "teacher_every": (20,)})
+    held = apply(taught, {"alpha": 0.17}).training
     assert {round(plan(held, epoch).alpha, 9) for epoch in range(2, 30)} == {0.17}
     ramp = apply(SHAPES, {"training.alpha_start": 0.03, "training.alpha_step": 0.01}).training
     assert ramp == SHAPES.training
 
 
 def test_the_defaults_hold_what_is_published() -> None:
-    ranges = {r.name: r.values for r in parse(DEFAULT, SHAPES).ranges}
-    published = SHAPES.flat()
+    recipe = preset("coco-stuff-27")
+    ranges = {r.name: r.values for r in parse(DEFAULT, recipe).ranges}
+    published = recipe.flat()
     for name, (low, *_, high) in ranges.items():
         assert low <= published[name] <= high
     assert set(ranges) == {f"training.{name}" for name in ("omega_1", "omega_2", "alpha_start", "alpha_step")}
-    grid = parse(DEFAULT_GRID, SHAPES).grid()
+    grid = parse(DEFAULT_GRID, recipe).grid()
     assert {name: published[name] for name in ranges} in grid
     assert len(grid) == 36
 

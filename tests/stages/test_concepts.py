@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
+import torch
 from numpy import ndarray
 
 from tests.refusals import refused
@@ -142,9 +143,7 @@ def test_an_actor_reads_its_parts_by_group(tmp_path: Path) -> None:
     parts, size = concepts._parts(run.artifact("features"))
     assert [Path(p).name for p in parts] == [f"part-{n:08d}.parquet" for n in (0, 10, 20)]
     assert size > windows.nbytes / 2
-    actor = concepts.KMeansActor(
-        functools.partial(concepts._read_parts, [parts[:2], parts[2:]], groups), threads=1, gpu=False
-    )
+    actor = concepts.KMeansActor(functools.partial(concepts._read_parts, [parts[:2], parts[2:]], groups), threads=1)
     foreground, background = features_of(windows, "foreground"), features_of(windows, "background")
     assert actor.measure("things") == (100, float(np.abs(foreground).max()))
     assert actor.measure("stuff") == (50, float(np.abs(background).max()))
@@ -160,14 +159,14 @@ def test_features_that_nodes_cannot_hold_go_to_those_that_may_come(monkeypatch: 
 
     head = {"CPU": 4.0, "memory": 10e9}
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": head}])
-    monkeypatch.setenv(runtime.NODES, '[{"count": 8, "CPU": 4, "GPU": 1}, {"count": 4, "CPU": 16}]')
+    monkeypatch.setenv(runtime.NODES, '[{"count": 8, "CPU": 5}, {"count": 4, "CPU": 16}]')
     fits, large = 7 * 10**9, 11 * 10**9
     nodes = concepts._nodes(fits)  # 9.1 GB in memory
     assert nodes == [head]
     assert concepts._worker_count(fits, nodes) == 1
     assert concepts._memory(float(fits)) == 9_100_000_000
     nodes = concepts._nodes(large)  # 14.3 GB
-    assert [node["CPU"] for node in nodes] == [4] * 8 + [16] * 4 + [4]
+    assert [node["CPU"] for node in nodes] == [5] * 8 + [16] * 4 + [4]
     assert concepts._worker_count(large, nodes) == 13
     assert concepts._memory(large / 13) == 1_100_000_000
     assert concepts._memory(100e6) == 0
@@ -180,6 +179,48 @@ def test_features_that_nodes_cannot_hold_go_to_those_that_may_come(monkeypatch: 
     monkeypatch.setenv(runtime.NODES, "")
     assert concepts._nodes(50 * 10**9) == wide
     assert concepts._memory(50e9) == 0
+
+
+AWS = [{"CPU": 4.0}, *[{"CPU": 4.0, "GPU": 1.0}] * 8, *[{"CPU": 16.0}] * 4]  # with a head of 4 CPUs
+LARGE = [{"CPU": 8.0}, *[{"CPU": 192.0, "GPU": 8.0}] * 8]
+WINDOWS = 10_646_000 * 1536  # bytes of the features of COCO-Stuff-27's training images
+
+
+@pytest.mark.parametrize(
+    ("nodes", "size", "actors", "gpus"),
+    [
+        (AWS, WINDOWS, 8, 1.0),
+        (AWS, 10**6, 1, 1.0),  # however small, on a GPU
+        (LARGE, WINDOWS, 61, 1.0),  # one per 256 MiB
+        (LARGE, 10 * WINDOWS, 64, 1.0),
+        ([{"CPU": 4.0}, *[{"CPU": 16.0}] * 4], WINDOWS, 5, 0.0),  # no GPU: by cores
+    ],
+)
+def test_kmeans_goes_to_the_gpus_of_a_cluster_that_has_some(
+    nodes: list[dict[str, float]], size: int, actors: int, gpus: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {**n, "memory": 1e12}} for n in nodes])
+    monkeypatch.delenv(runtime.NODES, raising=False)
+    chosen = concepts._nodes(size)
+    assert concepts._worker_count(size, chosen) == actors
+    assert all(node.get("GPU") for node in chosen) == bool(gpus)
+    assert concepts._resources(actors, chosen)["num_gpus"] == gpus
+
+
+def test_more_actors_than_gpus_share_them() -> None:
+    nodes = [{"CPU": 8.0, "GPU": 2.0}]
+    assert concepts._resources(5, nodes) == {"num_cpus": 1.0, "num_gpus": 0.4}
+
+
+def test_a_process_without_a_gpu_computes_on_its_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = np.ones((5, 2), np.float32)
+    assert type(concepts._shard([rows])) is Shard or torch.cuda.is_available()
+    # Where NVIDIA's files are but torch finds no GPU, too, and where the environment says so.
+    monkeypatch.setattr(concepts, "_GPU_FILES", (str(tmp_path),))
+    monkeypatch.setenv("TRANSFGU_DEVICE", "cpu")
+    assert type(concepts._shard([rows])) is Shard
 
 
 def test_groups_follow_the_recipe() -> None:
@@ -247,17 +288,17 @@ def test_an_interrupted_group_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         pass
 
     class StopsAfterFive(Progress):
-        def update(self, done: int, total: int, unit: str) -> None:
-            assert (total, unit) == (100, "iterations")
+        def update(self, done: int, total: int | None, unit: str) -> None:
+            assert (total, unit) == (None, f"K-Means iterations over {group.name} (at most 50)")
             if done == 5:
                 raise Stopped
 
     with pytest.raises(Stopped):
-        concepts._cluster_group(recipe, group, shard(), folder, StopsAfterFive("concepts", quiet=True), done=0)
+        concepts._cluster_group(recipe, group, shard(), folder, StopsAfterFive("concepts", quiet=True))
     saved = concepts._saved(folder, group)
     assert saved is not None
     assert saved[0] == 4  # the fifth was under way to the disk
-    resumed = concepts._cluster_group(recipe, group, shard(), folder, quiet(), done=0)
+    resumed = concepts._cluster_group(recipe, group, shard(), folder, quiet())
     np.testing.assert_array_equal(resumed.centroids, whole.centroids)
     assert (resumed.iterations, resumed.inertia) == (whole.iterations, whole.inertia)
 
@@ -268,7 +309,7 @@ def test_an_interrupted_group_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.ray
 def test_things_come_from_foreground_and_stuff_from_background(tmp_path: Path, ray_cluster: None) -> None:
     windows = made_windows(25)
-    run, recipe = write_parts(tmp_path, windows), recipe_of()
+    run, recipe = write_parts(tmp_path, windows), recipe_of(whiten="none")
     outcome = concepts.run(recipe, run, quiet())
     assert outcome.items == 150
     assert outcome.details["windows"] == {"foreground": 100, "background": 50}

@@ -76,6 +76,30 @@ def test_masks_are_named_after_images_and_never_share_a_file() -> None:
     assert table["mask"].to_pylist() == ["a", "b/photo.jpg", "b/photo.png", "dir.v2/x"]
 
 
+def test_a_mask_lies_on_what_a_viewer_shows(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
+    rows = pa.table({"name": ["a.jpg"], "image": [str(tmp_path / "a.jpg")], "mask": ["a"]})
+    for orient, shape in ((True, [8, 4]), (False, [4, 8])):
+        read = prediction.ReadPhotos(size=(2, 2), interpolation="bilinear", orient=orient, keep_files=True)(rows)
+        assert [read["height"][0].as_py(), read["width"][0].as_py()] == shape
+        drawn = prediction.overlay(
+            read["file"][0].as_py(), np.zeros(shape, np.uint8), np.zeros((1, 3), np.uint8), orient=orient
+        )
+        assert Image.open(io.BytesIO(drawn)).size == (shape[1], shape[0])
+
+
+def test_masks_on_stored_and_on_turned_pixels_are_kept_apart(made: MadeRun, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", ["a/004.jpg"])
+    prediction.preflight(job(made, tmp_path, orient=False))
+    with refused("out-taken --orient"):
+        prediction.preflight(job(made, tmp_path, orient=True))
+    prediction.preflight(job(made, tmp_path))  # goes on with what is there
+    assert prediction._orient(job(made, tmp_path)) is False
+    assert prediction._orient(job(made, tmp_path, out=str(tmp_path / "other"))) is True
+
+
 def test_what_is_to_be_made() -> None:
     table = samples(*(f"{n}.jpg" for n in range(6)))
     done = {"0.jpg", "1.jpg", "2.jpg"}
@@ -193,6 +217,7 @@ def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path
                     "run": f"/{model}",
                     "files": "png",
                     "averaged": {"scales": [1.0], "flip": False},
+                    "orient": True,
                     "tiles": None,
                     "classes": [],
                 },

@@ -34,7 +34,7 @@ class Made(NamedTuple):
 
     @property
     def files(self) -> list[Path]:
-        return sorted(Path(self.run.artifact("pseudo_labels").uri).glob("*"))
+        return sorted(Path(self.run.artifact("pseudo_labels").uri).glob("*.parquet"))
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,8 @@ def test_curated_images_alone_get_maps(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, curated=True)
     folder = run.artifact("pseudo_labels").uri
     # The part that covers exactly the even pictures is there, so nothing is left to make.
-    parts.write_part(folder, parts.Summary(part=0, images=2), pa.table({"index": [0, 2]}), "")
+    maps = pa.table({"index": [0, 2], "maps": [b"\0\0", b"\0\0"], "h": [1, 1], "w": [1, 1]})
+    parts.write_maps(folder, parts.Summary(part=0, images=2), maps, "")
     assert pseudo_labels.run(recipe, run, PROGRESS).items == 2
 
 

@@ -26,7 +26,7 @@ from transfgu.store import parquet, storage
 from transfgu.training import schedule
 from transfgu.training.order import Order
 from transfgu.training.state import State
-from transfgu.training.step import make_optimiser, training_step
+from transfgu.training.step import make_optimiser, start_step
 from transfgu.views import apply_views, draw_views
 
 pytestmark = pytest.mark.ray
@@ -36,7 +36,11 @@ COMMON = {
     "teacher_start": 1,
     "teacher_every": (1,),
     "training.batch_size": 4,
+    "decoder.depth": 1,
     "decoder.dropout": 0.0,
+    "omega_1": 1.0,
+    "omega_2": 0.3,
+    "certain_share": 0.5,
     "lr": 1e-4,
     "compute.workers": 2,
     "seed": 5,
@@ -49,9 +53,9 @@ class Listener(Progress):
     def __init__(self) -> None:
         super().__init__("training", quiet=True)
         self.notes: list[str] = []
-        self.steps = (0, 0)
+        self.steps: tuple[int, int | None] = (0, 0)
 
-    def update(self, done: int, total: int, unit: str) -> None:
+    def update(self, done: int, total: int | None, unit: str) -> None:
         assert unit == "steps"
         self.steps = (done, total)
 
@@ -79,7 +83,9 @@ def one_process(recipe: Recipe, made: MadeRun) -> tuple[dict[str, Tensor], list[
     """The same training as one loop without workers: the last student, and each epoch's mean loss."""
     encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
     torch.manual_seed(recipe.seed)
-    student = MaskDecoder(encoder.width, recipe.classes, num_heads=encoder.num_heads, dropout=0.0)
+    student = MaskDecoder(
+        encoder.width, recipe.classes, num_heads=encoder.num_heads, depth=recipe.decoder.depth, dropout=0.0
+    )
     initial = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     optimiser = make_optimiser(student, recipe.training.lr, recipe.training.weight_decay)
     columns = read_training_rows(training_images(made.run), size=(SIDE, SIDE))
@@ -99,7 +105,7 @@ def one_process(recipe: Recipe, made: MadeRun) -> tuple[dict[str, Tensor], list[
                 pixels, seen = apply_views(images[places], planes[places], views, encoder.patch_size)
             else:
                 pixels, seen = normalise(images[places]), planes[places]
-            result = training_step(
+            result = start_step(
                 student,
                 optimiser,
                 encoder.patch_tokens(pixels),
@@ -110,7 +116,8 @@ def one_process(recipe: Recipe, made: MadeRun) -> tuple[dict[str, Tensor], list[
                 alpha=plan.alpha,
                 permutation=np.random.default_rng([recipe.seed, epoch, step]).permutation(recipe.classes),
                 background_threshold=0.1 if recipe.background else None,
-            )
+                certain_share=recipe.training.certain_share,
+            ).result()
             totals.append(result.total)
         losses.append(float(np.mean(totals)))
     return student.state_dict(), losses
@@ -253,7 +260,7 @@ def train(state: State, steps: int) -> None:
     assert state.optimiser
     for step in range(steps):
         torch.manual_seed(100 + step)
-        training_step(
+        start_step(
             state.student,
             state.optimiser,
             torch.randn(2, 9, 12),
@@ -263,7 +270,7 @@ def train(state: State, steps: int) -> None:
             omega_2=0.3,
             alpha=0.05,
             permutation=[1, 0, 3, 2],
-        )
+        ).result()
 
 
 def test_a_state_that_was_saved_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:

@@ -214,12 +214,45 @@ def test_large_object_in_one_piece(s3: str) -> None:
 
 
 @pytest.mark.s3
-def test_an_image_takes_one_request_to_write_and_two_to_read(s3: str, faults: Gateway) -> None:
+def test_an_image_takes_one_request_to_write_and_one_to_read(s3: str, faults: Gateway) -> None:
     path = f"/{s3.removeprefix('s3://')}/image"
     storage.write_bytes(f"{s3}/image", os.urandom(300_000))
     assert [asked.line for asked in faults.asked] == [f"PUT {path}"]
     assert len(storage.read_bytes(f"{s3}/image")) == 300_000
-    assert [asked.line for asked in faults.asked[1:]] == [f"HEAD {path}", f"GET {path}"]
+    assert storage.read_range(f"{s3}/image", 299_990, 100) == storage.read_bytes(f"{s3}/image")[299_990:]
+    assert [asked.line for asked in faults.asked[1:]] == [f"GET {path}"] * 3
+
+
+@pytest.mark.s3
+def test_files_of_a_folder_are_listed_at_once(s3: str, faults: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    uris = [f"{s3}/folder/{i}" for i in range(5)]
+    for i, uri in enumerate(uris):
+        storage.write_bytes(uri, b"x" * i)
+    monkeypatch.setattr(storage, "_FEW", 4)
+    faults.asked.clear()
+    found = storage.versions([*uris, f"{s3}/folder/none"])
+    assert [version and version.size for version in found] == [0, 1, 2, 3, 4, None]
+    assert len(faults.asked) == 1
+
+
+def test_many_files_come_in_order(root: str) -> None:
+    uris = [storage.join(root, str(i)) for i in range(40)]
+    for uri in uris[::2]:
+        storage.write_bytes(uri, uri.encode())
+    before = storage.reads()
+    assert list(storage.read_many(uris)) == [uri.encode() if i % 2 == 0 else None for i, uri in enumerate(uris)]
+    assert storage.reads() - before == 40
+    assert next(iter(storage.read_many(uris))) == uris[0].encode()
+
+
+def test_a_change_shows_without_reading(root: str) -> None:
+    uri = storage.join(root, "x")
+    storage.write_bytes(uri, b"1")
+    first = storage.versions([uri])
+    storage.write_bytes(uri, b"12")
+    assert storage.versions([uri]) != first
+    assert storage.read_range(uri, 1, 9) == b"2"
+    assert storage.read_range(storage.join(root, "none"), 0, 1) is None
 
 
 @pytest.mark.s3

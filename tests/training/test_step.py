@@ -18,7 +18,7 @@ from torch.optim import SGD, Optimizer
 from transfgu.decoder import MaskDecoder
 from transfgu.errors import UserError
 from transfgu.losses import Loss, bootstrapping_loss
-from transfgu.training.step import StepResult, make_optimiser, start_step, training_step
+from transfgu.training.step import StepResult, make_optimiser, start_step
 
 WIDTH, CONCEPTS, GRID, IMAGES = 12, 4, (2, 3), 4
 ALL = slice(0, IMAGES)
@@ -43,9 +43,9 @@ class Batch:
         }
 
     def step(self, student: nn.Module, optimiser: Optimizer, rows: slice = ALL, part: int | None = None) -> StepResult:
-        return training_step(
+        return start_step(
             student, optimiser, self.patches[rows], self.maps[rows], self.teacher, part=part, **self.settings
-        )
+        ).result()
 
     def loss(self, student: nn.Module, rows: slice = ALL) -> Loss:
         masks, embeddings = student(self.patches[rows])
@@ -141,7 +141,9 @@ def test_warm_up_needs_no_teacher() -> None:
     batch.settings["permutation"] = None
     student = make_decoder(batch.classes)
     optimiser = make_optimiser(student, 1e-2)
-    losses = [training_step(student, optimiser, batch.patches, batch.maps, **batch.settings).total for _ in range(20)]
+    losses = [
+        start_step(student, optimiser, batch.patches, batch.maps, **batch.settings).result().total for _ in range(20)
+    ]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -299,7 +301,7 @@ def test_out_of_memory_on_a_real_device() -> None:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(0.4 * torch.cuda.max_memory_allocated() / total)
         optimiser = make_optimiser(student, 1e-3)
-        steps.append(training_step(student, optimiser, patches, maps, omega_1=1, omega_2=0.3, alpha=0.05))
+        steps.append(start_step(student, optimiser, patches, maps, omega_1=1, omega_2=0.3, alpha=0.05).result())
     torch.cuda.set_per_process_memory_fraction(1.0)
     assert steps[0].part == 64
     assert steps[1].part < 64

@@ -116,7 +116,7 @@ def test_mlflow_finds_its_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.data.metrics["loss/total"] == 2.5
-    assert run.data.params["training.epochs"] == "4"
+    assert run.data.params["training.epochs"] == str(recipe_of("mlflow").training.epochs)
     assert [m.step for m in client.get_metric_history(run.info.run_id, "score/mean_iou")] == [1, 2]
     assert len(client.list_artifacts(run.info.run_id, "predictions")) == 2
 

@@ -21,7 +21,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from transfgu.baselines.optimisation import optimise, resized, share_batch_norm
+from transfgu.baselines.optimisation import new_network, optimise, resized
 from transfgu.learner import Batch, Batches, Model, Pending, Setting
 from transfgu.recipe import Recipe, Size
 from transfgu.views import GREY, Colours, change_colours
@@ -358,14 +358,12 @@ class IIC:
 
     def __init__(self, setting: Setting) -> None:
         self.recipe, self.device = setting.recipe, setting.device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.recipe.seed)
-            network = _network(self.recipe)
-        share_batch_norm(network)
-        self._network = network.to(self.device)
+        self._network = new_network(lambda: _network(self.recipe), setting)
         self.network: nn.Module = self._network
         training = self.recipe.training
-        self.optimiser: Optimizer | None = Adam(network.parameters(), training.lr, weight_decay=training.weight_decay)
+        self.optimiser: Optimizer | None = Adam(
+            self._network.parameters(), training.lr, weight_decay=training.weight_decay
+        )
         self.teacher: nn.Module | None = None
         self.model: Model = IICModel(self.recipe, self._network, self.device)
         self.whole = False

@@ -23,7 +23,7 @@ from torch.optim import SGD, Optimizer
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from transfgu import datasets
-from transfgu.baselines.optimisation import optimise, resized, share_batch_norm
+from transfgu.baselines.optimisation import new_network, optimise, resized
 from transfgu.baselines.resnet import residual_network, widths
 from transfgu.datasets import images as files
 from transfgu.datasets.mask_files import find_masks, no_objects
@@ -368,13 +368,9 @@ class MaskContrast:
     def __init__(self, setting: Setting) -> None:
         self.recipe, self.device = setting.recipe, setting.device
         how, training = self.recipe.maskcontrast, self.recipe.training
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.recipe.seed)
-            network = ClusteredEmbeddings(self.recipe, how.weights)
-        share_batch_norm(network)
-        self._network = network.to(self.device)
+        self._network = new_network(lambda: ClusteredEmbeddings(self.recipe, how.weights), setting)
         self.network: nn.Module = self._network
-        self._sgd = SGD(network.parameters(), training.lr, momentum=0.9, weight_decay=training.weight_decay)
+        self._sgd = SGD(self._network.parameters(), training.lr, momentum=0.9, weight_decay=training.weight_decay)
         self.optimiser: Optimizer | None = self._sgd
         self.teacher: nn.Module | None = copy.deepcopy(self._network.embedding).requires_grad_(False)
         self.model: Model = MaskContrastModel(self.recipe, self._network, self.device)
@@ -559,7 +555,7 @@ def check(recipe: Recipe) -> None:
     seen = 0
     for uri in rows["image"].to_pylist():
         try:
-            pixels = files.resize(files.read_image(uri), recipe.dataset.image_size)
+            pixels = files.resize(files.read_image(uri, orient=recipe.dataset.orient), recipe.dataset.image_size)
         except BadInput:
             continue
         seen += 1

@@ -1,8 +1,9 @@
 """One optimiser step of a method whose loss is a sum over workers, and batch norm over the whole global batch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transfgu.learner import Pending
+from transfgu.learner import Pending, Setting
 from transfgu.workers import differentiable_sum, sum_over_workers, worker_count
+
+N = TypeVar("N", bound=nn.Module)
+
+
+def new_network(make: Callable[[], N], setting: Setting) -> N:
+    """Make a method's network, on the worker's device.
+
+    Its initial weights follow from the recipe's seed, the same on every worker, and torch's random state is left as it
+    was. Batch norm takes the statistics of the global batch.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(setting.recipe.seed)
+        network = make()
+    share_batch_norm(network)
+    return network.to(setting.device)
 
 
 def optimise(network: nn.Module, optimiser: Optimizer, losses: Mapping[str, Tensor]) -> tuple[bool, Pending]:

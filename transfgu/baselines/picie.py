@@ -20,7 +20,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from transfgu.baselines.optimisation import optimise, share_batch_norm
+from transfgu.baselines.optimisation import new_network, optimise
 from transfgu.baselines.resnet import residual_network, widths
 from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, normalise
 from transfgu.errors import UserError
@@ -437,13 +437,11 @@ class PiCIE:
     def __init__(self, setting: Setting) -> None:
         self.recipe, self.device = setting.recipe, setting.device
         how, training = self.recipe.picie, self.recipe.training
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.recipe.seed)
-            network = ClusteredNetwork(self.recipe, how.weights)
-        share_batch_norm(network)
-        self._network = network.to(self.device)
+        self._network = new_network(lambda: ClusteredNetwork(self.recipe, how.weights), setting)
         self.network: nn.Module = self._network
-        self.optimiser: Optimizer | None = Adam(network.parameters(), training.lr, weight_decay=training.weight_decay)
+        self.optimiser: Optimizer | None = Adam(
+            self._network.parameters(), training.lr, weight_decay=training.weight_decay
+        )
         self.teacher: nn.Module | None = None
         self.model: Model = PiCIEModel(self._network, self.device)
         self.whole = False

@@ -15,18 +15,17 @@ from jaxtyping import Float, Int, Int16, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from transfgu.datasets.images import read_image, resize
+from transfgu.datasets.images import read_image, read_rows, resize
 from transfgu.datasets.packed_maps import unpack_maps
 from transfgu.datasets.rows import read_labelled_rows, usable
 from transfgu.decoder import winners
-from transfgu.encoder import SHIPPED
-from transfgu.errors import BadInput
+from transfgu.encoder import SHIPPED, normalise, patch_grid, scaled_size
 from transfgu.inference.frozen_encoder import FrozenEncoder
 from transfgu.inference.tokens import PatchTokens
 from transfgu.kmeans import Shard, cluster
 from transfgu.maps import background_map, scale_maps
 from transfgu.metrics import Scores, confusion_matrix, scores
-from transfgu.recipe import Protocol, Recipe
+from transfgu.recipe import EvaluationRecipe, Protocol, Recipe
 from transfgu.stages import samples
 from transfgu.stages.pseudo_labels import load_centroids
 from transfgu.store.artifacts import Run
@@ -43,6 +42,9 @@ Predict = Callable[[Images], Tensor]
 
 def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
     """Scores of each baseline on the run's labelled validation images, counted and matched like the method's own.
+
+    Predictions from patch tokens are averaged over `evaluation.scales` and, with `evaluation.flip`, mirror images, like
+    the method's. Pseudo labels are made of the images in the sizes of `pseudo_labels.scales`.
 
     All is computed in this process, on its GPU if it has one. Left out are the linear probe where no training image
     has a label, and the untrained encoder where a weight file alone says what the encoder is.
@@ -80,12 +82,11 @@ def _bottom_up(recipe: Recipe, encode: PatchTokens, train: pa.Table, *, smoothin
     rows = [sample.take(_tokens(encode, images, smoothing)) for images in _images(recipe, train)]
     centroids = torch.from_numpy(cluster(Shard(rows), recipe.classes, seed=recipe.seed).centroids).to(encode.device)
 
-    def predict(images: Images) -> Tensor:
+    def likeness(tokens: Float[Tensor, "B d h w"]) -> Float[Tensor, "B K h w"]:
         # The nearest centroid c of a token x has the largest 2 x c - |c|^2, whatever |x| is.
-        likeness = torch.einsum("bdhw,kd->bkhw", _tokens(encode, images, smoothing), 2 * centroids)
-        return likeness - centroids.square().sum(1)[:, None, None]
+        return torch.einsum("bdhw,kd->bkhw", tokens, 2 * centroids) - centroids.square().sum(1)[:, None, None]
 
-    return predict
+    return lambda images: _averaged(recipe.evaluation, encode, images, likeness, smoothing)
 
 
 def _pseudo_labels(recipe: Recipe, run: Run, device: torch.device) -> Predict:
@@ -127,11 +128,11 @@ def _linear_probe(recipe: Recipe, encode: PatchTokens, labelled: pa.Table) -> Pr
     optimiser.step(loss)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def predict(images: Images) -> Tensor:
-        seen = (_tokens(encode, images).movedim(1, 3) - mean) / deviation  # (B, d, h, w) -> (B, h, w, d)
+    def logits(tokens: Float[Tensor, "B d h w"]) -> Float[Tensor, "B C h w"]:
+        seen = (tokens.movedim(1, 3) - mean) / deviation  # (B, d, h, w) -> (B, h, w, d)
         return F.linear(seen, weight, bias).movedim(3, 1)
 
-    return predict
+    return lambda images: _averaged(recipe.evaluation, encode, images, logits)
 
 
 class _Sample:
@@ -149,9 +150,36 @@ class _Sample:
         return rows
 
 
-def _tokens(encode: PatchTokens, images: Images, smoothing: int = 1) -> Float[Tensor, "B d h w"]:
+def _averaged(
+    how: EvaluationRecipe,
+    encode: PatchTokens,
+    images: Images,
+    read: Callable[[Float[Tensor, "B d h w"]], Float[Tensor, "B C h w"]],
+    smoothing: int = 1,
+) -> Float[Tensor, "B C h w"]:
+    """What `read` makes of tokens, averaged over scaled and mirrored images as `averaged_logits` does."""
+    encoder, own = encode.encoder, (images.shape[2], images.shape[3])
+    sizes = [scaled_size(own, scale, encoder.patch_size) for scale in how.scales]
+    finest = patch_grid(max(sizes), encoder.patch_size)
+    pixels = torch.from_numpy(images)
+    found = []
+    for size in sizes:
+        resized: Tensor = pixels
+        if size != own:
+            resized = F.interpolate(
+                normalise(pixels.to(encode.device), encoder.mean, encoder.std), size, mode="bilinear"
+            )
+        for mirrored in (False, True) if how.flip else (False,):
+            seen = read(_tokens(encode, resized.flip(3) if mirrored else resized, smoothing))
+            seen = seen.flip(3) if mirrored else seen
+            found.append(seen if seen.shape[2:] == finest else F.interpolate(seen, finest, mode="bilinear"))
+    return torch.stack(found).mean(0)
+
+
+def _tokens(encode: PatchTokens, images: Images | Tensor, smoothing: int = 1) -> Float[Tensor, "B d h w"]:
     height, width = (side // encode.encoder.patch_size for side in images.shape[2:])
-    tokens = encode(torch.from_numpy(images)).mT.reshape(len(images), -1, height, width)  # (B, hw, d) -> (B, d, h, w)
+    pixels = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+    tokens = encode(pixels).mT.reshape(len(pixels), -1, height, width)  # (B, hw, d) -> (B, d, h, w)
     return F.avg_pool2d(tokens, smoothing, 1, smoothing // 2, count_include_pad=False)
 
 
@@ -167,12 +195,9 @@ def _images(recipe: Recipe, rows: pa.Table) -> Iterator[Images]:
     """Decoded images, a batch at a time; those that can't be read are passed over."""
     size = recipe.dataset.image_size
     for start in range(0, len(rows), _AT_ONCE):
-        batch = []
-        for uri in rows["image"].slice(start, _AT_ONCE).to_pylist():
-            try:
-                batch.append(resize(read_image(uri), size))
-            except BadInput:  # the features stage has counted and named it
-                continue
+        uris = rows["image"].slice(start, _AT_ONCE).to_pylist()
+        found = read_rows(uris, lambda uri: resize(read_image(uri, orient=recipe.dataset.orient), size))
+        batch = [image for image, _ in found if image is not None]  # the features stage has counted and named the rest
         if batch:
             yield np.stack(batch)
 

@@ -25,11 +25,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from transfgu.decoder import MaskDecoder, all_winners, winners
+from transfgu.device_kmeans import DeviceShard
 from transfgu.encoder import patch_grid
 from transfgu.inference.device import allow_tf32, in_bfloat16, own_device, use_cores
 from transfgu.inference.frozen_encoder import FrozenEncoder
 from transfgu.inference.tokens import PatchTokens
-from transfgu.kmeans import Shard, cluster, cores, gpu_index, sample_rows
+from transfgu.kmeans import Shard, cluster, cores, sample_rows
 from transfgu.metrics import batch_confusion, confusion_matrix
 from transfgu.planning.measurements import Timing, in_turns
 from transfgu.recipe import Recipe, Size
@@ -289,14 +290,14 @@ class Bare:
         """K-Means on one worker, in this process, beside FAISS's."""
         self._use_cores()
         features, k = made_features(count, self._frozen.encoder.width), self.recipe.concepts.count
-        gpu = gpu_index() and self.device.type == "cuda"
+        gpu = self.device.type == "cuda"
         start = kmeans_start(features, k)
         with _Peak(torch.device("cpu")) as peak:
             inertia: dict[str, float] = {}
 
             def ours() -> float:
                 started = time.perf_counter()
-                rows = Shard([features], gpu=gpu)
+                rows = DeviceShard([features], self.device) if gpu else Shard([features])
                 inertia["ours"] = cluster(rows, k, iterations=iterations, seed=KMEANS_SEED).inertia
                 return time.perf_counter() - started
 
@@ -389,15 +390,15 @@ def kmeans_start(features: Float32[ndarray, "n d"], k: int) -> Float32[ndarray, 
 def faiss_kmeans(
     features: Float32[ndarray, "n d"], start: Float32[ndarray, "k d"], iterations: int, *, gpu: bool = False
 ) -> tuple[float, float]:
-    """Seconds of FAISS's own K-Means in this process, on all rows (on the first GPU, if `gpu`), and its inertia.
+    """Return seconds of FAISS's own K-Means in this process, on all rows, and its inertia.
 
-    It is given ours' start, which ours takes time to find: another one would end in another local optimum, and the
-    inertias would say nothing.
+    With `gpu` it runs on the first GPU if this FAISS can. It is given ours' start, which ours takes time to find;
+    another one would end in another local optimum, and the inertias would say nothing.
     """
     started = time.perf_counter()
     k, width = start.shape
     clustering = faiss.Kmeans(width, k, niter=iterations, max_points_per_centroid=len(features))
-    if gpu:  # as ours does it; FAISS's own argument would take all of them, for a 1 too
+    if gpu and hasattr(faiss, "StandardGpuResources"):  # FAISS's own argument would take all GPUs, for a 1 too
         resources = faiss.StandardGpuResources()
         clustering.index = faiss.index_cpu_to_gpu(resources, 0, clustering.index)
     clustering.train(features, init_centroids=start)

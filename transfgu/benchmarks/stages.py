@@ -32,7 +32,7 @@ from transfgu.datasets.packed_maps import packed_planes
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import patch_grid, scaled_size
 from transfgu.errors import UserError
-from transfgu.kmeans import cluster, gpu_index
+from transfgu.kmeans import cluster
 from transfgu.planning.measurements import Measurements, Timing, in_turns
 from transfgu.recipe import Recipe, Size
 from transfgu.runtime import capacity as runtime
@@ -141,7 +141,7 @@ class _Bench:
             ("pseudo-labels", how.image_size),
             ("training", how.training_size),
         ):
-            read = parts.ReadImages(size=size, interpolation=how.interpolation)
+            read = parts.ReadImages(size=size, interpolation=how.interpolation, orient=how.orient)
             took = [_seconds(partial(read, listed)) for _ in range(_READINGS)]
             found[f"{name} decoding"] = min(took) / count
         return found
@@ -200,7 +200,7 @@ class _Bench:
         alone: Timing = ray.get(self.bare.concepts.remote(rows, iterations, self._repeats))
         array = made_features(rows, self._width)
         shared, start, inertia = ray.put(array), kmeans_start(array, k), dict[str, float]()
-        gpu = gpu_index() and ray.cluster_resources().get("GPU", 0) >= 2  # then each of the two has one
+        gpu = ray.cluster_resources().get("GPU", 0) > 0  # the two actors share it
         starting = []
 
         def ours() -> float:
@@ -294,6 +294,7 @@ class _Bench:
             maps=(packed_planes(how.concepts.count), h, w),
             rank=0,
             world=1,
+            orient=how.dataset.orient,
         )
         source = Streamed(share, _INGEST_EPOCHS)
         batches = chain.from_iterable(source.epoch(epoch) for epoch in range(_INGEST_EPOCHS))
@@ -398,7 +399,7 @@ class _Clock(Progress):
         super().__init__("clock", quiet=True)
         self.times: list[float] = []
 
-    def update(self, done: int, total: int, unit: str) -> None:
+    def update(self, done: int, total: int | None, unit: str) -> None:
         """Note the time."""
         self.times.append(time.perf_counter())
 

@@ -1,6 +1,7 @@
 """Time each stage beside the bare bound that it can't beat, or plan a full data set from such measurements.
 
 `transfgu benchmark [features|concepts|pseudo-labels|training|evaluation|all] [--preset P]` measures;
+`transfgu benchmark ingest --preset P --images N` measures how fast a training worker reads its samples;
 `transfgu benchmark plan PRESET --images N --gpus G` plans. Arithmetic takes no notice of weights, so the encoder
 is untrained unless --encoder.weights says otherwise; which windows are kept, and so how many, does depend on them.
 """
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from transfgu.cli import plan
 from transfgu.cli.command_line import Parser, add_recipe, given_fields, print_config, recipe_of
 from transfgu.errors import UserError
+from transfgu.recipe import Recipe
 from transfgu.store import storage
 
 
@@ -18,7 +20,13 @@ def parser(words: Sequence[str] = ()) -> Parser:
     """Return the parser; its help shows the defaults of the preset among `words`."""
     made = Parser(__doc__ or "", "benchmark", "[STAGE]")
     add = made.add_argument
-    add("stage", nargs="?", metavar="STAGE", default="all", help="what to time (default: all); or plan, see above")
+    add(
+        "stage",
+        nargs="?",
+        metavar="STAGE",
+        default="all",
+        help="what to time (default: all); or ingest, plan: see above",
+    )
     add("--images", metavar="N", type=int, default=4, help="images per repeat, and per training batch (default: 4)")
     add("--repeats", metavar="N", type=int, default=5, help="repeats, of which the median counts (default: 5)")
     add("--rows", metavar="N", type=int, default=200_000, help="features that K-Means gets (default: 200000)")
@@ -46,6 +54,9 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.print_config:
         print_config(recipe)
         return
+    if arguments.stage == "ingest":
+        _ingest(recipe, arguments.images, arguments.out)
+        return
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
     from transfgu import pipeline
     from transfgu.benchmarks import stages as benchmarks
@@ -69,3 +80,14 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     print(found.table())
     print(f"written to {storage.shown(out)}")
+
+
+def _ingest(recipe: Recipe, images: int, out: str | None) -> None:
+    """Measure training's ingest alone, which takes no encoder and no Ray."""
+    from transfgu.benchmarks import ingest
+
+    found = ingest.measure(recipe, images)
+    print(found.to_json())
+    out = out or plan.default_file(f"{recipe.preset}-ingest")
+    storage.write_bytes(out, found.to_json().encode())
+    print(f"written to {storage.shown(out)}", file=sys.stderr)

@@ -17,7 +17,7 @@ from transfgu.errors import UserError
 from transfgu.fields import FieldInfo, convert, kind_name, written
 from transfgu.methods import METHODS, TRANSFGU
 from transfgu.presets import PRESETS
-from transfgu.pretraining.recipe import PRETRAINING_FIELDS, PretrainingRecipe
+from transfgu.pretraining.recipe import PRETRAINING_FIELDS, VIEWS, PretrainingRecipe
 from transfgu.recipe import FIELDS, SHORT_NAMES, ComputeRecipe, Recipe, from_yaml, preset
 from transfgu.runtime import stopping
 from transfgu.runtime.failures import find_user_error
@@ -64,7 +64,9 @@ COMMON = (
 EVALUATED = ("data", "labels", "limit", "dataset", "encoder", "concepts.things", "concepts.stuff", "decoder.weights")
 """Fields and components that scoring a decoder depends on, besides `evaluation` and :data:`UNTRAINED`."""
 
-_OF_TRAINING = tuple(f"compute.{name}" for name in ("workers", "resize_seconds", "resident_gib", "track"))
+_OF_TRAINING = tuple(
+    f"compute.{name}" for name in ("workers", "resize_seconds", "resident_gib", "cache_folder", "cache_gib", "track")
+)
 UNTRAINED = tuple(name for name in FIELDS if name.startswith("compute.") and name not in _OF_TRAINING)
 """Fields of `compute` that count where nothing is trained."""
 
@@ -314,14 +316,18 @@ def with_given(recipe: Recipe, given: Mapping[str, str]) -> Recipe:
     return made
 
 
-def pretraining_recipe_of(arguments: argparse.Namespace) -> PretrainingRecipe:
-    """The pretraining's recipe that the arguments ask for.
+def pretraining_recipe_of(arguments: argparse.Namespace, views: str = "drawn") -> PretrainingRecipe:
+    """Return the pretraining's recipe that the arguments ask for.
+
+    Args:
+        arguments: of a parser with :func:`add_pretraining_recipe`.
+        views: the entry of `VIEWS` whose values count where the arguments give none.
 
     Raises:
         UserError: a bad value.
     """
-    given = given_fields(arguments)
-    return PretrainingRecipe(**{name: convert(name, PRETRAINING_FIELDS[name].kind, v) for name, v in given.items()})
+    fields = {**VIEWS[views], **given_fields(arguments)}
+    return PretrainingRecipe(**{name: convert(name, PRETRAINING_FIELDS[name].kind, v) for name, v in fields.items()})
 
 
 def given_fields(arguments: argparse.Namespace) -> dict[str, str]:

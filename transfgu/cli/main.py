@@ -15,12 +15,13 @@ from typing import NoReturn
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "train": "segment a data set without labels: features, concepts, pseudo labels, training, evaluation, report",
-        "check": "check data, weights, storage and machine, show what a training would do and cost",
+        "check": "check what a training would read, do and cost; or verify all files of a run",
         "predict": "make masks of a folder of images with a trained run",
         "evaluate": "score a run, a decoder or a folder of masks on labelled images",
         "name": "give names to a run's classes, and merge those of one name; nothing is trained again",
         "export": "write masks as COCO, CVAT, Label Studio or GeoJSON files",
         "tune": "search for a better recipe by many short trainings",
+        "compare": "compare methods on the same images, over several seeds",
         "pretrain": "train a small self-supervised encoder on a folder of images",
         "runs": "list the runs in a folder",
         "status": "show how far a run is, its scores, and the command to use next",

@@ -1,4 +1,4 @@
-"""Plan a full data set from measurements: seconds of each stage, and what bounds it.
+"""Plan a full data set from measurements: hours and dollars of each stage, and what bounds it.
 
 `transfgu plan PRESET --images N --gpus G` reads what `transfgu benchmark all --preset PRESET` measured.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from transfgu.cli.command_line import Parser, add_recipe, print_config, recipe_of
 from transfgu.errors import UserError
 from transfgu.planning import cost_plan
-from transfgu.planning.measurements import Measurements
+from transfgu.planning.measurements import Ingest, Measurements
 from transfgu.store import storage
 
 
@@ -24,7 +24,12 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add("--cpus_per_gpu", metavar="X", type=float, default=8.0, help="cores that decode for each (default: 8)")
     add("--store", metavar="X", type=float, default=1.0, help="what the storage delivers in all [GB/s] (default: 1)")
     add("--network", metavar="X", type=float, default=3.0, help="what a machine receives [GB/s] (default: 3)")
+    add("--gpu_hour", metavar="X", type=float, default=0.8, help="price of a GPU with its cores [$/h] (default: 0.8)")
+    add("--get", metavar="X", type=float, default=0.0004, help="price of 1,000 reading requests [$] (default: 0.0004)")
+    add("--put", metavar="X", type=float, default=0.005, help="price of 1,000 writing requests [$] (default: 0.005)")
+    add("--gigabyte", metavar="X", type=float, default=0.0, help="price of a GB from the storage [$] (default: 0)")
     add("--measured", metavar="URI", help="what a measurement wrote (default: ~/transfgu/benchmark-PRESET.json)")
+    add("--ingest", metavar="URI", help="what `transfgu benchmark ingest` wrote; without: images pass by every epoch")
     add_recipe(made, words)
     return made
 
@@ -49,8 +54,16 @@ def main(words: Sequence[str] | None = None) -> None:
         cpus_per_gpu=arguments.cpus_per_gpu,
         store=arguments.store,
         network=arguments.network,
+        gpu_hour=arguments.gpu_hour,
+        get=arguments.get,
+        put=arguments.put,
+        gigabyte=arguments.gigabyte,
     )
-    print(cost_plan.shown(recipe, Measurements.from_json(text), site, arguments.images, arguments.validation))
+    ingest = None
+    if arguments.ingest:
+        ingest = Ingest.from_json(storage.read_bytes(arguments.ingest), storage.shown(arguments.ingest))
+    rates = cost_plan.measured_rates(recipe, Measurements.from_json(text), ingest)
+    print(cost_plan.shown(recipe, rates, site, arguments.images, arguments.validation))
 
 
 def default_file(preset: str) -> str:

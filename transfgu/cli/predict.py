@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from transfgu.cli import export
 from transfgu.cli.command_line import Parser, add_compute, add_output, compute_of
 from transfgu.errors import UserError
+from transfgu.fields import convert
 from transfgu.sharing.exports import FORMATS, check_format
 from transfgu.store import storage
 
@@ -38,6 +39,12 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add("--overlap", metavar="N", type=int, default=64, help="what neighbouring tiles share [pixels] (default: 64)")
     add("--export", metavar="FORMAT", help=f"then also export the masks: one of {', '.join(FORMATS)}")
     export.add_outlines(made)
+    add(
+        "--orient",
+        metavar="true|false",
+        help="true: apply the orientation in EXIF data, so that masks lie on what a viewer shows; false: masks lie on "
+        "the stored pixels (default: true; where OUT holds masks, as they were made)",
+    )
     add_output(made)
     add_compute(made)
     return made
@@ -58,6 +65,7 @@ def main(words: Sequence[str] | None = None) -> None:
         raise UserError(
             "--overlays are pictures, and go with --format png: leave out one of them", code="flags-conflict"
         )
+    orient = None if given.orient is None else convert("--orient", bool, given.orient)
     if given.overlays and given.tile:
         raise UserError(
             "--overlays shows images that are predicted whole: leave out --overlays or --tile", code="flags-conflict"
@@ -72,7 +80,7 @@ def main(words: Sequence[str] | None = None) -> None:
     from transfgu.stages.prediction import PredictionJob, predict
 
     own = ("run", "images", "out", "format", "overlays", "tile", "overlap")
-    job = PredictionJob(**{name: getattr(given, name) for name in own})
+    job = PredictionJob(**{name: getattr(given, name) for name in own}, orient=orient)
     done = predict(job, compute, Progress("prediction", quiet=given.quiet), verbose=given.verbose)
     exported = ""
     if given.export:

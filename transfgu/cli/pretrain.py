@@ -12,6 +12,7 @@ import yaml
 
 from transfgu.cli.command_line import Parser, add_output, add_pretraining_recipe, pretraining_recipe_of, program
 from transfgu.fields import listed
+from transfgu.pretraining.recipe import VIEWS
 from transfgu.recipe import FIELDS, ComputeRecipe
 
 
@@ -23,6 +24,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add("--images", metavar="URI", default="shapes", help="folder of images, or shapes: drawn (default: shapes)")
     add("--count", metavar="N", type=int, default=12_000, help="images drawn for shapes [images] (default: 12000)")
     add("--image_size", metavar="N", type=int, default=72, help="side of the kept images [pixels] (default: 72)")
+    add("--squares", metavar="N", type=int, default=1, help="squares cut from each image of a folder (default: 1)")
+    add("--views", choices=tuple(VIEWS), help="colours of views (default: drawn for shapes, else photographs)")
     add("--workers", metavar="N", type=int, default=0, help="training workers (default: one per GPU; one without)")
     add("--track", metavar="TEXT", default="tensorboard", help=f"{FIELDS['compute.track'].doc} (default: tensorboard)")
     add("--print-config", action="store_true", help="print the settings below as YAML, and do nothing else")
@@ -35,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Parse the command line and pretrain."""
     words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
-    recipe = pretraining_recipe_of(given)
+    recipe = pretraining_recipe_of(given, given.views or ("drawn" if given.images == "shapes" else "photographs"))
     if given.print_config:
         settings = {name: listed(value) for name, value in vars(recipe).items()}
         print(yaml.safe_dump(settings, sort_keys=False), end="")
@@ -52,6 +55,7 @@ def main(words: Sequence[str] | None = None) -> None:
         out=given.out,
         recipe=recipe,
         count=given.count,
+        squares=given.squares,
         image_size=given.image_size,
         command=f"{program('pretrain')} {shlex.join(words)}",
     )

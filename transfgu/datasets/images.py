@@ -1,16 +1,20 @@
-"""One image in, one array out, or one reason why not: whatever a file holds, it never ends a run by itself.
+"""Decode an image or a label to one array, or give one reason why not; no content of a file ends a run.
 
-Pixels are taken as they are stored, as the published code does: an orientation in EXIF is not applied (the benchmarks'
-labels are drawn on stored pixels, and a predicted mask should lie on them too), and transparency is dropped. Of an
-animation, the first frame is read. No torch here: decoding runs in many small processes.
+All images come through :func:`pixels_of`, so that a file, its bytes, a PIL image and an array of the same picture give
+the same pixels. `orient` applies EXIF's orientation, as viewers do; without it pixels are those that are stored, on
+which the benchmarks' labels are drawn. Transparency is dropped; of an animation, the first frame is read. Labels are
+read as raw samples. No torch here: decoding runs in many small processes.
 """
 
 import io
+import re
 import warnings
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
-from jaxtyping import Int16, UInt8
+from jaxtyping import Int, Int16, UInt8
 from PIL import Image, UnidentifiedImageError
 
 try:
@@ -23,6 +27,10 @@ from transfgu.errors import BadInput
 from transfgu.store import storage
 
 Size = tuple[int, int]
+Picture = Image.Image | np.ndarray | bytes | str | Path
+"""What :func:`pixels_of` takes."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 MAX_PIXELS = 178_956_970  # where Pillow too suspects a small file that would fill the memory
 # Pillow warns of large images, which are used, and of damage, which is told as a reason.
@@ -31,63 +39,152 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 # Formats that are decoded by a library, never by a program that runs what the file says (as PostScript would be).
 Image.init()
 _FORMATS = tuple(f for f in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000") if f in Image.OPEN)
+_LOSSY = ("jpeg", "tiff_jpeg", "webp")  # compressions of a TIFF
+_PGM = re.compile(rb"P[25]\s(?:\s|#[^\n]*\n)*\d+(?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]*\n)+(\d+)")
 _WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_ORIENTATION = 0x0112  # EXIF's and TIFF's tag
+_BACK = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # the orientation that undoes another
+_LABEL_FORMATS = ("PNG", "TIFF", "GIF", "BMP", "PPM")  # without loss, and of one channel
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 if cv2 is not None:
     cv2.setNumThreads(1)  # many processes and threads decode at the same time
 
 
-def read_image(uri: str) -> UInt8[np.ndarray, "H W 3"]:
-    """An image's stored pixels as red, green, blue.
+def pixels_of(source: Picture, *, orient: bool = False) -> UInt8[np.ndarray, "H W 3"]:
+    """Red, green and blue of an image, 8 bits each, in whatever form it is given.
+
+    Args:
+        source: a path or URI; a file's bytes; a PIL image; or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
+            uint8 or uint16. 16-bit greys are divided by 257, a fourth channel is dropped.
+        orient: apply EXIF's orientation, where `source` has one.
 
     Raises:
         BadInput: missing, empty, unreadable, truncated, too large, or a side of one pixel.
         UserError: the storage fails.
     """
-    return decode_image(_read(uri, "image"))
+    if isinstance(source, np.ndarray):
+        return _array_pixels(source)
+    if isinstance(source, Image.Image):
+        orientation = _orientation(source) if orient else 1
+        return _turned(_picture_pixels(source), orientation)
+    return decode_image(source if isinstance(source, bytes) else _read(str(source), "image"), orient=orient)
 
 
-def decode_image(data: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """As :func:`read_image`, from a file's bytes."""
+def read_image(uri: str, *, orient: bool = False) -> UInt8[np.ndarray, "H W 3"]:
+    """As :func:`pixels_of`, of a file."""
+    return decode_image(_read(uri, "image"), orient=orient)
+
+
+def decode_file(data: bytes | None, *, orient: bool = False) -> UInt8[np.ndarray, "H W 3"]:
+    """As :func:`pixels_of`, of a file's bytes, or of None for a file that is missing."""
+    if data is None:
+        raise BadInput("missing image")
+    return decode_image(data, orient=orient)
+
+
+def decode_image(data: bytes, *, orient: bool = False) -> UInt8[np.ndarray, "H W 3"]:
+    """As :func:`pixels_of`, of a file's bytes."""
     if (pixels := _decode_jpeg(data)) is not None:
-        return pixels
-    picture = _decode(data, "image")
+        return _turned(pixels, _orientation(Image.open(io.BytesIO(data), formats=("JPEG",)))) if orient else pixels
+    picture, turned = _decode(data, "image")
+    pixels = _picture_pixels(picture)
+    if turned != 1:  # by Pillow, as it does with TIFF alone
+        return pixels if orient else _turned(pixels, _BACK[turned])
+    return _turned(pixels, _orientation(picture)) if orient else pixels
+
+
+def read_rows(items: Iterable[Item], read: Callable[[Item], Result]) -> Iterator[tuple[Result | None, str]]:
+    """What `read` makes of each item, in order, or the reason why that one can't be used.
+
+    Args:
+        items: such as URIs, or rows of a table.
+        read: raises BadInput for an item that can't be used.
+
+    Yields:
+        The result and an empty reason, or None and BadInput's message.
+    """
+    for item in items:
+        try:
+            yield read(item), ""
+        except BadInput as error:
+            yield None, str(error)
+
+
+def _array_pixels(array: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim not in (2, 3) or channels not in (1, 3, 4) or array.dtype not in (np.uint8, np.uint16):
+        raise BadInput(f"an array of shape {array.shape} and type {array.dtype}, not (H, W, 3) of uint8 or uint16")
+    if min(array.shape[:2]) < 2:
+        raise BadInput(f"image of {_by(array.shape[:2])} pixels")
+    planes = array.reshape(*array.shape[:2], channels)[..., :3]
+    if array.dtype == np.uint16:
+        planes = _from_16_bits(planes)
+    return planes if planes.shape[2] == 3 else np.repeat(planes, 3, axis=2)
+
+
+def _from_16_bits(values: np.ndarray) -> UInt8[np.ndarray, "*shape"]:
+    narrow: UInt8[np.ndarray, "*shape"] = ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
+    return narrow
+
+
+def _picture_pixels(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     if min(picture.size) < 2:
         raise BadInput(f"image of {picture.height} x {picture.width} pixels")
-    if picture.mode in _WIDE:
-        wide = np.asarray(picture).astype(np.int64)
-        if wide.min() < 0 or wide.max() > 0xFFFF:
-            raise BadInput("image of more than 16 bits a channel")
-        grey = ((wide + 128) // 257).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
-    if picture.mode == "F":
-        raise BadInput("image of floating-point numbers")
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")
     try:
+        if picture.mode in _WIDE:
+            wide = np.asarray(picture).astype(np.int64)
+            if wide.min() < 0 or wide.max() > 0xFFFF:
+                raise BadInput("image of more than 16 bits a channel")
+            return np.repeat(_from_16_bits(wide)[..., None], 3, axis=2)
+        if picture.mode == "F":
+            raise BadInput("image of floating-point numbers")
+        if picture.mode == "P" and "transparency" in picture.info:
+            picture = picture.convert("RGBA")
         return np.array(picture.convert("RGB"))
-    except (ValueError, OSError):
-        raise BadInput(f"image of mode {picture.mode}, which has no way to RGB") from None
+    except (ValueError, OSError):  # a PIL image that was opened and not read yet is read here
+        raise BadInput(f"damaged image, or of mode {picture.mode}, which has no way to RGB") from None
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 (as stored) where there is none, or EXIF is damaged."""
+    try:
+        if picture.format == "TIFF" and not getattr(picture, "is_animated", False):
+            picture.load()
+            return 1  # Pillow has applied it
+        found = picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # whatever a parser of foreign bytes raises
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _turned(pixels: Any, orientation: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Stored pixels as an orientation of EXIF shows them (TIFF 6.0, tag 274)."""
+    if orientation > 4:  # rows and columns change places
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def read_label(uri: str | None, classes: Classes, image_shape: Size | None = None) -> Int16[np.ndarray, "H W"]:
     """A label as class indices, -1 where it is ignored.
 
     Args:
-        uri: a PNG whose pixel values `classes` explains (grey, or indices of a palette).
+        uri: a file without loss, such as a PNG, whose raw samples `classes` explains: grey of 1 to 16 bits, or indices
+            of a palette. A 4-bit sample of 3 is class 3, whatever grey it is shown in.
         classes: from :func:`transfgu.datasets.classes`.
         image_shape: height and width that the label must have, those of its image, pixels; None: any.
 
     Raises:
-        BadInput: missing, unreadable, of another size, or with values that its data set does not have.
+        BadInput: missing, unreadable, in a format with loss, of another size, or with values that its data set does
+            not have.
         UserError: the storage fails.
     """
     if uri is None:
         raise BadInput("missing label")
-    picture = _decode(_read(uri, "label"), "label")
-    if picture.mode not in ("L", "P", "1", *_WIDE):
-        raise BadInput(f"label of mode {picture.mode}, not one channel of class indices")
-    values = np.asarray(picture)
+    values = _samples(_read(uri, "label"), "label")
     if image_shape is not None and values.shape != image_shape:
         raise BadInput(f"label of {_by(values.shape)} pixels for an image of {_by(image_shape)}")
     low, high = int(values.min()), int(values.max())
@@ -108,12 +205,7 @@ def read_mask(uri: str) -> Int16[np.ndarray, "H W"]:
         BadInput: missing, unreadable, of several channels, in a format with loss, or with values beyond 16 bits.
         UserError: the storage fails.
     """
-    picture = _decode(_read(uri, "mask"), "mask")
-    if picture.mode not in ("L", "P", "1", *_WIDE):
-        raise BadInput(f"mask of mode {picture.mode}, not one channel of class indices")
-    if picture.format == "JPEG":
-        raise BadInput("mask in JPEG, which changes class indices")
-    values = np.asarray(picture)
+    values = _samples(_read(uri, "mask"), "mask")
     if values.min() < 0 or values.max() > np.iinfo(np.int16).max:
         raise BadInput("mask of more than 15 bits")
     return values.astype(np.int16)
@@ -167,15 +259,53 @@ def _read(uri: str, what: str) -> bytes:
     return data
 
 
-def _decode(data: bytes, what: str) -> Image.Image:
+def _samples(data: bytes, what: str) -> Int[np.ndarray, "H W"]:
+    """Raw samples of an image of one channel, as they are stored: Pillow spreads those of 2 and 4 bits over 8."""
+    picture, turned = _decode(data, what)
+    kind = picture.format or ""
+    if kind not in _LABEL_FORMATS or str(picture.info.get("compression")) in _LOSSY:
+        if kind in ("JPEG", "MPO", "JPEG2000", "TIFF"):
+            raise BadInput(f"{what} in {'JPEG' if kind != 'JPEG2000' else 'JPEG 2000'}, which changes class indices")
+        raise BadInput(f"{what} in {kind}, not in a format without loss: PNG, TIFF, GIF, BMP, PGM")
+    if picture.mode not in ("L", "P", "1", *_WIDE):
+        raise BadInput(f"{what} of mode {picture.mode}, not one channel of class indices")
+    values = np.asarray(picture).astype(np.int64)
+    if picture.mode in ("L", "1") or kind == "PPM":
+        shown_top = 1 if picture.mode == "1" else 255 if picture.mode == "L" else 0xFFFF
+        top, inverted = _depth(picture, data, shown_top)
+        values = values if top == shown_top else (values * top + shown_top // 2) // shown_top
+        values = top - values if inverted else values
+    if turned != 1:
+        values = _turned(values[..., None], _BACK[turned])[..., 0]
+    return values
+
+
+def _depth(picture: Image.Image, data: bytes, shown_top: int) -> tuple[int, bool]:
+    """The largest sample that a grey image can hold, and whether 0 is stored for white."""
+    if picture.format == "PNG" and data[25] == 0:  # IHDR: bit depth, colour type grey
+        return min((1 << data[24]) - 1, shown_top), False
+    if picture.format == "TIFF":
+        tags = cast(Any, picture).tag_v2
+        bits = tags.get(258, (1,))[0]
+        return (min((1 << int(bits)) - 1, shown_top), tags.get(262) == 0) if picture.mode != "I" else (shown_top, False)
+    if picture.format == "PPM" and (header := _PGM.match(data)):
+        return int(header[1]), False
+    return shown_top, picture.format == "PPM" and picture.mode == "1"  # PBM: 1 is black
+
+
+def _decode(data: bytes, what: str) -> tuple[Image.Image, int]:
+    """The picture, decoded, and the orientation that Pillow applied to it by itself, 1 for none."""
     if not data:
         raise BadInput(f"empty {what}")
     try:
         picture = Image.open(io.BytesIO(data), formats=_FORMATS)
         if picture.width * picture.height > MAX_PIXELS:
             raise BadInput(f"{what} of more than {MAX_PIXELS // 10**6} million pixels")
+        turned = 1
+        if picture.format == "TIFF" and not getattr(picture, "is_animated", False):
+            turned = int(picture.getexif().get(_ORIENTATION, 1))
         picture.load()
-        return picture
+        return picture, turned if turned in _BACK else 1
     except UnidentifiedImageError:
         raise BadInput(f"unreadable {what}") from None
     except Image.DecompressionBombError:

@@ -27,6 +27,7 @@ _DRIVERS = {
     b"MM\0+": "GTiff",
 }
 
+_GDAL = {"GDAL_CACHEMAX": 64}  # MB: rows are read once, and GDAL would keep a twentieth of the memory's worth of them
 _TAIL = 64  # bytes in which a whole file says that it ends
 
 
@@ -57,7 +58,7 @@ class RasterRows:
             raise BadInput(
                 f"image of more than {images.MAX_PIXELS // 10**6} million pixels: pip install 'transfgu[geo]' reads it"
             ) from None
-        self._broken = RasterioError
+        self._broken, self._environment = RasterioError, rasterio.Env
         data = b"" if storage.is_local(uri) else storage.read_bytes(uri)
         head, tail = _ends(uri) if storage.is_local(uri) else (data[:4], data[-_TAIL:])
         driver = next((name for first, name in _DRIVERS.items() if head.startswith(first)), None)
@@ -68,7 +69,7 @@ class RasterRows:
         if (driver == "PNG" and b"IEND" not in tail) or (driver == "JPEG" and b"\xff\xd9" not in tail):
             raise BadInput("truncated image")  # GDAL fills what is missing with black
         try:
-            with warnings.catch_warnings():
+            with rasterio.Env(**_GDAL), warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)
                 if storage.is_local(uri):
                     self._file: Any = rasterio.open(storage.absolute(uri), driver=driver)
@@ -95,7 +96,8 @@ class RasterRows:
         if stop <= start:
             return np.zeros((0, self.width, 3), np.uint8)
         try:
-            pixels = self._file.read(self._bands, window=((start, stop), (0, self.width)))
+            with self._environment(**_GDAL):
+                pixels = self._file.read(self._bands, window=((start, stop), (0, self.width)))
         except self._broken:
             raise BadInput("damaged image") from None
         if self._palette is not None:
@@ -116,14 +118,18 @@ def _ends(uri: str) -> tuple[bytes, bytes]:
         return head, file.read()
 
 
-def rows_of(uri: str) -> ArrayRows | RasterRows:
+def rows_of(uri: str, *, orient: bool = False) -> ArrayRows | RasterRows:
     """An image file, to be read by rows: in memory where Pillow reads it, else by GDAL.
+
+    Args:
+        uri: of the file.
+        orient: apply EXIF's orientation, where Pillow reads it.
 
     Raises:
         BadInput: it can't be used.
         UserError: the storage fails.
     """
-    return RasterRows(uri) if _pixels(uri) > images.MAX_PIXELS else ArrayRows(images.read_image(uri))
+    return RasterRows(uri) if _pixels(uri) > images.MAX_PIXELS else ArrayRows(images.read_image(uri, orient=orient))
 
 
 def _pixels(uri: str) -> int:

@@ -1,24 +1,60 @@
-"""What a full data set will take follows from what one image took, once it is said what the machines share.
+"""Estimate what a full data set takes from what one image took: the dry run and the plan share this model.
 
-Every stage needs four things of each image: a device's time, a core's time to decode it, bytes from the network and
-bytes from the store. Devices and their cores grow in number, so do the machines' links; the store stays one. A stage
-takes as long as the one that is slowest, and as devices are added that turns from the devices to the store.
+Every stage needs a device's time, a core's time to decode, bytes over the network, and bytes and requests of the store.
+Devices and their cores grow in number, and so do the machines' links; the store stays one. A stage takes as long as the
+slowest of these, and as devices are added that moves from the devices to the cores or the store.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from transfgu.errors import UserError
 from transfgu.methods import TRANSFGU
-from transfgu.planning.measurements import Measurements, aligned
+from transfgu.planning.measurements import Ingest, Measurements, aligned
 from transfgu.recipe import Recipe
+from transfgu.training.order import Order
+
+STREAMED_REQUESTS = 5.0
+"""Requests per training image where none is cached: image HEAD and GET; part HEAD, footer and maps."""
 
 _A_MACHINE = 8  # devices
+_PART = 32  # images per part of features and pseudo labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What one image takes, in seconds and bytes, and where that was measured."""
+
+    where: str
+    """Device and date."""
+    features: float
+    """Device seconds per training image."""
+    kmeans: float
+    """Seconds per window and iteration."""
+    maps: float
+    """Device seconds per training image."""
+    training: float
+    """Device seconds per image that a step sees."""
+    scoring: float
+    """Device seconds per scored image."""
+    windows: float
+    """Kept windows per image."""
+    window_bytes: float
+    """Bytes of features per image."""
+    map_bytes: float
+    """Bytes of maps per image."""
+    file_bytes: float = 0.0
+    """Bytes of an image's file."""
+    decoding: Mapping[str, float]
+    """Core seconds per image, under `features`, `pseudo-labels` and `training`; maps are part of the last."""
+    ingest: Ingest | None = None
+    """Training's reading from a node's cache, if that was measured; None: images are read and decoded every epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """The machines that the plan is for."""
+    """The machines that an estimate is for, and their prices."""
 
     gpus: int
     """Devices like the measured one."""
@@ -28,10 +64,20 @@ class Site:
     """What the storage delivers to all machines together, GB/s."""
     network: float = 3.0
     """What a machine of eight devices receives, GB/s."""
+    gpu_hour: float = 0.8
+    """Price of a device with its cores, dollars per hour."""
+    get: float = 0.0004
+    """Price of 1,000 requests that read, dollars."""
+    put: float = 0.005
+    """Price of 1,000 requests that write, dollars."""
+    gigabyte: float = 0.0
+    """Price of a gigabyte from the store, dollars; within one region of AWS it is free."""
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or min(self.cpus_per_gpu, self.store, self.network) <= 0:
             raise UserError("--gpus, --cpus_per_gpu, --store and --network must be positive", code="flag-range")
+        if min(self.gpu_hour, self.get, self.put, self.gigabyte) < 0:
+            raise UserError("prices must not be negative", code="flag-range")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +85,23 @@ class Cost:
     """What a stage needs in all."""
 
     stage: str
-    device: float
+    device: float = 0.0
     """Seconds of one device."""
-    decode: float
+    decode: float = 0.0
     """Seconds of one core."""
-    network: float
-    """Bytes."""
-    read: float
+    network: float = 0.0
+    """Bytes between machines."""
+    read: float = 0.0
     """Bytes from the store."""
-    written: float
+    written: float = 0.0
     """Bytes to the store."""
+    gets: float = 0.0
+    """Requests that read."""
+    puts: float = 0.0
+    """Requests that write."""
 
     def seconds(self, site: Site) -> dict[str, float]:
-        """How long each of the four would take by itself."""
+        """Return how long each resource would take by itself."""
         machines = math.ceil(site.gpus / _A_MACHINE)
         return {
             "GPU": self.device / site.gpus,
@@ -61,15 +111,23 @@ class Cost:
         }
 
     def bottleneck(self, site: Site) -> tuple[str, float]:
-        """What takes longest, and its seconds: the stage's, since the others happen meanwhile."""
+        """Return the resource that takes longest, and its seconds: the stage's, as the others work meanwhile."""
         return max(self.seconds(site).items(), key=lambda x: x[1])
 
+    def dollars(self, site: Site) -> dict[str, float]:
+        """Return the price of machines, of requests and of bytes."""
+        return {
+            "machines": self.bottleneck(site)[1] / 3600 * site.gpus * site.gpu_hour,
+            "requests": (self.gets * site.get + self.puts * site.put) / 1000,
+            "bytes": self.read / 1e9 * site.gigabyte,
+        }
 
-def costs(recipe: Recipe, found: Measurements, images: int, validation: int) -> list[Cost]:
-    """What each stage of a recipe needs for `images` training and `validation` labelled images.
+
+def measured_rates(recipe: Recipe, found: Measurements, ingest: Ingest | None = None) -> Rates:
+    """Return the rates of a benchmark's measurements, and of the ingest's if it was measured.
 
     Raises:
-        UserError: a stage that was not measured, or measurements of another encoder.
+        UserError: a stage that was not measured, measurements of another encoder, or a recipe of another method.
     """
     if recipe.method != TRANSFGU:
         raise UserError(
@@ -82,103 +140,170 @@ def costs(recipe: Recipe, found: Measurements, images: int, validation: int) -> 
             f"measure it by transfgu benchmark all --preset {recipe.preset} --encoder.name {recipe.encoder.name}",
             code="measurements-mismatch",
         )
-    file = found.costs["file bytes"]
     windows, maps = found.timing("features"), found.timing("pseudo-labels")
-    kmeans, training, scoring = (
-        found.timing("concepts, one worker"),
-        found.timing("training"),
-        found.timing("evaluation"),
+    kmeans, training = found.timing("concepts, one worker"), found.timing("training")
+    scoring = found.timing("evaluation")
+    reading = maps.details["reading [s an image and core]"]
+    return Rates(
+        where=f"{found.device} ({found.precision}, measured {found.date})",
+        features=windows.seconds / windows.items,
+        kmeans=kmeans.seconds / kmeans.items,
+        maps=maps.seconds / maps.items,
+        training=training.seconds / training.items,
+        scoring=scoring.seconds / scoring.items,
+        windows=windows.details["windows an image"],
+        window_bytes=windows.details["bytes an image"],
+        map_bytes=maps.details["bytes an image"],
+        file_bytes=found.costs["file bytes"],
+        decoding={
+            "features": found.costs["features decoding"],
+            "pseudo-labels": found.costs["pseudo-labels decoding"],
+            "training": found.costs["training decoding"] + reading,
+        },
+        ingest=ingest,
     )
-    of_windows = windows.details["windows an image"] * images
-    of_features, of_maps = (t.details["bytes an image"] * images for t in (windows, maps))
-    seen = images * recipe.training.epochs * recipe.training.passes
-    scored = validation * recipe.training.epochs // recipe.training.evaluate_every
-    pixels = {n: 3.0 * s[0] * s[1] for n, s in _sizes(recipe).items()}
-    cost = found.costs
+
+
+def costs(recipe: Recipe, rates: Rates, images: int, validation: int) -> list[Cost]:
+    """Return what each stage of a recipe needs for `images` training and `validation` labelled images."""
+    how = recipe.dataset
+    order = Order(
+        images=max(1, images), passes=recipe.training.passes, batch_size=recipe.training.batch_size, seed=recipe.seed
+    )
+    seen = order.steps * order.batch * recipe.training.epochs if images else 0
+    scored = validation * (recipe.training.epochs // recipe.training.evaluate_every)
+    pixels = {name: 3.0 * s[0] * s[1] for name, s in (("features", how.feature_size), ("maps", how.image_size))}
+    looks = len(recipe.evaluation.scales) * (1 + recipe.evaluation.flip)
+    decode, file, parts = rates.decoding, rates.file_bytes, float(math.ceil(images / _PART))
     return [
         Cost(
             stage="features",
-            device=windows.seconds / windows.items * images,
-            decode=cost["features decoding"] * images,
+            device=rates.features * images,
+            decode=decode["features"] * images,
             network=pixels["features"] * images,
             read=file * images,
-            written=of_features,
+            written=rates.window_bytes * images,
+            gets=float(images),
+            puts=parts,
         ),
         Cost(
             stage="concepts",
-            device=kmeans.seconds / kmeans.items * of_windows * recipe.concepts.iterations,
-            decode=0.0,
-            network=0.0,
-            read=of_features,
-            written=0.0,
+            device=rates.kmeans * rates.windows * images * recipe.concepts.iterations,
+            read=rates.window_bytes * images,
+            gets=parts,
         ),
         Cost(
             stage="pseudo-labels",
-            device=maps.seconds / maps.items * images,
-            decode=cost["pseudo-labels decoding"] * images,
-            network=pixels["pseudo-labels"] * images,
+            device=rates.maps * images,
+            decode=decode["pseudo-labels"] * images,
+            network=pixels["maps"] * images,
             read=file * images,
-            written=of_maps,
+            written=rates.map_bytes * images,
+            gets=float(images),
+            puts=parts,
         ),
+        _training(recipe, rates, images, seen),
         Cost(
-            stage="training",
-            device=training.seconds / training.items * seen,
-            decode=(cost["training decoding"] + maps.details["reading [s an image and core]"]) * seen,
-            network=pixels["training"] * seen + of_maps / images * seen,
-            read=(file + of_maps / images) * seen,
-            written=0.0,
-        ),
-        Cost(
-            stage="evaluation, every epoch's",
-            device=scoring.seconds / scoring.items * scored,
-            decode=cost["pseudo-labels decoding"] * scored,
-            network=pixels["pseudo-labels"] * scored,
+            stage="scores between epochs",
+            device=rates.scoring * scored,
+            decode=decode["pseudo-labels"] * scored,
+            network=pixels["maps"] * scored,
             read=file * scored,
-            written=0.0,
+            gets=2.0 * scored,
+        ),
+        Cost(
+            stage="evaluation",
+            device=rates.scoring * validation * looks,
+            decode=decode["pseudo-labels"] * validation,
+            network=pixels["maps"] * validation,
+            read=file * validation,
+            gets=2.0 * validation,
         ),
     ]
 
 
-def _sizes(recipe: Recipe) -> dict[str, tuple[int, int]]:
-    how = recipe.dataset
-    return {"features": how.feature_size, "pseudo-labels": how.image_size, "training": how.training_size}
+def _training(recipe: Recipe, rates: Rates, images: int, seen: int) -> Cost:
+    device, ingest = rates.training * seen, rates.ingest
+    whole = rates.file_bytes + rates.map_bytes
+    if ingest is None:
+        height, width = recipe.dataset.training_size
+        return Cost(
+            stage="training",
+            device=device,
+            decode=rates.decoding["training"] * seen,
+            network=(3.0 * height * width + rates.map_bytes) * seen,
+            read=whole * seen,
+            gets=STREAMED_REQUESTS * seen,
+        )
+    # The first pass fills the nodes' caches; what passes again is copied out of them.
+    return Cost(
+        stage="training",
+        device=device,
+        decode=rates.decoding["training"] * images + seen / ingest.samples_per_second_per_core,
+        read=whole * images + ingest.bytes_per_sample * max(0, seen - images),
+        gets=ingest.first_epoch_requests_per_sample * images + ingest.requests_per_sample * max(0, seen - images),
+    )
 
 
-def shown(recipe: Recipe, found: Measurements, site: Site, images: int, validation: int) -> str:
-    """The plan for people: each stage's hours, bytes and bottleneck, and how these move with the number of devices."""
-    stages = costs(recipe, found, images, validation)
-    head = ["stage", "hours", "read", "written", "GPU", "decode", "network", "store", "bottleneck"]
-    rows = [head]
+def total(stages: Sequence[Cost], site: Site) -> tuple[float, float]:
+    """Return seconds and dollars of all stages, one after the other."""
+    return (
+        sum(cost.bottleneck(site)[1] for cost in stages),
+        sum(sum(cost.dollars(site).values()) for cost in stages),
+    )
+
+
+def shown(recipe: Recipe, rates: Rates, site: Site, images: int, validation: int) -> str:
+    """Return the plan for people: hours, dollars, bytes, requests and bottleneck by stage, then by device count."""
+    stages = costs(recipe, rates, images, validation)
+    head = (
+        "stage",
+        "hours",
+        "dollars",
+        "read",
+        "written",
+        "requests",
+        "GPU",
+        "decode",
+        "network",
+        "store",
+        "bottleneck",
+    )
+    rows = [[*head]]
     for cost in stages:
         name, seconds = cost.bottleneck(site)
         rows.append(
             [
                 cost.stage,
                 _hours(seconds),
-                f"{cost.read / 1e9:.1f} GB",
-                f"{cost.written / 1e9:.1f} GB",
+                f"${sum(cost.dollars(site).values()):,.2f}",
+                f"{cost.read / 1e9:,.1f} GB",
+                f"{cost.written / 1e9:,.1f} GB",
+                f"{(cost.gets + cost.puts) / 1e6:,.2f} million",
                 *(_hours(s) for s in cost.seconds(site).values()),
                 name,
             ]
         )
+    prices = {name: sum(cost.dollars(site)[name] for cost in stages) for name in ("machines", "requests", "bytes")}
+    ingest = rates.ingest.where if rates.ingest else "not measured: every image is read and decoded in every epoch"
     lines = [
-        f"{recipe.preset}: {images} images, {site.gpus} x {found.device} ({found.precision}, measured {found.date}), "
-        f"{site.cpus_per_gpu:g} cores each, store {site.store:g} GB/s, network {site.network:g} GB/s a machine",
+        f"{recipe.preset}: {images} images, {site.gpus} x {rates.where}",
+        f"{site.cpus_per_gpu:g} cores each, store {site.store:g} GB/s, network {site.network:g} GB/s per machine, "
+        f"${site.gpu_hour:g} per GPU and hour",
+        f"training's ingest: {ingest}",
         *aligned(rows),
+        "in all: " + ", ".join(f"${amount:,.2f} for {name}" for name, amount in prices.items()),
         "assumed: GPUs divide a stage's time by their number. Training takes longer than that, as a step's fixed costs "
-        "stay",
-        "when its batch is divided; so does K-Means where it ran on cores, unless each GPU comes with the "
-        f"{found.cores} measured.",
+        "stay when its batch is divided; so does K-Means if it was measured on a CPU.",
         "",
-        "hours in all, and the bottleneck of the longest stage:",
+        "by the number of GPUs:",
     ]
-    counts = sorted({2**i for i in range(max(4, math.ceil(math.log2(site.gpus)) + 2))} | {site.gpus})
-    moves = [["GPUs", "hours", "longest stage, bottleneck"]]
-    for count in counts:
-        there = Site(gpus=count, cpus_per_gpu=site.cpus_per_gpu, store=site.store, network=site.network)
-        found_there = [(cost.stage, *cost.bottleneck(there)) for cost in stages]
-        stage, name, _ = max(found_there, key=lambda x: x[2])
-        moves.append([str(count), _hours(sum(x[2] for x in found_there)), f"{stage}, {name}"])
+    moves = [["GPUs", "hours", "dollars", "longest stage, bottleneck"]]
+    for count in sorted({1, 8, 64, site.gpus}):
+        there = replace(site, gpus=count)
+        stage, name, _ = max(((c.stage, *c.bottleneck(there)) for c in stages), key=lambda x: x[2])
+        seconds, dollars = total(stages, there)
+        moves.append([str(count), _hours(seconds), f"${dollars:,.2f}", f"{stage}, {name}"])
     return "\n".join([*lines, *aligned(moves)])
 
 

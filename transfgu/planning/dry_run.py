@@ -1,12 +1,12 @@
-"""A run is checked and counted before it is paid for: what it would do follows from the recipe and the sample list.
+"""Check and count a run before it is paid for; both follow from the recipe and the list of samples.
 
-The checks are the pipeline's own, so what passes here begins; the plans are those that Ray Data would carry out; and
-the cost is counted in forward passes of the encoder, which is what takes the time, each timed once on this machine.
+The checks are the pipeline's own, so what passes here begins. The operators are those that Ray Data would run. The cost
+is the model's of `transfgu.planning.cost_plan`, whose rates are forward passes of the encoder timed on this machine.
 """
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +14,12 @@ import torch
 
 from transfgu import datasets, pipeline
 from transfgu.datasets.packed_maps import packed_planes
-from transfgu.encoder import normalise
+from transfgu.encoder import normalise, patch_grid
 from transfgu.errors import LeftOut
 from transfgu.inference import device
 from transfgu.inference.tokens import PatchTokens
 from transfgu.methods import STAGES, TRANSFGU, method
+from transfgu.planning.cost_plan import Cost, Rates, costs
 from transfgu.recipe import Recipe
 from transfgu.runtime import capacity, connect, parts
 from transfgu.runtime.bottleneck import operators
@@ -50,15 +51,8 @@ class Work:
     """In words."""
     stored: int = 0
     """Bytes that it would write, at most."""
-    forwards: int = 0
-    """Passes through the encoder, each as long as `seconds`, at most; divided among `processes`."""
-    seconds: float = 0.0
-    processes: int = 1
-
-    @property
-    def time(self) -> float:
-        """Seconds of the encoder's passes."""
-        return self.forwards * self.seconds / self.processes
+    time: float = 0.0
+    """Seconds in the encoder, at most."""
 
 
 def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool = False) -> Iterator[str]:
@@ -147,62 +141,78 @@ def _counts(recipe: Recipe, run: Run | None) -> Counts:
 
 def _works(recipe: Recipe, counts: Counts, encode: PatchTokens, timed: bool) -> Mapping[str, Work]:
     encoder, dataset, training = encode.encoder, recipe.dataset, recipe.training
-
-    def seconds(size: tuple[int, int]) -> float:
-        return _seconds(encode, size) if timed else 0.0
-
-    def patches(size: tuple[int, int]) -> tuple[int, int]:
-        return size[0] // encoder.patch_size, size[1] // encoder.patch_size
-
-    grid = patches(dataset.feature_size)
+    grid = patch_grid(dataset.feature_size, encoder.patch_size)
     each = len(sliding_windows(grid, recipe.windows.scales, encoder.patch_size))
-    windows = each * counts.train
-    h, w = patches(dataset.image_size)
+    h, w = patch_grid(dataset.image_size, encoder.patch_size)
     k = recipe.concepts.count
     order = Order(images=counts.train, passes=training.passes, batch_size=training.batch_size, seed=recipe.seed)
-    view = tuple(side // 2 for side in dataset.training_size) if training.views else dataset.training_size
-    # Images that are seen whole are encoded once; views of them are new in every epoch.
-    seen = order.steps * order.batch * training.epochs if training.views else counts.train
     scored = counts.labelled * (training.epochs // training.evaluate_every)
     every = "epoch" if training.evaluate_every == 1 else f"{training.evaluate_every} epochs"
-    actors, workers = capacity.pool_size(recipe.compute), capacity.training_workers(recipe.compute)
     decoder = 4 * (encoder.width**2 * (12 * recipe.decoder.depth + 3) + encoder.width * recipe.classes)
+    rates = _rates(recipe, encode, each, 2 * packed_planes(k) * h * w, order, timed)
+    cost = {cost.stage: cost for cost in costs(recipe, rates, counts.train, counts.labelled)}
+    actors, workers = capacity.pool_size(recipe.compute), capacity.training_workers(recipe.compute)
     return {
         "samples": Work(what=f"list {counts.train} and {counts.validation} images"),
-        "features": Work(
-            what=f"encode up to {windows} windows of {'x'.join(map(str, recipe.windows.size))} pixels, {each} an image",
-            stored=windows * 4 * encoder.width,
-            forwards=windows,
-            seconds=seconds(recipe.windows.size),
-            processes=actors,
+        "features": _work(
+            f"encode up to {each * counts.train} windows of {'x'.join(map(str, recipe.windows.size))} pixels, "
+            f"{each} an image",
+            cost["features"],
+            actors,
         ),
         "concepts": Work(
             what=f"K-Means into {recipe.concepts.things} and {recipe.concepts.stuff} clusters, at most "
             f"{recipe.concepts.iterations} iterations",
             stored=k * 4 * encoder.width,
         ),
-        "pseudo_labels": Work(
-            what=f"{k} maps of {h}x{w} patches for each of {counts.train} images",
-            stored=counts.train * 2 * packed_planes(k) * h * w,
-            forwards=counts.train * len(recipe.pseudo_labels.scales),
-            seconds=seconds(dataset.image_size),
-            processes=actors,
+        "pseudo_labels": _work(
+            f"{k} maps of {h}x{w} patches for each of {counts.train} images", cost["pseudo-labels"], actors
         ),
-        "training": Work(
-            what=f"{training.epochs} epochs of {order.steps} steps of {order.batch} images, "
-            f"{training.epochs * order.steps} steps in all; a score of {counts.labelled} images every {every}",
+        "training": replace(
+            _work(
+                f"{training.epochs} epochs of {order.steps} steps of {order.batch} images, "
+                f"{training.epochs * order.steps} steps in all; a score of {counts.labelled} images every {every}",
+                cost["training"],
+                workers,
+            ),
             stored=2 * decoder,
-            forwards=seen,
-            seconds=seconds((view[0], view[1])),
-            processes=workers,
         ),
-        "evaluation": Work(
-            what=f"score {counts.labelled} images ({scored} scores of images are taken while training)",
-            forwards=counts.labelled * len(recipe.evaluation.scales) * (1 + recipe.evaluation.flip),
-            seconds=seconds(dataset.image_size),
-            processes=actors,
+        "evaluation": _work(
+            f"score {counts.labelled} images ({scored} scores of images are taken while training)",
+            cost["evaluation"],
+            actors,
         ),
     }
+
+
+def _work(what: str, cost: Cost, processes: int) -> Work:
+    return Work(what=what, stored=round(cost.written), time=cost.device / processes)
+
+
+def _rates(recipe: Recipe, encode: PatchTokens, windows: int, map_bytes: int, order: Order, timed: bool) -> Rates:
+    """Return the rates of this machine: forward passes alone, of every window that an image may have."""
+
+    def seconds(size: tuple[int, int]) -> float:
+        return _seconds(encode, size) if timed else 0.0
+
+    dataset, training = recipe.dataset, recipe.training
+    image = seconds(dataset.image_size)
+    if training.views:
+        step = seconds((dataset.training_size[0] // 2, dataset.training_size[1] // 2))
+    else:  # images that are seen whole are encoded once
+        step = seconds(dataset.training_size) * order.images / (order.steps * order.batch * training.epochs)
+    return Rates(
+        where=f"this {encode.device.type}",
+        features=windows * seconds(recipe.windows.size),
+        kmeans=0.0,
+        maps=image * len(recipe.pseudo_labels.scales),
+        training=step,
+        scoring=image,
+        windows=float(windows),
+        window_bytes=4.0 * windows * encode.encoder.width,
+        map_bytes=float(map_bytes),
+        decoding={"features": 0.0, "pseudo-labels": 0.0, "training": 0.0},
+    )
 
 
 def _other_works(recipe: Recipe, counts: Counts) -> Mapping[str, Work]:

@@ -44,6 +44,35 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ingest:
+    """What `transfgu benchmark ingest` measured: training's reading, after and in the first epoch."""
+
+    samples_per_second_per_core: float
+    first_epoch_requests_per_sample: float
+    requests_per_sample: float
+    bytes_per_sample: float
+    """Bytes from the store after the first epoch."""
+    where: str = "measured"
+    """The file that says so."""
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> "Ingest":
+        """Raises UserError where the text is none of the ingest benchmark's."""
+        try:
+            tree = json.loads(text)
+            names = [f.name for f in fields(cls) if f.name != "where"]
+            found = cls(**{name: float(tree[name]) for name in names}, where=f"from the node's cache ({where})")
+            if found.samples_per_second_per_core <= 0:
+                raise ValueError
+            return found
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{where} is no file of the ingest's measurement: transfgu benchmark ingest --out writes one",
+                code="measurements-damaged",
+            ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurements:
     """What one run of the benchmark found."""
 

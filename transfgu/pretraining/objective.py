@@ -157,16 +157,16 @@ def draw_views(
     images: Float[Tensor, "B 3 H W"],
     size: int,
     area: tuple[float, float],
+    recipe: PretrainingRecipe,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "B 3 s s"]:
-    """One view of each image: a crop, resized and perhaps mirrored, in other colours, normalised.
-
-    Hues turn freely, because a thing may be of any colour.
+    """Draw one view of each image: a crop, resized and perhaps mirrored, in other colours, normalised.
 
     Args:
         images: in [0, 1].
         size: side, px.
         area: smallest and largest share of the image that is seen.
+        recipe: says how far colours change (`hue` to `contrast`).
         generator: decides what is drawn; none: torch's own.
     """
     batch, device = len(images), images.device
@@ -183,12 +183,13 @@ def draw_views(
     grid = F.affine_grid(affine, [batch, 3, size, size], align_corners=False)
     views = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
-    turn = torch.where(uniform(0.0, 1.0) < 0.8, uniform(-math.pi, math.pi), 0.0)
-    saturation = torch.where(uniform(0.0, 1.0) < 0.85, uniform(0.2, 1.4), 0.0)
+    most = math.radians(recipe.hue)
+    turn = torch.where(uniform(0.0, 1.0) < recipe.hue_share, uniform(-most, most), 0.0)
+    saturation = torch.where(uniform(0.0, 1.0) < 1 - recipe.grey_share, uniform(*recipe.saturation), 0.0)
     views = torch.einsum("bij,bjhw->bihw", _colour_matrix(turn, saturation), views)
-    views = views * uniform(0.6, 1.4)[:, None, None, None]
+    views = views * uniform(*recipe.brightness)[:, None, None, None]
     mean = views.mean((1, 2, 3), keepdim=True)
-    views = ((views - mean) * uniform(0.6, 1.4)[:, None, None, None] + mean).clamp(0, 1)
+    views = ((views - mean) * uniform(*recipe.contrast)[:, None, None, None] + mean).clamp(0, 1)
     return normalise(views)
 
 
@@ -253,9 +254,9 @@ class Views:
     ) -> "Views":
         """Views of `images`, in [0, 1]."""
         size, area = recipe.global_size, recipe.global_area
-        first, second = (draw_views(images, size, area, generator) for _ in range(2))
+        first, second = (draw_views(images, size, area, recipe, generator) for _ in range(2))
         size, area = recipe.local_size, recipe.local_area
-        local = tuple(draw_views(images, size, area, generator) for _ in range(recipe.local_views))
+        local = tuple(draw_views(images, size, area, recipe, generator) for _ in range(recipe.local_views))
         return cls(globals_=(first, second), locals_=local)
 
 

@@ -1,8 +1,11 @@
 """The recipe of a pretraining."""
 
-from dataclasses import dataclass
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from transfgu.fields import FieldInfo, check, field, field_infos
+from transfgu.fields import MISSING, FieldInfo, check, field, field_infos
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,12 @@ class PretrainingRecipe:
     local_views: int = field(4, "small views of an image; the last of them is shown in mosaics", "views")
     global_area: tuple[float, float] = field((0.25, 1.0), "share of the image that large views see", "0 to 1")
     local_area: tuple[float, float] = field((0.08, 0.35), "share of the image that small views see", "0 to 1")
+    hue: float = field(180.0, "largest turn of a view's hues, either way", "degrees", before=180.0)
+    hue_share: float = field(0.8, "share of views whose hues are turned", "0 to 1", before=0.8)
+    saturation: tuple[float, float] = field((0.2, 1.4), "factors of a view's saturation", before=(0.2, 1.4))
+    grey_share: float = field(0.15, "share of views without colour", "0 to 1", before=0.15)
+    brightness: tuple[float, float] = field((0.6, 1.4), "factors of a view's brightness", before=(0.6, 1.4))
+    contrast: tuple[float, float] = field((0.6, 1.4), "factors of a view's contrast", before=(0.6, 1.4))
     global_mosaic: int = field(2, "tiles along a side of a mosaic of large views", "tiles")
     local_mosaic: int = field(4, "tiles along a side of a mosaic of small views", "tiles")
     forget: float = field(0.5, "share of views whose class token is reset before the last block", "0 to 1")
@@ -32,6 +41,7 @@ class PretrainingRecipe:
     clustering_starts: float = field(0.1, "share of the steps before DINO's cross-entropy sets in", "0 to 1")
     clustering_full: float = field(0.25, "share of the steps after which it counts fully", "0 to 1")
     contrast_kept: float = field(0.5, "weight that InfoNCE keeps from then on", "0 to 1")
+    orient: bool = field(True, "apply the orientation in an image's EXIF data, as viewers do", before=False)
     steps: int = field(2400, "optimiser steps", "steps")
     batch_size: int = field(64, "global batch, divided among the workers", "images")
     learning_rate: float = field(1e-3, "AdamW's learning rate at a batch of 64")
@@ -50,11 +60,16 @@ class PretrainingRecipe:
             check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         for name in ("local_views", "sinkhorn_iterations"):
             check(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}")
-        for name in ("forget", "clustering_starts", "clustering_full", "contrast_kept", "teacher_momentum"):
+        shares = ("forget", "clustering_starts", "clustering_full", "contrast_kept", "teacher_momentum")
+        for name in (*shares, "hue_share", "grey_share"):
             check(0 <= getattr(self, name) <= 1, f"{name} must lie in 0..1, not {getattr(self, name)}")
         for name in ("global_area", "local_area"):
             low, high = getattr(self, name)
             check(0 < low <= high <= 1, f"{name} must be two rising shares in (0, 1], not {low},{high}")
+        check(0 <= self.hue <= 180, f"hue must lie in 0..180 degrees, not {self.hue}")
+        for name in ("saturation", "brightness", "contrast"):
+            low, high = getattr(self, name)
+            check(0 <= low <= high, f"{name} must be two rising factors, not {low},{high}")
         for name in ("global_size", "local_size"):
             check(
                 getattr(self, name) % self.patch_size == 0,
@@ -75,3 +90,25 @@ class PretrainingRecipe:
 
 PRETRAINING_FIELDS: dict[str, FieldInfo] = field_infos(PretrainingRecipe)
 """Every field of the pretraining's recipe by name."""
+
+VIEWS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
+    {
+        "drawn": {},
+        "photographs": {
+            "hue": 36.0, "saturation": (0.6, 1.4), "grey_share": 0.2, "brightness": (0.3, 1.5), "contrast": (0.4, 1.6),
+        },
+    }
+)  # fmt: skip
+"""How views differ in colour, by the kind of images: a drawn thing may have any hue; a photographed sky is blue.
+
+Of photographs hues turn as DINO's do (0.1 of the circle), and brightness reaches down to dusk.
+"""
+
+
+def compared_fields(recipe: PretrainingRecipe) -> dict[str, Any]:
+    """The fields by which a pretraining is known: younger ones only where they differ from what earlier ones had."""
+    return {
+        name: value
+        for name, value in asdict(recipe).items()
+        if PRETRAINING_FIELDS[name].before is MISSING or value != PRETRAINING_FIELDS[name].before
+    }

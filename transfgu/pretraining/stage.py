@@ -8,10 +8,12 @@ itself runs on `transfgu.training.fit`, as that of a run's decoder does.
 import hashlib
 import io
 import json
+import zlib
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -25,8 +27,8 @@ from ray.exceptions import RayError
 from transfgu.datasets import images as pictures
 from transfgu.datasets import shapes
 from transfgu.datasets.listing import images_in
-from transfgu.errors import BadInput, UserError
-from transfgu.pretraining.recipe import PretrainingRecipe
+from transfgu.errors import UserError
+from transfgu.pretraining.recipe import PretrainingRecipe, compared_fields
 from transfgu.pretraining.training import REMEDY, Part, Pretraining, PretrainingInputs, worker_batch
 from transfgu.recipe import ComputeRecipe
 from transfgu.runtime import capacity
@@ -56,7 +58,9 @@ class PretrainingJob:
     count: int = 12_000
     """Pictures drawn, where `images` is `SHAPES`."""
     image_size: int = shapes.OBJECT_SIZE
-    """Side to which images are brought, after cutting them square about their centres; px."""
+    """Side to which the squares that are cut from images are brought; px."""
+    squares: int = 1
+    """Squares that are cut from each image of a folder; see `cut_squares`."""
     command: str = ""
     """The command line, to be kept with the weights."""
 
@@ -70,6 +74,8 @@ class PretrainingJob:
                 f"--image_size {self.image_size} is less than the views' {self.recipe.global_size} pixels: raise it",
                 code="image-size",
             )
+        if self.squares < 1:
+            raise UserError(f"--squares must be positive, not {self.squares}", code="field-range")
         if self.count < self.recipe.batch_size:
             raise UserError(
                 f"--count {self.count} does not fill a batch of {self.recipe.batch_size}: raise it, "
@@ -84,7 +90,8 @@ class PretrainingJob:
 
     def digest(self) -> str:
         """Of all that the weights depend on."""
-        fields = {**asdict(self.recipe), "images": self.images, "count": self.count, "size": self.image_size}
+        # The number of squares is part of the listing's digest.
+        fields = {**compared_fields(self.recipe), "images": self.images, "count": self.count, "size": self.image_size}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -100,7 +107,7 @@ class Prepared:
 
     @property
     def images(self) -> int:
-        """How many there are."""
+        """How many there are: squares, where they are cut from a folder's images."""
         return sum(part.images for part in self.parts)
 
 
@@ -114,14 +121,14 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
         UserError: no image, too few for a batch, or more than a tenth of them unusable.
     """
     names = [str(i) for i in range(job.count)] if job.images == SHAPES else files(job.images)
-    if len(names) < job.recipe.batch_size:
-        raise UserError(
-            f"{len(names)} images are too few for a batch of {job.recipe.batch_size}: give more, or lower --batch_size",
-            code="images-few",
-        )
+    each = 1 if job.images == SHAPES else job.squares
+    if len(names) * each < job.recipe.batch_size:
+        raise _too_few(job, len(names) * each)
     size = max(1, min(_PART_SIZE, len(names) // _PARTS))
     seed = job.recipe.seed if job.images == SHAPES else 0
-    listing = hashlib.sha256(json.dumps([job.image_size, seed, names]).encode()).hexdigest()[:12]
+    orient = job.recipe.orient and job.images != SHAPES
+    asked = [job.image_size, seed, names, *([True] if orient else []), *([each] if each > 1 else [])]
+    listing = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
     folder = storage.join(job.work, f"images-{listing}")
     rows = [
         {
@@ -134,7 +141,7 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
     context.enable_progress_bars = False
     # An exception of ours should arrive as it was raised.
     context.raise_original_map_exception = True
-    make = partial(_make_part, images=job.images, size=job.image_size, seed=seed)
+    make = partial(_make_part, images=job.images, size=job.image_size, squares=each, seed=seed, orient=orient)
     with DataContext.current(context):
         made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make)
     parts, left_out, done = [], [], 0
@@ -143,7 +150,7 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
             bad = json.loads(row["left_out"])
             parts.append(Part(uri=row["part"], images=row["images"]))
             left_out += bad
-            done += row["images"] + len(bad)
+            done += row["images"] // each + len(bad)
             progress.update(done, len(names), "images")
     except RayError as error:
         cause = find_user_error(error)
@@ -175,10 +182,12 @@ def files(uri: str) -> list[str]:
     return files
 
 
-def _make_part(row: dict[str, Any], images: str, size: int, seed: int) -> dict[str, Any]:
+def _make_part(
+    row: dict[str, Any], images: str, size: int, squares: int, seed: int, orient: bool = False
+) -> dict[str, Any]:
     """A task: makes one part, unless it is there, and says what it holds."""
     if not storage.is_file(row["part"]):
-        storage.write_bytes(row["part"], _draw_part(list(row["names"]), images, size, seed))
+        storage.write_bytes(row["part"], _draw_part(list(row["names"]), images, size, squares, seed, orient))
     metadata = parquet.opened(row["part"], remedy=REMEDY).metadata
     return {
         "part": row["part"],
@@ -187,14 +196,18 @@ def _make_part(row: dict[str, Any], images: str, size: int, seed: int) -> dict[s
     }
 
 
-def _draw_part(names: list[str], images: str, size: int, seed: int) -> bytes:
+def _draw_part(names: list[str], images: str, size: int, squares: int, seed: int, orient: bool) -> bytes:
+    def draw(name: str) -> list[bytes]:
+        if images == SHAPES:
+            return [shapes.object_image(seed, int(name), size).tobytes()]
+        return [square.tobytes() for square in cut_squares(name, size, squares, orient)]
+
     good, left_out = [], []
-    for name in names:
-        try:
-            pixels = shapes.object_image(seed, int(name), size) if images == SHAPES else small_square(name, size)
-            good.append(pixels.tobytes())
-        except BadInput as error:
-            left_out.append({"name": name, "reason": str(error)})
+    for name, (drawn, reason) in zip(names, pictures.read_rows(names, draw), strict=True):
+        if drawn is None:
+            left_out.append({"name": name, "reason": reason})
+        else:
+            good += drawn
     table = pa.table({"pixels": pa.array(good, pa.binary(3 * size**2))})
     sink = io.BytesIO()
     # One row per row group: training reads rows in any order, and each costs one request.
@@ -202,18 +215,30 @@ def _draw_part(names: list[str], images: str, size: int, seed: int) -> bytes:
     return sink.getvalue()
 
 
-def small_square(uri: str, size: int) -> UInt8[ndarray, "size size 3"]:
-    """The square about an image's centre, brought to `size` pixels a side.
+def cut_squares(uri: str, size: int, count: int = 1, orient: bool = False) -> list[UInt8[ndarray, "size size 3"]]:
+    """Cut squares from an image and bring each to `size` pixels a side.
+
+    The first is the largest one about the centre. The others have sides between half of that (`size` at least, where
+    the image has as many pixels) and all of it, and lie anywhere in the image; they follow from the file's name.
 
     Raises:
         BadInput: the image can't be read.
     """
-    image = pictures.read_image(uri)
-    side = min(image.shape[:2])
-    top, left = ((length - side) // 2 for length in image.shape[:2])
-    square = torch.from_numpy(image[top : top + side, left : left + side]).permute(2, 0, 1)[None].float()
+    image = pictures.read_image(uri, orient=orient)
+    height, width = image.shape[:2]
+    most = min(height, width)
+    random = np.random.default_rng(zlib.crc32(uri.rsplit("/", 1)[-1].encode(errors="surrogateescape")))
+    places = [(most, (height - most) // 2, (width - most) // 2)]
+    for _ in range(count - 1):
+        side = int(random.integers(min(most, max(size, (most + 1) // 2)), most + 1))
+        places.append((side, int(random.integers(height - side + 1)), int(random.integers(width - side + 1))))
+    return [_small(image[top : top + side, left : left + side], size) for side, top, left in places]
+
+
+def _small(square: UInt8[ndarray, "side side 3"], size: int) -> UInt8[ndarray, "size size 3"]:
+    planes = torch.from_numpy(square).permute(2, 0, 1)[None].float()
     # With antialias: these images are shrunk a lot, and what is learned should not be of aliases.
-    small = torch.nn.functional.interpolate(square, (size, size), mode="bilinear", antialias=True)
+    small = torch.nn.functional.interpolate(planes, (size, size), mode="bilinear", antialias=True)
     pixels: UInt8[ndarray, "size size 3"] = small[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     return pixels
 
@@ -233,11 +258,7 @@ def pretrain(job: PretrainingJob, compute: ComputeRecipe, progress: Progress) ->
     with hold(job.work, progress.note, "--out") as lock:
         prepared = prepare(job, progress)
         if prepared.images < job.recipe.batch_size:
-            raise UserError(
-                f"{prepared.images} images are too few for a batch of {job.recipe.batch_size}: give more, or lower "
-                "--batch_size",
-                code="images-few",
-            )
+            raise _too_few(job, prepared.images)
         inputs = PretrainingInputs(
             recipe=job.recipe, parts=prepared.parts, side=job.image_size, resident_gib=compute.resident_gib
         )
@@ -265,6 +286,14 @@ def pretrain(job: PretrainingJob, compute: ComputeRecipe, progress: Progress) ->
         lock.check()
         storage.write_bytes(job.out, safetensors.torch.save(tensors, _metadata(job, prepared)))
     return prepared
+
+
+def _too_few(job: PretrainingJob, count: int) -> UserError:
+    return UserError(
+        f"{count} images are too few for a batch of {job.recipe.batch_size}: give more, raise --squares, or lower "
+        "--batch_size",
+        code="images-few",
+    )
 
 
 def _metadata(job: PretrainingJob, prepared: Prepared) -> dict[str, str]:

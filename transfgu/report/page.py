@@ -196,7 +196,7 @@ def _grid(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
     known = datasets.classes(recipe)
 
     def read(sample: dict[str, Any]) -> tuple[dict[str, Any], pictures.Pixels, pictures.Mask | None]:
-        image = images.read_image(sample["image"])
+        image = images.read_image(sample["image"], orient=recipe.dataset.orient)
         label = None if sample["label"] is None else images.read_label(sample["label"], known, image.shape[:2])
         return sample, image, label
 
@@ -381,7 +381,7 @@ def _concepts(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concept]:
     def cut(item: tuple[int, list[dict[str, Any]]]) -> list[tuple[int, float, pictures.Pixels]]:
         # Windows are in pixels of the resized image; the picture is cut where they lie in the image as it is.
         index, windows = item
-        image = images.read_image(paths[index].as_py())
+        image = images.read_image(paths[index].as_py(), orient=recipe.dataset.orient)
         scale = np.array(image.shape[:2]) / recipe.dataset.feature_size
         tiles = []
         for window in windows:
@@ -421,7 +421,7 @@ def _pseudo_labels(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
     def read(place: tuple[int, Int16[np.ndarray, "planes h w"]]) -> tuple[Any, str, pictures.Pixels]:
         index, maps = place
         sample = samples.slice(index, 1).to_pylist()[0]
-        return maps, sample["name"], images.read_image(sample["image"])
+        return maps, sample["name"], images.read_image(sample["image"], orient=recipe.dataset.orient)
 
     rows = []
     found = zip(places["index"].to_pylist(), map_files.read_maps(places), strict=True)

@@ -16,6 +16,15 @@ class Result(NamedTuple):
 
 OURS = "TransFGU, published"
 
+METHODS = {
+    "transfgu": OURS,
+    "iic": "IIC",
+    "picie": "PiCIE",
+    "picie-no-aux": "PiCIE without auxiliary clustering",
+    "maskcontrast": "MaskContrast",
+}
+"""A method's name in the tables below, by its name as `--method` takes it."""
+
 TABLE_1: dict[str, tuple[Result, ...]] = {
     "coco-stuff-27-curated": (
         Result("IIC", 6.71, 21.79),

@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -20,8 +20,8 @@ from jaxtyping import UInt8
 from ray.data import DataContext, Dataset, ExecutionResources
 from ray.exceptions import RayError
 
-from transfgu.datasets import images
-from transfgu.errors import BadInput, LeftOut, UserError
+from transfgu.datasets import images, map_files
+from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import Recipe, Size
 from transfgu.runtime.bottleneck import details
 from transfgu.runtime.failures import find_user_error
@@ -56,6 +56,10 @@ class Summary:
     left_out: tuple[LeftOut, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
     """Sums of interest, by name."""
+    size: int = 0
+    """Bytes of the file, where this process or its driver's was told when the file was written; else 0."""
+    places: Mapping[str, list[int]] = field(default_factory=dict)
+    """Where the file keeps each row's maps (`map_files.places`), told likewise."""
 
     @property
     def file(self) -> str:
@@ -65,7 +69,9 @@ class Summary:
     def to_json(self) -> str:
         """As JSON text; :meth:`from_json` reads it back."""
         left_out = [vars(x) for x in self.left_out]
-        return json.dumps({"part": self.part, "images": self.images, "left_out": left_out, "counts": dict(self.counts)})
+        tree = {"part": self.part, "images": self.images, "left_out": left_out, "counts": dict(self.counts)}
+        told = {"size": self.size, "places": dict(self.places)} if self.size else {}
+        return json.dumps(tree | told)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Summary":
@@ -89,17 +95,22 @@ class ReadImages:
     size: Size
     """Height and width the images are resized to, pixels."""
     interpolation: Literal["bilinear", "nearest"]
+    orient: bool = False
+    """Apply EXIF's orientation."""
 
     def __call__(self, samples: pa.Table) -> pa.Table:
         """Raises UserError where the storage fails."""
         pixels = np.zeros((len(samples), 3, *self.size), np.uint8)
+
+        def read(data: bytes | None) -> UInt8[np.ndarray, "3 H W"]:
+            return images.resize(images.decode_file(data, orient=self.orient), self.size, self.interpolation)
+
         reasons: list[str | None] = []
-        for place, uri in zip(pixels, samples["image"].to_pylist(), strict=True):
-            try:
-                place[:] = images.resize(images.read_image(uri), self.size, self.interpolation)
-                reasons.append(None)
-            except BadInput as error:
-                reasons.append(str(error))
+        files = storage.read_many(samples["image"].to_pylist())
+        for place, (image, reason) in zip(pixels, images.read_rows(files, read), strict=True):
+            if image is not None:
+                place[:] = image
+            reasons.append(reason or None)
         index = samples["index"].combine_chunks()
         return pa.table(
             {
@@ -123,7 +134,15 @@ def usable(block: pa.Table) -> tuple[pa.Table, UInt8[np.ndarray, "n 3 H W"]]:
     return (rows, pixels) if len(good) == len(block) else (rows.take(good), pixels[good])
 
 
-def write_part(folder: str, summary: Summary, table: pa.Table, note: str, **options: Any) -> pa.Table:
+def write_part(
+    folder: str,
+    summary: Summary,
+    table: pa.Table,
+    note: str,
+    *,
+    places: Callable[[bytes], Mapping[str, list[int]]] | None = None,
+    **options: Any,
+) -> pa.Table:
     """Write a part's file in one piece.
 
     Args:
@@ -131,6 +150,7 @@ def write_part(folder: str, summary: Summary, table: pa.Table, note: str, **opti
         summary: goes into the file's metadata.
         table: the part's rows.
         note: what the user should be told, if anything.
+        places: from the file's bytes to what the driver is told of its rows.
         options: those of `pyarrow.parquet.write_table`.
 
     Returns:
@@ -138,8 +158,26 @@ def write_part(folder: str, summary: Summary, table: pa.Table, note: str, **opti
     """
     sink = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({_METADATA: summary.to_json()}), sink, **options)
-    storage.write_bytes(storage.join(folder, summary.file), sink.getvalue())
+    data = sink.getvalue()
+    storage.write_bytes(storage.join(folder, summary.file), data)
+    if places:
+        summary = replace(summary, size=len(data), places=places(data))
     return pa.table({"summary": [summary.to_json()], "note": [note]})
+
+
+def write_maps(folder: str, summary: Summary, table: pa.Table, note: str) -> pa.Table:
+    """As :func:`write_part`, for rows `index`, `maps`, `h`, `w`: uncompressed, one row per row group, and indexed."""
+    return write_part(
+        folder,
+        summary,
+        table,
+        note,
+        places=map_files.places,
+        row_group_size=1,
+        use_dictionary=False,
+        write_statistics=["index"],
+        compression="none",
+    )
 
 
 def left_out(block: pa.Table) -> tuple[LeftOut, ...]:

@@ -16,23 +16,26 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._start = self._last = time.monotonic()
         self._first_done: int | None = None
+        self._unit = ""
         self._width = 0
 
-    def update(self, done: int, total: int, unit: str) -> None:
-        """Tell how many of how many `unit` (images, epochs, iterations) are done."""
+    def update(self, done: int, total: int | None, unit: str) -> None:
+        """Tell how many of how many `unit` (images, epochs, iterations) are done; None: nobody knows of how many."""
         now = time.monotonic()
+        if unit != self._unit or done < (self._first_done or 0):  # a stage may count images first, then steps
+            self._first_done, self._unit, self._start = None, unit, now if self._unit else self._start
         # Parts found from an earlier attempt cost nothing now: the rate counts from the first report on.
         if self._first_done is None:
             self._first_done, self._start = (done, now) if done else (0, self._start)
         pause = 0.2 if self._terminal else 10.0
-        if self._quiet or (now - self._last < pause and done < total):
+        if self._quiet or (now - self._last < pause and (total is None or done < total)):
             return
         self._last = now
         made, spent = done - self._first_done, max(now - self._start, 1e-9)
         rate = made / spent
-        left = f", {duration((total - done) / rate)} left" if made and done < total else ""
+        left = f", {duration((total - done) / rate)} left" if made and total is not None and done < total else ""
         speed = (f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each") if made else ""
-        self._write(f"{self._stage}: {done}/{total} {unit}  {speed}{left}", final=False)
+        self._write(f"{self._stage}: {done}{'' if total is None else f'/{total}'} {unit}  {speed}{left}", final=False)
 
     def note(self, text: str) -> None:
         """A line that stays."""

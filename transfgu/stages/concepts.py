@@ -9,12 +9,14 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +40,6 @@ from transfgu.kmeans import (
     Shards,
     cluster,
     cores,
-    gpu_index,
     least,
     means,
     whitened,
@@ -48,6 +49,8 @@ from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Artifact, Outcome, Run
 from transfgu.whitening import Moments, Whitening
+
+logger = logging.getLogger(__name__)
 
 NEAREST = 8
 """Windows kept for each concept, to look at."""
@@ -60,6 +63,7 @@ _RESTARTS = 5  # of an actor: it goes with its node; but where memory runs out, 
 _SAVE_SECONDS = 30.0
 _ADDED_AT_ONCE = 8  # passes, each with as many numbers as the centroids have
 _READERS = 4  # parts read at a time, as S3 answers late
+_GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")  # where NVIDIA's driver is, on Linux and in WSL
 _PIECE_PARTS = 32  # joined: a part has a few hundred windows of a group, and chunks of fewer rows than CHUNK are slow
 
 
@@ -118,7 +122,7 @@ def shards(features: Any, workers: int) -> Iterator[Shards]:
                 f"features must have two dimensions, (n, d), not shape {array.shape}", code="features-shape"
             )
         if workers == 1:
-            yield Shard([array], gpu=_has_gpu())
+            yield _shard([array])
             return
         _connect()
         sources = _spread_array(array, workers)
@@ -160,7 +164,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
             white = recipe.concepts.whitens(group.windows)
             clustered = whitened(shard) if white else shard
             assert isinstance(clustered, _Spread)
-            results.append(_cluster_group(recipe, group, clustered, folder, progress, done=len(results)))
+            results.append(_cluster_group(recipe, group, clustered, folder, progress))
             centroids = results[-1].centroids
             first = sum(len(r.counts) for r in results[:-1])
             found.append(clustered.nearest(centroids, first))
@@ -247,12 +251,9 @@ def _check(recipe: Recipe, group: _Group, shards: Shards) -> None:
         )
 
 
-def _cluster_group(
-    recipe: Recipe, group: _Group, shards: Shards, folder: Artifact, progress: Progress, done: int
-) -> KMeansResult:
+def _cluster_group(recipe: Recipe, group: _Group, shards: Shards, folder: Artifact, progress: Progress) -> KMeansResult:
     """K-Means of one group, from where an interrupted attempt had come to."""
     limit = recipe.concepts.iterations
-    total = limit * len(_groups(recipe))
     resume = _saved(folder, group)
     if resume:
         progress.note(f"{group.name} resumed after {resume[0]} iterations")
@@ -260,14 +261,16 @@ def _cluster_group(
 
     def after(made: int, centroids: ndarray) -> None:
         nonlocal saved
-        progress.update(done * limit + made, total, "iterations")
+        progress.update(made, None, f"K-Means iterations over {group.name} (at most {limit})")
         if time.monotonic() - saved > _SAVE_SECONDS:
             _save(folder, group, made, centroids)
             saved = time.monotonic()
 
     result = cluster(shards, group.count, iterations=limit, seed=recipe.seed, resume=resume, after=after)
     _save(folder, group, result.iterations, result.centroids)
-    progress.update((done + 1) * limit, total, "iterations")
+    settled = "settled after" if result.iterations < limit else "stopped at the limit of"
+    updates = f"{result.iterations} iteration{'' if result.iterations == 1 else 's'}"
+    progress.note(f"K-Means over {group.name} {settled} {updates} of the best start")
     return result
 
 
@@ -310,8 +313,8 @@ _Source = Callable[[], dict[str, _Rows]]
 class KMeansActor:
     """One shard, read when it is first needed, in this process or, as a Ray actor, in another."""
 
-    def __init__(self, source: _Source, threads: int, gpu: bool) -> None:
-        self._source, self._threads, self._gpu = source, threads, gpu
+    def __init__(self, source: _Source, threads: int) -> None:
+        self._source, self._threads = source, threads
         self._white: dict[str, Shard] = {}
 
     # Methods that take a whitening are of the whitened rows; without one, of the rows as they are. Each call carries
@@ -320,7 +323,11 @@ class KMeansActor:
     @functools.cached_property
     def _groups(self) -> dict[str, tuple[Shard, list[ndarray]]]:
         rows = self._source()
-        return {name: (Shard(r.pieces, self._threads, self._gpu), r.places) for name, r in rows.items()}
+        return {name: (_shard(r.pieces, self._threads), r.places) for name, r in rows.items()}
+
+    def computes_on(self) -> str:
+        """Return the name of the class that assigns rows in this process: `Shard` or `DeviceShard`."""
+        return type(next(iter(self._groups.values()))[0]).__name__
 
     def _shard(self, group: str, whitening: Whitening | None) -> Shard:
         if whitening is None:
@@ -357,7 +364,7 @@ class KMeansActor:
     ) -> list[tuple[float, Float32[ndarray, "k d"]]]:
         """K-Means on a sample from the starts of these numbers: inertia and centroids of each."""
         sample = np.concatenate([s for s in samples if s is not None])
-        return Shard([sample], self._threads, self._gpu).starts(k, seed, numbers)
+        return _shard([sample], self._threads).starts(k, seed, numbers)
 
     def assign(
         self, group: str, centroids: Float32[ndarray, "k d"], grid: Grid, whitening: Whitening | None = None
@@ -546,19 +553,16 @@ def _actors(
 
     per_node = math.ceil(len(sources) / len(nodes))
     node_cpus = min(node["CPU"] for node in nodes)
-    cpus = sum(node["CPU"] for node in nodes)
-    gpu = gpu_index() and sum(node.get("GPU", 0) for node in nodes) >= len(sources)
     # Ray's count may be more than the cores, as in an embedded cluster, or less, as in a container.
     threads = max(1, int(min(cores(), node_cpus)) // per_node)
     actor = ray.remote(KMeansActor).options(
-        num_cpus=min(1.0, math.floor(100 * cpus / len(sources)) / 100),
-        num_gpus=int(gpu),
+        **_resources(len(sources), nodes),
         scheduling_strategy="SPREAD",
         max_restarts=restarts,
         max_task_retries=restarts,
         **({"memory": memory} if memory else {}),
     )
-    actors: list[Any] = [actor.remote(source, threads, gpu) for source in sources]
+    actors: list[Any] = [actor.remote(source, threads) for source in sources]
     try:
         yield actors
     except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
@@ -570,6 +574,13 @@ def _actors(
     finally:
         for handle in actors:
             ray.kill(handle)
+
+
+def _resources(actors: int, nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return what each actor asks for: up to one CPU and one GPU, less where more actors share them."""
+    shares = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    totals = {name: sum(node.get(kind, 0.0) for node in nodes) for name, kind in shares.items()}
+    return {name: min(1.0, math.floor(100 * total / actors) / 100) for name, total in totals.items()}
 
 
 def _get(references: list[Any]) -> list[Any]:
@@ -597,7 +608,8 @@ def _nodes(size: int = 0) -> Sequence[Mapping[str, float]]:
     """Resources of each node that has a CPU, whose cores and memory are for features of `size` bytes.
 
     They are those that are there, as far as these have the memory, else all that the cluster may come to have. Where
-    there is neither a node nor a size, they are one of those to come.
+    there is neither a node nor a size, they are one of those to come. If any node has a GPU, or may come with one, only
+    nodes with GPUs count.
     """
     import ray
 
@@ -605,6 +617,8 @@ def _nodes(size: int = 0) -> Sequence[Mapping[str, float]]:
 
     there = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
     may_be = [node for node in runtime.every_possible_node() if node["CPU"]]
+    if any(node.get("GPU") for node in [*there, *may_be]):
+        there, may_be = ([node for node in nodes if node.get("GPU")] for nodes in (there, may_be))
     if not size:
         return there or may_be[:1]
     if not there:
@@ -616,9 +630,13 @@ def _nodes(size: int = 0) -> Sequence[Mapping[str, float]]:
 
 
 def _worker_count(size: int, nodes: Sequence[Mapping[str, float]]) -> int:
-    """Actors for features of `size` bytes: enough to use every node's cores, as far as each has work to do."""
+    """Return the number of actors for features of `size` bytes.
+
+    On nodes with GPUs it is one per GPU, else as many as use every node's cores; fewer if there is not that much work.
+    """
     per_node = math.ceil(min(node["CPU"] for node in nodes) / _THREADS)
-    return max(1, min(math.ceil(size / _SHARD_BYTES), len(nodes) * per_node))
+    gpus = int(sum(node.get("GPU", 0.0) for node in nodes))
+    return max(1, min(math.ceil(size / _SHARD_BYTES), gpus or len(nodes) * per_node))
 
 
 def _memory(shard: float) -> int:
@@ -643,10 +661,26 @@ def _share(parts: Sequence[str], workers: int) -> list[list[list[str]]]:
     return [pieces[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-def _has_gpu() -> bool:
-    import faiss
+def _shard(pieces: Sequence[ndarray], threads: int | None = None) -> Shard:
+    """Return the rows in the memory of this process's GPU if it has one and they fit, else in its own.
 
-    return bool(gpu_index() and faiss.get_num_gpus())
+    Each process decides for itself: the driver may run on a machine without a GPU.
+    """
+    if not any(Path(file).exists() for file in _GPU_FILES):  # torch takes seconds to import
+        return Shard(pieces, threads)
+    import torch
+
+    from transfgu.device_kmeans import DeviceShard
+    from transfgu.inference.device import without_gpus
+
+    if without_gpus() or not torch.cuda.is_available():
+        return Shard(pieces, threads)
+    try:
+        return DeviceShard(pieces, torch.device("cuda"), threads)
+    except torch.OutOfMemoryError:
+        logger.warning("concepts: the features do not fit the GPU's memory: K-Means runs on the CPU of this node")
+        torch.cuda.empty_cache()
+        return Shard(pieces, threads)
 
 
 def _is_dataset(features: Any) -> bool:

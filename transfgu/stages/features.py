@@ -70,7 +70,11 @@ def _work(recipe: Recipe, folder: str) -> parts.Work:
     from transfgu.runtime import capacity
 
     return parts.Work(
-        read=parts.ReadImages(size=recipe.dataset.feature_size, interpolation=recipe.dataset.interpolation),
+        read=parts.ReadImages(
+            size=recipe.dataset.feature_size,
+            interpolation=recipe.dataset.interpolation,
+            orient=recipe.dataset.orient,
+        ),
         actor=EncodeWindows,
         arguments={"recipe": recipe, "processes": capacity.actors_per_node(recipe.compute)},
         write=WriteFeatures(folder=folder, groups=groups(recipe)),

@@ -43,6 +43,7 @@ SUMMARY = "summary.json"
 _FILES_AS = "files"  # in the claim: how masks are stored
 _TILES = "tiles"  # in the claim: how images were cut
 _AVERAGED = "averaged"  # in the claim: what logits are averaged over
+_ORIENT = "orient"  # in the claim: whether masks lie on turned pixels
 _WRITERS = 8  # files that one task writes at a time
 _SCHEMA = pa.schema([("name", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("mask", pa.large_binary())])
 
@@ -58,6 +59,8 @@ class PredictionJob:
         format: `png`: for each image an indexed PNG with a palette, under its name; `parquet`: rows `name`, `height`,
             `width`, `mask` (class indices row by row, uint8 for up to 256 classes, else uint16).
         overlays: also write each image as a JPEG, lit in its classes' colours; with PNGs.
+        orient: apply the orientation in EXIF data, so that a mask lies on what a viewer shows; False: on stored pixels;
+            None: as the masks in `out` were made, and True where there are none.
         tile: height of the tiles that an image is predicted in, pixels (`Segmenter.predict`); 0: it is predicted whole.
         overlap: pixels that neighbouring tiles share at least.
     """
@@ -67,6 +70,7 @@ class PredictionJob:
     out: str
     format: Format = "png"
     overlays: bool = False
+    orient: bool | None = None
     tile: int = 0
     overlap: int = 64
 
@@ -130,6 +134,7 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
         ['0.png', '1.png']
     """
     names = preflight(job)
+    job = replace(job, orient=_orient(job))
     # What costs seconds to import, only now.
     from transfgu.runtime import capacity, connect
 
@@ -205,6 +210,7 @@ def preflight(job: PredictionJob) -> dict[str, str]:
             "scales": list(segmenter.recipe.evaluation.scales),
             "flip": segmenter.recipe.evaluation.flip,
         },
+        _ORIENT: _orient(job),
         _TILES: job.tiles,
         "classes": [
             {"index": i, "name": name, "colour": list(colour)}
@@ -215,6 +221,11 @@ def preflight(job: PredictionJob) -> dict[str, str]:
     return names
 
 
+def _orient(job: PredictionJob) -> bool:
+    text = storage.read_bytes_or_none(storage.join(job.out, CLAIM)) if job.orient is None else None
+    return job.orient is not False if text is None else bool(_parsed_claim(job.out, text)[_ORIENT])
+
+
 def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
     uri = storage.join(job.out, CLAIM)
     text = storage.read_bytes_or_none(uri)
@@ -223,11 +234,12 @@ def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
             return
         text = storage.read_bytes(uri)  # of one that began at the same time
     held = _parsed_claim(job.out, text)
-    differing = [n for n in ("model", _FILES_AS, _AVERAGED, _TILES, "classes") if held[n] != claim[n]]
+    differing = [n for n in ("model", _FILES_AS, _AVERAGED, _TILES, _ORIENT, "classes") if held[n] != claim[n]]
     if differing:
         other = {
             _FILES_AS: "format",
             _AVERAGED: "evaluation.scales or evaluation.flip",
+            _ORIENT: f"--orient ({str(held[_ORIENT]).lower()})",
             _TILES: "--tile or --overlap",
         }.get(differing[0], differing[0])
         if differing == ["classes"]:
@@ -275,6 +287,7 @@ def _parsed_claim(out: str, text: bytes) -> dict[str, Any]:
             first[_FILES_AS] = first.pop(formats.KEY)
         text = json.dumps(first).encode()
     held = formats.read_json(text, uri, remedy)
+    held.setdefault(_ORIENT, False)
     held.setdefault(_TILES, None)
     held.setdefault(_AVERAGED, {"scales": [1.0], "flip": False})  # masks that were made before there were others
     with formats.damage(uri, remedy):
@@ -363,7 +376,7 @@ def plan(job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: Co
 
     data = parts.encoded(
         tables,
-        ReadPhotos(size=size, interpolation="bilinear", keep_files=job.overlays),
+        ReadPhotos(size=size, interpolation="bilinear", orient=job.orient is not False, keep_files=job.overlays),
         PredictMasks,
         {"run": job.run, "processes": capacity.actors_per_node(compute)},
         capacity.encoder_pool(compute),
@@ -380,7 +393,7 @@ def _rows(data: Dataset) -> Iterator[dict[str, Any]]:
 class ReadPhotos(parts.ReadImages):
     """A task: a part of the image list to decoded, resized images.
 
-    Out come rows name, mask, image (3, H, W) uint8, height and width (as stored, pixels), file (its bytes, or null),
+    Out come rows name, mask, image (3, H, W) uint8, height and width (pixels), file (its bytes, or null),
     reason (null, or why the image can't be used).
     """
 
@@ -389,18 +402,18 @@ class ReadPhotos(parts.ReadImages):
     def __call__(self, samples: pa.Table) -> pa.Table:
         """Raises UserError where the storage fails."""
         pixels = np.zeros((len(samples), 3, *self.size), np.uint8)
-        rows = []
-        for place, uri in zip(pixels, samples["image"].to_pylist(), strict=True):
-            row: dict[str, Any] = {"height": 0, "width": 0, "file": None, "reason": None}
-            try:
-                data = storage.read_bytes_or_none(uri)
-                if data is None:
-                    raise BadInput("missing image")
-                image = images.decode_image(data)
-                place[:] = images.resize(image, self.size, self.interpolation)
-                row |= {"height": image.shape[0], "width": image.shape[1], "file": data if self.keep_files else None}
-            except BadInput as error:
-                row["reason"] = str(error)
+
+        def read(uri: str) -> tuple[dict[str, Any], UInt8[np.ndarray, "3 H W"]]:
+            data = storage.read_bytes_or_none(uri)
+            image = images.decode_file(data, orient=self.orient)
+            row = {"height": image.shape[0], "width": image.shape[1], "file": data if self.keep_files else None}
+            return {**row, "reason": None}, images.resize(image, self.size, self.interpolation)
+
+        rows: list[dict[str, Any]] = []
+        for place, (found, reason) in zip(pixels, images.read_rows(samples["image"].to_pylist(), read), strict=True):
+            row: dict[str, Any] = {"height": 0, "width": 0, "file": None, "reason": reason}
+            if found is not None:
+                row, place[:] = found
             rows.append(row)
         kinds = {"height": pa.int32(), "width": pa.int32(), "file": pa.large_binary(), "reason": pa.string()}
         return pa.table(
@@ -476,7 +489,7 @@ class PredictTiles:
 
         if not storage.exists(uri):
             raise BadInput("missing image")
-        rows = rows_of(uri)
+        rows = rows_of(uri, orient=self._job.orient is not False)
         size, kind = (rows.height, rows.width), index_type(len(self._segmenter.classes))
         found = self._segmenter.strips(rows, Tiling(tile=self._job.tile, overlap=self._job.overlap))
         strips = (strip.astype(kind, copy=False) for strip in found)
@@ -510,7 +523,12 @@ class WriteMasks:
                 files = rows["file"].to_pylist()
                 list(
                     pool.map(
-                        lambda n, f, m: self._write("overlays", f"{n}.jpg", overlay(f, m, colours)), names, files, masks
+                        lambda n, f, m: self._write(
+                            "overlays", f"{n}.jpg", overlay(f, m, colours, orient=self.job.orient is not False)
+                        ),
+                        names,
+                        files,
+                        masks,
                     )
                 )
             if self.job.format == "png":
@@ -572,10 +590,14 @@ def png(mask: UInt8[np.ndarray, "H W"], colours: UInt8[np.ndarray, "C 3"]) -> by
 
 
 def overlay(
-    file: bytes, mask: Int[np.ndarray, "H W"] | UInt8[np.ndarray, "H W"], colours: UInt8[np.ndarray, "C 3"]
+    file: bytes,
+    mask: Int[np.ndarray, "H W"] | UInt8[np.ndarray, "H W"],
+    colours: UInt8[np.ndarray, "C 3"],
+    *,
+    orient: bool = False,
 ) -> bytes:
     """An image, from its file's bytes, half in its classes' colours, with dark outlines; a JPEG."""
-    image = images.decode_image(file)
+    image = images.decode_image(file, orient=orient)
     lit = ((image.astype(np.uint16) + colours[mask]) // 2).astype(np.uint8)
     lit[:, 1:][mask[:, 1:] != mask[:, :-1]] = 20
     lit[1:][mask[1:] != mask[:-1]] = 20

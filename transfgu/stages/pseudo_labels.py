@@ -5,6 +5,7 @@ any order. The actor serves any list of samples, so what the maps alone are wort
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ import safetensors.numpy
 from jaxtyping import Bool, Float
 from ray.data import Dataset
 
-from transfgu.datasets import images
+from transfgu.datasets import images, map_files
 from transfgu.datasets.mask_files import find_masks, no_objects
 from transfgu.errors import BadInput, UserError
 from transfgu.methods import method
@@ -56,8 +57,23 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         progress,
         lambda part: _work(recipe, centroids, folder).here(part),
     )
+    index_parts(folder, summaries)
     bad = tuple(x for summary in summaries for x in summary.left_out)
     return Outcome(items=len(listed) - len(bad), left_out=bad, details={"concepts": len(centroids), **work})
+
+
+def index_parts(folder: str, summaries: Sequence[parts.Summary]) -> None:
+    """Write the index of the maps' places beside the parts; parts of an earlier attempt are read for it."""
+
+    def found(summary: parts.Summary) -> tuple[int, Mapping[str, Sequence[int]]]:
+        if summary.size:
+            return summary.size, summary.places
+        data = storage.read_bytes(storage.join(folder, summary.file))
+        return len(data), map_files.places(data)
+
+    with ThreadPoolExecutor(storage.IN_FLIGHT) as pool:
+        names = [summary.file for summary in summaries]
+        map_files.write_index(folder, dict(zip(names, pool.map(found, summaries), strict=True)))
 
 
 def _object_masks(recipe: Recipe, listed: pa.Table, folder: str, progress: Progress) -> Outcome:
@@ -70,7 +86,7 @@ def _object_masks(recipe: Recipe, listed: pa.Table, folder: str, progress: Progr
 
     uri = recipe.maskcontrast.object_masks
     work = parts.Work(
-        read=parts.ReadImages(size=recipe.dataset.image_size, interpolation=recipe.dataset.interpolation),
+        read=_reader(recipe),
         actor=MapObjects,
         arguments={
             "recipe": recipe,
@@ -88,6 +104,7 @@ def _object_masks(recipe: Recipe, listed: pa.Table, folder: str, progress: Progr
         progress,
         work.here,
     )
+    index_parts(folder, summaries)
     objects = sum(summary.counts.get("objects", 0) for summary in summaries)
     if not objects:
         raise no_objects(f"any of {len(listed)} images")
@@ -134,11 +151,16 @@ def _work(recipe: Recipe, centroids: Float[np.ndarray, "K d"], folder: str) -> p
     from transfgu.runtime import capacity
 
     return parts.Work(
-        read=parts.ReadImages(size=recipe.dataset.image_size, interpolation=recipe.dataset.interpolation),
+        read=_reader(recipe),
         actor=MapConcepts,
         arguments={"recipe": recipe, "centroids": centroids, "processes": capacity.actors_per_node(recipe.compute)},
         write=WritePseudoLabels(folder=folder),
     )
+
+
+def _reader(recipe: Recipe) -> parts.ReadImages:
+    dataset = recipe.dataset
+    return parts.ReadImages(size=dataset.image_size, interpolation=dataset.interpolation, orient=dataset.orient)
 
 
 class MapConcepts:
@@ -226,13 +248,4 @@ class WritePseudoLabels:
         summary = parts.Summary(
             part=block["part"][0].as_py(), images=len(block), left_out=parts.left_out(block), counts=counts
         )
-        return parts.write_part(
-            self.folder,
-            summary,
-            table,
-            block["note"][0].as_py(),
-            row_group_size=1,
-            use_dictionary=False,
-            write_statistics=["index"],
-            compression="none",
-        )
+        return parts.write_maps(self.folder, summary, table, block["note"][0].as_py())

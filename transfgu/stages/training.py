@@ -24,7 +24,7 @@ from transfgu.store.artifacts import LAST, MODEL, Outcome, Run
 from transfgu.store.parquet import write_table
 from transfgu.training import checkpoints, tracking
 from transfgu.training import fit as trainer
-from transfgu.training.batches import stream
+from transfgu.training.batches import VERSIONS, cache_text, stream
 from transfgu.training.board import ATTEMPTS
 from transfgu.training.checkpoints import merit
 from transfgu.training.image_training import ImageJob, ImageTraining
@@ -43,6 +43,8 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     images, left_out = usable_images(recipe, run, artifact.file("usable.parquet"))
     for name, table in (("images", images), ("validation", validation)):
         write_table(artifact.file(f"{name}.parquet"), table)
+    if text := cache_text(recipe, images):
+        progress.note(text)
     trackers, pictures = tracking.Trackers(tracking.subject(recipe, run), progress.note), artifact.file("pictures")
 
     def tell(row: dict[str, Any]) -> None:
@@ -119,13 +121,22 @@ def _found_bad(listed: pa.Table, kept: str) -> list[str]:
 
 
 def training_images(run: Run) -> pa.Table:
-    """The images that have pseudo labels, in the data set's order: `image` (URI), `part` (URI), `row`."""
-    parts = [u for u in storage.list_files(run.artifact("pseudo_labels").uri) if u.endswith(".parquet")]
+    """The images that have pseudo labels, in the data set's order: `image` (URI), and columns `map_files.PLACE`.
+
+    The table's metadata hold, under `batches.VERSIONS`, a digest of the versions that all its files have now.
+    """
+    listed = storage.list_versions(run.artifact("pseudo_labels").uri)
+    parts = sorted(uri for uri in listed if uri.endswith(".parquet"))
     if not parts:
         return pa.table({"image": pa.array([], pa.string())})
-    maps = map_files.index_maps(parts).sort_by("index")
-    found = samples.load(run, "train")["image"].take(maps["index"])
-    return maps.append_column("image", found).drop_columns("index")
+    maps = map_files.index_maps(parts, [listed[part].size for part in parts]).sort_by("index")
+    images = samples.load(run, "train")["image"].take(maps["index"])
+    versions = [[part, *listed[part]] for part in parts]
+    uris = images.to_pylist()
+    versions += [[uri, *(version or ())] for uri, version in zip(uris, storage.versions(uris), strict=True)]
+    digest = hashlib.sha256(json.dumps(versions).encode()).hexdigest()
+    table = maps.append_column("image", images).drop_columns("index")
+    return table.replace_schema_metadata({VERSIONS: digest})
 
 
 def inputs_digest(recipe: Recipe, run: Run, images: pa.Table, validation: pa.Table) -> str:

@@ -35,6 +35,21 @@ def read(uri: str, columns: Sequence[str] | None = None, *, remedy: str = _REMED
         return table if columns is None else table.select(columns)
 
 
+def parsed(data: bytes, name: str, *, remedy: str = _REMEDY) -> pq.ParquetFile:
+    """A file whose bytes are at hand.
+
+    Args:
+        data: the file's bytes.
+        name: what an error calls the file.
+        remedy: what the user is told to do about a damaged file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with _damage(name, remedy):
+        return _plain(pa.BufferReader(data))
+
+
 def opened(uri: str, *, remedy: str = _REMEDY) -> pq.ParquetFile:
     """A file to take pieces from, of which the footer alone is fetched.
 

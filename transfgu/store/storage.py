@@ -11,17 +11,20 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import pyarrow.fs as pafs
 
 from transfgu.errors import UserError
+from transfgu.store import s3_get
 
-_ATTEMPTS = 11  # the pauses double from 50 ms: most of a minute before an endpoint is given up
+_ATTEMPTS = s3_get.ATTEMPTS
 _BOTO_ATTEMPTS = 9  # its pauses double from half a second to 20, on average: as long
 _CHECK_ATTEMPTS = 2  # a check before work starts should fail while the user still looks
 _CONNECT_SECONDS = 5
@@ -29,9 +32,23 @@ _SILENT_SECONDS = 60  # after which a request that gets no byte is given up
 _CHECK_SILENT_SECONDS = 5  # the same of a check, which has at most three tries
 _PARTIAL = ".partial"
 
+IN_FLIGHT = 8
+"""Requests of one task or thread pool that wait for a remote storage at the same time."""
+_FEW = 100  # files of a folder that are asked for one by one
+
 _lock = threading.Lock()
+_reads = 0
 _accesses: dict[tuple[Any, ...], "_S3Access"] = {}
 _filesystems: dict[tuple[Any, ...], Any] = {}
+
+
+class Version(NamedTuple):
+    """What tells that a file has changed, without reading it."""
+
+    size: int
+    """Bytes."""
+    changed: int
+    """Time of the last change, ns since 1970; 0 where the storage does not say."""
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
@@ -91,12 +108,59 @@ def read_bytes(uri: str) -> bytes:
 
 def read_bytes_or_none(uri: str) -> bytes | None:
     """The file's contents, or None where there is no such file."""
+    return _read(uri, None)
+
+
+def read_range(uri: str, offset: int, length: int) -> bytes | None:
+    """Return `length` bytes of a file from `offset` on, fewer at its end; None where there is no such file.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    return _read(uri, (offset, length))
+
+
+def read_many(uris: Sequence[str]) -> Iterator[bytes | None]:
+    """Yield the files' contents in order, or None where there is no such file; remote files are read ahead.
+
+    Raises:
+        UserError: a file can't be read.
+    """
+    if len(uris) < 2 or all(is_local(uri) for uri in uris):
+        yield from map(read_bytes_or_none, uris)
+        return
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        waiting: deque[Future[bytes | None]] = deque()
+        try:
+            for uri in uris:
+                if len(waiting) == 2 * IN_FLIGHT:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(read_bytes_or_none, uri))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def reads() -> int:
+    """Return how many files, or ranges of files, this process has read: on S3, each is one request."""
+    return _reads
+
+
+def _read(uri: str, span: tuple[int, int] | None) -> bytes | None:
+    global _reads
+    with _lock:
+        _reads += 1
     with _one_line(uri, "read"):
-        fs, path = filesystem(uri)
+        fs, path = filesystem(uri)  # which says in one line what is wrong with the credentials
+        if scheme(uri) == "s3":
+            bucket, _, key = path.partition("/")
+            return s3_get.get(bucket, key, span)
         try:
             # A file, not a stream: whose size is known is read by one request, a stream by one for every 16 KB.
             with fs.open_input_file(path) as file:
-                data: bytes = file.read()
+                data: bytes = file.read() if span is None else file.read_at(span[1], span[0])
                 return data
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -171,15 +235,56 @@ def list_files(uri: str, recursive: bool = True) -> list[str]:
 
     Files that are being written are not listed.
     """
+    return sorted(list_versions(uri, recursive))
+
+
+def list_versions(uri: str, recursive: bool = True) -> dict[str, "Version"]:
+    """As :func:`list_files`, with the size and the time of change of each file."""
     uri = absolute(uri)
     with _one_line(uri, "list"):
         fs, path = filesystem(uri)
         try:
             infos = fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
         except NotADirectoryError:
-            return []
+            return {}
         prefix = uri[: len(uri) - len(path)] if uri.endswith(path) else f"{scheme(uri)}://"
-        return sorted(prefix + i.path for i in infos if i.type == pafs.FileType.File and not i.path.endswith(_PARTIAL))
+        return {
+            prefix + i.path: _version(i)
+            for i in infos
+            if i.type == pafs.FileType.File and not i.path.endswith(_PARTIAL)
+        }
+
+
+def versions(uris: Sequence[str]) -> list["Version | None"]:
+    """Return size and time of change of each file, None where there is no such file.
+
+    Files of one folder are listed by one request per thousand; a few files are asked for one by one.
+
+    Raises:
+        UserError: the storage can't be read.
+    """
+    folders: dict[str, list[str]] = {}
+    for uri in uris:
+        folders.setdefault(uri.rpartition("/")[0], []).append(uri)
+
+    def look(item: tuple[str, list[str]]) -> dict[str, Version]:
+        folder, files = item
+        if len(files) > _FEW and not is_local(folder):
+            return list_versions(folder, recursive=False)
+        with _one_line(folder, "list"):
+            fs = filesystem(files[0])[0]
+            infos = fs.get_file_info([filesystem(file)[1] for file in files])
+            return {f: _version(i) for f, i in zip(files, infos, strict=True) if i.type == pafs.FileType.File}
+
+    found: dict[str, Version] = {}
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        for part in pool.map(look, folders.items()):
+            found |= part
+    return [found.get(uri) for uri in uris]
+
+
+def _version(info: Any) -> "Version":
+    return Version(size=info.size or 0, changed=info.mtime_ns or 0)
 
 
 def is_empty(uri: str) -> bool:
@@ -265,7 +370,7 @@ def _write(uri: str, data: bytes) -> None:
 
 def _write_local(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}"
+    temporary = path.parent / f".{uuid.uuid4().hex}{_PARTIAL}"
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -279,7 +384,7 @@ def _write_local(path: Path, data: bytes) -> None:
 
 def _create_local(path: Path, data: bytes) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}{_PARTIAL}"
+    temporary = path.parent / f".{uuid.uuid4().hex}{_PARTIAL}"
     try:
         temporary.write_bytes(data)
         try:

@@ -1,11 +1,17 @@
 """A training worker reads for itself: CPU tasks decode its rows ahead of it, in its order, wherever there are CPUs.
 
 Nothing is split or shuffled by Ray Data, which would tie the batches to the number of workers; a stream is told its
-rows in order. A data set that is small once decoded is read once and stays in the worker's memory; any other passes
-by, one stream for several epochs where epochs are short, and memory does not grow with it.
+rows in order. In the first epoch a worker's threads decode what its node has not cached yet, and later epochs copy it
+from the cache (`transfgu.datasets.sample_cache`). Without a cache a data set passes by, one stream for several epochs
+where epochs are short, and memory does not grow with it.
 """
 
+import logging
+import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -18,14 +24,24 @@ from jaxtyping import Int, Int16, Shaped
 from ray.data import DataContext, ExecutionResources
 from torch import Tensor
 
-from transfgu.datasets.rows import read_training_rows
+from transfgu.datasets.map_files import read_maps
+from transfgu.datasets.rows import read_training_rows, training_image
+from transfgu.datasets.sample_cache import Layout, SampleCache, default_folder
+from transfgu.errors import UserError
 from transfgu.learner import Batch
-from transfgu.recipe import Size
+from transfgu.recipe import ComputeRecipe, Recipe, Size
+from transfgu.store import storage
 from transfgu.training.order import Order
+
+logger = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 32  # rows that one task decodes: 10 MB of 320 x 320
 _STREAM_ROWS = 4096  # a stream takes a second to start: epochs of fewer rows share one
 _AHEAD_BYTES = 1 << 30  # decoded rows that may wait in the object store for one worker
+_BATCHES_AHEAD = 2  # that are read from the cache while one is trained on
+
+VERSIONS = b"transfgu.versions"
+"""In the metadata of a table of training images: digest of the versions of all files that it names."""
 
 
 @runtime_checkable
@@ -49,6 +65,8 @@ class Share:
     """Planes (K + 2), h, w of an image's packed maps."""
     rank: int
     world: int
+    orient: bool = False
+    """Apply EXIF's orientation."""
     read_rows: Callable[[pa.Table], dict[str, Any]] | None = None
     """From rows to columns `image`, `maps` and the others passed on; None: `read_training_rows` at `size`."""
 
@@ -64,7 +82,7 @@ class Share:
     def read(self, slots: Int[np.ndarray, " n"], batch_size: int) -> Iterator[Batch]:
         """Decoded slots in their order, a batch at a time."""
         rows = self.rows.take(slots % self.order.images).append_column("slot", pa.array(slots))
-        read = self.read_rows or partial(read_training_rows, size=self.size)
+        read = self.read_rows or partial(read_training_rows, size=self.size, orient=self.orient)
         for columns in stream(rows, read, batch_size, world=self.world):
             # Copied: arrays out of Ray's object store are read-only, which torch warns of.
             yield Batch(columns["slot"], torch.tensor(columns["image"]), torch.tensor(columns["maps"]))
@@ -129,6 +147,197 @@ class Streamed:
                 yield from share.read(np.concatenate(slots).ravel(), rows)
             else:
                 yield from (_nothing(share) for _ in range(steps * len(slots)))
+
+
+class Cached:
+    """Batches out of the node's cache, which takes in what it lacks; the batches ahead are read meanwhile."""
+
+    def __init__(self, share: Share, cache: SampleCache, epochs: int, threads: int) -> None:
+        """`epochs` is how many there are in all, `threads` how many read and decode."""
+        self.share, self.cache, self._epochs, self._threads = share, cache, epochs, threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="samples")
+        self._ahead: deque[tuple[tuple[int, int], Batch, list[Future[None]]]] = deque()
+        self._uris: list[str] = share.rows["image"].to_pylist()
+        self._parts, self._of_part = _positions_by_part(share.rows)
+        self._filling: list[threading.Thread] = []
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """See `Source`."""
+        for key in [(epoch, step) for step in range(self.share.order.steps)]:
+            self._read_ahead(key)
+            _, batch, reading = self._ahead.popleft()
+            for future in reading:
+                future.result()
+            yield batch
+        if not self._filling:
+            self._fill()
+        self._pool.submit(self.cache.seal)
+
+    def settle(self) -> None:
+        """Wait until the batches ahead are read and, after an epoch, the cache holds all samples that it may hold."""
+        for thread in self._filling:
+            thread.join()
+        for _, _, reading in self._ahead:
+            wait(reading)
+
+    def close(self) -> None:
+        """End reading ahead, and give the cache up; an epoch's batches were taken."""
+        self._pool.shutdown(cancel_futures=True)
+        self.settle()
+        self.cache.close()
+
+    def _read_ahead(self, first: tuple[int, int]) -> None:
+        """Have the batches read that come from `first` (epoch and step) on."""
+        steps = self.share.order.steps
+        while self._ahead and self._ahead[0][0] != first:
+            self._ahead.popleft()
+        number = first[0] * steps + first[1] + len(self._ahead)
+        while len(self._ahead) <= _BATCHES_AHEAD and number < self._epochs * steps:
+            epoch, step = divmod(number, steps)
+            if self._slots_of != epoch:
+                self._slots, self._slots_of = self.share.slots(epoch), epoch
+            self._ahead.append(((epoch, step), *self._begin(self._slots[step])))
+            number += 1
+
+    _slots: Int[np.ndarray, "steps B"]
+    _slots_of = -1
+
+    def _begin(self, slots: Int[np.ndarray, " B"]) -> tuple[Batch, list[Future[None]]]:
+        """A batch whose images and maps are there once the futures have results."""
+        share = self.share
+        batch = Batch(
+            slots,
+            torch.empty(len(slots), 3, *share.size, dtype=torch.uint8),
+            torch.empty(len(slots), *share.maps, dtype=torch.int16),
+        )
+        images, maps = batch.inputs.numpy(), batch.maps.numpy()
+        positions = slots % share.order.images
+        there = self.cache.has(positions)
+
+        def copy() -> None:
+            for place in np.flatnonzero(there):
+                self.cache.read(int(positions[place]), images[place], maps[place])
+
+        def obtain(place: int) -> None:
+            self._obtain(int(positions[place]), images[place], maps[place])
+
+        reading = [self._pool.submit(copy)] if there.any() else []
+        return batch, reading + [self._pool.submit(obtain, place) for place in np.flatnonzero(~there).tolist()]
+
+    def _obtain(self, position: int, image: Any, maps: Any) -> None:
+        """Get a sample that is not in the cache, and keep it there."""
+        uri, size, orient = self._uris[position], self.share.size, self.share.orient
+
+        def decode() -> Any:
+            return training_image(uri, storage.read_bytes_or_none(uri), size, orient=orient)
+
+        self.cache.image(position, image, decode)
+        part = int(self._parts[position])
+        others = self._of_part[part] if position < self.cache.kept else np.array([position])
+        self.cache.maps(position, maps, part, others, lambda: read_maps(self.share.rows.take(others)))
+
+    def _fill(self) -> None:
+        """Have threads get what no batch of the first epoch had: the rest of it, and what other nodes read."""
+        every = np.arange(self.cache.kept)
+        missing = every[~self.cache.has(every)]
+        # Workers of a node share the work: each begins elsewhere, and passes over what another has done.
+        turned = np.roll(missing, -(len(missing) * self.share.rank // max(1, self.share.world)))
+        left = iter(turned.tolist())
+        lock = threading.Lock()
+
+        def work() -> None:
+            share = self.share
+            image, maps = np.empty((3, *share.size), np.uint8), np.empty(share.maps, np.int16)
+            while True:
+                with lock:
+                    position = next(left, None)
+                if position is None:
+                    return
+                if not self.cache.has(np.array([position])).all():
+                    try:
+                        self._obtain(position, image, maps)
+                    except UserError:
+                        return  # whoever needs that image will say so
+
+        self._filling = [threading.Thread(target=work, daemon=True) for _ in range(self._threads)]
+        for thread in self._filling:
+            thread.start()
+
+
+def open_cache(share: Share, compute: ComputeRecipe, epochs: int, threads: int | None = None) -> Cached | None:
+    """Batches through the node's cache; None where the recipe wants none, or the node has no room for it.
+
+    Args:
+        share: whose table of images names its versions (:data:`VERSIONS`); None is returned for one that does not.
+        compute: says where the cache lies and what it may take.
+        epochs: how many there are in all.
+        threads: that read and decode; None: one for each core, divided among the node's workers.
+    """
+    key = (share.rows.schema.metadata or {}).get(VERSIONS)
+    if not key or not compute.cache_gib:
+        return None
+    layout = Layout(
+        key=f"{key.decode()} {share.size} {share.maps} bilinear {'oriented' if share.orient else 'stored'}",
+        samples=len(share.rows),
+        image_bytes=3 * share.size[0] * share.size[1],
+        maps_bytes=2 * int(np.prod(share.maps)),
+    )
+    folder = compute.cache_folder or default_folder()
+    try:
+        cache = SampleCache(folder, layout, int(compute.cache_gib * 2**30))
+    except OSError as error:
+        logger.warning("no cache of images in %s (%s): they are read anew in each epoch", folder, error.strerror)
+        return None
+    if cache.kept < layout.samples:
+        logger.warning(
+            "%s has room for %d of %d images: the others are read anew in each epoch; free space there, set "
+            "--compute.cache_folder to a larger disk, or raise --compute.cache_gib from %g",
+            *(folder, cache.kept, layout.samples, compute.cache_gib),
+        )
+    if not cache.kept:
+        cache.close()
+        return None
+    return Cached(share, cache, epochs, threads or _threads())
+
+
+def cache_text(recipe: Recipe, rows: pa.Table) -> str:
+    """What the user is told of the nodes' caches, one line; empty where there will be none.
+
+    Args:
+        recipe: of the training.
+        rows: the table of training images.
+    """
+    compute = recipe.compute
+    maps = rows["bytes"].slice(0, 1).to_pylist() if "bytes" in rows.column_names else []
+    needed = len(rows) * (3 * int(np.prod(recipe.dataset.training_size)) + max([0, *maps])) / 2**30
+    # Small sets stay in memory.
+    if needed <= compute.resident_gib or not compute.cache_gib or VERSIONS not in (rows.schema.metadata or {}):
+        return ""
+    return (
+        f"each node keeps decoded images and their maps, {needed:.2g} GiB, in "
+        f"{compute.cache_folder or default_folder()} (all caches together at most {compute.cache_gib:g} GiB: "
+        "--compute.cache_gib)"
+    )
+
+
+def _threads() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        import ray.train
+
+        workers = int(ray.train.get_context().get_local_world_size())
+    except RuntimeError:  # outside of Ray Train
+        workers = 1
+    return max(2, cores // workers)
+
+
+def _positions_by_part(rows: pa.Table) -> tuple[Int[np.ndarray, " n"], list[Int[np.ndarray, " m"]]]:
+    """Number of each image's part, and the positions of each part's images."""
+    if "part" not in rows.column_names:
+        return np.zeros(len(rows), int), [np.empty(0, int)]
+    _, numbers = np.unique(rows["part"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
+    order = np.argsort(numbers, kind="stable")
+    return numbers, np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1)
 
 
 class Resident:

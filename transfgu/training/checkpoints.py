@@ -14,7 +14,7 @@ from transfgu import formats
 from transfgu.store import storage
 
 HISTORY = "history.json"
-_DIGESTS = "digests.json"
+DIGESTS = "digests.json"
 _RAYS_ACCOUNT = "checkpoint_manager_snapshot.json"
 
 
@@ -29,7 +29,7 @@ class Found(NamedTuple):
 def seal(folder: Path) -> None:
     """Write down what the folder's files are, once they are all there."""
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
-    (folder / _DIGESTS).write_text(json.dumps(formats.stamp({"files": digests})))
+    (folder / DIGESTS).write_text(json.dumps(formats.stamp({"files": digests})))
 
 
 def newest(uri: str, say: Callable[[str], object] = lambda _: None) -> Found | None:
@@ -38,10 +38,10 @@ def newest(uri: str, say: Callable[[str], object] = lambda _: None) -> Found | N
     for file in storage.list_files(uri):
         folder, _, name = file.rpartition("/")
         files.setdefault(folder, set()).add(name)
-    found = [Found(folder, _history(folder)) for folder, names in files.items() if _DIGESTS in names]
+    found = [Found(folder, _history(folder)) for folder, names in files.items() if DIGESTS in names]
     # Those that can't even say how far they are come first: they are told of, and passed over.
     for checkpoint in sorted(found, key=lambda c: (not c.history, len(c.history), c.uri), reverse=True):
-        if checkpoint.history and _is_whole(checkpoint.uri):
+        if checkpoint.history and is_whole(checkpoint.uri):
             return checkpoint
         say(f"checkpoint {checkpoint.uri.rpartition('/')[2]} is damaged: going on from the one before")
     return None
@@ -79,9 +79,10 @@ def _history(folder: str) -> list[dict[str, Any]]:
         return []
 
 
-def _is_whole(folder: str) -> bool:
+def is_whole(folder: str) -> bool:
+    """Return True if every file of the checkpoint in `folder` (URI) has the digest that was written down."""
     try:
-        tree = json.loads(storage.read_bytes(storage.join(folder, _DIGESTS)))
+        tree = json.loads(storage.read_bytes(storage.join(folder, DIGESTS)))
         number = formats.check(tree.get(formats.KEY), f"checkpoint {storage.shown(folder)}")
         digests = tree if number == 1 else tree["files"]
         return all(

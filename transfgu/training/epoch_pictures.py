@@ -3,8 +3,6 @@
 What a model's frozen part makes of them is kept, so a picture costs the trained part alone.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import pyarrow as pa
 import torch
@@ -13,7 +11,6 @@ from torch import Tensor
 from transfgu import datasets
 from transfgu.datasets import images, pictures
 from transfgu.decoder import winners
-from transfgu.errors import BadInput
 from transfgu.learner import Model
 from transfgu.recipe import Recipe
 from transfgu.training import tracking
@@ -30,7 +27,10 @@ class Shown:
         self._folder, self._size, self._model = folder, recipe.dataset.image_size, model
         self._colours = datasets.classes(recipe).colours
         count = min(_IMAGES, len(rows))
-        self._images = list(_readable(rows["image"].take([i * len(rows) // count for i in range(count)]).to_pylist()))
+        chosen = rows["image"].take([i * len(rows) // count for i in range(count)]).to_pylist()
+        found = images.read_rows(chosen, lambda uri: images.read_image(uri, orient=recipe.dataset.orient))
+        # Of an image that can't be read training itself says so, where it needs it.
+        self._images = [image for image, _ in found if image is not None]
         resized = [images.resize(image, self._size) for image in self._images]
         self._seen: Tensor | None = model.frozen(torch.from_numpy(np.stack(resized))) if resized else None
 
@@ -48,16 +48,6 @@ class Shown:
         height, width = pairs[0][0].shape[:2]
         fitted = [(_fitted(a, height, width), _fitted(b, height, width)) for a, b in pairs]
         tracking.write_picture(self._folder, epoch, fitted)
-
-
-def _readable(uris: Sequence[str]) -> list[pictures.Pixels]:
-    found = []
-    for uri in uris:
-        try:
-            found.append(images.read_image(uri))
-        except BadInput:
-            continue  # training itself says so where it needs the image
-    return found
 
 
 def _fitted(picture: pictures.Pixels, height: int, width: int) -> pictures.Resized:

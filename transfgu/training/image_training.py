@@ -21,7 +21,7 @@ from transfgu.learner import Batch, Learner, Pending, Setting
 from transfgu.methods import method
 from transfgu.recipe import Recipe
 from transfgu.store import parquet
-from transfgu.training.batches import Resident, Share, Source, Streamed, load
+from transfgu.training.batches import Resident, Share, Source, Streamed, load, open_cache
 from transfgu.training.checkpoints import merit
 from transfgu.training.copies import on_device
 from transfgu.training.epoch_pictures import Shown
@@ -95,15 +95,16 @@ class ImageTraining:
             maps=maps,
             rank=place.rank,
             world=place.world,
+            orient=recipe.dataset.orient,
         )
         if share.bytes > recipe.compute.resident_gib * 2**30:
-            return Streamed(share, self.epochs)
+            return open_cache(share, recipe.compute, self.epochs) or Streamed(share, self.epochs)
         if self._frozen is None:
             return Resident(share, *load(share, lambda images: images, _LOAD_BATCH))
         # Seen whole, an image is the same to the frozen part in every epoch.
-        source = Resident(share, *load(share, self._frozen, _LOAD_BATCH))
+        resident = Resident(share, *load(share, self._frozen, _LOAD_BATCH))
         self._frozen = None
-        return source
+        return resident
 
     def load(self, tensors: Tensors, history: list[dict[str, Any]]) -> None:
         """See `Training`."""

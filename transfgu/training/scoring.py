@@ -98,7 +98,7 @@ class Mirror:
 
     def _batches(self) -> Iterator[tuple[Shaped[Tensor, "B ..."], Shaped[Tensor, "B ..."]]]:
         """What the frozen part makes of images and of their mirror images."""
-        read = partial(read_plain_rows, size=self._recipe.dataset.image_size)
+        read = partial(read_plain_rows, size=self._recipe.dataset.image_size, orient=self._recipe.dataset.orient)
         for columns in stream(self._rows, read, self._recipe.evaluation.batch_size, world=self._world):
             images = torch.from_numpy(columns["image"][columns["good"]])
             if len(images):

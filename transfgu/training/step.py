@@ -97,40 +97,6 @@ def make_optimiser(decoder: nn.Module, lr: float, weight_decay: float = 5e-4) ->
     )
 
 
-def training_step(
-    student: nn.Module,
-    optimiser: Optimizer,
-    patches: Float[Tensor, "B hw d"],
-    maps: Float[Tensor, "B K h w"],
-    teacher: nn.Module | None = None,
-    *,
-    omega_1: Real,
-    omega_2: Real,
-    alpha: Real,
-    permutation: Permutation | None = None,
-    background_threshold: Real | None = None,
-    certain_share: Real = 1,
-    part: int | None = None,
-    half: bool = False,
-) -> StepResult:
-    """Run one step and wait for its values; arguments and errors are those of :func:`start_step` and its result."""
-    return start_step(
-        student,
-        optimiser,
-        patches,
-        maps,
-        teacher,
-        omega_1=omega_1,
-        omega_2=omega_2,
-        alpha=alpha,
-        permutation=permutation,
-        background_threshold=background_threshold,
-        certain_share=certain_share,
-        part=part,
-        half=half,
-    ).result()
-
-
 def start_step(
     student: nn.Module,
     optimiser: Optimizer,

@@ -1,0 +1,15 @@
+"""Compare methods on the same images: each is trained with each seed and scored by one evaluator.
+
+`python jobs/compare.py` is `transfgu compare` from a clone that need not be installed.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from transfgu.cli.command_line import run_job
+from transfgu.cli.compare import main
+
+if __name__ == "__main__":
+    run_job(main)

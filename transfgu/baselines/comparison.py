@@ -1,0 +1,155 @@
+"""Run several methods with several seeds on the same images, each run in a process and a folder of its own.
+
+A run that is complete is skipped, and one that was stopped goes on: that is what its own command does.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from transfgu import formats
+from transfgu.errors import UserError
+from transfgu.store import storage
+from transfgu.store.artifacts import Run
+
+_PATIENCE = 20.0  # seconds that a run gets to stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """One run of a comparison.
+
+    Args:
+        method: its name, as `--method` takes it.
+        seed: of the run.
+        run: URI of the run's folder.
+        mean_iou: percent; None where the run has no score.
+        pixel_accuracy: percent; None where the run has no score.
+        seconds: of all stages together.
+        failure: why the run did not end, in one line; empty where it did.
+    """
+
+    method: str
+    seed: int
+    run: str
+    mean_iou: float | None = None
+    pixel_accuracy: float | None = None
+    seconds: float = 0.0
+    failure: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared.
+
+    Args:
+        uri: the comparison's folder; a run lies in `METHOD/seed-SEED` below it.
+        methods: names, as `--method` takes them.
+        seeds: of the runs of each method.
+        flags: of each method's `transfgu train`: the preset and fields of the recipe, without method, seed and run.
+        at_once: runs that go side by side.
+    """
+
+    uri: str
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    flags: Mapping[str, tuple[str, ...]]
+    at_once: int = 1
+
+
+def compare(comparison: Comparison, say: Callable[[str], None]) -> list[Scored]:
+    """Train and score each method with each seed.
+
+    A run that fails is told, and the others go on.
+
+    Args:
+        comparison: what is compared.
+        say: prints a line of a run's progress.
+
+    Returns:
+        A row for each run, methods in the order given, then seeds.
+    """
+    pairs = [(method, seed) for method in comparison.methods for seed in comparison.seeds]
+    with _stopped_together() as processes, ThreadPoolExecutor(comparison.at_once) as pool:
+        waiting = [pool.submit(_run, comparison, method, seed, processes, say) for method, seed in pairs]
+        try:
+            return [future.result() for future in waiting]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run(
+    comparison: Comparison,
+    method: str,
+    seed: int,
+    processes: list[subprocess.Popen[str]],
+    say: Callable[[str], None],
+) -> Scored:
+    uri = storage.join(comparison.uri, method, f"seed-{seed}")
+    own = ("--method", method, "--seed", str(seed), "--run", uri)
+    command = [sys.executable, "-m", "transfgu", "train", *comparison.flags[method], *own]
+    clone = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": clone, "PYTHONUNBUFFERED": "1"},
+    )
+    processes.append(process)
+    assert process.stdout is not None
+    last = ""
+    for line in process.stdout:
+        if line.strip():
+            last = line.strip()
+            say(f"{method}, seed {seed}: {line.rstrip()}")
+    if process.wait():
+        return Scored(method=method, seed=seed, run=uri, failure=last or f"exit status {process.returncode}")
+    return read_scores(method, seed, uri)
+
+
+def read_scores(method: str, seed: int, uri: str) -> Scored:
+    """Read the scores and the time of a run that has ended.
+
+    Raises:
+        UserError: its `metrics.json` is missing or damaged.
+    """
+    file = Run(uri).file("metrics.json")
+    remedy = "run the same command again"
+    data = storage.read_bytes_or_none(file)
+    if data is None:
+        raise UserError(f"{storage.shown(file)} is missing: {remedy}", code="run-unfinished")
+    metrics = formats.read_json(data, storage.shown(file), remedy)
+    with formats.damage(storage.shown(file), remedy):
+        stages: Mapping[str, Mapping[str, float]] = metrics["stages"]
+        return Scored(
+            method=method,
+            seed=seed,
+            run=uri,
+            mean_iou=metrics["mean_iou"],
+            pixel_accuracy=metrics["pixel_accuracy"],
+            seconds=sum(stage["seconds"] for stage in stages.values()),
+        )
+
+
+@contextmanager
+def _stopped_together() -> Iterator[list[subprocess.Popen[str]]]:
+    """Stop the processes of the list that still run when the body ends, as after Ctrl-C."""
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        yield processes
+    finally:
+        running = [process for process in processes if process.poll() is None]
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()

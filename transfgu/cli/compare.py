@@ -1,0 +1,118 @@
+"""Compare methods on the same images: each is trained with each seed and scored by one evaluator.
+
+`transfgu compare PRESET --methods transfgu,picie --seeds 1,2,3 --run URI`; `--methods all` takes every method. Flags of
+the recipe apply to all methods that have them. The same command goes on with runs that were stopped, and skips those
+that are complete.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transfgu.cli.command_line import Parser, add_recipe, given_fields, print_config, recipe_of
+from transfgu.errors import UserError
+from transfgu.methods import METHODS, method
+from transfgu.recipe import Recipe, preset
+from transfgu.store import storage
+
+
+def parser(words: Sequence[str] = ()) -> Parser:
+    """Return the parser; its help shows the defaults of the preset among `words`."""
+    made = Parser(__doc__ or "", "compare", "[PRESET]")
+    add = made.add_argument_group("comparison").add_argument
+    add("--methods", metavar="A,B", default="all", help=f"all (default), or of {', '.join(METHODS)}")
+    add("--seeds", metavar="N,N", default="1,2,3", help="seeds of each method (default: 1,2,3)")
+    add("--run", metavar="URI", help="folder of the runs and the table (default: ~/transfgu/compare-PRESET)")
+    add("--parallel", metavar="N", help="runs that go side by side (default: 1; on a Ray cluster all of them)")
+    add("--quiet", action="store_true", help="print the table alone")
+    add_recipe(made, words)
+    return made
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse the command line, run each method with each seed, write and print the table."""
+    words = sys.argv[1:] if words is None else words
+    arguments = parser(words).parse(words)
+    given = given_fields(arguments)
+    for name in ("method", "seed"):
+        if name in given:
+            raise UserError(f"a comparison has several: give --{name}s in place of --{name}", code="flag-invalid")
+    recipe = recipe_of(arguments)
+    methods, seeds = _methods(arguments.methods), _numbers("--seeds", arguments.seeds, lowest=0)
+    flags = _flags(recipe, methods, given)
+    if arguments.print_config:
+        print_config(recipe)
+        return
+    runs = len(methods) * len(seeds)
+    at_once = runs if os.environ.get("RAY_ADDRESS") else 1
+    if arguments.parallel:
+        at_once = _numbers("--parallel", arguments.parallel, lowest=1)[0]
+    uri = arguments.run or str(Path.home() / "transfgu" / f"compare-{recipe.preset}")
+    storage.check_writable(uri)
+    base = ["--recipe", arguments.recipe] if arguments.recipe else [recipe.preset]
+    # Only now torch, which takes seconds to import: a mistake on the command line is answered at once.
+    from transfgu.baselines.comparison import Comparison, compare
+    from transfgu.report import comparison as report
+
+    def say(text: str) -> None:
+        if not arguments.quiet:
+            print(text, flush=True)
+
+    asked = Comparison(
+        uri=uri,
+        methods=methods,
+        seeds=seeds,
+        flags={name: (*base, *words) for name, words in flags.items()},
+        at_once=at_once,
+    )
+    rows = compare(asked, say)
+    page = report.write(recipe, uri, rows)
+    print(report.table_markdown(report.summarise(rows, recipe.preset)), end="")
+    say(f"table and pictures: {storage.shown(page)}")
+    failed = [row for row in rows if row.failure]
+    if failed:
+        first = failed[0]
+        raise UserError(
+            f"{len(failed)} of {runs} runs did not end, such as {first.method} with seed {first.seed} "
+            f"({first.failure}): mend what it says, and run the same command again",
+            code="comparison-unfinished",
+        )
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    names = METHODS if text == "all" else [name.strip() for name in text.split(",")]
+    for name in names:
+        method(name)
+    return tuple(dict.fromkeys(names))
+
+
+def _flags(recipe: Recipe, methods: Sequence[str], given: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """The recipe's flags that each method has.
+
+    Raises:
+        UserError: a flag that no method of the comparison has, or a value that does not fit.
+    """
+    of_method = {name: preset(recipe.preset, name) for name in methods}
+    for field in given:
+        others = {name: own.ignores(field) for name, own in of_method.items()}
+        if all(others.values()):
+            raise UserError(
+                f"--{field} is no option of {', '.join(methods)} (it is one of {next(iter(others.values()))}): "
+                "leave it out",
+                code="option-of-another-method",
+            )
+    return {
+        name: tuple(word for field, text in given.items() if not own.ignores(field) for word in (f"--{field}", text))
+        for name, own in of_method.items()
+    }
+
+
+def _numbers(flag: str, text: str, *, lowest: int) -> tuple[int, ...]:
+    try:
+        numbers = tuple(dict.fromkeys(int(word) for word in text.replace(",", " ").split()))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < lowest:
+        raise UserError(f"{flag} takes whole numbers from {lowest} on, such as 1,2,3, not {text}", code="flag-invalid")
+    return numbers

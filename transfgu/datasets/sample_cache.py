@@ -1,0 +1,299 @@
+"""Training's images, decoded and resized, and their packed maps, in one file on the node's disk.
+
+All samples of a data set have the same size, so a sample is found by its position: one read copies it from the file,
+or from the memory in which the system keeps the file. Workers of a node, and the trials of a search, share the file.
+A sample is written by whoever needs it first, under a lock that is given up when its holder dies.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_STRIPES = 256  # lock files that samples and parts share
+_SPARE = 1 << 30  # bytes of the disk that are left free
+_IMAGE, _MAPS = 0, 1
+
+
+FOLDER = "TRANSFGU_CACHE"
+"""Environment variable that names the folder of a node's caches; each node may set its own."""
+
+
+def default_folder() -> str:
+    """Return this node's folder for caches: `TRANSFGU_CACHE`, or `transfgu-cache-UID` among temporary files."""
+    if os.environ.get(FOLDER):
+        return os.environ[FOLDER]
+    user = os.getuid() if hasattr(os, "getuid") else "all"
+    return os.path.join(tempfile.gettempdir(), f"transfgu-cache-{user}")  # noqa: PTH118
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a cache holds."""
+
+    key: str
+    """Digest of all that the samples' bytes depend on."""
+    samples: int
+    image_bytes: int
+    maps_bytes: int
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of an image and its maps."""
+        return self.image_bytes + self.maps_bytes
+
+    @property
+    def name(self) -> str:
+        """Name of the cache's folder."""
+        told = json.dumps([_FORMAT, self.key, self.samples, self.image_bytes, self.maps_bytes])
+        return hashlib.sha256(told.encode()).hexdigest()[:24]
+
+
+class SampleCache:
+    """A cache that is in use; it can't be removed until it is closed or its process ends."""
+
+    def __init__(self, folder: str, layout: Layout, limit: int) -> None:
+        """Open the cache, or make an empty one after removing the least recently used ones that are not in use.
+
+        Args:
+            folder: of all caches of the node.
+            layout: what this one holds.
+            limit: bytes that all caches in `folder` may take. Where the rest of it, or of the disk, is too small for
+                all samples, the first ones are kept.
+
+        Raises:
+            OSError: the folder can't be written.
+        """
+        root = Path(folder).expanduser()
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # the images may be private
+        self.layout, self._folder = layout, root / layout.name
+        self._stripes: list[Path] = [self._folder / "locks" / f"{i:03d}" for i in range(_STRIPES)]
+        with _locked(root / "lock"):
+            self._use = _take(self._folder)
+            try:
+                self.kept = self._ready(root, limit)
+            except BaseException:
+                os.close(self._use)
+                raise
+            self._file = os.open(self._folder / "samples.bin", os.O_RDWR)
+        self._flags = np.memmap(self._folder / "flags", np.uint8, "r+", shape=(2, layout.samples))
+        self._full = False
+
+    def _ready(self, root: Path, limit: int) -> int:
+        """Make the cache's files unless they are there; returns how many samples they may hold."""
+        layout, about = self.layout, _about(self._folder)
+        if about and (about["boot"] == _boot() or (self._folder / "whole").exists()):
+            os.utime(self._folder / "use")
+            return int(about["kept"])
+        # Of a cache that was not complete when the machine stopped, no one knows what has reached the disk.
+        for file in ("samples.bin", "flags", "whole"):
+            (self._folder / file).unlink(missing_ok=True)
+        room = _make_room(root, self._folder, layout.samples * layout.sample_bytes, limit)
+        kept = max(0, min(layout.samples, room // layout.sample_bytes))
+        (self._folder / "locks").mkdir(exist_ok=True)
+        for name, size in (("samples.bin", kept * layout.sample_bytes), ("flags", 2 * layout.samples)):
+            with (self._folder / name).open("wb") as empty:
+                empty.truncate(size)
+        told = {"format": _FORMAT, "kept": kept, "bytes": kept * layout.sample_bytes, "boot": _boot()}
+        partial = self._folder / "about.partial"
+        partial.write_text(json.dumps(told))
+        partial.replace(self._folder / "about.json")
+        os.utime(self._folder / "use")
+        return kept
+
+    def has(self, positions: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """Return which samples are there, image and maps."""
+        images, maps = (self._flags[which, positions] != 0 for which in (_IMAGE, _MAPS))
+        return np.asarray(images & maps)
+
+    def read(self, position: int, image: Any, maps: Any) -> None:
+        """Copy a sample that is there into two contiguous writable arrays of its image and its maps.
+
+        Raises:
+            OSError: the file can't be read.
+        """
+        buffers = [_bytes(image), _bytes(maps)]
+        buffers = [buffer for buffer in buffers if len(buffer)]
+        size = sum(map(len, buffers))
+        if os.preadv(self._file, buffers, position * self.layout.sample_bytes) != size:
+            raise OSError(errno.EIO, f"{self._folder / 'samples.bin'} is shorter than it was")
+
+    def image(self, position: int, out: Any, make: Callable[[], Any]) -> None:
+        """Copy a sample's image into the array `out`; `make` returns it where it is not there yet."""
+        view = _bytes(out)
+        if position >= self.kept:
+            view[:] = _bytes(make())
+            return
+        with self._lock(position):
+            if self._flags[_IMAGE, position]:
+                os.preadv(self._file, [view], position * self.layout.sample_bytes)
+                return
+            view[:] = _bytes(make())
+            self._write(_IMAGE, position, view)
+
+    def maps(self, position: int, out: Any, part: int, others: Int[np.ndarray, " m"], make: Callable[[], Any]) -> None:
+        """Copy a sample's maps into the array `out`; where they are not there yet, those of its whole part are made.
+
+        Args:
+            position: of the sample.
+            out: array for its maps.
+            part: number of the part.
+            others: positions of the part's samples, this one among them.
+            make: returns the maps of all of `others`.
+        """
+        view = _bytes(out)
+        if not len(view):
+            if position < self.kept:
+                self._flags[_MAPS, position] = 1
+            return
+        offset = position * self.layout.sample_bytes + self.layout.image_bytes
+        if position < self.kept and self._flags[_MAPS, position]:
+            os.preadv(self._file, [view], offset)
+            return
+        with self._lock(part + self.layout.samples):
+            if position < self.kept and self._flags[_MAPS, position]:
+                os.preadv(self._file, [view], offset)
+                return
+            for other, made in zip(others.tolist(), make(), strict=True):
+                if other < self.kept:
+                    self._write(_MAPS, other, _bytes(made))
+                if other == position:
+                    view[:] = _bytes(made)
+
+    def _write(self, which: int, position: int, data: Any) -> None:
+        """Keep an image or maps; where the disk is full, later ones are not kept."""
+        if self._full:
+            return
+        offset = position * self.layout.sample_bytes + (self.layout.image_bytes if which == _MAPS else 0)
+        try:
+            if os.pwrite(self._file, data, offset) == len(data):
+                self._flags[which, position] = 1
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self._full = True
+            logger.warning("%s is full: images that are not in the cache are read anew in each epoch", self._folder)
+
+    def seal(self) -> None:
+        """Write everything to the disk if every sample is there, so that the cache outlives the machine's restart."""
+        os.utime(self._folder / "use")
+        whole = self._folder / "whole"
+        if self.kept == self.layout.samples and not whole.exists() and self._flags.all():
+            os.fsync(self._file)
+            self._flags.flush()
+            whole.touch()
+
+    def close(self) -> None:
+        """Give the cache up."""
+        os.close(self._file)
+        os.close(self._use)
+
+    @contextlib.contextmanager
+    def _lock(self, number: int) -> Iterator[None]:
+        # A mix of the bits: neighbours of one part should not share a lock.
+        with _locked(self._stripes[number * 2654435761 % 2**32 * _STRIPES >> 32]):
+            yield
+
+
+def _bytes(array: Any) -> memoryview:
+    """Return the bytes of a contiguous array, which may be empty."""
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file's lock, among threads as among processes: each call opens the file anew."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _take(folder: Path) -> int:
+    """Mark a cache as in use, for as long as the returned file is open."""
+    folder.mkdir(exist_ok=True)
+    handle = os.open(folder / "use", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    return handle
+
+
+def _about(folder: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads((folder / "about.json").read_text())
+        return found if found.get("format") == _FORMAT else None
+    except (OSError, ValueError):
+        return None
+
+
+def _boot() -> str:
+    """Return what names the time since the machine started; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _make_room(root: Path, own: Path, needed: int, limit: int) -> int:
+    """Remove least recently used caches in `root` until `needed` bytes fit; returns how many bytes do."""
+    others = [p for p in root.iterdir() if p.is_dir() and p != own]
+    used = {folder: int((_about(folder) or {"bytes": 0})["bytes"]) for folder in others}
+
+    def room() -> int:
+        # What others may still write counts as written.
+        promised = sum(max(0, size - _on_disk(folder / "samples.bin")) for folder, size in used.items())
+        return min(limit - sum(used.values()), shutil.disk_usage(root).free - promised - _SPARE)
+
+    for folder in sorted(used, key=_last_use):
+        if room() >= needed:
+            break
+        if _remove(folder):
+            del used[folder]
+    return room()
+
+
+def _on_disk(file: Path) -> int:
+    try:
+        return file.stat().st_blocks * 512
+    except OSError:
+        return 0
+
+
+def _last_use(folder: Path) -> float:
+    try:
+        return (folder / "use").stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a cache unless it is in use; returns whether it did. The lock of all caches must be held."""
+    handle = os.open(folder / "use", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        gone = folder.with_name(f".{uuid.uuid4().hex}")
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+        return True
+    finally:
+        os.close(handle)

@@ -1,0 +1,185 @@
+"""Read every file of a run's folder, and say which are damaged and how each is mended.
+
+Nothing is trusted for its name: Parquet files are read to the last row and counted against their stage's manifest,
+checkpoints against their digests, weights for numbers that are not finite. Nothing is written.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from transfgu import formats
+from transfgu.datasets import images
+from transfgu.errors import BadInput, UserError
+from transfgu.methods import STAGES, TRANSFGU
+from transfgu.recipe import Recipe
+from transfgu.sharing import names
+from transfgu.store import parquet, storage
+from transfgu.store.artifacts import MODEL, Artifact, Manifest, Run
+from transfgu.store.weights import read_weights
+from transfgu.training import checkpoints
+
+T = TypeVar("T")
+_PARTS = ("features", "pseudo_labels")  # stages that leave a file for each block of images
+_WITHOUT = "images without windows"  # a count of a features part that counts no rows
+_FOOTER = b"transfgu"  # a part's summary in its Parquet metadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """One file, or one stage, that is not as it was written."""
+
+    file: str
+    """URI."""
+    reason: str
+    remedy: str
+    """What to delete, and the command that makes it anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What a check found."""
+
+    files: int
+    """Files read."""
+    stages: tuple[str, ...]
+    """Complete stages; the others are absent or not finished, which is no damage."""
+    damage: tuple[Damage, ...]
+
+
+def verify(run: Run) -> Verified:
+    """Check all files of a run.
+
+    Args:
+        run: its folder, on any storage.
+
+    Raises:
+        UserError: the folder is no run's, its recipe can't be read, or the storage fails.
+    """
+    recipe = run.recipe()
+    files = storage.list_files(run.uri)
+    again = _command(recipe, run)
+    damage: list[Damage] = []
+    complete: list[str] = []
+    for stage in STAGES:
+        artifact = run.artifact(stage)
+        own = [file for file in files if file.startswith(storage.absolute(artifact.uri) + "/")]
+        remedy = f"delete the folder {storage.shown(artifact.uri)}, and run {again}"
+        manifest = _attempt(damage, artifact.file("manifest.json"), remedy, artifact.manifest)
+        if manifest is not None:
+            complete.append(stage)
+            _attempt(damage, artifact.file("manifest.json"), remedy, lambda a=artifact: a.check(recipe))  # type: ignore[misc]
+        for file in own:
+            _attempt(damage, file, _part_remedy(file, stage, remedy, again), lambda f=file: _read(f))  # type: ignore[misc]
+        bad = {found.file for found in damage}
+        if manifest is not None and not bad & set(own):
+            damage += _counted(artifact, manifest, own, remedy)
+    retrain = (
+        f"delete {storage.shown(run.file('training'))} and {storage.shown(run.file('evaluation'))}, and run {again}"
+    )
+    if "training" in complete:
+        if storage.absolute(run.file(MODEL)) not in files:
+            damage.append(Damage(file=run.file(MODEL), reason="missing", remedy=retrain))
+        _attempt(damage, run.artifact("training").file("history.json"), retrain, run.history)
+    if "evaluation" in complete:
+        remedy = f"delete the folder {storage.shown(run.file('evaluation'))}, and run {again}"
+        _attempt(damage, run.file("evaluation/scores.json"), remedy, run.scores)
+    for file in files:
+        if file == storage.absolute(run.file(MODEL)):
+            _attempt(damage, file, retrain, lambda f=file: _read(f))  # type: ignore[misc]
+        elif file == storage.absolute(run.file("metrics.json")):
+            _attempt(damage, file, f"delete it, and run {again}", lambda f=file: _read(f))  # type: ignore[misc]
+    _attempt(damage, run.file(names.FILE), "delete it, and name the classes again", lambda: names.read(run))
+    for folder in sorted({file.rpartition("/")[0] for file in files if file.endswith(f"/{checkpoints.DIGESTS}")}):
+        if not checkpoints.is_whole(folder):
+            damage.append(
+                Damage(
+                    file=folder,
+                    reason="a checkpoint whose files are not those that were written",
+                    remedy=f"delete that folder; training goes on from the one before, by {again}",
+                )
+            )
+    return Verified(files=len(files), stages=tuple(complete), damage=tuple(_first_of_each(damage)))
+
+
+def _command(recipe: Recipe, run: Run) -> str:
+    given = [
+        f"--{name} {storage.shown(uri)}" for name, uri in (("data", recipe.data), ("labels", recipe.labels)) if uri
+    ]
+    method = [] if recipe.method == TRANSFGU else [f"--method {recipe.method}"]
+    return " ".join(["transfgu train", recipe.preset, *method, *given, f"--run {storage.shown(run.uri)}"])
+
+
+def _part_remedy(file: str, stage: str, remedy: str, again: str) -> str:
+    if stage in _PARTS and file.endswith(".parquet"):
+        return f"delete it and the manifest.json beside it, and run {again}"
+    return remedy
+
+
+def _attempt(damage: list[Damage], file: str, remedy: str, read: Callable[[], T]) -> T | None:
+    """What `read` returns; where it finds damage, that is noted."""
+    try:
+        return read()
+    except UserError as error:
+        if error.code == "storage-failed":
+            raise
+        damage.append(Damage(file=file, reason=str(error), remedy=remedy))
+    except (BadInput, ValueError) as error:
+        damage.append(Damage(file=file, reason=str(error), remedy=remedy))
+    return None
+
+
+def _read(file: str) -> None:
+    """Read one file by its kind. Raises UserError, BadInput or ValueError where it is damaged."""
+    kind = file.rpartition(".")[2]
+    if kind in ("parquet", "table"):
+        parquet.read(file)
+    elif kind == "safetensors":
+        for name, tensor in read_weights(file).tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"tensor {name} has numbers that are not finite")
+    elif kind == "json":
+        with formats.damage(storage.shown(file), "make it anew"):
+            json.loads(storage.read_bytes(file))
+    elif kind == "png":
+        images.read_image(file)
+
+
+def _counted(artifact: Artifact, manifest: Manifest, files: list[str], remedy: str) -> Iterator[Damage]:
+    """Compare a complete stage's parts with what its manifest says."""
+    if artifact.stage not in _PARTS:
+        return
+    covered = 0
+    for file in files:
+        if not file.rpartition("/")[2].startswith("part-"):
+            continue
+        with parquet.opened(file) as opened:
+            metadata = opened.metadata
+        try:
+            summary = json.loads((metadata.metadata or {})[_FOOTER])
+            covered += summary["images"]
+            rows = summary["images"] - len(summary["left_out"])
+            if artifact.stage == "features":
+                rows = sum(count for name, count in summary["counts"].items() if name != _WITHOUT)
+        except (ValueError, KeyError, TypeError):
+            yield Damage(file=file, reason="no summary of a part", remedy=remedy)
+            continue
+        if metadata.num_rows != rows:
+            yield Damage(file=file, reason=f"{metadata.num_rows} rows, where its summary says {rows}", remedy=remedy)
+    if covered != manifest.outcome.items:
+        yield Damage(
+            file=artifact.uri,
+            reason=f"parts of {covered} images, where manifest.json says {manifest.outcome.items}",
+            remedy=f"delete the manifest.json there, and run again: {remedy.partition('and run ')[2]}",
+        )
+
+
+def _first_of_each(damage: list[Damage]) -> Iterator[Damage]:
+    seen: set[str] = set()
+    for found in damage:
+        if storage.absolute(found.file) not in seen:
+            seen.add(storage.absolute(found.file))
+            yield found
