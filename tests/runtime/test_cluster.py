@@ -6,6 +6,8 @@ import os
 import shutil
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray._private import services
 
 from tests.refusals import refused
 from transfgu.errors import UserError
@@ -83,7 +86,9 @@ def test_an_address_without_a_cluster_is_told_at_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, code: str
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where Ray notes the cluster that `auto` would find
+    # `auto` finds the cluster that Ray noted there, or any of this machine: others may run beside the tests.
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(services, "find_gcs_addresses", set)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(connect, "_embedded", None)
     started = time.monotonic()
@@ -224,3 +229,27 @@ def test_an_embedded_cluster_is_open_to_its_machine_alone(ray_cluster: None) -> 
             found += [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert len(found) > 3
     assert {c.laddr.ip for c in found} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+@pytest.mark.ray
+def test_ray_that_does_not_start_in_time_is_given_longer() -> None:
+    base = Path(tempfile.mkdtemp(dir="/tmp"))
+    start = (
+        "import ray; from transfgu.runtime import connect; connect.connect(); print(len(ray.nodes()), connect._folders)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", start],
+        # How long Ray waits for its GCS: the second start sets another value.
+        env={**os.environ, "RAY_gcs_server_port_wait_time_s": "0", "RAY_TMPDIR": str(base)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    left = list(base.iterdir())
+    shutil.rmtree(base)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("Ray did not start")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout.startswith("1 [")
+    assert left == []

@@ -99,3 +99,30 @@ def test_folder_and_token_are_the_owners_alone() -> None:
         denied = subprocess.run(words, user=NOBODY, group=NOBODY, extra_groups=[], capture_output=True, check=False)
         assert denied.returncode != 0
         assert b"denied" in denied.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}],
+    ids=["no token", "no token in token mode", "a wrong one"],
+)
+def test_a_job_that_joins_without_the_clusters_token_ends_in_one_line(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    address = ray.get_runtime_context().gcs_address
+    others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    join = (
+        "from transfgu.cli.command_line import run_job; from transfgu.runtime.connect import connect; run_job(connect)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", join],
+        env={**others, "HOME": str(tmp_path), "RAY_ADDRESS": address, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "RAY_AUTH_TOKEN" in line
+    assert address in line
