@@ -71,6 +71,8 @@ def test_nothing_runs_as_root_or_without_limits(kind: str) -> None:
     assert found
     for container in found:
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert "/tmp" in [mount["mountPath"] for mount in container["volumeMounts"]]
         assert {"cpu", "memory"} <= set(container["resources"]["limits"])
     text = json.dumps(manifest(kind))
     assert text.count('"runAsNonRoot": true') == (3 if kind == "RayCluster" else 1)
