@@ -128,9 +128,9 @@ def make_security_group(cluster: dict[str, Any], ssh_from: str) -> None:
     print(f"security group {name}: SSH from {ssh_from}")
 
 
-def make(buckets: list[str], ssh_from: str) -> None:
-    """Make the profiles and the group, or bring those that are there up to date."""
-    cluster = yaml.safe_load(CLUSTER.read_text())
+def make(buckets: list[str], ssh_from: str, file: Path = CLUSTER) -> None:
+    """Make the profiles and the group for the cluster of `file`, or bring those that are there up to date."""
+    cluster = yaml.safe_load(file.read_text())
     iam, account = boto3.client("iam"), boto3.client("sts").get_caller_identity()["Account"]
     own = buckets_policy(buckets)
     _unless_there(iam.create_service_linked_role, AWSServiceName="spot.amazonaws.com")
@@ -177,5 +177,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("buckets", metavar="BUCKET", nargs="+", help="bucket that the machines may use")
     parser.add_argument("--ssh-from", metavar="CIDR", type=network, required=True, help="who may use SSH")
+    parser.add_argument("--cluster", metavar="FILE", type=Path, default=CLUSTER, help="of `ray up` (ray_cluster.yaml)")
     given = parser.parse_args()
-    make(given.buckets, given.ssh_from)
+    make(given.buckets, given.ssh_from, given.cluster)

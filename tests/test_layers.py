@@ -55,6 +55,16 @@ RAY = ("runtime", "training", "stages", "search", "pretraining", "benchmarks")
 
 UPWARD = "a layer imports from those below it"
 CIRCLE = "a circle of imports"
+FENCED = (
+    "DataContext",
+    "ENABLE_RAY_CLUSTER",
+    "ExecutionResources",
+    "get_stats_summary",
+    "map_batches_internal",
+)
+"""Private and developer APIs of Ray, by their last name."""
+
+FENCE = "a private or developer API of Ray stands in runtime alone"
 NO_RAY = f"Ray is imported in {', '.join(RAY)} alone"
 
 
@@ -141,6 +151,29 @@ def violations(package: Path) -> list[str]:
     return found
 
 
+def private_names(package: Path) -> list[str]:
+    """Each use of a private or developer API of Ray outside of runtime: `file:line: name: rule`."""
+    found = []
+    for module, file in modules(package).items():
+        if module.partition(".")[0] == "runtime":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute):
+                names = [node.attr]
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                targets = [name.split(".") for name in imported(node, module, file.stem == "__init__", package.name)]
+                of_ray = [parts for parts in targets if parts[0] == "ray"]
+                names = [".".join(parts) for parts in of_ray if any(part.startswith("_") for part in parts)]
+                names += [parts[-1] for parts in of_ray]
+            else:
+                continue
+            where = file.relative_to(package.parent)
+            found += [
+                f"{where}:{node.lineno}: {name}: {FENCE}" for name in names if name in FENCED or name.startswith("ray.")
+            ]
+    return found
+
+
 def path(graph: Mapping[str, set[str]], start: str, end: str) -> list[str]:
     """The shortest way from `start` to `end` along the arrows, both included; empty where there is none."""
     ways, seen = [[start]], {start}
@@ -156,6 +189,26 @@ def path(graph: Mapping[str, set[str]], start: str, end: str) -> list[str]:
 
 def test_imports_keep_the_layers() -> None:
     assert violations(PACKAGE) == []
+
+
+def test_private_names_of_ray_stand_in_runtime() -> None:
+    assert private_names(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("planted", "name"),
+    [
+        ("def late() -> None:\n    from ray._private import services", "ray._private.services"),
+        ("from ray.data import DataContext", "DataContext"),
+        ("def late(data):\n    return data.map_batches_internal(len)", "map_batches_internal"),
+    ],
+)
+def test_a_planted_private_name_is_named(tmp_path: Path, planted: str, name: str) -> None:
+    package = tmp_path / "transfgu"
+    (package / "stages").mkdir(parents=True)
+    (package / "stages" / "features.py").write_text(f"{planted}\n")
+    line = len(planted.splitlines())
+    assert private_names(package) == [f"transfgu/stages/features.py:{line}: {name}: {FENCE}"]
 
 
 def test_every_layer_is_there() -> None:

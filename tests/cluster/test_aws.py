@@ -185,6 +185,17 @@ def test_profiles_hold_what_is_needed_and_may_be_made_again(capsys: pytest.Captu
 
 
 @pytest.mark.usefixtures("amazon")
+def test_the_head_may_start_the_types_of_the_cluster_that_is_named() -> None:
+    module = roles()
+    module.make(["one"], "203.0.113.7/32", ROOT / "ray_cluster_8gpu.yaml")
+    found = boto3.client("iam").get_role_policy(RoleName=module.HEAD, PolicyName="transfgu")["PolicyDocument"]
+    types = [
+        s["Condition"]["StringEquals"]["ec2:InstanceType"] for s in found["Statement"] if "ec2:InstanceType" in str(s)
+    ]
+    assert types == [["g6.48xlarge", "g6e.48xlarge", "m6i.xlarge", "p5.48xlarge"]]
+
+
+@pytest.mark.usefixtures("amazon")
 def test_profiles_are_completed_where_making_them_was_stopped() -> None:
     module, iam = roles(), boto3.client("iam")
     iam.create_role(RoleName=module.WORKER, AssumeRolePolicyDocument="{}")

@@ -21,7 +21,6 @@ import safetensors.torch
 import torch
 from jaxtyping import UInt8
 from numpy import ndarray
-from ray.data import DataContext
 from ray.exceptions import RayError
 
 from transfgu.datasets import images as pictures
@@ -31,7 +30,7 @@ from transfgu.errors import UserError
 from transfgu.pretraining.recipe import PretrainingRecipe, compared_fields
 from transfgu.pretraining.training import REMEDY, Part, Pretraining, PretrainingInputs, worker_batch
 from transfgu.recipe import ComputeRecipe
-from transfgu.runtime import capacity
+from transfgu.runtime import capacity, ray_internals
 from transfgu.runtime.failures import find_user_error
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, storage
@@ -137,12 +136,8 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
         }
         for first in range(0, len(names), size)
     ]
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    # An exception of ours should arrive as it was raised.
-    context.raise_original_map_exception = True
     make = partial(_make_part, images=job.images, size=job.image_size, squares=each, seed=seed, orient=orient)
-    with DataContext.current(context):
+    with ray_internals.data_context():
         made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make)
     parts, left_out, done = [], [], 0
     try:

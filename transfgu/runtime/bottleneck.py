@@ -12,6 +12,7 @@ import ray
 from ray.data import Dataset
 
 from transfgu.recipe import Recipe
+from transfgu.runtime.ray_internals import task_seconds
 
 _POOLED = ("EncodeWindows", "MapConcepts", "Count")
 """Operators that run in a pool of encoder actors."""
@@ -27,7 +28,7 @@ def details(data: Dataset, recipe: Recipe) -> dict[str, str]:
 
     actors = capacity.pool_size(recipe.compute)
     cpus = ray.cluster_resources().get("CPU", 1) - actors * recipe.compute.cpus_per_actor
-    seconds, worked = measured(data)
+    seconds, worked = task_seconds(data)
     busy = {
         name: 100 * spent / (seconds * (actors if any(part in name for part in _POOLED) else max(1, cpus)))
         for name, spent in worked.items()
@@ -38,18 +39,6 @@ def details(data: Dataset, recipe: Recipe) -> dict[str, str]:
     (name, share), *others = sorted(busy.items(), key=lambda item: -item[1])
     texts = [f"{name} busy {share:.0f} % of {seconds:.1f} s", *(f"{other} {less:.0f} %" for other, less in others)]
     return {"bottleneck": ", ".join(texts)}
-
-
-def measured(data: Dataset) -> tuple[float, dict[str, float]]:
-    """Seconds from the first task of an executed plan to the last, and the seconds of all tasks by operator."""
-    summary = data.get_stats_summary()
-    worked: dict[str, float] = {}
-    pending = [summary]
-    while pending:
-        found = pending.pop()
-        pending += found.parents
-        worked.update({o.operator_name: o.wall_time.sum for o in found.operators_stats if o.wall_time})
-    return summary.get_total_wall_time(), worked
 
 
 def operators(data: Dataset) -> list[str]:

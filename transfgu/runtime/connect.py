@@ -13,7 +13,6 @@ import shutil
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -21,11 +20,9 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import ray_constants, services
-from ray.data import DataContext
 
 from transfgu.errors import UserError
-from transfgu.runtime import stopping
+from transfgu.runtime import ray_internals, stopping
 from transfgu.runtime.capacity import NODES, cluster_gpus
 
 # Threads that spin while they wait burn what other processes of a small machine need: four times the CPU for a step.
@@ -96,9 +93,8 @@ def _join(address: str, settings: dict[str, Any], *, verbose: bool) -> None:
     """Join a cluster, after a look whether one answers at the address: Ray itself would wait for minutes."""
     remedy = "unset RAY_ADDRESS to use this machine alone, or name the cluster as HOST:PORT"
     if address == "auto":
-        with suppress(Exception):
-            address = services.canonicalize_bootstrap_address("auto") or ""
-        if address in ("", "auto"):
+        address = ray_internals.address_on_this_machine()
+        if not address:
             raise UserError(f"RAY_ADDRESS=auto finds no cluster on this machine: {remedy}", code="ray-address-unknown")
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16 or address.startswith("http"):
@@ -136,18 +132,18 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
     # Nobody takes this machine away with a warning: there is nothing to watch for, by a process of its own.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Its ports are open to this machine alone, as Ray has them where there can't be a cluster (macOS).
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    ray_internals.stay_on_this_machine()
     # Ray turns authentication on by itself, unless the mode is set. Its own token lies in a file of the home folder
     # that others may read.
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     before = set(psutil.Process().children(recursive=True))
-    for patience in (0.0, _PATIENT_SECONDS):
+    for more_seconds in (0.0, _PATIENT_SECONDS):
         folder, spill = _make_folder(keep=verbose)
         with (
             nullcontext() if verbose else _no_stderr(),
             _workers_find_the_package(),
-            _patient(patience),
+            ray_internals.patience(more_seconds),
             stopping.handlers_kept(),
         ):
             try:
@@ -172,7 +168,7 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
         with suppress(Exception):
             ray.shutdown()
         _remove_folders()
-        if not patience:
+        if not more_seconds:
             print(f"Ray did not start ({_first_line(cause)}): trying again", file=sys.stderr, flush=True)
     raise UserError(
         f"Ray does not start on this machine ({_first_line(cause)}), whose load is {os.getloadavg()[0]:.0f} on "
@@ -183,37 +179,6 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".:")
-
-
-@contextmanager
-def _patient(seconds: float) -> Iterator[None]:
-    """Let Ray wait this much longer for its own processes than it does by itself, while the body runs."""
-    if not seconds:
-        yield
-        return
-    find: Callable[..., Any] = services.get_node
-    name = "RAY_gcs_server_port_wait_time_s"
-    deadline = time.monotonic() + seconds
-
-    def wait(*given: Any, **named: Any) -> Any:
-        while True:
-            try:
-                return find(*given, **named)
-            except RuntimeError:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(0.2)
-
-    services.get_node, before = wait, os.environ.get(name)
-    os.environ[name] = str(int(seconds))
-    try:
-        yield
-    finally:
-        services.get_node = find
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _make_folder(*, keep: bool) -> tuple[Path, str | None]:
@@ -322,8 +287,7 @@ def _no_stderr() -> Iterator[None]:
 
 def quiet(*, verbose: bool = False) -> None:
     """Keep the progress bars and info messages of Ray Data, Train and Tune out of this process."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = verbose
+    ray_internals.show_progress_bars(verbose)
     if not verbose:
         for name in ("ray", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from jaxtyping import UInt8
-from ray.data import DataContext, Dataset, ExecutionResources
+from ray.data import Dataset
 from ray.exceptions import RayError
 
 from transfgu.datasets import images, map_files
 from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import Recipe, Size
+from transfgu.runtime import ray_internals
 from transfgu.runtime.bottleneck import details
 from transfgu.runtime.failures import find_user_error
 from transfgu.runtime.progress import Progress
@@ -230,25 +231,14 @@ def encoded(
         arguments: of the class's constructor.
         pool: arguments of `map_batches` for the pool, from `transfgu.runtime.capacity.encoder_pool`.
     """
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    # A block is a part, whatever its size: Ray must neither cut nor join blocks.
-    context.target_max_block_size = None
-    # An exception of ours should arrive as it was raised.
-    context.raise_original_map_exception = True
     # Decoding may be faster than encoding: without a limit, decoded images would fill the object store.
     block = part_size(read.size) * 3 * read.size[0] * read.size[1]
-    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=block * ahead(pool))
-    with DataContext.current(context):
-        return (
-            ray.data.from_arrow(list(parts))
-            # Asking for memory also keeps Ray from fusing the reading into the actor, where nothing would overlap.
-            .map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=1, memory=READ_MEMORY)
-            # `map_batches` refuses whole blocks on GPUs, and joins blocks that are smaller than a batch.
-            .map_batches_internal(
-                actor, batch_size=None, batch_format="pyarrow", fn_constructor_kwargs=dict(arguments), **pool
-            )
+    with ray_internals.data_context(whole_blocks=True, store_bytes=block * ahead(pool)):
+        # Asking for memory also keeps Ray from fusing the reading into the actor, where nothing would overlap.
+        images_read = ray.data.from_arrow(list(parts)).map_batches(
+            read, batch_size=None, batch_format="pyarrow", num_cpus=1, memory=READ_MEMORY
         )
+        return ray_internals.map_whole_blocks(images_read, actor, arguments, pool)
 
 
 def handled(
@@ -258,20 +248,13 @@ def handled(
 
     Arguments are those of :func:`encoded`.
     """
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.target_max_block_size = None
-    context.raise_original_map_exception = True
-    with DataContext.current(context):
-        return ray.data.from_arrow(list(parts)).map_batches_internal(
-            actor, batch_size=None, batch_format="pyarrow", fn_constructor_kwargs=dict(arguments), **pool
-        )
+    with ray_internals.data_context(whole_blocks=True):
+        return ray_internals.map_whole_blocks(ray.data.from_arrow(list(parts)), actor, arguments, pool)
 
 
 def written(data: Dataset, write: Callable[[pa.Table], pa.Table]) -> Dataset:
     """The plan `data` with a last operator that writes each part in a task."""
-    with DataContext.current(data.context):
-        return data.map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=1)
+    return ray_internals.map_with_context_of(data, write)
 
 
 def complete(

@@ -16,7 +16,7 @@ import ray
 import safetensors.numpy
 import torch
 from jaxtyping import Float, Int, Int16
-from ray.data import DataContext, Dataset
+from ray.data import Dataset
 from torch import Tensor
 
 from transfgu import formats
@@ -31,7 +31,7 @@ from transfgu.inference.models import check_method, load_models
 from transfgu.methods import TRANSFGU
 from transfgu.metrics import Scores, batch_confusion, scores, scores_json
 from transfgu.recipe import Recipe
-from transfgu.runtime import bottleneck, capacity, connect, parts
+from transfgu.runtime import bottleneck, capacity, connect, parts, ray_internals
 from transfgu.runtime.progress import Progress
 from transfgu.stages import samples
 from transfgu.store import storage
@@ -161,11 +161,7 @@ def _plan(
     """Images to `Count`'s rows."""
     size = min(_BLOCK_ROWS, recipe.evaluation.batch_size)
     blocks = [rows.slice(start, size) for start in range(0, len(rows), size)]
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    # An exception of ours should arrive as it was raised.
-    context.raise_original_map_exception = True
-    with DataContext.current(context):
+    with ray_internals.data_context():
         return (
             ray.data.from_arrow(blocks)
             # Asking for memory also keeps Ray from fusing the reading into the actor.

@@ -21,7 +21,6 @@ import pyarrow as pa
 import ray
 import torch
 from jaxtyping import Int, Int16, Shaped
-from ray.data import DataContext, ExecutionResources
 from torch import Tensor
 
 from transfgu.datasets.map_files import read_maps
@@ -30,6 +29,7 @@ from transfgu.datasets.sample_cache import Layout, SampleCache, default_folder
 from transfgu.errors import UserError
 from transfgu.learner import Batch
 from transfgu.recipe import ComputeRecipe, Recipe, Size
+from transfgu.runtime.ray_internals import data_context
 from transfgu.store import storage
 from transfgu.training.order import Order
 
@@ -104,17 +104,9 @@ def stream(
         for start in range(0, len(rows), batch_size):
             yield {name: values[start : start + batch_size] for name, values in columns.items()}
         return
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    # An exception of ours should arrive as it was raised.
-    context.raise_original_map_exception = True
-    context.execution_options.preserve_order = True
     store = ray.cluster_resources().get("object_store_memory", _AHEAD_BYTES)
-    context.execution_options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=min(_AHEAD_BYTES, store / (2 * world))
-    )
     blocks = [rows.slice(start, _BLOCK_ROWS) for start in range(0, len(rows), _BLOCK_ROWS)]
-    with DataContext.current(context):
+    with data_context(preserve_order=True, store_bytes=min(_AHEAD_BYTES, store / (2 * world))):
         data = ray.data.from_arrow(blocks).map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=1)
     yield from data.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2)
 

@@ -1,0 +1,113 @@
+"""Each private or developer API of Ray that the package uses is there and does what it is used for.
+
+A test that fails here after an upgrade names the API that Ray dropped or changed.
+"""
+
+import importlib
+import inspect
+import socket
+import time
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray
+from ray._private import ray_constants, services
+from ray.data import ActorPoolStrategy, DataContext
+
+from transfgu.runtime import ray_internals
+
+SUBCLASSED = {
+    "ray.train.UserCallback": ("after_exception",),
+    "ray.train.backend.BackendConfig": ("backend_cls",),
+    "ray.tune.search.Searcher": ("suggest", "on_trial_result", "on_trial_complete", "save", "restore"),
+    "ray.tune.schedulers.TrialScheduler": ("CONTINUE", "PAUSE", "STOP", "on_trial_result"),
+}
+"""Developer APIs that the package's classes inherit from, and what is overridden or used of them."""
+
+pytestmark = pytest.mark.ray
+
+
+class Rows:
+    """An actor: the rows of its block, in one row."""
+
+    def __init__(self, factor: int) -> None:
+        self._factor = factor
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return pa.table({"rows": [self._factor * len(block)]})
+
+
+def in_order(block: pa.Table) -> pa.Table:
+    return block
+
+
+@pytest.mark.parametrize("name", SUBCLASSED)
+def test_class_that_is_inherited_from(name: str) -> None:
+    module, _, cls = name.rpartition(".")
+    found = getattr(importlib.import_module(module), cls)
+    assert inspect.isclass(found)
+    for attribute in SUBCLASSED[name]:
+        assert hasattr(found, attribute), f"{name} has no {attribute}"
+
+
+def test_ray_constants_enable_ray_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    ray_internals.stay_on_this_machine()
+    assert ray_constants.ENABLE_RAY_CLUSTER is False
+    assert "ENABLE_RAY_CLUSTER" in inspect.getsource(importlib.import_module("ray._private.services"))
+
+
+def test_ray_constants_bind_the_nodes_ports_to_this_machine(ray_cluster: None) -> None:
+    assert socket.inet_aton(ray.nodes()[0]["NodeManagerAddress"])[0] == 127
+
+
+def test_services_canonicalize_bootstrap_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {"127.0.0.1:6380"})
+    assert ray_internals.address_on_this_machine() == "127.0.0.1:6380"
+
+
+def test_services_get_node(ray_cluster: None) -> None:
+    """Ray looks its node up where it is replaced, and raises RuntimeError for one that is not there yet."""
+    assert "services.get_node(" in inspect.getsource(importlib.import_module("ray._private.node"))
+    address = ray.get_runtime_context().gcs_address
+    with ray_internals.patience(0.5):
+        assert services.get_node(address, ray.get_runtime_context().get_node_id())
+        started = time.monotonic()
+        with pytest.raises(RuntimeError):
+            services.get_node(address, "f" * 56)
+        assert time.monotonic() - started > 0.4
+
+
+def test_data_context() -> None:
+    before = DataContext.get_current()
+    with ray_internals.data_context(preserve_order=True, whole_blocks=True, store_bytes=1e6):
+        context = DataContext.get_current()
+        assert context.execution_options.preserve_order
+        assert context.raise_original_map_exception
+        assert not context.enable_progress_bars
+        assert context.target_max_block_size is None
+        assert context.execution_options.resource_limits.object_store_memory == 1e6
+    assert DataContext.get_current() is before
+    with ray_internals.data_context():
+        assert DataContext.get_current().target_max_block_size == before.target_max_block_size
+
+
+def test_data_context_enable_progress_bars() -> None:
+    with DataContext.current(DataContext.get_current().copy()):
+        for shown in (True, False):
+            ray_internals.show_progress_bars(shown)
+            assert DataContext.get_current().enable_progress_bars is shown
+
+
+def test_dataset_map_batches_internal_and_get_stats_summary(ray_cluster: None) -> None:
+    blocks = [pa.table({"x": list(range(n))}) for n in (3, 1, 5)]
+    pool: dict[str, Any] = {"compute": ActorPoolStrategy(size=1), "num_cpus": 1}
+    with ray_internals.data_context(preserve_order=True, whole_blocks=True):
+        plan = ray_internals.map_whole_blocks(ray.data.from_arrow(blocks), Rows, {"factor": 10}, pool)
+    plan = ray_internals.map_with_context_of(plan, in_order)
+    assert [row["rows"] for row in plan.iter_rows()] == [30, 10, 50]
+    seconds, worked = ray_internals.task_seconds(plan)
+    assert 0 < max(worked.values()) <= seconds
+    assert any("Rows" in name for name in worked)

@@ -1,0 +1,139 @@
+"""Keep every private or developer API of Ray in one place, one function each.
+
+A release of Ray may drop any of them. `tests/runtime/test_ray_internals.py` has a test for each, named after the API.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from ray._private import ray_constants, services
+from ray.data import DataContext, Dataset, ExecutionResources
+
+
+def stay_on_this_machine() -> None:
+    """Bind the ports of a cluster that starts later to this machine alone, as Ray does on macOS.
+
+    API: `ray._private.ray_constants.ENABLE_RAY_CLUSTER`.
+    """
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def address_on_this_machine() -> str:
+    """Return HOST:PORT of the cluster that `RAY_ADDRESS=auto` stands for; empty where there is none.
+
+    API: `ray._private.services.canonicalize_bootstrap_address`.
+    """
+    with suppress(ConnectionError, ValueError, OSError):
+        return services.canonicalize_bootstrap_address("auto") or ""
+    return ""
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Let a cluster that the body starts take up to `seconds` for each of its processes; 0: Ray's own 30 s.
+
+    API: `ray._private.services.get_node`, which Ray asks for 30 s whether its raylet is there.
+    """
+    if not seconds:
+        yield
+        return
+    find: Callable[..., Any] = services.get_node
+    name = "RAY_gcs_server_port_wait_time_s"
+    deadline = time.monotonic() + seconds
+
+    def wait(*given: Any, **named: Any) -> Any:
+        while True:
+            try:
+                return find(*given, **named)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.2)
+
+    services.get_node, before = wait, os.environ.get(name)
+    os.environ[name] = str(int(seconds))
+    try:
+        yield
+    finally:
+        services.get_node = find
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def show_progress_bars(shown: bool) -> None:
+    """Switch the progress bars of Ray Data on or off for the data sets that this process makes from here on.
+
+    API: `ray.data.DataContext`.
+    """
+    DataContext.get_current().enable_progress_bars = shown
+
+
+@contextmanager
+def data_context(
+    *, preserve_order: bool = False, whole_blocks: bool = False, store_bytes: int | float | None = None
+) -> Iterator[None]:
+    """Make data sets without progress bars, and let exceptions of mapped functions arrive as they were raised.
+
+    API: `ray.data.DataContext`, whose settings go with each data set that the body makes.
+
+    Args:
+        preserve_order: return blocks in the order of the input.
+        whole_blocks: neither cut nor join blocks, whatever their size.
+        store_bytes: the most that the plan's blocks may take in the object store [bytes]; None: Ray's own limit.
+    """
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
+    context.execution_options.preserve_order = preserve_order
+    if whole_blocks:
+        context.target_max_block_size = None
+    if store_bytes is not None:
+        limits = ExecutionResources.for_limits(object_store_memory=store_bytes)
+        context.execution_options.resource_limits = limits
+    with DataContext.current(context):
+        yield
+
+
+def map_whole_blocks(data: Dataset, actor: type[Any], arguments: Mapping[str, Any], pool: Mapping[str, Any]) -> Dataset:
+    """Add an operator that turns each block into one block, in a pool of actors.
+
+    API: `Dataset.map_batches_internal`. `map_batches` refuses whole blocks on GPUs, and joins small blocks.
+
+    Args:
+        data: the plan so far.
+        actor: a class; its calls get a block as an Arrow table.
+        arguments: of the class's constructor.
+        pool: further arguments of `map_batches`, from `transfgu.runtime.capacity.encoder_pool`.
+    """
+    return data.map_batches_internal(
+        actor, batch_size=None, batch_format="pyarrow", fn_constructor_kwargs=dict(arguments), **pool
+    )
+
+
+def map_with_context_of(data: Dataset, write: Callable[[Any], Any]) -> Dataset:
+    """Add an operator that turns each block into one block in tasks, under the settings that `data` was made with.
+
+    API: `Dataset.context`.
+    """
+    with DataContext.current(data.context):
+        return data.map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=1)
+
+
+def task_seconds(data: Dataset) -> tuple[float, dict[str, float]]:
+    """Return the seconds from the first task of an executed plan to the last, and those of all tasks by operator.
+
+    API: `Dataset.get_stats_summary`.
+    """
+    summary = data.get_stats_summary()
+    worked: dict[str, float] = {}
+    pending = [summary]
+    while pending:
+        found = pending.pop()
+        pending += found.parents
+        worked.update({o.operator_name: o.wall_time.sum for o in found.operators_stats if o.wall_time})
+    return summary.get_total_wall_time(), worked
