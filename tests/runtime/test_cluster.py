@@ -22,7 +22,7 @@ from ray._private import services
 from tests.refusals import refused
 from transfgu.errors import UserError
 from transfgu.recipe import ComputeRecipe
-from transfgu.runtime import capacity, connect
+from transfgu.runtime import capacity, connect, ray_internals
 
 
 def cluster(monkeypatch: pytest.MonkeyPatch, *there: dict[str, float], may_be: str = "") -> None:
@@ -49,6 +49,7 @@ def test_a_cluster_is_joined_where_it_is_named_alone(
     monkeypatch.setenv("RAY_ADDRESS", named)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(connect, "_embedded", None)
+    monkeypatch.setattr(ray_internals, "gcs_status", lambda *_: "OK")
     monkeypatch.setattr(ray, "init", lambda **how: asked.append({**how, "path": os.environ["PYTHONPATH"]}))
     monkeypatch.setenv("PYTHONPATH", "/theirs")
     may_be = '[{"count": 2, "CPU": 4, "GPU": 1}]'
@@ -96,6 +97,16 @@ def test_an_address_without_a_cluster_is_told_at_once(
         connect.connect()
     assert caught.value.code == code
     assert time.monotonic() - started < 10
+
+
+def test_a_port_that_no_ray_cluster_listens_on_is_told(monkeypatch: pytest.MonkeyPatch, listener: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", listener)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(connect, "_embedded", None)
+    monkeypatch.setattr(connect, "_ANSWER_SECONDS", 2.0)
+    with pytest.raises(UserError) as caught:
+        connect.connect()
+    assert caught.value.code == "ray-address-unreachable"
 
 
 def test_a_long_folder_for_temporary_files_gives_way_to_a_short_one(

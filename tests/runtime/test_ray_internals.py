@@ -5,6 +5,7 @@ A test that fails here after an upgrade names the API that Ray dropped or change
 
 import importlib
 import inspect
+import os
 import socket
 import time
 from typing import Any
@@ -66,6 +67,13 @@ def test_services_canonicalize_bootstrap_address(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(services, "find_gcs_addresses", lambda: {"127.0.0.1:6380"})
     assert ray_internals.address_on_this_machine() == "127.0.0.1:6380"
+
+
+def test_check_alive_of_the_gcs(ray_cluster: None) -> None:
+    address, token = ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_TOKEN"]
+    assert ray_internals.gcs_status(address, token, 20) == "OK"
+    assert ray_internals.gcs_status(address, "0" * 64, 20) == "UNAUTHENTICATED"
+    assert ray_internals.gcs_status(address, "", 20) == "UNAUTHENTICATED"
 
 
 def test_services_get_node(ray_cluster: None) -> None:

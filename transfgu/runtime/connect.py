@@ -43,6 +43,7 @@ _OWNER = "owner"
 _LONGEST_FOLDER = 41  # of 107 bytes that a socket's path may have, Ray's session and socket names take 66
 _PATIENT_SECONDS = 150.0  # how long Ray may take to start when it is tried again; the first time it waits 30 s
 _ADDRESS_SECONDS = 5.0
+_ANSWER_SECONDS = 15.0
 
 _embedded = False
 _folders: list[Path] = []
@@ -108,19 +109,44 @@ def _join(address: str, settings: dict[str, Any], *, verbose: bool) -> None:
             f"no Ray cluster answers at RAY_ADDRESS={address} ({error.strerror or error}): start it, or {remedy}",
             code="ray-address-unreachable",
         ) from None
-    try:
-        with nullcontext() if verbose else _no_stderr(), stopping.handlers_kept():
+    wrong_token = UserError(
+        f"the Ray cluster at RAY_ADDRESS={address} refuses this process: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to "
+        "the cluster's token",
+        code="ray-token-wrong",
+    )
+    with nullcontext() if verbose else _no_stderr(), stopping.handlers_kept():
+        if "://" not in address and os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+            status = ray_internals.gcs_status(address, _token(), _ANSWER_SECONDS)
+            if status == "UNAUTHENTICATED":
+                raise wrong_token
+            if status in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL", "UNKNOWN"):
+                raise UserError(
+                    f"no Ray cluster answers at RAY_ADDRESS={address} ({status.lower()}): start it, or {remedy}",
+                    code="ray-address-unreachable",
+                )
+        try:
             ray.init(address=address, **settings)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        token = "token" in str(error).lower() or "authenticat" in str(error).lower()
-        raise UserError(
-            f"the Ray cluster at RAY_ADDRESS={address} refuses this process: set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN to the cluster's token"
-            if token
-            else f"can't join the Ray cluster at RAY_ADDRESS={address} ({str(error).splitlines()[0]}): check that it "
-            f"runs, or {remedy}",
-            code="ray-token-wrong" if token else "ray-address-unreachable",
-        ) from None
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            told = str(error)
+            if "token" in told.lower() or "authenticat" in told.lower():
+                raise wrong_token from None
+            raise UserError(
+                f"can't join the Ray cluster at RAY_ADDRESS={address} ({_first_line(error)}): check that it runs, or "
+                f"{remedy}",
+                code="ray-address-unreachable",
+            ) from None
+
+
+def _token() -> str:
+    """Return the token that Ray will send to a cluster, from where Ray looks for it; empty where there is none."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return ""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    try:
+        return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser().read_text().strip()
+    except (OSError, ValueError, RuntimeError):
+        return ""
 
 
 def _start(settings: dict[str, Any], *, verbose: bool) -> None:

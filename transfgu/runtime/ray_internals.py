@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import grpc  # type: ignore[import-untyped]
 from ray._private import ray_constants, services
 from ray.data import DataContext, Dataset, ExecutionResources
 
@@ -29,6 +30,25 @@ def address_on_this_machine() -> str:
     with suppress(ConnectionError, ValueError, OSError):
         return services.canonicalize_bootstrap_address("auto") or ""
     return ""
+
+
+def gcs_status(address: str, token: str, seconds: float) -> str:
+    """Return the name of the gRPC status by which the cluster at `address` answers a question: "OK" if it lets one in.
+
+    API: the method `ray.rpc.NodeInfoGcsService/CheckAlive`. Ray itself asks again and again, without a word.
+
+    Args:
+        address: HOST:PORT of the cluster's GCS.
+        token: the cluster's token; empty: none is sent.
+        seconds: how long to wait for an answer.
+    """
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            ask(b"", timeout=seconds, metadata=[("authorization", f"Bearer {token}")] if token else None)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
 
 
 @contextmanager
