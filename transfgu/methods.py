@@ -43,6 +43,8 @@ class Method:
     """Fields and components of the recipe that its training depends on, besides :data:`SHARED`."""
     proposals: tuple[str, ...] = ()
     """Those that its pseudo labels depend on, where they are not TransFGU's concept maps."""
+    anneals: bool = False
+    """Whether its learning rate depends on the number of epochs, so that more epochs are another training."""
     values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Fields in which it differs from a preset's TransFGU, by preset; under "" those of all presets."""
 
@@ -147,6 +149,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             check="transfgu.baselines.maskcontrast:check",
             stages=("samples", "pseudo_labels", "training", "evaluation"),
             encoder=True,
+            anneals=True,
             fields=(*OPTIMISED, "maskcontrast", "concepts.iterations"),
             proposals=(
                 "dataset.image_size", "dataset.interpolation", "dataset.orient", "windows.saliency_factor",

@@ -148,7 +148,7 @@ PARQUET: dict[str, tuple[str, Callable[[MadeRun, Run, str], object]]] = {
     ),
     "windows of the report": (
         "concepts/nearest.parquet",
-        lambda made, run, _: page._concepts(made.recipe, run, Segmenter.load(run.uri)),
+        lambda made, run, _: page.concept_views(made.recipe, run, Segmenter.load(run.uri)),
     ),
     "images that training scores": (
         "training/validation.parquet",

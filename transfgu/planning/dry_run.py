@@ -25,7 +25,7 @@ from transfgu.runtime import capacity, connect, parts
 from transfgu.runtime.bottleneck import operators
 from transfgu.runtime.progress import duration
 from transfgu.stages import features, pseudo_labels, samples
-from transfgu.store import storage
+from transfgu.store import reuse, storage
 from transfgu.store.artifacts import Run
 from transfgu.training.order import Order
 from transfgu.windows import sliding_windows
@@ -55,13 +55,16 @@ class Work:
     """Seconds in the encoder, at most."""
 
 
-def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool = False) -> Iterator[str]:
+def describe(
+    recipe: Recipe, run: Run, *, until: str = STAGES[-1], shared: Run | None = None, verbose: bool = False
+) -> Iterator[str]:
     """What a run of these arguments would do, line by line; nothing is computed or kept.
 
     Raises:
         UserError: what would end the run before it begins: data, weights, storage, resources, another recipe's folder.
     """
     recipe = pipeline.preflight(recipe, run)
+    run = reuse.linked(recipe, run, shared)[0] if shared else run
     stages = pipeline.stages_until(recipe, until)
     complete = pipeline.check_artifacts(recipe, run)
     connect.connect(verbose=verbose)
@@ -101,7 +104,8 @@ def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool
     plans = _plans(recipe, encode.encoder.width) if encode and by_concepts else {}
     for stage in stages:
         if complete[stage]:
-            yield f"{stage}: complete already, skipped"
+            taken = run.reused().get(stage)
+            yield f"{stage}: {f'taken from {storage.shown(taken)}' if taken else 'complete already'}, skipped"
             continue
         work = works[stage]
         stored = f"; {_bytes(work.stored)} to write" if work.stored else ""

@@ -89,7 +89,7 @@ def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Ma
         classes=None if confusion is None else class_bars(segmenter, confusion),
         confusion=None if confusion is None else confusion_view(segmenter, confusion),
         method=method(recipe.method),
-        concepts=_concepts(recipe, run, segmenter) if "concepts" in recipe.stages else [],
+        concepts=concept_views(recipe, run, segmenter) if "concepts" in recipe.stages else [],
         pseudo_labels=_pseudo_labels(recipe, run, segmenter) if "concepts" in recipe.stages else [],
         curves=_curves(run, kept),
         epochs=_epochs(run, metrics),
@@ -124,7 +124,13 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-_NO_LOSS = ("seconds", "images_per_second", "label_free")  # numbers of the history that are not drawn
+_NO_LOSS = (
+    "seconds",
+    "start_seconds",
+    "score_seconds",
+    "images_per_second",
+    "label_free",
+)  # numbers of the history that are not drawn
 
 _TITLES = {
     "samples": "Samples",
@@ -359,7 +365,7 @@ class Concept:
     alt: str
 
 
-def _concepts(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concept]:
+def concept_views(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concept]:
     """The concepts with their nearest windows, cut from the images."""
     folder = run.artifact("concepts")
     counts = safetensors.numpy.load(storage.read_bytes(folder.file("concepts.safetensors")))["counts"]
