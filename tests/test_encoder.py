@@ -574,3 +574,16 @@ def test_mistakes_with_names_and_weights(tmp_path: Path) -> None:
     for name, weights, refusal in cases:
         with refused(refusal):
             Encoder.from_pretrained(name, weights)
+
+
+def test_an_untrained_encoder_has_the_shape_of_the_trained_one() -> None:
+    trained = Encoder.from_state_dict(random_state(24, 2, 4, mlp=48, seed=3), patch_size=PATCH, num_heads=3)
+    first, again = trained.untrained(), trained.untrained()
+    shapes = {name: tensor.shape for name, tensor in trained.vit.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in first.vit.state_dict().items()} == shapes
+    images = torch.rand(1, 3, 4 * PATCH, 4 * PATCH)
+    torch.testing.assert_close(first.patch_tokens(images), again.patch_tokens(images))
+    assert not torch.allclose(first.patch_tokens(images), trained.patch_tokens(images), atol=0.1)
+    rotary = Encoder.from_pretrained("vit_small_patch16_dinov3", "random")
+    with refused("encoder-unsupported Eva"):
+        rotary.untrained()

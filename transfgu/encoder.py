@@ -172,6 +172,22 @@ class Encoder(nn.Module):
             return _from_file(name, weights)
         return _of_timm(vit)
 
+    def untrained(self) -> "Encoder":
+        """Return an encoder of the same shape with random weights, the same at every call.
+
+        Raises:
+            UserError: its transformer is not a plain one, whose shape its tensors tell.
+        """
+        if not isinstance(self.vit, VisionTransformer):
+            raise UserError(
+                f"an untrained {type(self.vit).__name__} is made from its timm name: use Encoder.from_pretrained",
+                code="encoder-unsupported",
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            vit = _vit_of_shapes(self.vit.state_dict(), self.patch_size, self.num_heads)
+        return Encoder(vit, position_resize=self.position_resize, mean=self.mean, std=self.std)
+
     # What one can ask of it, from least to most work.
 
     def attention_map(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w"]:
@@ -484,11 +500,8 @@ def _self_described(name: str, weights: str) -> Encoder:
             f"weights {storage.shown(uri)} don't say their patch_size and num_heads: give --encoder.name a timm name",
             code="weights-undescribed",
         ) from None
-    if weights != "random":
-        return Encoder.from_state_dict(file.tensors, patch_size=patch_size, num_heads=num_heads)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Encoder(_vit_of_shapes(file.tensors, patch_size, num_heads), position_resize="dino")
+    encoder = Encoder.from_state_dict(file.tensors, patch_size=patch_size, num_heads=num_heads)
+    return encoder.untrained() if weights == "random" else encoder
 
 
 def _unknown(name: str) -> UserError:

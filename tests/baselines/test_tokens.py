@@ -38,6 +38,7 @@ def test_baselines_of_a_run(tmp_path: Path) -> None:
         "K-Means over colour, texture and height",
         "K-Means over patch tokens",
         "K-Means over patch tokens, smoothed",
+        "K-Means over patch tokens, untrained encoder",
         "linear probe, supervised",
         "pseudo labels alone",
     ]

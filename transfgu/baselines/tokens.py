@@ -22,7 +22,7 @@ from transfgu.datasets.images import read_image, read_label, read_rows, resize
 from transfgu.datasets.packed_maps import unpack_maps
 from transfgu.datasets.rows import read_labelled_rows, usable
 from transfgu.decoder import winners
-from transfgu.encoder import SHIPPED, normalise, patch_grid, scaled_size
+from transfgu.encoder import normalise, patch_grid, scaled_size
 from transfgu.errors import UserError
 from transfgu.inference.frozen_encoder import FrozenEncoder
 from transfgu.inference.tokens import PatchTokens
@@ -52,8 +52,8 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
     Predictions from patch tokens are averaged over `evaluation.scales` and, with `evaluation.flip`, mirror images, like
     the method's. Pseudo labels are made of the images in the sizes of `pseudo_labels.scales`.
 
-    All is computed in this process, on its GPU if it has one. Left out are the linear probe where no training image
-    has a label, and the untrained encoder where a weight file alone says what the encoder is.
+    All is computed in this process, on its GPU if it has one. The linear probe is left out where no training image has
+    a label.
 
     Args:
         recipe: the run's.
@@ -71,9 +71,11 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
     for name, height in (("colour and texture", False), ("colour, texture and height", True)):
         pixels = PixelFeatures(encode.encoder.patch_size, device, height=height)
         predictors[f"K-Means over {name}"] = _bottom_up(recipe, pixels, train, smoothing=1, standardised=True)
-    if recipe.encoder.name == SHIPPED or timm.is_model(recipe.encoder.name):
+    if timm.is_model(recipe.encoder.name):
         untrained = PatchTokens(replace(recipe.encoder, weights="random"), device)
-        predictors["K-Means over patch tokens, untrained encoder"] = _bottom_up(recipe, untrained, train, smoothing=1)
+    else:
+        untrained = PatchTokens(recipe.encoder, device, encode.encoder.untrained())
+    predictors["K-Means over patch tokens, untrained encoder"] = _bottom_up(recipe, untrained, train, smoothing=1)
     if len(labelled):
         predictors["linear probe, supervised"] = _linear_probe(recipe, encode, labelled)
     labelled_images = _labelled(recipe, samples.labelled(recipe, run), recipe.evaluation.protocol)

@@ -18,11 +18,19 @@ from transfgu.recipe import EncoderRecipe
 
 
 class PatchTokens:
-    """Images to patch tokens on a device; the recipe says which encoder, and how precise."""
+    """Images to patch tokens on a device; the recipe says which encoder, and how precise.
 
-    def __init__(self, recipe: EncoderRecipe, device: torch.device) -> None:
-        """Raises UserError where the encoder or its weights can't be had."""
-        self.encoder = Encoder.from_pretrained(recipe.name, recipe.weights).to(device)
+    Args:
+        recipe: of the encoder.
+        device: where it runs.
+        encoder: in place of the recipe's.
+
+    Raises:
+        UserError: the encoder or its weights can't be had.
+    """
+
+    def __init__(self, recipe: EncoderRecipe, device: torch.device, encoder: Encoder | None = None) -> None:
+        self.encoder = (encoder or Encoder.from_pretrained(recipe.name, recipe.weights)).to(device)
         self.device = device
         self._half = in_bfloat16(recipe, device)
         self._encode = HalveOnOutOfMemory(self._forward, "encoder batch")
