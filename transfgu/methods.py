@@ -1,8 +1,7 @@
-"""The methods that a run may train: TransFGU, and those that it is compared with.
+"""List the methods that a run can train: TransFGU and the methods of comparison.
 
-An entry says which stages a method runs, which settings it has with their published values, and where its code is:
-one module with its learner, its model and what it checks before a run. The modules bring torch, which a command line
-does without, so they are named here and imported when they are needed.
+An entry has the stages of a method, its settings with their published values, and the module with its learner, its
+model and its checks before a run. Modules are imported when they are needed, because they import torch.
 """
 
 import difflib

@@ -1,6 +1,6 @@
-"""The stages in order; one whose artefact is complete is skipped, so the same command goes on with a stopped run.
+"""Run the stages in order; stages with a complete artefact are skipped, so the same command resumes a stopped run.
 
-What can be known to fail is found before Ray starts: a GPU is held only for a run that can work.
+Mistakes are found before Ray starts if possible, so that no GPU is held for a run that can't succeed.
 """
 
 import dataclasses
@@ -437,7 +437,7 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
         found = _named_scores(recipe, run, counted.confusions["model"])
     else:
         found = counted.scores("model")
-    return _result(recipe, run, found, counted.images, counted.left_out)
+    return evaluation_result(recipe, run, found, counted.images, counted.left_out)
 
 
 def evaluate_masks(recipe: Recipe, run: Run | None, masks: str, *, quiet: bool = False) -> dict[str, Any]:
@@ -459,7 +459,7 @@ def evaluate_masks(recipe: Recipe, run: Run | None, masks: str, *, quiet: bool =
     from transfgu.metrics import scores
 
     counted = score_masks(recipe, _labelled_rows(recipe, run), masks, Progress("evaluation", quiet=quiet))
-    return _result(recipe, run, scores(counted.confusion, counted.ignored), counted.images, counted.left_out)
+    return evaluation_result(recipe, run, scores(counted.confusion, counted.ignored), counted.images, counted.left_out)
 
 
 def _labelled_rows(recipe: Recipe, run: Run | None) -> "pa.Table":
@@ -486,9 +486,10 @@ def _labelled_rows(recipe: Recipe, run: Run | None) -> "pa.Table":
     return rows
 
 
-def _result(
+def evaluation_result(
     recipe: Recipe, run: Run | None, scores: "Scores", images: int, left_out: Sequence[LeftOut]
 ) -> dict[str, Any]:
+    """Return the scores of a run as `metrics.json` has them, with the names of its classes and what was left out."""
     from transfgu.metrics import scores_json
 
     result = scores_json(scores)

@@ -1,4 +1,4 @@
-"""Read every file of a run's folder, and say which are damaged and how each is mended.
+"""Read every file of a run's folder, and report damaged files and how to repair each.
 
 Nothing is trusted for its name: Parquet files are read to the last row and counted against their stage's manifest,
 checkpoints against their digests, weights for numbers that are not finite. Nothing is written.

@@ -27,7 +27,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add("--methods", metavar="A,B", default="all", help=f"all (default), or of {', '.join(METHODS)}")
     add("--seeds", metavar="N,N", default="1,2,3", help="seeds of each method (default: 1,2,3)")
     add("--run", metavar="URI", help="folder of the runs and the table (default: ~/transfgu/compare-PRESET)")
-    add("--parallel", metavar="N", help="runs that go side by side (default: 1; on a Ray cluster all of them)")
+    add("--parallel", metavar="N", help="runs at a time (default: 1; on a Ray cluster, all)")
     add("--quiet", action="store_true", help="print the table alone")
     add_recipe(made, words)
     return made

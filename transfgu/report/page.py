@@ -1,7 +1,7 @@
-"""A run is judged by looking: the report puts its numbers next to the pictures that explain them, in one file.
+"""Write the report of a run: its figures and pictures in one HTML file.
 
-Everything in it is read from the run's artefacts, so it can be written again at any time, and nothing in it loads from
-anywhere: pictures are embedded, charts are SVG, and without its short script the page is still whole.
+The report is made from the run's artefacts only, so it can be written again at any time. It loads nothing from
+elsewhere: pictures are embedded, charts are SVG, and the page is complete without its short script.
 """
 
 import shlex

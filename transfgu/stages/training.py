@@ -1,6 +1,6 @@
-"""The training stage: lists the images and their pseudo labels, trains, and publishes what the last checkpoint holds.
+"""The stage "training": list the images with pseudo labels, train, and write the weights of the last checkpoint.
 
-How it trains, and what it survives, is `transfgu.training.fit`'s.
+`transfgu.training.fit` runs the training.
 """
 
 import hashlib
@@ -104,13 +104,9 @@ def usable_images(recipe: Recipe, run: Run, kept: str) -> tuple[pa.Table, tuple[
         for name, reason in zip(listed["name"].to_pylist(), reasons, strict=True)
         if reason
     )
-    if not len(good) or len(left_out) > recipe.dataset.max_bad_share * len(listed):
-        such = f", such as {left_out[0].name} ({left_out[0].reason})" if left_out else ""
-        raise UserError(
-            f"{len(left_out)} of {len(listed)} training images can't be used{such}: mend them, or raise "
-            f"--dataset.max_bad_share from {recipe.dataset.max_bad_share:g}",
-            code="images-bad",
-        )
+    share = recipe.dataset.bad_share
+    if not len(good) or share.is_exceeded(len(left_out), len(listed)):
+        raise share.error(left_out, len(listed), "training images")
     return good.select(["image"]), left_out
 
 

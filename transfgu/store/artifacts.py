@@ -1,8 +1,8 @@
-"""What a run keeps where: an artefact exists once its manifest does, and the manifest is written last, in one piece.
+"""Keep the artefacts of a run: an artefact is complete when its manifest exists, which is written last.
 
-A stage may be stopped at any instant. What it wrote before counts only as far as it says so itself (complete part
-files), and what it made counts for others once `manifest.json` lies beside it. The manifest holds the recipe's fields
-that the artefact depends on, so another recipe's work is refused by naming the fields that differ.
+A stage can be stopped at any time. A stage that runs again keeps its complete part files; other stages read the
+artefact only after `manifest.json` has been written. The manifest holds the fields of the recipe that the artefact
+depends on, so a run with other fields is refused, and the error names the fields that differ.
 """
 
 import json
@@ -46,7 +46,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A complete artefact's certificate."""
+    """The manifest of a complete artefact."""
 
     stage: str
     digest: str
@@ -55,7 +55,7 @@ class Manifest:
     outcome: Outcome
 
     def to_json(self) -> str:
-        """As JSON text; :meth:`from_json` reads it back."""
+        """Return the manifest as JSON, which :meth:`from_json` reads."""
         tree = {
             "stage": self.stage,
             "digest": self.digest,
@@ -97,17 +97,17 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Artifact:
-    """The folder of one stage's results within a run."""
+    """The folder of a stage's results in a run."""
 
     stage: str
     uri: str
 
     def file(self, name: str) -> str:
-        """URI of a file of this artefact."""
+        """Return the URI of a file of this artefact."""
         return storage.join(self.uri, name)
 
     def manifest(self) -> Manifest | None:
-        """The certificate, or None while the artefact is not complete."""
+        """Read the manifest; returns None if the artefact is not complete."""
         uri = self.file("manifest.json")
         text = storage.read_bytes_or_none(uri)
         return None if text is None else Manifest.from_json(text, storage.shown(uri), self._remedy)
@@ -182,7 +182,7 @@ class Artifact:
         return isinstance(there, int) and there < asked and not method(recipe.method).anneals
 
     def _held(self) -> dict[str, Any] | None:
-        """The fields of what lies here, whole or in part; None where there is nothing."""
+        """Return the fields of the artefact, complete or not; None if there is none."""
         manifest = self.manifest()
         if manifest:
             return manifest.fields
@@ -226,7 +226,7 @@ def _shown(value: Any) -> str:
 class Run:
     """A run's folder, on any storage.
 
-    It holds `recipe.yaml`, one folder a stage, `model.safetensors`, `metrics.json`, `report.html`, and `ray/`:
+    It holds `recipe.yaml`, one folder per stage, `model.safetensors`, `metrics.json`, `report.html`, and `ray/`:
     Ray's own state, which evaluation, prediction and `Segmenter` never read.
 
     Args:
@@ -347,5 +347,5 @@ class Run:
             return {str(stage): str(place) for stage, place in tree["stages"].items()}
 
     def file(self, name: str) -> str:
-        """URI of a file of the run."""
+        """Return the URI of a file of the run."""
         return storage.join(self.uri, name)
