@@ -29,6 +29,9 @@ from transfgu.store.walk import walk
 _ATTEMPTS = s3_get.ATTEMPTS
 _BOTO_ATTEMPTS = 9  # its pauses double from half a second to 20, on average: as long
 _CHECK_ATTEMPTS = 2  # a check before work starts should fail while the user still looks
+_CONNECT_SECONDS = 5
+_SILENT_SECONDS = 60  # after which a request that gets no byte is given up
+_CHECK_SILENT_SECONDS = 5  # the same of a check, which has at most three tries
 _PARTIAL = ".partial"
 
 IN_FLIGHT = 8
@@ -479,7 +482,11 @@ def _ask_s3(uri: str, operation: str, **fields: Any) -> Any:
 
     filesystem(uri)  # says in one line what is wrong with the credentials, and sets what other servers need
     bucket, _, key = uri.partition("://")[2].partition("/")
-    config = botocore.config.Config(retries={"max_attempts": _BOTO_ATTEMPTS, "mode": "standard"})
+    config = botocore.config.Config(
+        retries={"max_attempts": _BOTO_ATTEMPTS, "mode": "standard"},
+        connect_timeout=_CONNECT_SECONDS,
+        read_timeout=_SILENT_SECONDS,
+    )
     try:
         return getattr(boto3.client("s3", config=config), operation)(Bucket=bucket, Key=key, **fields)
     except botocore.exceptions.ClientError as error:
@@ -682,8 +689,8 @@ def _s3(bucket: str, attempts: int) -> Any:
             # The "standard" strategy has one budget for all requests of a process: many at once would soon spend it.
             retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=attempts),
             allow_delayed_open=True,  # small objects go by one request, not by an upload of parts
-            connect_timeout=5,
-            request_timeout=60,
+            connect_timeout=_CONNECT_SECONDS,
+            request_timeout=_SILENT_SECONDS if attempts == _ATTEMPTS else _CHECK_SILENT_SECONDS,
             **where,
         )
 
