@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.refusals import refused
+from transfgu import formats
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
 from transfgu.store.weights import read_weights, unwrap
@@ -63,6 +64,14 @@ def test_of_two_networks_the_one_that_is_meant(prefixes: tuple[str, ...], wanted
 def test_two_networks_of_which_none_is_meant() -> None:
     with refused("weights-ambiguous left. right."):
         unwrap("x", under("left.", state()) | under("right.", state()))
+
+
+def test_a_file_of_ours_keeps_its_names(tmp_path: Path) -> None:
+    """As PiCIE's: a ResNet within a network, which has more than that."""
+    tensors = {"centroids": torch.ones(2, 3), "features.backbone.layer1.0.conv1.weight": torch.ones(1, 1, 3, 3)}
+    ours = save(tmp_path / "ours.safetensors", tensors, **{formats.WEIGHTS_KEY: str(formats.FORMAT)})
+    assert read_weights(ours).tensors.keys() == tensors.keys()
+    assert read_weights(save(tmp_path / "theirs.safetensors", tensors)).tensors.keys() == {"layer1.0.conv1.weight"}
 
 
 def test_a_decoder_keeps_its_names() -> None:

@@ -53,17 +53,18 @@ def read_weights(uri: str) -> WeightFile:
     _check_kind(uri, data)
     if uri.endswith(".safetensors") or data[8:9] == b"{":
         try:
-            content: object = safetensors.torch.load(data)
+            loaded = safetensors.torch.load(data)
             metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
         except Exception as error:  # safetensors', and torch's of sizes that can't be
             raise UserError(
                 f"weights {storage.shown(uri)} aren't a safetensors file ({error}): fetch them again",
                 code="weights-damaged",
             ) from None
+        formats.check(metadata.get(formats.WEIGHTS_KEY), f"weights {storage.shown(uri)}")
+        # A file of ours holds plain names already, of networks that may lie within others (PiCIE's ResNet).
+        tensors = loaded if formats.WEIGHTS_KEY in metadata else unwrap(storage.shown(uri), loaded)
     else:
-        content = _unpickle(uri, data)
-    formats.check(metadata.get(formats.WEIGHTS_KEY), f"weights {storage.shown(uri)}")
-    tensors = unwrap(storage.shown(uri), content)
+        tensors = unwrap(storage.shown(uri), _unpickle(uri, data))
     _check_numbers(uri, tensors)
     return WeightFile(tensors=tensors, metadata=metadata)
 
