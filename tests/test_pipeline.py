@@ -114,6 +114,15 @@ def encoder_file(path: Path, side: int, **metadata: str) -> str:
     return str(path)
 
 
+def test_a_method_of_comparison_keeps_its_own_training_with_a_small_encoder() -> None:
+    for name in ("token-kmeans", "maskcontrast", "linear-head"):
+        recipe = preset("folder", name).with_fields({"encoder.name": "vit_shapes"})
+        fitted = fit_to_small_encoder(recipe)
+        own = {"epochs", "passes", *({"lr"} if name != "token-kmeans" else set())}
+        assert {f: getattr(fitted.training, f) for f in own} == {f: getattr(recipe.training, f) for f in own}
+        assert fitted.dataset.image_size == (128, 128)
+
+
 def test_a_file_of_a_small_encoder_is_enough(tmp_path: Path) -> None:
     """An encoder of 24 pixels: images of 8/3 x 24 = 64, windows of 24, and the demonstration's training."""
     weights = encoder_file(tmp_path / "mine.safetensors", 24, patch_size="4", num_heads="3")
