@@ -226,6 +226,8 @@ def test_without_labels_there_is_a_report_and_no_score(tmp_path: Path) -> None:
         pipeline.evaluate(recipe, Run(str(tmp_path / "run")), quiet=True)
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_runs_share_stages_and_more_epochs_go_on(tmp_path: Path) -> None:
@@ -270,6 +272,8 @@ def test_runs_share_stages_and_more_epochs_go_on(tmp_path: Path) -> None:
     assert (verified.stages, verified.damage) == (STAGES, ())
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_images_in_parquet_and_tar_come_to_the_same_masks(tmp_path: Path) -> None:
