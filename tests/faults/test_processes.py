@@ -122,7 +122,7 @@ def test_the_last_checkpoint_cut_short(
 @pytest.mark.ci_long
 def test_the_state_of_kmeans_cut_short(undisturbed: Undisturbed, tmp_path: Path) -> None:
     run = copy_until(undisturbed.run, tmp_path / "run", "concepts")
-    run.artifact("concepts").begin(undisturbed.recipe)
+    run.artifact("concepts").begin(undisturbed.run.recipe())
     (tmp_path / "run" / "concepts" / "state-concepts.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     seconds = timed_run(undisturbed.recipe, run, "concepts")
     assert_same(run, undisturbed.run, "concepts")
