@@ -45,7 +45,6 @@ def test_a_process_that_dies(
     row(fault, stage, "goes on by itself", seconds - undisturbed.seconds[stage], "its work in hand")
 
 
-@pytest.mark.ci_long
 @pytest.mark.parametrize("method", ["picie", "maskcontrast"])
 def test_the_worker_of_a_method_of_comparison_that_dies(method: str, tmp_path: Path, ray_cluster: None) -> None:
     photographs(tmp_path)
