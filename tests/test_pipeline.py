@@ -2,18 +2,16 @@
 
 import dataclasses
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 import safetensors.torch
 from PIL import Image
 
-from tests.folder_run import IMAGES, SIDE, photographs, small
+from tests.folder_run import IMAGES, SIDE, pack, photographs, small
 from tests.refusals import refused
 from transfgu import pipeline
 from transfgu.methods import STAGES
@@ -278,13 +276,8 @@ def test_runs_share_stages_and_more_epochs_go_on(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_images_in_parquet_and_tar_come_to_the_same_masks(tmp_path: Path) -> None:
     photographs(tmp_path, labels=False)
+    pack(tmp_path)
     files = sorted((tmp_path / "images").iterdir())
-    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
-        for file in files:
-            shard.add(file, file.name)
-    rows = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
-    (tmp_path / "rows").mkdir()
-    pq.write_table(pa.table({"image": rows}), tmp_path / "rows" / "0.parquet", row_group_size=4)
     made = {}
     common = small(tmp_path, labels="", epochs=1, dropout=0.0, track="none")  # once: it draws the encoder's weights
     for kind, data in (("files", "images"), ("tar", "shard.tar"), ("rows", "rows")):

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.folder_run import IMAGES, photographs
+from tests.folder_run import IMAGES, pack, photographs
 from tests.refusals import refused
 from transfgu.errors import LeftOut
 from transfgu.recipe import Recipe, preset
@@ -22,13 +21,7 @@ from transfgu.store.artifacts import Run
 def data(tmp_path: Path) -> Path:
     """The images as files, in one shard, and in row groups of four."""
     photographs(tmp_path)
-    files = sorted((tmp_path / "images").iterdir())
-    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
-        for file in files:
-            shard.add(file, file.name)
-    rows = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
-    (tmp_path / "rows").mkdir()
-    pq.write_table(pa.table({"image": rows}), tmp_path / "rows" / "0.parquet", row_group_size=4)
+    pack(tmp_path)
     return tmp_path
 
 
