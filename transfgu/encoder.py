@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from transfgu.errors import UserError
 from transfgu.store import storage
-from transfgu.store.weights import PACKAGE, read_weights, unwrap
+from transfgu.store.weights import PACKAGE, read_metadata, read_weights, unwrap
 from transfgu.transfer import constant
 
 PositionResize = Literal["dino", "timm"]
@@ -497,9 +497,9 @@ def _from_file(name: str, uri: str) -> Encoder:
 def is_self_described(weights: str) -> bool:
     """Tell whether `weights` is a safetensors file whose metadata says its patch and heads, as our pretraining's does.
 
-    Raises UserError where the file is missing or damaged.
+    A file that is missing or damaged does not: whoever reads its weights says so.
     """
-    return weights.endswith(".safetensors") and {"patch_size", "num_heads"} <= read_weights(weights).metadata.keys()
+    return weights.endswith(".safetensors") and {"patch_size", "num_heads"} <= read_metadata(weights).keys()
 
 
 def _self_described(name: str, weights: str) -> Encoder:

@@ -12,7 +12,7 @@ from tests.refusals import refused
 from transfgu import formats
 from transfgu.encoder import Encoder
 from transfgu.errors import UserError
-from transfgu.store.weights import read_weights, unwrap
+from transfgu.store.weights import read_metadata, read_weights, unwrap
 
 TINY = "test_vit.r160_in1k"  # of timm: patch 16, width 64, 2 heads
 
@@ -72,6 +72,18 @@ def test_a_file_of_ours_keeps_its_names(tmp_path: Path) -> None:
     ours = save(tmp_path / "ours.safetensors", tensors, **{formats.WEIGHTS_KEY: str(formats.FORMAT)})
     assert read_weights(ours).tensors.keys() == tensors.keys()
     assert read_weights(save(tmp_path / "theirs.safetensors", tensors)).tensors.keys() == {"layer1.0.conv1.weight"}
+
+
+def test_metadata_are_read_without_the_tensors(tmp_path: Path) -> None:
+    whole = Path(save(tmp_path / "whole.safetensors", {"a": torch.ones(1000)}, patch_size="8"))
+    assert read_metadata(str(whole)) == {"patch_size": "8"}
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(whole.read_bytes()[:-4000])  # all of the tensor
+    assert read_metadata(str(cut)) == {"patch_size": "8"}
+    for damage in (b"", b"\xff" * 20, whole.read_bytes()[:20], b"\x02\0\0\0\0\0\0\0[]"):
+        cut.write_bytes(damage)
+        assert read_metadata(str(cut)) == {}
+    assert read_metadata(str(tmp_path / "missing.safetensors")) == {}
 
 
 def test_a_decoder_keeps_its_names() -> None:

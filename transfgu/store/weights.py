@@ -30,6 +30,7 @@ _DECODER = "cls_emb"
 _WANTED = ("teacher", "base_encoder", "encoder_q", "encoder.")
 _UNWANTED = ("student", "momentum", "encoder_k", "ema")
 _LEARNED = ("weight", "bias", "pos_embed", "cls_token", "reg_token", _DECODER)  # ends of names of what is learned
+_HEADER_BYTES = 100_000_000  # as many as safetensors itself reads
 _HEADS = ("head.", "fc.", "dino_head.", "ibot_head.")
 
 
@@ -67,6 +68,23 @@ def read_weights(uri: str) -> WeightFile:
         tensors = unwrap(storage.shown(uri), _unpickle(uri, data))
     _check_numbers(uri, tensors)
     return WeightFile(tensors=tensors, metadata=metadata)
+
+
+def read_metadata(uri: str) -> dict[str, str]:
+    """Read the text metadata of a `.safetensors` file from its header alone: the tensors may be large, and far away.
+
+    Returns:
+        The metadata; empty where the file is missing or damaged, which :func:`read_weights` explains.
+    """
+    length = int.from_bytes(storage.read_range(uri, 0, 8) or b"", "little")
+    if not 0 < length <= _HEADER_BYTES:
+        return {}
+    try:
+        header = json.loads(storage.read_range(uri, 8, length) or b"")
+    except ValueError:
+        return {}
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def unwrap(name: str, content: object) -> dict[str, Tensor]:
