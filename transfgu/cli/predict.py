@@ -45,6 +45,13 @@ def parser(words: Sequence[str] = ()) -> Parser:
         help="true: apply the orientation in EXIF data, so that masks lie on what a viewer shows; false: masks lie on "
         "the stored pixels (default: true; where OUT holds masks, as they were made)",
     )
+    add(
+        "--max_pixels",
+        metavar="N",
+        type=int,
+        help="maximum size of an image [pixels]; a larger one is left out, or with --tile read by rows (default: the "
+        "run's dataset.max_pixels)",
+    )
     add_output(made)
     add_compute(made)
     return made
@@ -79,7 +86,7 @@ def main(words: Sequence[str] | None = None) -> None:
     from transfgu.runtime.progress import Progress
     from transfgu.stages.prediction import PredictionJob, predict
 
-    own = ("run", "images", "out", "format", "overlays", "tile", "overlap")
+    own = ("run", "images", "out", "format", "overlays", "tile", "overlap", "max_pixels")
     job = PredictionJob(**{name: getattr(given, name) for name in own}, orient=orient)
     done = predict(job, compute, Progress("prediction", quiet=given.quiet), verbose=given.verbose)
     exported = ""
