@@ -26,8 +26,8 @@ class Memory:
     """Peaks, in bytes."""
 
     by_kind: dict[str, int] = field(default_factory=dict)
-    """Peak of the largest process of each kind: `driver`, `raylet`, `gcs_server`, the class of an actor, or the function
-    of a task; without shared memory."""
+    """Peak of the largest process of each kind (`driver`, `raylet`, `gcs_server`, class of an actor or function of a
+    task), without shared memory."""
     processes: dict[str, int] = field(default_factory=dict)
     """Maximum number of processes of each kind at a time."""
     together: int = 0
