@@ -31,7 +31,7 @@ class PixelFeatures:
 
     @property
     def encoder(self) -> "PixelFeatures":
-        """This object, which has patch size, mean and deviation of the input."""
+        """Patch size, mean and deviation of the input: attributes of this object."""
         return self
 
     def __call__(self, images: UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B hw d"]:
