@@ -1,19 +1,25 @@
-"""Make the two instance profiles of `ray_cluster.yaml`: machines enter S3 and EC2 by what they are, without keys.
+"""Make what `ray_cluster.yaml` needs in an AWS account: two instance profiles and a security group. No keys.
 
-`python cluster/aws_roles.py BUCKET [BUCKET ...]`, once an account, with your own credentials. A worker may read and
-write those buckets and no more; the head may also start and end machines, and give them the worker's profile. Spot's
-own role is made, too: an account that never asked for a spot machine has none, and the head could not make it.
+`python cluster/aws_roles.py BUCKET [BUCKET ...] --ssh-from CIDR`, once per account, with your own credentials. A worker
+may read and write those buckets and no more; the head may also start machines of this cluster's types, image and
+region, tag and end this cluster's machines, and give them the worker's profile. SSH is open to CIDR alone. Spot's own
+role is made, too: an account that never asked for a spot machine has none, and the head could not make it.
 """
 
+import argparse
+import ipaddress
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import boto3
+import yaml
 from botocore.exceptions import ClientError
 
 HEAD, WORKER = "transfgu-head", "transfgu-worker"
+CLUSTER = Path(__file__).resolve().parents[1] / "ray_cluster.yaml"
 _TRUST = {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}
 
 
@@ -30,34 +36,105 @@ def buckets_policy(buckets: list[str]) -> list[dict[str, Any]]:
     ]
 
 
-def autoscaler_policy(account: str) -> list[dict[str, Any]]:
-    """Statements by which the head may start and end machines of this cluster."""
+def autoscaler_policy(account: str, cluster: dict[str, Any]) -> list[dict[str, Any]]:
+    """Statements by which the head may start, tag and end machines of this cluster, and no others.
+
+    Args:
+        account: number of the AWS account.
+        cluster: content of `ray_cluster.yaml`.
+    """
+    region, name = cluster["provider"]["region"], cluster["cluster_name"]
+    types = sorted({node["node_config"]["InstanceType"] for node in cluster["available_node_types"].values()})
+    here = {"StringEquals": {"aws:RequestedRegion": region}}
+    own = {"StringEquals": {"ec2:ResourceTag/ray-cluster-name": name}}
+    ec2 = f"arn:aws:ec2:{region}"
+    machines = f"{ec2}:{account}:instance/*"
+    used = ("network-interface", "security-group", "subnet", "volume", "key-pair", "spot-instances-request")
     return [
+        {"Effect": "Allow", "Action": "ec2:Describe*", "Resource": "*", "Condition": here},
         {
             "Effect": "Allow",
-            "Action": ["ec2:Describe*", "ec2:RunInstances", "ec2:CreateTags", "ssm:GetParameters"],
-            "Resource": "*",
+            "Action": "ssm:GetParameters",  # in which AWS publishes the number of its newest image
+            "Resource": f"arn:aws:ssm:{region}::parameter/aws/service/deeplearning/*",
         },
         {
             "Effect": "Allow",
-            "Action": ["ec2:TerminateInstances", "ec2:StopInstances", "ec2:StartInstances", "ec2:DeleteTags"],
-            "Resource": "*",
-            "Condition": {"StringEquals": {"ec2:ResourceTag/ray-cluster-name": "transfgu"}},
+            "Action": "ec2:RunInstances",
+            "Resource": machines,
+            "Condition": {"StringEquals": {"ec2:InstanceType": types, "aws:RequestTag/ray-cluster-name": name}},
         },
         {
             "Effect": "Allow",
-            "Action": ["iam:PassRole", "iam:GetInstanceProfile"],
-            "Resource": [f"arn:aws:iam::{account}:role/{WORKER}", f"arn:aws:iam::{account}:instance-profile/*"],
+            "Action": "ec2:RunInstances",
+            "Resource": f"{ec2}::image/*",
+            "Condition": {"StringEquals": {"ec2:Owner": "amazon"}},
+        },
+        {
+            "Effect": "Allow",
+            "Action": "ec2:RunInstances",
+            "Resource": [f"{ec2}:{account}:{kind}/*" for kind in used],
+        },
+        {
+            "Effect": "Allow",
+            "Action": "ec2:CreateTags",
+            "Resource": machines,
+            "Condition": {"StringEquals": {"ec2:CreateAction": "RunInstances"}},
+        },
+        {
+            "Effect": "Allow",
+            "Action": ["ec2:CreateTags", "ec2:DeleteTags", "ec2:TerminateInstances", "ec2:StopInstances"],
+            "Resource": machines,
+            "Condition": own,
+        },
+        {
+            "Effect": "Allow",
+            "Action": "iam:PassRole",
+            "Resource": f"arn:aws:iam::{account}:role/{WORKER}",
+            "Condition": {"StringEquals": {"iam:PassedToService": "ec2.amazonaws.com"}},
+        },
+        {
+            "Effect": "Allow",
+            "Action": "iam:GetInstanceProfile",
+            "Resource": f"arn:aws:iam::{account}:instance-profile/{WORKER}",
         },
     ]
 
 
-def make(buckets: list[str]) -> None:
-    """Make both profiles, or bring those that are there up to date."""
+def make_security_group(cluster: dict[str, Any], ssh_from: str) -> None:
+    """Make the group of the cluster's machines, open to each other and, for SSH, to `ssh_from`.
+
+    It has the name that Ray looks for. Ray makes one that is open to the world for SSH where it finds none.
+
+    Raises:
+        SystemExit: the region has no default network.
+    """
+    ec2 = boto3.client("ec2", region_name=cluster["provider"]["region"])
+    networks = ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
+    if not networks:
+        sys.exit(f"{cluster['provider']['region']} has no default network: make one by aws ec2 create-default-vpc")
+    name, network = f"ray-autoscaler-{cluster['cluster_name']}", networks[0]["VpcId"]
+    same = [{"Name": "group-name", "Values": [name]}, {"Name": "vpc-id", "Values": [network]}]
+    found = ec2.describe_security_groups(Filters=same)["SecurityGroups"]
+    if found:
+        group = found[0]["GroupId"]
+        if found[0]["IpPermissions"]:
+            ec2.revoke_security_group_ingress(GroupId=group, IpPermissions=found[0]["IpPermissions"])
+    else:
+        group = ec2.create_security_group(GroupName=name, Description="transfgu on Ray", VpcId=network)["GroupId"]
+    each_other = {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]}
+    family = {"IpRanges": [{"CidrIp": ssh_from}]} if "." in ssh_from else {"Ipv6Ranges": [{"CidrIpv6": ssh_from}]}
+    ssh = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, **family}
+    ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[each_other, ssh])
+    print(f"security group {name}: SSH from {ssh_from}")
+
+
+def make(buckets: list[str], ssh_from: str, file: Path = CLUSTER) -> None:
+    """Make the profiles and the group for the cluster of `file`, or bring those that are there up to date."""
+    cluster = yaml.safe_load(file.read_text())
     iam, account = boto3.client("iam"), boto3.client("sts").get_caller_identity()["Account"]
     own = buckets_policy(buckets)
     _unless_there(iam.create_service_linked_role, AWSServiceName="spot.amazonaws.com")
-    for name, statements in ((WORKER, own), (HEAD, own + autoscaler_policy(account))):
+    for name, statements in ((WORKER, own), (HEAD, own + autoscaler_policy(account, cluster))):
         # Each by itself: an attempt that was stopped between them is gone on with.
         _unless_there(iam.create_role, RoleName=name, AssumeRolePolicyDocument=_document([_TRUST]))
         _unless_there(iam.create_instance_profile, InstanceProfileName=name)
@@ -65,6 +142,7 @@ def make(buckets: list[str]) -> None:
             iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
         iam.put_role_policy(RoleName=name, PolicyName="transfgu", PolicyDocument=_document(statements))
         print(f"instance profile {name}: {', '.join(buckets)}")
+    make_security_group(cluster, ssh_from)
 
 
 def _unless_there(make: Callable[..., Any], **what: str) -> None:
@@ -80,7 +158,25 @@ def _document(statements: list[dict[str, Any]]) -> str:
     return json.dumps({"Version": "2012-10-17", "Statement": statements})
 
 
+def network(text: str) -> str:
+    """Return a network in CIDR notation, of which a single address is one.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none, or the whole internet.
+    """
+    try:
+        found = ipaddress.ip_network(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not found.prefixlen:
+        raise argparse.ArgumentTypeError(f"{text} is the whole internet: give your own address, such as 203.0.113.7/32")
+    return str(found)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("which buckets may the machines use? python cluster/aws_roles.py BUCKET [BUCKET ...]")
-    make(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("buckets", metavar="BUCKET", nargs="+", help="bucket that the machines may use")
+    parser.add_argument("--ssh-from", metavar="CIDR", type=network, required=True, help="who may use SSH")
+    parser.add_argument("--cluster", metavar="FILE", type=Path, default=CLUSTER, help="of `ray up` (ray_cluster.yaml)")
+    given = parser.parse_args()
+    make(given.buckets, given.ssh_from, given.cluster)

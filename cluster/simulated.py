@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -72,7 +73,8 @@ def environment(nodes: int, port: int) -> dict[str, str]:
     """What the head and the jobs on it are told, besides what this process was."""
     return {
         "RAY_ADDRESS": f"127.0.0.1:{port}",
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # there nodes are on the loopback device, as these should be
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_FAKE_CLUSTER": "1",

@@ -1,8 +1,11 @@
 """A folder of one's own images, and a recipe that a whole run of takes seconds."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from tests.made_run import write_encoder
@@ -25,10 +28,22 @@ def photographs(folder: Path, labels: bool = True) -> None:
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
 
 
+def pack(folder: Path) -> None:
+    """Put the photographs also into one tar shard, `shard.tar`, and into Parquet row groups of four, in `rows`."""
+    files = sorted((folder / "images").iterdir())
+    with tarfile.open(folder / "shard.tar", "w") as shard:
+        for file in files:
+            shard.add(file, file.name)
+    rows = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    (folder / "rows").mkdir()
+    pq.write_table(pa.table({"image": rows}), folder / "rows" / "0.parquet", row_group_size=4)
+
+
 def small(folder: Path, **fields: object) -> Recipe:
-    """A folder's recipe of a few seconds."""
+    """A folder's recipe of a few seconds, with an encoder of random weights that the folder keeps."""
     square = (SIDE, SIDE)
-    write_encoder(folder / "encoder.safetensors")
+    if not (folder / "encoder.safetensors").exists():
+        write_encoder(folder / "encoder.safetensors")
     return preset("folder").with_fields(
         {
             "data": str(folder / "images"),

@@ -71,6 +71,8 @@ def test_nothing_runs_as_root_or_without_limits(kind: str) -> None:
     assert found
     for container in found:
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert "/tmp" in [mount["mountPath"] for mount in container["volumeMounts"]]
         assert {"cpu", "memory"} <= set(container["resources"]["limits"])
     text = json.dumps(manifest(kind))
     assert text.count('"runAsNonRoot": true') == (3 if kind == "RayCluster" else 1)
@@ -103,3 +105,30 @@ def test_the_job_runs_on_that_cluster() -> None:
     assert (
         job["submitterPodTemplate"]["spec"]["containers"][0]["image"] == containers(manifest("RayCluster"))[0]["image"]
     )
+
+
+def test_pods_ask_for_a_token_and_let_in_each_other_and_submitters() -> None:
+    cluster, job = manifest("RayCluster"), manifest("RayJob")["spec"]["submitterPodTemplate"]
+    assert cluster["spec"]["authOptions"] == {"mode": "token"}
+    (container,) = job["spec"]["containers"]
+    variables = {e["name"]: e for e in container["env"]}
+    assert variables["RAY_AUTH_MODE"]["value"] == "token"
+    # The operator names the secret after the cluster.
+    assert variables["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {
+        "name": cluster["metadata"]["name"],
+        "key": "auth_token",
+    }
+    policy = yaml.safe_load((ROOT / "cluster" / "kuberay" / "networkpolicy.yaml").read_text())["spec"]
+    own = {"ray.io/cluster": cluster["metadata"]["name"]}
+    assert policy["podSelector"] == {"matchLabels": own}
+    assert policy["policyTypes"] == ["Ingress"]
+    each_other, dashboard = policy["ingress"]
+    assert each_other == {"from": [{"podSelector": {"matchLabels": own}}]}
+    assert dashboard["from"][0] == {"podSelector": {"matchLabels": job["metadata"]["labels"]}}
+    assert [peer["podSelector"]["matchLabels"] for peer in dashboard["from"][1:]] == [
+        {"app.kubernetes.io/name": "kuberay-operator"}
+    ]
+    assert [port["port"] for port in dashboard["ports"]] == [8265]
+    for tree in (cluster, manifest("RayJob")):
+        text = json.dumps(tree)
+        assert text.count('"runAsNonRoot": true') == text.count('"seccompProfile": {"type": "RuntimeDefault"}')

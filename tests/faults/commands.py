@@ -12,11 +12,11 @@ from transfgu.recipe import Recipe
 ROOT = Path(__file__).parents[2]
 
 
-def train(recipe: Recipe, run: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """`python jobs/train.py` on the recipe, on an embedded cluster of its own, whose logs go to `folder`."""
+def train(recipe: Recipe, run: str, folder: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
+    """Start `python jobs/train.py` on the recipe, on an embedded cluster of its own, whose logs go to `folder`."""
     file = folder / "recipe.yaml"
     file.write_text(recipe.to_yaml())
-    return job("train", ["--recipe", str(file), "--run", run], folder, **environment)
+    return job("train", ["--recipe", str(file), "--run", run, *flags], folder, **environment)
 
 
 def job(name: str, arguments: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:

@@ -28,13 +28,15 @@ PORTS = {
     "dashboard-agent-listen-port": 28266,
     "ray-client-server-port": 23001,
 }
+TOKEN = "5" * 64
 ADDRESS = f"http://127.0.0.1:{PORTS['dashboard-port']}"
 
 
 def environment() -> dict[str, str]:
     """As in an activated environment, and without a cluster."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    found = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    found = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    found["RAY_USAGE_STATS_ENABLED"] = "0"
     found.pop("RAY_ADDRESS", None)
     return found
 
@@ -70,7 +72,8 @@ def head(ray_folder: Path) -> Iterator[None]:
 
 def answers() -> bool:
     try:
-        with urllib.request.urlopen(f"{ADDRESS}/api/version", timeout=5) as answer:
+        asked = urllib.request.Request(f"{ADDRESS}/api/version", headers={"Authorization": f"Bearer {TOKEN}"})
+        with urllib.request.urlopen(asked, timeout=5) as answer:
             return "ray_version" in answer.read().decode()
     except OSError:
         return False

@@ -35,6 +35,7 @@ pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.s3]
 IMAGES, EPOCHS = 48, 2  # two parts
 OUTAGE_SECONDS = 20.0
 TOKEN = "a-token-of-somebody's-that-no-file-may-hold"
+RAY_TOKEN = "7c" * 32
 
 _BEGINS = re.compile(r"PUT .*/(\w+)/fields\.json$")
 
@@ -103,11 +104,14 @@ class Bucket:
     """On this machine's disk."""
 
     def whole_run(self, name: str, gateway: Gateway) -> Done:
-        """`python jobs/train.py` through the gateway, with a token in its environment."""
-        uri, ray, copy = storage.join(self.uri, name), self.folder / name / "ray", self.folder / name / "run"
-        ray.mkdir(parents=True)
-        environment = {"AWS_ENDPOINT_URL_S3": gateway.url, "TRANSFGU_TEST_TOKEN": TOKEN}
-        told = output_of(train(self.recipe, uri, ray, **environment), seconds=420)
+        """Run `python jobs/train.py` through the gateway, with tokens in its environment.
+
+        `--verbose` keeps Ray's folder, whose path must be short.
+        """
+        uri, ray, copy = storage.join(self.uri, name), self.folder / name[:4], self.folder / f"{name}-run"
+        ray.mkdir()
+        environment = {"AWS_ENDPOINT_URL_S3": gateway.url, "TRANSFGU_TEST_TOKEN": TOKEN, "RAY_AUTH_TOKEN": RAY_TOKEN}
+        told = output_of(train(self.recipe, uri, ray, "--verbose", **environment), seconds=420)
         gateway.close()
         for file in storage.list_files(uri):
             target = copy / file.removeprefix(uri + "/")
@@ -214,7 +218,7 @@ def test_no_secret_is_written_anywhere(throttled: Done, bucket: Bucket, tmp_path
     for lead in ("", "1", "12"):
         planted.write_bytes(base64.b64encode(f"{lead}{TOKEN}".encode()))
         assert holding([planted], TOKEN) == [planted]
-    secrets = [os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"], TOKEN]
+    secrets = [os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"], TOKEN, RAY_TOKEN]
     among = [file for files_of in places.values() for file in files_of]
     for secret in secrets:
         assert holding(among, secret) == [], secret

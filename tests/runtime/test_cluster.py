@@ -3,16 +3,26 @@
 import contextlib
 import json
 import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import ray
+from ray._private import services
 
 from tests.refusals import refused
+from transfgu.errors import UserError
 from transfgu.recipe import ComputeRecipe
-from transfgu.runtime import capacity, connect
+from transfgu.runtime import capacity, connect, ray_internals
 
 
 def cluster(monkeypatch: pytest.MonkeyPatch, *there: dict[str, float], may_be: str = "") -> None:
@@ -23,12 +33,23 @@ def cluster(monkeypatch: pytest.MonkeyPatch, *there: dict[str, float], may_be: s
     monkeypatch.setenv(capacity.NODES, may_be)
 
 
-@pytest.mark.parametrize(("named", "joined"), [("", "local"), ("10.0.0.1:6379", "10.0.0.1:6379")])
-def test_a_cluster_is_joined_where_it_is_named_alone(monkeypatch: pytest.MonkeyPatch, named: str, joined: str) -> None:
+@pytest.fixture
+def listener() -> Iterator[str]:
+    """Address of a port that accepts connections."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_cluster_is_joined_where_it_is_named_alone(
+    monkeypatch: pytest.MonkeyPatch, listener: str, is_named: bool
+) -> None:
+    named, joined = (listener, listener) if is_named else ("", "local")
     asked: list[dict[str, Any]] = []
     monkeypatch.setenv("RAY_ADDRESS", named)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(connect, "_embedded", None)
+    monkeypatch.setattr(ray_internals, "gcs_status", lambda *_: "OK")
     monkeypatch.setattr(ray, "init", lambda **how: asked.append({**how, "path": os.environ["PYTHONPATH"]}))
     monkeypatch.setenv("PYTHONPATH", "/theirs")
     may_be = '[{"count": 2, "CPU": 4, "GPU": 1}]'
@@ -43,11 +64,84 @@ def test_a_cluster_is_joined_where_it_is_named_alone(monkeypatch: pytest.MonkeyP
     ours = str(Path(connect.__file__).parents[2])
     assert asked[0]["path"] == (os.pathsep.join([ours, "/theirs"]) if joined == "local" else "/theirs")
     assert os.environ["PYTHONPATH"] == "/theirs"
+    assert ("_temp_dir" in asked[0]) == (joined == "local")
     # A single block of work is done here where nobody else could do it sooner.
     cluster(monkeypatch, {"CPU": 4})
     assert connect.works_here() == (joined == "local")
     cluster(monkeypatch, {"CPU": 4, "GPU": 1})
     assert not connect.works_here()
+
+
+@pytest.mark.parametrize(
+    ("address", "code"),
+    [
+        ("nonsense", "ray-address-invalid"),
+        ("http://127.0.0.1:8265", "ray-address-invalid"),
+        ("10.0.0.1:port", "ray-address-invalid"),
+        ("127.0.0.1:1", "ray-address-unreachable"),
+        ("no-such-host.invalid:6379", "ray-address-unreachable"),
+        ("auto", "ray-address-unknown"),
+    ],
+)
+def test_an_address_without_a_cluster_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, code: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    # `auto` finds the cluster that Ray noted there, or any of this machine: others may run beside the tests.
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(services, "find_gcs_addresses", set)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(connect, "_embedded", None)
+    started = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        connect.connect()
+    assert caught.value.code == code
+    assert time.monotonic() - started < 10
+
+
+def test_a_port_that_no_ray_cluster_listens_on_is_told(monkeypatch: pytest.MonkeyPatch, listener: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", listener)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(connect, "_embedded", None)
+    monkeypatch.setattr(connect, "_ANSWER_SECONDS", 2.0)
+    with pytest.raises(UserError) as caught:
+        connect.connect()
+    assert caught.value.code == "ray-address-unreachable"
+
+
+def test_a_long_folder_for_temporary_files_gives_way_to_a_short_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    long = tmp_path / ("x" * 130)
+    long.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    monkeypatch.setattr(connect, "_folders", [])
+    monkeypatch.setattr(connect, "_owned", [])
+    folder, spill = connect._make_folder(keep=False)
+    assert len(str(folder)) <= 41
+    assert spill  # large things still go where the user wants them
+    assert Path(spill).parent == long
+    assert {stat.S_IMODE(Path(path).stat().st_mode) for path in (folder, spill)} == {0o700}
+    connect._remove_folders()
+    assert not folder.exists()
+    assert not list(long.iterdir())
+
+
+def test_folders_of_dead_processes_are_removed_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Path(tempfile.mkdtemp(dir="/tmp"))
+    monkeypatch.setenv("RAY_TMPDIR", str(base))
+    monkeypatch.setattr(connect, "_folders", [])
+    monkeypatch.setattr(connect, "_owned", [])
+    dead, strange = base / "transfgu-dead", base / "transfgu-strange"
+    for path in (dead, strange):
+        path.mkdir()
+    (dead / "owner").touch()
+    first, _ = connect._make_folder(keep=False)
+    second, _ = connect._make_folder(keep=False)
+    assert set(base.iterdir()) == {first, second, strange}
+    connect._remove_folders()
+    assert set(base.iterdir()) == {strange}
+    shutil.rmtree(base)
 
 
 def test_pools_grow_with_what_an_autoscaler_may_add(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,3 +240,27 @@ def test_an_embedded_cluster_is_open_to_its_machine_alone(ray_cluster: None) -> 
             found += [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert len(found) > 3
     assert {c.laddr.ip for c in found} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+@pytest.mark.ray
+def test_ray_that_does_not_start_in_time_is_given_longer() -> None:
+    base = Path(tempfile.mkdtemp(dir="/tmp"))
+    start = (
+        "import ray; from transfgu.runtime import connect; connect.connect(); print(len(ray.nodes()), connect._folders)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", start],
+        # How long Ray waits for its GCS: the second start sets another value.
+        env={**os.environ, "RAY_gcs_server_port_wait_time_s": "0", "RAY_TMPDIR": str(base)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    left = list(base.iterdir())
+    shutil.rmtree(base)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("Ray did not start")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout.startswith("1 [")
+    assert left == []

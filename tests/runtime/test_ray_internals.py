@@ -5,13 +5,15 @@ A test that fails here after an upgrade names the API that Ray dropped or change
 
 import importlib
 import inspect
+import os
 import socket
+import time
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray.data import ActorPoolStrategy, DataContext
 
 from transfgu.runtime import ray_internals
@@ -59,6 +61,31 @@ def test_ray_constants_enable_ray_cluster(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_ray_constants_bind_the_nodes_ports_to_this_machine(ray_cluster: None) -> None:
     assert socket.inet_aton(ray.nodes()[0]["NodeManagerAddress"])[0] == 127
+
+
+def test_services_canonicalize_bootstrap_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {"127.0.0.1:6380"})
+    assert ray_internals.address_on_this_machine() == "127.0.0.1:6380"
+
+
+def test_check_alive_of_the_gcs(ray_cluster: None) -> None:
+    address, token = ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_TOKEN"]
+    assert ray_internals.gcs_status(address, token, 20.0) == "OK"
+    assert ray_internals.gcs_status(address, "0" * 64, 20.0) == "UNAUTHENTICATED"
+    assert ray_internals.gcs_status(address, "", 20.0) == "UNAUTHENTICATED"
+
+
+def test_services_get_node(ray_cluster: None) -> None:
+    """Ray looks its node up where it is replaced, and raises RuntimeError for one that is not there yet."""
+    assert "services.get_node(" in inspect.getsource(importlib.import_module("ray._private.node"))
+    address = ray.get_runtime_context().gcs_address
+    with ray_internals.patience(0.5):
+        assert services.get_node(address, ray.get_runtime_context().get_node_id())
+        started = time.monotonic()
+        with pytest.raises(RuntimeError):
+            services.get_node(address, "f" * 56)
+        assert time.monotonic() - started > 0.4
 
 
 def test_data_context() -> None:

@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import difflib
 import os
-import signal
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from transfgu.methods import METHODS, TRANSFGU
 from transfgu.presets import PRESETS
 from transfgu.pretraining.recipe import PRETRAINING_FIELDS, VIEWS, PretrainingRecipe
 from transfgu.recipe import FIELDS, SHORT_NAMES, ComputeRecipe, Recipe, from_yaml, preset
+from transfgu.runtime import stopping
 from transfgu.runtime.failures import find_user_error
 from transfgu.store import storage
 
@@ -353,24 +353,33 @@ def preset_table() -> str:
 
 
 def run_job(job: Callable[[], None]) -> NoReturn:
-    """Run a job's main function and exit; a user's mistake or Ctrl-C ends in one line, never a stack trace."""
+    """Run a job's main function and exit; a user's mistake, SIGINT or SIGTERM end in one line, never a stack trace."""
     if "--verbose" not in sys.argv:
         # A thread of Ray's prints what its core tells of lost processes, past all loggers; read when Ray is imported.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    stopping.install()
+    status = 0
     try:
         job()
-    except KeyboardInterrupt:
-        _fail("stopped; the same command goes on from what is done", 130)
-    except Exception as error:
+    except BaseException as error:
+        if stopping.requested() or isinstance(error, KeyboardInterrupt):
+            stopping.end()
+        if not isinstance(error, Exception):
+            raise
         # Ray wraps what a task or actor raised in errors of its own.
         cause = find_user_error(error)
         if cause is None:
             raise
-        _fail(cause.line, 2)
-    sys.exit(0)
+        print(f"\n{cause.line}" if sys.stderr.isatty() else cause.line, file=sys.stderr, flush=True)
+        status = 2
+    try:
+        if stopping.requested():  # what caught the interrupt went on
+            stopping.end()
+        if "transfgu.runtime.connect" in sys.modules:
+            from transfgu.runtime import connect
 
-
-def _fail(message: str, status: int) -> NoReturn:
-    print(f"\n{message}" if sys.stderr.isatty() else message, file=sys.stderr, flush=True)
+            connect.disconnect()
+        stopping.ignore()
+    except KeyboardInterrupt:
+        stopping.end()
     sys.exit(status)

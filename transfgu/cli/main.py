@@ -89,6 +89,9 @@ def run_command(words: Sequence[str]) -> None:
 
 def main() -> NoReturn:
     """Run `transfgu` on the process's arguments, and exit."""
+    from transfgu.runtime import stopping
+
+    stopping.install()
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help", "help", "--version"):
         run_command(words)

@@ -1,21 +1,33 @@
-"""Connect to an existing Ray cluster if there is one, else start an embedded local one."""
+"""Connect to an existing Ray cluster if there is one, else start an embedded local one.
 
+Whoever reaches a port of Ray can run code, so the embedded cluster asks for a random token that only this user's
+processes know, and keeps its sockets and logs in a folder that only this user can enter.
+"""
+
+import atexit
+import fcntl
 import logging
 import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
-from transfgu.runtime import ray_internals
+from transfgu.errors import UserError
+from transfgu.runtime import ray_internals, stopping
 from transfgu.runtime.capacity import NODES, cluster_gpus
 
 # Threads that spin while they wait burn what other processes of a small machine need: four times the CPU for a step.
 # glibc returns large blocks to the kernel at every free; faulting them in again costs a third of a small ViT's time.
 _ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -26,16 +38,27 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
+_PREFIX = "transfgu-"
+_OWNER = "owner"
+_LONGEST_FOLDER = 41  # of 107 bytes that a socket's path may have, Ray's session and socket names take 66
+_PATIENT_SECONDS = 150.0  # how long Ray may take to start when it is tried again; the first time it waits 30 s
+_ADDRESS_SECONDS = 5.0
+_ANSWER_SECONDS = 15.0
 
 _embedded = False
+_folders: list[Path] = []
+_owned: list[int] = []
 
 
 def connect(*, verbose: bool = False, setup_hook: Callable[[], None] | None = None) -> None:
     """Join the cluster that `RAY_ADDRESS` names (as under `ray job submit`), or start an embedded one on this machine.
 
     Args:
-        verbose: let Ray's own messages through.
+        verbose: let Ray's own messages through, and keep its logs until the next start.
         setup_hook: called in every worker process before its first task.
+
+    Raises:
+        UserError: `RAY_ADDRESS` names no cluster that answers, or Ray does not start on this machine.
     """
     if ray.is_initialized():
         return
@@ -43,34 +66,209 @@ def connect(*, verbose: bool = False, setup_hook: Callable[[], None] | None = No
         os.environ.setdefault(name, value)
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ core writes past Python's logging
-    level = logging.INFO if verbose else logging.ERROR
-    address = os.environ.get("RAY_ADDRESS")
-    local: dict[str, Any] = {}
-    environment: dict[str, Any] = {}
-    if address:
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    settings: dict[str, Any] = {
+        "log_to_driver": verbose,
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+    }
+    environment: dict[str, Any] = {"worker_process_setup_hook": setup_hook} if setup_hook else {}
+    global _embedded
+    _embedded = address in ("", "local")
+    if _embedded:
+        _start({**settings, "runtime_env": environment or None}, verbose=verbose)
+    else:
         # A process on any node must find the same nodes possible as this one does.
         environment["env_vars"] = {n: os.environ[n] for n in (*_ENVIRONMENT, NODES) if n in os.environ}
-    else:
-        # Twice the cores: decoding tasks are short, and a stage's actors must fit beside them on the smallest laptop.
-        local = {"num_cpus": max(4, 2 * (os.cpu_count() or 1)), "include_dashboard": False}
-        # Nobody takes this machine away with a warning: there is nothing to watch for, by a process of its own.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # Its ports are open to this machine alone, as Ray has them where there can't be a cluster (macOS).
-        ray_internals.stay_on_this_machine()
-    if setup_hook:
-        environment["worker_process_setup_hook"] = setup_hook
-    with nullcontext() if verbose else _no_stderr(), nullcontext() if address else _workers_find_the_package():
-        ray.init(
-            # Left to itself Ray joins whatever cluster this machine has a trace of.
-            address=address or "local",
-            log_to_driver=verbose,
-            logging_level=level,
-            runtime_env=environment or None,
-            **local,
-        )
-    global _embedded
-    _embedded = not address
+        _join(address, {**settings, "runtime_env": environment}, verbose=verbose)
     quiet(verbose=verbose)
+
+
+def disconnect() -> None:
+    """Leave the cluster; end an embedded one and remove its folder."""
+    if ray.is_initialized():
+        ray.shutdown()
+    _remove_folders()
+
+
+def _join(address: str, settings: dict[str, Any], *, verbose: bool) -> None:
+    """Join a cluster, after a look whether one answers at the address: Ray itself would wait for minutes."""
+    remedy = "unset RAY_ADDRESS to use this machine alone, or name the cluster as HOST:PORT"
+    if address == "auto":
+        address = ray_internals.address_on_this_machine()
+        if not address:
+            raise UserError(f"RAY_ADDRESS=auto finds no cluster on this machine: {remedy}", code="ray-address-unknown")
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16 or address.startswith("http"):
+        raise UserError(
+            f"RAY_ADDRESS={address} is not HOST:PORT of a Ray cluster: {remedy}", code="ray-address-invalid"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ADDRESS_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error.strerror or error}): start it, or {remedy}",
+            code="ray-address-unreachable",
+        ) from None
+    wrong_token = UserError(
+        f"the Ray cluster at RAY_ADDRESS={address} refuses this process: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to "
+        "the cluster's token",
+        code="ray-token-wrong",
+    )
+    with nullcontext() if verbose else _no_stderr(), stopping.handlers_kept():
+        if "://" not in address and os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+            status = ray_internals.gcs_status(address, _token(), _ANSWER_SECONDS)
+            if status == "UNAUTHENTICATED":
+                raise wrong_token
+            if status in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL", "UNKNOWN"):
+                raise UserError(
+                    f"no Ray cluster answers at RAY_ADDRESS={address} ({status.lower()}): start it, or {remedy}",
+                    code="ray-address-unreachable",
+                )
+        try:
+            ray.init(address=address, **settings)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            told = str(error)
+            if "token" in told.lower() or "authenticat" in told.lower():
+                raise wrong_token from None
+            raise UserError(
+                f"can't join the Ray cluster at RAY_ADDRESS={address} ({_first_line(error)}): check that it runs, or "
+                f"{remedy}",
+                code="ray-address-unreachable",
+            ) from None
+
+
+def _token() -> str:
+    """Return the token that Ray will send to a cluster, from where Ray looks for it; empty where there is none."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return ""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    try:
+        return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser().read_text().strip()
+    except (OSError, ValueError, RuntimeError):
+        return ""
+
+
+def _start(settings: dict[str, Any], *, verbose: bool) -> None:
+    """Start an embedded cluster; a second time, and with more patience, where the machine was too busy for the first.
+
+    Raises:
+        UserError: Ray does not start, or there is no folder for it.
+    """
+    # Nobody takes this machine away with a warning: there is nothing to watch for, by a process of its own.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Its ports are open to this machine alone, as Ray has them where there can't be a cluster (macOS).
+    ray_internals.stay_on_this_machine()
+    # Ray turns authentication on by itself, unless the mode is set. Its own token lies in a file of the home folder
+    # that others may read.
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    before = set(psutil.Process().children(recursive=True))
+    for more_seconds in (0.0, _PATIENT_SECONDS):
+        folder, spill = _make_folder(keep=verbose)
+        with (
+            nullcontext() if verbose else _no_stderr(),
+            _workers_find_the_package(),
+            ray_internals.patience(more_seconds),
+            stopping.handlers_kept(),
+        ):
+            try:
+                ray.init(
+                    # Left to itself Ray joins whatever cluster this machine has a trace of.
+                    address="local",
+                    # Twice the cores: decoding tasks are short, and a stage's actors must fit beside them on the
+                    # smallest laptop.
+                    num_cpus=max(4, 2 * (os.cpu_count() or 1)),
+                    include_dashboard=False,
+                    _temp_dir=str(folder / "r"),  # Ray opens this one to all users, but not the one around it
+                    object_spilling_directory=spill,
+                    **settings,
+                )
+                return
+            except Exception as error:
+                cause = error
+        if stopping.requested():
+            raise KeyboardInterrupt
+        # Ray knows of its processes only once all have started.
+        stopping.end_processes(set(psutil.Process().children(recursive=True)) - before)
+        with suppress(Exception):
+            ray.shutdown()
+        _remove_folders()
+        if not more_seconds:
+            print(f"Ray did not start ({_first_line(cause)}): trying again", file=sys.stderr, flush=True)
+    raise UserError(
+        f"Ray does not start on this machine ({_first_line(cause)}), whose load is {os.getloadavg()[0]:.0f} on "
+        f"{os.cpu_count()} cores: end other work, make memory free, or set RAY_ADDRESS to a cluster that runs",
+        code="ray-start",
+    ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".:")
+
+
+def _make_folder(*, keep: bool) -> tuple[Path, str | None]:
+    """Make a folder for Ray's sockets and logs that only this user can enter, and remove those of dead processes.
+
+    Args:
+        keep: leave the folder there when this process ends; the next process that starts Ray removes it.
+
+    Returns:
+        The folder, and a folder for objects that memory has no room for where it must be another one.
+
+    Raises:
+        UserError: no folder for temporary files can be written, or its path is too long.
+    """
+    asked = os.path.abspath(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())  # noqa: PTH100 - links are kept
+    spill = None
+    for base in dict.fromkeys((asked, "/tmp", "/var/tmp")):
+        if len(os.fsencode(base)) + len(_PREFIX) + 9 > _LONGEST_FOLDER:
+            continue
+        with suppress(OSError):
+            _remove_stale(Path(base))
+            folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))  # of mode 700
+            break
+    else:
+        raise UserError(
+            f"Ray needs a folder for temporary files that can be written and whose path has at most "
+            f"{_LONGEST_FOLDER - len(_PREFIX) - 9} bytes, not {asked}: set TMPDIR to one",
+            code="tmpdir-unusable",
+        )
+    made = [folder]
+    if base != asked:
+        with suppress(OSError):
+            spill = tempfile.mkdtemp(prefix=_PREFIX, dir=asked)
+            made.append(Path(spill))
+    for path in made:
+        # Locked as long as this process lives, and named once it is: another process removes what it can lock.
+        new = path / f".{_OWNER}"
+        descriptor = os.open(new, os.O_CREAT | os.O_RDWR, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        new.rename(path / _OWNER)
+        _owned.append(descriptor)
+    if not keep:
+        _folders.extend(made)
+        atexit.unregister(disconnect)
+        atexit.register(disconnect)
+        stopping.at_end(_remove_folders)
+    return folder, spill
+
+
+def _remove_folders() -> None:
+    while _folders:
+        shutil.rmtree(_folders.pop(), ignore_errors=True)
+    while _owned:
+        os.close(_owned.pop())
+
+
+def _remove_stale(base: Path) -> None:
+    """Remove the folders in `base` whose processes were killed."""
+    for path in base.glob(f"{_PREFIX}*/{_OWNER}"):
+        with suppress(OSError), path.open("rb") as file:
+            if path.parent.lstat().st_uid != os.getuid():
+                continue
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def works_here() -> bool:

@@ -3,11 +3,14 @@
 A release of Ray may drop any of them. `tests/runtime/test_ray_internals.py` has a test for each, named after the API.
 """
 
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from ray._private import ray_constants
+import grpc  # type: ignore[import-untyped]
+from ray._private import ray_constants, services
 from ray.data import DataContext, Dataset, ExecutionResources
 
 
@@ -17,6 +20,69 @@ def stay_on_this_machine() -> None:
     API: `ray._private.ray_constants.ENABLE_RAY_CLUSTER`.
     """
     ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def address_on_this_machine() -> str:
+    """Return HOST:PORT of the cluster that `RAY_ADDRESS=auto` stands for; empty where there is none.
+
+    API: `ray._private.services.canonicalize_bootstrap_address`.
+    """
+    with suppress(ConnectionError, ValueError, OSError):
+        return services.canonicalize_bootstrap_address("auto") or ""
+    return ""
+
+
+def gcs_status(address: str, token: str, seconds: float) -> str:
+    """Return the name of the gRPC status by which the cluster at `address` answers a question: "OK" if it lets one in.
+
+    API: the method `ray.rpc.NodeInfoGcsService/CheckAlive`. Ray itself asks again and again, without a word.
+
+    Args:
+        address: HOST:PORT of the cluster's GCS.
+        token: the cluster's token; empty: none is sent.
+        seconds: how long to wait for an answer.
+    """
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            ask(b"", timeout=seconds, metadata=[("authorization", f"Bearer {token}")] if token else None)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Let a cluster that the body starts take up to `seconds` for each of its processes; 0: Ray's own 30 s.
+
+    API: `ray._private.services.get_node`, which Ray asks for 30 s whether its raylet is there.
+    """
+    if not seconds:
+        yield
+        return
+    find: Callable[..., Any] = services.get_node
+    name = "RAY_gcs_server_port_wait_time_s"
+    deadline = time.monotonic() + seconds
+
+    def wait(*given: Any, **named: Any) -> Any:
+        while True:
+            try:
+                return find(*given, **named)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.2)
+
+    services.get_node, before = wait, os.environ.get(name)
+    os.environ[name] = str(int(seconds))
+    try:
+        yield
+    finally:
+        services.get_node = find
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def show_progress_bars(shown: bool) -> None:

@@ -35,6 +35,15 @@ class Timing:
     """After taking over a dead run's lock: of two that took it at once, both then see the last one's."""
 
 
+_held: set["Lock"] = set()
+
+
+def release_held() -> None:
+    """Release the locks that this process holds. For its last moments, when the body of :func:`hold` no longer runs."""
+    for lock in list(_held):
+        lock.release()
+
+
 class Lock:
     """The lock of a run folder."""
 
@@ -63,6 +72,7 @@ class Lock:
             found = None if made else self.read()
         if not made and not self._is_mine(found):
             self.take_over(found, say)
+        _held.add(self)
         self._thread.start()
 
     def check(self) -> None:
@@ -78,6 +88,7 @@ class Lock:
 
     def release(self) -> None:
         """Release the lock."""
+        _held.discard(self)
         self._end.set()
         self._thread.join()
         if not self._lost.is_set():

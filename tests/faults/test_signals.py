@@ -1,0 +1,145 @@
+"""SIGINT and SIGTERM to every job, at any moment: one line, exit code 130 or 143, soon, and nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.faults.harness import row, write_data
+from tests.made_run import make_run
+from transfgu.runtime.stopping import LINE
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 15
+TERM, INT = signal.SIGTERM, signal.SIGINT
+KINDS = {
+    "TERM": ([TERM], False),
+    "INT": ([INT], False),
+    "INT, INT": ([INT, INT], False),
+    "TERM, INT ignored": ([TERM], True),
+}
+"""The signals sent, and whether the job inherits SIGINT as ignored, as from a shell script that starts it with `&`."""
+
+JOBS = {
+    "train": "--recipe RECIPE --run OUT",
+    "tune": "--recipe RECIPE --run OUT --trials 2",
+    "evaluate": "--run MADE",
+    "predict": "--run MADE --images IMAGES --out OUT",
+    "pretrain": "--images IMAGES --out OUT/vit.safetensors --width 48 --depth 2 --heads 3 --batch_size 16",
+    "benchmark": "features --recipe RECIPE --images 4 --out OUT/found.json",
+}
+
+
+@pytest.fixture
+def words(tmp_path: Path, ray_folder: Path) -> Iterator[dict[str, list[str]]]:
+    """The command line of each job, on data of its own."""
+    (tmp_path / "data").mkdir()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(write_data(tmp_path / "data", images=40).to_yaml())
+    (tmp_path / "made").mkdir()
+    made = make_run(tmp_path / "made")
+    places = {
+        "RECIPE": str(recipe),
+        "OUT": str(tmp_path / "out"),
+        "MADE": made.run.uri,
+        "IMAGES": str(tmp_path / "data" / "images"),
+    }
+    found = {}
+    for job, text in JOBS.items():
+        for name, path in places.items():
+            text = text.replace(name, path)
+        found[job] = [str(ROOT / "jobs" / f"{job}.py"), *text.split()]
+    yield found
+    assert not list(ray_folder.iterdir())  # Ray's folder went with the job
+
+
+def started(job: psutil.Process, name: str) -> bool:
+    """Whether a descendant's command line holds `name`."""
+    for process in job.children(recursive=True):
+        try:
+            if name in " ".join(process.cmdline()):
+                return True
+        except psutil.Error:
+            continue
+    return False
+
+
+def catches_term(job: psutil.Process) -> bool:
+    """Whether the job has a handler for SIGTERM: Python takes a while to come to it, longer on a busy machine."""
+    status = Path(f"/proc/{job.pid}/status").read_text()
+    (caught,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
+    return bool(int(caught, 16) >> (TERM - 1) & 1)
+
+
+MOMENTS: dict[str, Callable[[psutil.Process], bool]] = {
+    "before Ray": catches_term,
+    "during its start": lambda job: started(job, "gcs_server"),
+    "in work": lambda job: started(job, "ray::"),
+}
+
+
+def check(job: str, kind: str, moment: str, words: list[str], folder: Path) -> None:
+    """Start the job, send it the signals at the moment, and look at how it ends."""
+    signals, ignored = KINDS[kind]
+    running = subprocess.Popen(
+        [sys.executable, *words],
+        env={**os.environ, "RAY_TMPDIR": str(folder), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=(lambda: signal.signal(INT, signal.SIG_IGN)) if ignored else None,
+    )
+    process, deadline = psutil.Process(running.pid), time.monotonic() + 120
+    while not MOMENTS[moment](process) and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert running.poll() is None, running.communicate()
+    others = process.children(recursive=True)
+    sent = time.monotonic()
+    for number in signals:
+        running.send_signal(number)
+        time.sleep(0.3 * (len(signals) > 1))
+    try:
+        _, told = running.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        pytest.fail(f"{job}, {kind}, {moment}: still running after a minute: {running.communicate()[1]}")
+    seconds = time.monotonic() - sent
+    _, left = psutil.wait_procs(others, timeout=1)
+    assert running.returncode == 128 + signals[0], told
+    assert [line for line in told.splitlines() if line][-1:] == [LINE], told
+    assert "Traceback" not in told
+    assert "***" not in told
+    assert seconds < SECONDS
+    assert not left
+    row(f"{kind}: exit code {running.returncode}, {len(others)} processes ended", f"{job}, {moment}", LINE, seconds, "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_that_has_not_started_ray(job: str, kind: str, words: dict[str, list[str]], ray_folder: Path) -> None:
+    check(job, kind, "before Ray", words[job], ray_folder)
+
+
+@pytest.mark.ray
+def test_a_training_on_ray(words: dict[str, list[str]], ray_folder: Path, tmp_path: Path) -> None:
+    check("train", "TERM, INT ignored", "in work", words["train"], ray_folder)
+    assert not (tmp_path / "out" / "run.lock").exists()
+
+
+@pytest.mark.long
+@pytest.mark.ray
+@pytest.mark.parametrize("moment", list(MOMENTS)[1:])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_on_ray(
+    job: str, kind: str, moment: str, words: dict[str, list[str]], ray_folder: Path, tmp_path: Path
+) -> None:
+    check(job, kind, moment, words[job], ray_folder)
+    assert not list(tmp_path.rglob("run.lock"))

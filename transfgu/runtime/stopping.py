@@ -1,0 +1,197 @@
+"""End a job on SIGINT or SIGTERM: one line, exit code 130 or 143, no process left, and the run's lock released.
+
+Python runs a signal's handler in the main thread, between two of its instructions, and so not while that thread waits
+inside Ray's core. Ray also replaces handlers: its core aborts on SIGTERM. Therefore the main thread is interrupted
+first, and a thread that reads Python's wake-up pipe ends the process if the main thread has not done so in time.
+"""
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+LINE = "stopped; the same command goes on from what is done"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_GRACE_SECONDS = 7.0  # for the work in hand to be given up in order; a second signal ends this time
+_AGAIN_SECONDS = 1.0  # some programs send a signal to a process and to its group: both within this time are one
+_CLEANUP_SECONDS = 3.0
+_CHECK_SECONDS = 0.005
+_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux's prctl
+
+_installed = False
+_stderr = 2  # a file descriptor of its own, once installed: the other one may lead nowhere while Ray starts
+_interrupted = False
+_first = 0
+_ending = threading.Lock()
+_cleanups: list[Callable[[], None]] = []
+
+
+def install() -> None:
+    """Handle SIGINT and SIGTERM in this process, also where it inherited them as ignored. Call it in the main thread.
+
+    The first signal raises KeyboardInterrupt in the main thread, and whoever catches it calls :func:`end`.
+    """
+    global _installed, _stderr
+    if _installed:
+        return
+    with contextlib.suppress(OSError):  # it may be closed
+        _stderr = os.dup(2)
+    receive, send = os.pipe()
+    os.set_blocking(send, False)
+    threading.Thread(target=_watch, args=(receive,), name="signals", daemon=True).start()
+    sys.excepthook = _end_or_print
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ray Tune's own returns as if the search were over
+    _installed = True
+    signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+    for number in _SIGNALS:  # last: a signal may come at once, and finds all of the above
+        signal.signal(number, _interrupt)
+
+
+def requested() -> bool:
+    """Return True once a signal asked this process to end."""
+    return bool(_first)
+
+
+def at_end(cleanup: Callable[[], None]) -> None:
+    """Call `cleanup` when a signal ends the process, in three seconds with all others, after its children are gone."""
+    if cleanup not in _cleanups:
+        _cleanups.append(cleanup)
+
+
+def ignore() -> None:
+    """Let no signal interrupt the rest, in which nothing is left to do but to exit."""
+    if _installed:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def end() -> NoReturn:
+    """Print the line, end all descendants, release the locks, call the clean-ups, and exit with 128 + signal."""
+    _ending.acquire()  # a second thread waits here for the exit
+    told = "\n" if sys.stderr and sys.stderr.isatty() else ""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        os.write(_stderr, f"{told}{LINE}\n".encode())
+    with contextlib.suppress(OSError):  # whatever ends now has nothing to tell
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+    thread = threading.Thread(target=_clean_up, daemon=True)
+    thread.start()
+    thread.join(_CLEANUP_SECONDS)
+    os._exit(128 + (_first or signal.SIGINT))
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Keep the handlers of :func:`install` while the body runs, whatever Ray and its core install meanwhile."""
+    if not _installed or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    libc = ctypes.CDLL(None)
+
+    def handler(number: int) -> Any:
+        found = ctypes.create_string_buffer(512)  # of a `struct sigaction`, whose layout differs between machines
+        libc.sigaction(number, None, found)
+        return found
+
+    ours, over = {number: handler(number) for number in _SIGNALS}, threading.Event()
+
+    def keep() -> None:
+        while not over.wait(_CHECK_SECONDS):
+            for number, kept in ours.items():
+                if handler(number).raw != kept.raw:
+                    libc.sigaction(number, kept, None)
+
+    thread = threading.Thread(target=keep, name="signal handlers", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        for number in _SIGNALS:
+            signal.signal(number, _interrupt)
+
+
+def end_processes(processes: Iterable[Any], seconds: float = 2.0) -> None:
+    """Kill processes (of psutil), and wait until they are gone."""
+    import psutil
+
+    found = list(processes)
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(found, timeout=seconds)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _interrupted
+    _note(number)
+    if not _interrupted:
+        _interrupted = True
+        raise KeyboardInterrupt
+
+
+def _note(number: int) -> None:
+    global _first
+    if not _first:
+        _first = number
+        # An interrupt inside a destructor or a callback can't be raised, and other threads meet processes that end.
+        sys.unraisablehook = _say_nothing
+        threading.excepthook = _say_nothing
+
+
+def _say_nothing(*_: Any) -> None:
+    pass
+
+
+def _watch(receive: int) -> None:
+    """Read the numbers of signals as they come; end the process when it has had time enough."""
+    while not (found := [n for n in os.read(receive, 64) if n in _SIGNALS]):
+        pass
+    _note(found[0])
+    begun = time.monotonic()
+    while (left := begun + _GRACE_SECONDS - time.monotonic()) > 0:
+        if select.select([receive], [], [], left)[0]:
+            again = any(n in _SIGNALS for n in os.read(receive, 64))
+            if again and time.monotonic() > begun + _AGAIN_SECONDS:
+                break
+    end()
+
+
+def _end_or_print(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if _first:
+        end()
+    sys.__excepthook__(kind, error, trace)
+
+
+def _clean_up() -> None:
+    with contextlib.suppress(Exception):
+        _end_descendants()
+    lock = sys.modules.get("transfgu.store.lock")
+    for cleanup in [*([lock.release_held] if lock else []), *_cleanups]:
+        with contextlib.suppress(Exception):
+            cleanup()
+
+
+def _end_descendants() -> None:
+    import psutil
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)  # children of a process that ends become this process's
+    deadline = time.monotonic() + 2
+    while (found := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
+        end_processes(found, 0.3)
+        for process in found:
+            with contextlib.suppress(OSError):
+                os.waitpid(process.pid, os.WNOHANG)
