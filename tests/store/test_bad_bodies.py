@@ -26,7 +26,7 @@ class Server(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.bad = 0
         """How many bodies are still to be sent by `send`."""
-        self.send: Callable[[Callable[[bytes], None], bytes], None] = lambda write, body: write(body)
+        self.send: Callable[[Callable[[bytes], object], bytes], object] = lambda write, body: write(body)
         self.gets = 0
 
 
@@ -70,11 +70,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         made.shutdown()
 
 
-def short(write: Callable[[bytes], None], body: bytes) -> None:
+def short(write: Callable[[bytes], object], body: bytes) -> None:
     write(body[:-1])
 
 
-def trickle(write: Callable[[bytes], None], body: bytes) -> None:
+def trickle(write: Callable[[bytes], object], body: bytes) -> None:
     for place in range(200):
         write(body[place : place + 1])
         time.sleep(0.05)
