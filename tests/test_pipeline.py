@@ -1,19 +1,23 @@
 """The whole method from one call: what is wrong is said before Ray starts, and what is done is done once."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from PIL import Image
 
 from tests.folder_run import IMAGES, SIDE, photographs, small
 from tests.refusals import refused
 from transfgu import pipeline
 from transfgu.methods import STAGES
-from transfgu.pipeline import fit_to_patch
+from transfgu.pipeline import fit_to_patch, fit_to_small_encoder
+from transfgu.pretraining.objective import new_encoder
+from transfgu.pretraining.recipe import PretrainingRecipe
 from transfgu.recipe import preset
 from transfgu.report import page
-from transfgu.store import lock
+from transfgu.store import lock, storage
 from transfgu.store.artifacts import Run
 
 
@@ -94,6 +98,57 @@ def test_a_presets_sides_follow_the_patch() -> None:
     assert fit_to_patch(preset("coco-stuff-27"), 16) == preset("coco-stuff-27")
 
 
+def encoder_file(path: Path, side: int, **metadata: str) -> str:
+    """An untrained encoder of patch 4 that is fed `side` pixels, as `transfgu pretrain` writes one."""
+    recipe = PretrainingRecipe(patch_size=4, width=12, depth=2, heads=3, global_size=side, local_size=8)
+    safetensors.torch.save_file(new_encoder(recipe).state_dict(), path, metadata)
+    return str(path)
+
+
+def test_a_file_of_a_small_encoder_is_enough(tmp_path: Path) -> None:
+    """An encoder of 24 pixels: images of 8/3 x 24 = 64, windows of 24, and the demonstration's training."""
+    weights = encoder_file(tmp_path / "mine.safetensors", 24, patch_size="4", num_heads="3")
+    recipe = fit_to_small_encoder(preset("folder").with_fields({"encoder.weights": weights, "epochs": 3}))
+    assert (recipe.encoder.name, recipe.encoder.weights) == ("mine", weights)
+    assert recipe.dataset.image_size == recipe.dataset.feature_size == recipe.dataset.training_size == (64, 64)
+    assert recipe.windows.size == (24, 24)
+    assert recipe.training.epochs == 3  # as given
+    assert (recipe.training.lr, recipe.training.passes, recipe.concepts.whiten) == (1e-2, 4, "foreground")
+    assert fit_to_small_encoder(recipe) == recipe
+    shapes = fit_to_small_encoder(preset("folder").with_fields({"encoder.name": "vit_shapes"}))
+    assert shapes.dataset == dataclasses.replace(preset("shapes").dataset, **{
+        name: getattr(preset("folder").dataset, name) for name in ("layout", "classes", "orient")
+    })  # fmt: skip
+    assert shapes.training == preset("shapes").training
+
+
+def test_other_encoders_and_presets_keep_their_fields(tmp_path: Path) -> None:
+    large = encoder_file(tmp_path / "large.safetensors", 128, patch_size="4", num_heads="3")
+    recipe = preset("folder").with_fields({"encoder.weights": large})
+    assert fit_to_small_encoder(recipe) == recipe.with_fields({"encoder.name": "large"})
+    unnamed = encoder_file(tmp_path / "plain.safetensors", 24)
+    small = encoder_file(tmp_path / "small.safetensors", 24, patch_size="4", num_heads="3")
+    for kept in (
+        preset("folder"),
+        preset("folder").with_fields({"encoder.weights": unnamed}),
+        preset("coco-stuff-27").with_fields({"encoder.weights": small}),
+        preset("folder", "iic").with_fields({"encoder.weights": small}),
+    ):
+        assert fit_to_small_encoder(kept) == kept
+
+
+def test_a_run_that_is_there_keeps_the_fields_it_has(tmp_path: Path) -> None:
+    photographs(tmp_path)
+    weights = encoder_file(tmp_path / "mine.safetensors", 24, patch_size="4", num_heads="3")
+    run = Run(str(tmp_path / "run"))
+    asked = preset("folder").with_fields({"data": str(tmp_path / "images"), "encoder.weights": weights})
+    old = asked.with_fields({"encoder.name": "mine"})
+    storage.write_bytes(run.file("recipe.yaml"), old.to_yaml().encode())
+    assert pipeline.preflight(old, run).dataset.image_size == (320, 320)
+    other = Run(str(tmp_path / "other"))
+    assert pipeline.preflight(asked, other).dataset.image_size == (64, 64)
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_whole_method_and_again_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +189,7 @@ def test_the_whole_method_and_again_nothing(tmp_path: Path, capsys: pytest.Captu
     assert all(stage["skipped"] for stage in again["stages"].values())
     assert again["mean_iou"] == metrics["mean_iou"]
 
-    scored = pipeline.evaluate(recipe, run, quiet=True)
+    scored = pipeline.evaluate(run.recipe(), run, quiet=True)
     assert scored["mean_iou"] == metrics["mean_iou"]
     assert scored["images"] == IMAGES
     published = recipe.with_fields({"decoder.weights": run.file("model.safetensors")})

@@ -85,7 +85,7 @@ class Encoder(nn.Module):
 
     It wraps timm's `VisionTransformer` or `Eva` (rotary positions), as DINO, DINOv2 and DINOv3 have them. Images are
     (B, 3, H, W), normalised by `mean` and `std`, of any sides that `patch_size` divides. `patch_size`, `width`,
-    `num_heads` and `depth` are the transformer's.
+    `num_heads` and `depth` are the transformer's; `native_side` is that of its own position embeddings, in pixels.
 
     Examples:
         The small encoder of this package (patch 8, width 96, 3 heads) on one image of 64 x 128 pixels:
@@ -123,6 +123,7 @@ class Encoder(nn.Module):
         self.mean = mean
         self.std = std
         self.patch_size: int = vit.patch_embed.patch_size[0]
+        self.native_side: int = vit.patch_embed.img_size[0]
         self.width: int = vit.embed_dim
         self.depth = len(vit.blocks)
         self.num_heads: int = self._attn.num_heads
@@ -458,6 +459,14 @@ def _from_file(name: str, uri: str) -> Encoder:
     module = eva if isinstance(vit, Eva) else vision_transformer
     _load(vit, module.checkpoint_filter_fn(file.tensors, vit), what)
     return _of_timm(vit)
+
+
+def is_self_described(weights: str) -> bool:
+    """Tell whether `weights` is a safetensors file whose metadata says its patch and heads, as our pretraining's does.
+
+    Raises UserError where the file is missing or damaged.
+    """
+    return weights.endswith(".safetensors") and {"patch_size", "num_heads"} <= read_weights(weights).metadata.keys()
 
 
 def _self_described(name: str, weights: str) -> Encoder:

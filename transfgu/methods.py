@@ -46,6 +46,11 @@ class Method:
     values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Fields in which it differs from a preset's TransFGU, by preset; under "" those of all presets."""
 
+    @property
+    def optimised(self) -> bool:
+        """Return True if its training takes optimiser steps."""
+        return "training" in self.fields or "training.lr" in self.fields
+
     def load(self, what: str) -> Any:
         """Import `learner`, `model` or `check`."""
         module, _, name = getattr(self, what).partition(":")
@@ -80,7 +85,7 @@ _PICIE: dict[str, Any] = {
         "cityscapes": {"training_size": (640, 1280), "lr": 1e-3},
         **{name: {"training_size": (1280, 640)} for name in _LIP},
         "shapes": {
-            "training_size": (128, 128), "epochs": 10, "lr": 1e-3, "training.batch_size": 16,
+            "training_size": (128, 128), "epochs": 6, "lr": 1e-3, "training.batch_size": 16,
             "picie.backbone": "resnet18", "picie.weights": "random", "picie.auxiliary": 30,
         },
     },
@@ -114,8 +119,8 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
                 "cityscapes": {"training_size": (128, 256)},
                 **{name: {"training_size": (256, 128)} for name in _LIP},
                 "shapes": {
-                    "training_size": (64, 64), "epochs": 10, "lr": 1e-3, "training.batch_size": 20,
-                    "iic.widths": (16, 32, 64, 64, 128, 128), "iic.half_side": 5,
+                    "training_size": (64, 64), "epochs": 7, "passes": 4, "lr": 1e-3, "training.batch_size": 20,
+                    "iic.widths": (8, 16, 32, 32, 64, 64), "iic.half_side": 5,
                 },
             },
         ),
@@ -156,7 +161,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
                 "cityscapes": {"training_size": (448, 896)},
                 **{name: {"training_size": (896, 448)} for name in _LIP},
                 "shapes": {
-                    "training_size": (128, 128), "epochs": 8, "lr": 4e-2, "training.batch_size": 16,
+                    "training_size": (128, 128), "epochs": 4, "evaluate_every": 2, "training.batch_size": 16,
                     "maskcontrast.backbone": "resnet18", "maskcontrast.weights": "random",
                 },
             },

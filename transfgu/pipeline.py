@@ -13,9 +13,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from transfgu import datasets, formats
-from transfgu.encoder import Encoder
+from transfgu.encoder import SHIPPED, Encoder, is_self_described
 from transfgu.errors import LeftOut, UserError
 from transfgu.methods import STAGES, TRANSFGU, method
+from transfgu.presets import SMALL_ENCODER
 from transfgu.recipe import Recipe, preset
 from transfgu.runtime.progress import Progress
 from transfgu.sharing import names as names_of
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from transfgu.metrics import Scores
 
 _SIZES = ("dataset.image_size", "dataset.feature_size", "dataset.training_size", "windows.size")
+SMALL_SIDE = 128
+"""Encoders that learned from images of fewer pixels a side are small ones; DINO's learned from 224."""
+
+
+_OF_METHOD = ("pseudo_labels", "training")  # stages whose artefacts say which method made them
 
 
 def fit_to_patch(recipe: Recipe, patch_size: int) -> Recipe:
@@ -61,11 +67,43 @@ def fit_to_patch(recipe: Recipe, patch_size: int) -> Recipe:
     return recipe.with_fields(changes)
 
 
+def fit_to_small_encoder(recipe: Recipe) -> Recipe:
+    """Suit preset `folder` to a small encoder whose file describes it, as `transfgu pretrain` writes it.
+
+    Images are 8/3 of the side that the encoder learned from, and windows are resized to that side, as in preset
+    `shapes`; other fields are those of `SMALL_ENCODER`. Fields that differ from the preset's values stay, and so does
+    every recipe with another encoder. Where a file alone is given, the encoder is called after it.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    usual = preset(recipe.preset, recipe.method)
+    if recipe.preset != "folder" or not method(recipe.method).encoder:
+        return recipe
+    name, weights = recipe.encoder.name, recipe.encoder.weights
+    if name != SHIPPED:
+        if not is_self_described(weights):
+            return recipe
+        if name == usual.encoder.name:
+            name = weights.rsplit("/", 1)[-1].removesuffix(".safetensors")
+    encoder = Encoder.from_pretrained(name, weights)
+    proposed: dict[str, Any] = {"encoder.name": name}
+    if encoder.native_side < SMALL_SIDE:
+        step = 2 * encoder.patch_size
+        side = max(1, round(encoder.native_side * 8 / 3 / step)) * step
+        proposed.update(dict.fromkeys(_SIZES, (side, side)))
+        proposed.update(SMALL_ENCODER, **{"windows.size": (encoder.native_side, encoder.native_side)})
+    given = recipe.given()
+    wanted = usual.with_fields(proposed).flat()
+    return recipe.with_fields({f: v for f, v in wanted.items() if f not in given or f == "encoder.name"})
+
+
 def preflight(recipe: Recipe, run: Run) -> Recipe:
     """Find what would fail later, without Ray: data, encoder, sizes, run folder.
 
     Returns:
-        The recipe, continued from the run's own where there is one, its image sides brought to the encoder's patch.
+        The recipe, continued from the run's own where there is one, else suited to a small encoder; its image sides
+        brought to the encoder's patch.
 
     Raises:
         UserError: the first thing found wrong.
@@ -73,7 +111,8 @@ def preflight(recipe: Recipe, run: Run) -> Recipe:
     tracking.names(recipe.compute.track)
     datasets.preflight(recipe)
     storage.check_writable(run.uri)
-    recipe = run.continued(recipe)
+    # A run that is there keeps its own fields.
+    recipe = run.continued(recipe) if storage.is_file(run.file("recipe.yaml")) else fit_to_small_encoder(recipe)
     return fit_to_encoder(recipe)
 
 
@@ -171,6 +210,9 @@ def run_stages(
             names_of.write(run, names)
         named = recipe.preset if recipe.method == TRANSFGU else f"{recipe.preset} by {method(recipe.method).title}"
         say(f"{named}: {', '.join(stages)} in {storage.shown(run.uri)}")
+        if asked.preset == "folder" and asked.windows.size != recipe.windows.size and not complete["samples"]:
+            side = f"{recipe.dataset.image_size[0]} x {recipe.dataset.image_size[1]}"
+            say(f"sizes and training suit encoder {recipe.encoder.name}: images of {side} pixels, see recipe.yaml")
         manifests: dict[str, Manifest] = {}
         for stage in recipe.stages:
             if complete[stage]:
@@ -191,8 +233,10 @@ def check_artifacts(recipe: Recipe, run: Run) -> dict[str, bool]:
     """Which artefacts are complete in the run's folder: of all the method's stages, for they share one `recipe.yaml`.
 
     Raises:
-        UserError: one holds another recipe's work, if only in part.
+        UserError: one holds another method's or another recipe's work, if only in part.
     """
+    for stage in _OF_METHOD:
+        run.artifact(stage).check_method(recipe)
     return {stage: run.artifact(stage).check(recipe) for stage in recipe.stages}
 
 
@@ -364,6 +408,7 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
             "what should be evaluated? give --run URI, or a PRESET with --data and --decoder.weights",
             code="flag-missing",
         )
+    recipe = recipe if run else fit_to_small_encoder(recipe)
     rows = _labelled_rows(recipe, run)
     evaluation.check_decoder(recipe, decoder)
     if method(recipe.method).encoder:

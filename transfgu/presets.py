@@ -17,17 +17,22 @@ _LIP: dict[str, Any] = {
     "image_size": (640, 320), "feature_size": (1280, 640), "training_size": (480, 240),
 }  # fmt: skip
 
+SMALL_ENCODER: Mapping[str, Any] = types.MappingProxyType(
+    {
+        "windows.scales": (0.5, 0.4, 0.3), "whiten": "foreground", "pseudo_labels.scales": (0.75, 1.0, 1.5),
+        "smoothing": 3, "refine": 2, "certain_share": 0.5, "epochs": 6, "passes": 4, "lr": 1e-2, "omega_1": 0.0,
+        "omega_2": 0.0, "teacher_start": 7, "decoder.depth": 0, "training.batch_size": 16, "views": False,
+        "evaluation.scales": (1.0, 1.5), "flip": True,
+    }
+)  # fmt: skip
+"""What suits an encoder of a few channels that learned from small images, by measurement (docs/results.md)."""
+
 PRESET_FIELDS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
     {
         "shapes": {
             "dataset.layout": "shapes", "dataset.classes": "shapes", "things": 6, "stuff": 4,
             "image_size": (128, 128), "feature_size": (128, 128), "training_size": (128, 128),
-            "encoder.name": "vit_shapes", "encoder.batch_size": 256, "windows.size": (48, 48),
-            "windows.scales": (0.5, 0.4, 0.3),
-            "whiten": "foreground", "pseudo_labels.scales": (0.75, 1.0, 1.5), "smoothing": 3, "refine": 2,
-            "certain_share": 0.5, "epochs": 6, "passes": 4, "lr": 1e-2, "omega_1": 0.0, "omega_2": 0.0,
-            "teacher_start": 7, "decoder.depth": 0,
-            "training.batch_size": 16, "views": False, "evaluation.scales": (1.0, 1.5), "flip": True,
+            "encoder.name": "vit_shapes", "encoder.batch_size": 256, "windows.size": (48, 48), **SMALL_ENCODER,
         },
         "coco-stuff-27": _COCO_27,
         "coco-stuff-27-curated": {**_COCO_27, "curated": True, "lr": 2.2e-4, "teacher_start": 1, "teacher_every": (1,)},

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from transfgu.datasets import shapes
+from transfgu.datasets.packed_maps import pack_maps
 from transfgu.learner import Batch, Learner, Setting
 from transfgu.methods import METHODS
 from transfgu.recipe import Recipe, preset
@@ -23,6 +24,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "picie-no-aux": {"picie.width": 8, "picie.init_batches": 1},
     "maskcontrast": {"maskcontrast.width": 8, "maskcontrast.queue": 7},
     "token-kmeans": {},
+    "linear-head": {"lr": 1e-2},
 }
 
 
@@ -44,13 +46,19 @@ def order_of(recipe: Recipe) -> Order:
 
 
 def inputs(recipe: Recipe, learner: Learner) -> tuple[Tensor, Tensor]:
-    """Scenes, or what the frozen part makes of them, and a plane of object masks: discs of several sizes."""
+    """Scenes, or what the frozen part makes of them, and a plane of object masks: discs of several sizes.
+
+    Where the method learns from concept maps, each concept's map is a disc of another image.
+    """
     images = torch.from_numpy(
         np.stack([shapes.scene(1, "train", i, SIDE)[0].transpose(2, 0, 1) for i in range(IMAGES)])
     )
     y, x = np.mgrid[:8, :8]
     discs = np.stack([(y - 3) ** 2 + (x - i) ** 2 < 4 + 2 * i for i in range(IMAGES)])
     planes = torch.from_numpy(discs[:, None].astype(np.int16))
+    if "concepts" in recipe.stages:
+        rolled = [np.roll(discs, shift, axis=0) for shift in range(recipe.concepts.count)]
+        planes = pack_maps(torch.from_numpy(np.stack(rolled, 1) + 0.1).float())
     return (learner.model.frozen(images) if learner.whole else images), planes
 
 

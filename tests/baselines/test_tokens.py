@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests.made_run import SIDE, MadeRun, make_run
 from transfgu.baselines import tokens as module
+from transfgu.baselines.pixel_features import PixelFeatures
 from transfgu.baselines.tokens import baselines
 from transfgu.datasets.images import resize
 from transfgu.decoder import winners
@@ -31,6 +32,8 @@ def test_baselines_of_a_run(tmp_path: Path) -> None:
     made = make_run(tmp_path)
     found = baselines(made.recipe, made.run)
     assert sorted(found) == [
+        "K-Means over colour and texture",
+        "K-Means over colour, texture and height",
         "K-Means over patch tokens",
         "K-Means over patch tokens, smoothed",
         "linear probe, supervised",
@@ -77,6 +80,29 @@ def test_a_patch_is_of_the_nearest_centroid(tmp_path: Path) -> None:
     predict = module._bottom_up(made.recipe, encode, train, smoothing=1)
     nearest = torch.cdist(tokens, torch.from_numpy(centroids)).argmin(2)
     assert (predict(images).argmax(1).flatten(1) == nearest).float().mean() > 0.99
+
+
+def test_standardised_numbers_weigh_the_same(tmp_path: Path) -> None:
+    """A number in other units, or with an offset, changes no cluster; without standardisation it does."""
+    made = make_run(tmp_path)
+    train = pq.read_table(made.run.file("samples/train.parquet"))
+    images = np.stack([image for image, _ in validation(made)])
+    plain = PixelFeatures(8, torch.device("cpu"), height=True)
+
+    class InOtherUnits(PixelFeatures):
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            features = super().__call__(images)
+            return torch.cat([features[..., :8], 1000 * features[..., 8:] + 50], 2)
+
+    other = InOtherUnits(8, torch.device("cpu"), height=True)
+
+    def clusters(features: PixelFeatures, *, standardised: bool) -> torch.Tensor:
+        return module._bottom_up(made.recipe, features, train, smoothing=1, standardised=standardised)(images).argmax(1)
+
+    same = clusters(plain, standardised=True) == clusters(other, standardised=True)
+    assert same.float().mean() > 0.99
+    found = clusters(other, standardised=False)  # height decides first: no cluster is of two rows of patches
+    assert all(len({row for _, row, _ in (found == c).nonzero().tolist()}) <= 1 for c in range(10))
 
 
 def test_predictions_are_averaged_over_sizes_and_mirror_images(tmp_path: Path) -> None:

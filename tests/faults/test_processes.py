@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Undisturbed
-from tests.faults.harness import Reaper, assert_same, copy_until, part_hashes, row, timed_run
+from tests.faults.harness import Reaper, assert_same, copy_until, history, part_hashes, row, timed_run
+from tests.folder_run import photographs
+from tests.method_run import recipe_of
 from tests.refusals import refused
 from transfgu import pipeline
+from transfgu.store.artifacts import Run
 
 pytestmark = [pytest.mark.long, pytest.mark.ray]
 
@@ -39,6 +42,23 @@ def test_a_process_that_dies(
     assert pattern in reaper.killed
     assert_same(run, undisturbed.run, stage)
     row(fault, stage, "goes on by itself", seconds - undisturbed.seconds[stage], "its work in hand")
+
+
+@pytest.mark.parametrize("method", ["picie", "maskcontrast"])
+def test_the_worker_of_a_method_of_comparison_that_dies(method: str, tmp_path: Path, ray_cluster: None) -> None:
+    photographs(tmp_path)
+    recipe = recipe_of(method, tmp_path, epochs=3, passes=4)
+    wanted = Run(str(tmp_path / "undisturbed"))
+    seconds = timed_run(recipe, wanted, "training")
+    run = Run(str(tmp_path / "run"))
+    pipeline.run_stages(recipe, run, until=recipe.stages[-3], quiet=True)
+    begun = tmp_path / "run" / "ray"
+    with Reaper("ray::RayTrainWorker", lambda: any(begun.glob("*/checkpoint_*/digests.json"))) as reaper:
+        lost = timed_run(recipe, run, "training") - seconds
+    assert "ray::RayTrainWorker" in reaper.killed
+    assert history(run) == [1, 2, 3]
+    assert_same(run, wanted, "training")
+    row(f"worker killed, {method}", "training", "goes on by itself", lost, "its work in hand")
 
 
 @pytest.mark.parametrize("stage", ["features", "pseudo_labels"])

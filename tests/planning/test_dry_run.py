@@ -8,6 +8,7 @@ import pytest
 from tests.folder_run import photographs, small
 from tests.refusals import refused
 from transfgu import pipeline
+from transfgu.methods import METHODS
 from transfgu.planning import dry_run
 from transfgu.recipe import Recipe, preset
 from transfgu.store.artifacts import Run
@@ -62,6 +63,15 @@ def test_scenes_are_counted_before_they_are_drawn(tmp_path: Path) -> None:
     assert told[2] == "data     10 training images, 10 for validation, 10 of them labelled"
     assert told[4] == "samples: list 10 and 10 images"
     assert told[5].startswith("in all 0 bytes to write")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("method", ["iic", "token-kmeans"])
+def test_times_of_a_method_of_comparison_are_said_to_be_unknown(method: str, tmp_path: Path) -> None:
+    told = list(dry_run.describe(preset("shapes", method), Run(str(tmp_path / "run"))))
+    assert METHODS[method].title in told[-1]
+    assert "not known" in told[-1]
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,17 @@ from transfgu.baselines.comparison import Scored
 from transfgu.report import comparison
 
 ROWS = [
-    Scored(method="iic", seed=1, run="/runs/a", mean_iou=10.0, pixel_accuracy=30.0, seconds=60.0),
-    Scored(method="iic", seed=2, run="/runs/b", mean_iou=14.0, pixel_accuracy=40.0, seconds=100.0),
+    Scored(
+        method="iic", seed=1, run="/runs/a", mean_iou=10.0, pixel_accuracy=30.0, seconds=60.0,
+        untrained_mean_iou=4.0, untrained_pixel_accuracy=20.0,
+    ),
+    Scored(
+        method="iic", seed=2, run="/runs/b", mean_iou=14.0, pixel_accuracy=40.0, seconds=100.0,
+        untrained_mean_iou=6.0, untrained_pixel_accuracy=21.0,
+    ),
     Scored(method="transfgu", seed=1, run="/runs/c", mean_iou=17.0, pixel_accuracy=50.0, seconds=20.0),
     Scored(method="transfgu", seed=2, run="/runs/d", failure="the disk is full"),
-]
+]  # fmt: skip
 
 
 def test_mean_and_deviation_by_hand() -> None:
@@ -24,6 +30,8 @@ def test_mean_and_deviation_by_hand() -> None:
     assert (iic.mean_iou, iic.pixel_accuracy, iic.seconds, iic.scored) == (12.0, 35.0, 80.0, 2)
     assert iic.mean_iou_deviation == pytest.approx(8**0.5)  # ((-2)^2 + 2^2) / (2 - 1)
     assert iic.mean_iou_text == "12.0 ± 2.8"
+    assert (iic.untrained_mean_iou, iic.untrained_pixel_accuracy) == (5.0, 20.5)
+    assert (transfgu.untrained_mean_iou, transfgu.untrained_text) == (None, "–")
     assert iic.published is not None
     assert (iic.published.mean_iou, iic.published.pixel_accuracy) == (6.35, 47.88)
     assert (transfgu.mean_iou, transfgu.mean_iou_deviation, transfgu.scored) == (17.0, None, 1)
@@ -32,11 +40,12 @@ def test_mean_and_deviation_by_hand() -> None:
 
 def test_the_tables() -> None:
     rows = list(csv.DictReader(io.StringIO(comparison.table_csv(ROWS))))
-    assert list(rows[0]) == ["method", "seed", "mean_iou", "pixel_accuracy", "seconds"]
+    assert list(rows[0])[:5] == ["method", "seed", "mean_iou", "pixel_accuracy", "seconds"]
+    assert [row["untrained_mean_iou"] for row in rows] == ["4.0", "6.0", "", ""]
     assert [float(row["mean_iou"]) for row in rows[:3]] == [10.0, 14.0, 17.0]
     assert (rows[3]["method"], rows[3]["mean_iou"], rows[3]["pixel_accuracy"]) == ("transfgu", "", "")
     table = comparison.table_markdown(comparison.summarise(ROWS, "shapes"))
-    assert "| iic | 2 | 12.0 ± 2.8 | 35.0 ± 7.1 | – | 80 |" in table
+    assert "| iic | 2 | 12.0 ± 2.8 | 35.0 ± 7.1 | 5.0, 20.5 | – | 80 |" in table
     assert "- transfgu, seed 2: the disk is full" in table
 
 

@@ -71,9 +71,9 @@ def test_services_canonicalize_bootstrap_address(monkeypatch: pytest.MonkeyPatch
 
 def test_check_alive_of_the_gcs(ray_cluster: None) -> None:
     address, token = ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_TOKEN"]
-    assert ray_internals.gcs_status(address, token, 20) == "OK"
-    assert ray_internals.gcs_status(address, "0" * 64, 20) == "UNAUTHENTICATED"
-    assert ray_internals.gcs_status(address, "", 20) == "UNAUTHENTICATED"
+    assert ray_internals.gcs_status(address, token, 20.0) == "OK"
+    assert ray_internals.gcs_status(address, "0" * 64, 20.0) == "UNAUTHENTICATED"
+    assert ray_internals.gcs_status(address, "", 20.0) == "UNAUTHENTICATED"
 
 
 def test_services_get_node(ray_cluster: None) -> None:

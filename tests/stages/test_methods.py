@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +13,14 @@ from safetensors.torch import save_file
 
 from tests.baselines.learning import FIELDS
 from tests.folder_run import IMAGES, SIDE, photographs, small
+from tests.method_run import RANDOM, recipe_of, sizes_of
 from tests.refusals import refused
 from transfgu import Segmenter, pipeline
+from transfgu.baselines.comparison import Scored, score_untrained
 from transfgu.cli import train as command
 from transfgu.errors import UserError
 from transfgu.methods import METHODS, STAGES
-from transfgu.recipe import ComputeRecipe, Recipe, from_yaml, preset
+from transfgu.recipe import ComputeRecipe, from_yaml, preset
 from transfgu.report import page
 from transfgu.runtime.progress import Progress
 from transfgu.stages import prediction
@@ -28,23 +29,9 @@ from transfgu.stages.prediction import PredictionJob
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
 from transfgu.store.weights import read_weights
+from transfgu.verification import verify
 
-SMALL: dict[str, Any] = {
-    "image_size": (SIDE, SIDE), "training_size": (SIDE, SIDE), "training.batch_size": 4, "epochs": 1,
-}  # fmt: skip
-RANDOM = {
-    "picie.backbone": "resnet18", "picie.weights": "random",
-    "maskcontrast.backbone": "resnet18", "maskcontrast.weights": "random",
-}  # fmt: skip
-
-
-def recipe_of(method: str, folder: Path, **fields: Any) -> Recipe:
-    """A method's recipe for the photographs of a folder, of seconds."""
-    base = small(folder).flat()
-    kept = ("data", "labels", "encoder.name", "encoder.weights", "concepts.things", "concepts.stuff")
-    sizes = SMALL if method != "token-kmeans" else {k: v for k, v in SMALL.items() if "size" in k and "." not in k}
-    values = {**{name: base[name] for name in kept}, **RANDOM, **sizes, **FIELDS[method], **fields}
-    return preset("folder", method).with_fields(values)
+PHOTOGRAPHS = 20
 
 
 @pytest.mark.ray
@@ -74,7 +61,7 @@ def test_a_run_from_images_to_masks(method: str, tmp_path: Path, ray_cluster: No
     again = pipeline.run_stages(recipe, run, quiet=True)
     assert all(stage["skipped"] for stage in again["stages"].values())
     other = "picie" if method == "iic" else "iic"
-    with refused("recipe-mismatch method"):
+    with refused(f"run-of-another-method {method} {other}"):
         pipeline.run_stages(recipe_of(other, tmp_path, max_bad_share=0.5), run, quiet=True)
 
     # Whoever predicts by the run, or scores its model, does as its evaluation did.
@@ -100,35 +87,48 @@ def test_a_run_from_images_to_masks(method: str, tmp_path: Path, ray_cluster: No
 
 @pytest.mark.ray
 @pytest.mark.long
+@pytest.mark.s3
 @pytest.mark.parametrize("method", FIELDS)
-def test_photographs_of_coco(method: str, samples: Path, tmp_path: Path, ray_cluster: None) -> None:
-    random = {} if method in ("iic", "picie", "picie-no-aux") else {"encoder.weights": "random"}
-    recipe = preset("coco-stuff-27", method).with_fields(
-        {
-            "data": str(samples / "coco"), "limit": 20, **RANDOM, **random,
-            **{k: v for k, v in SMALL.items() if method != "token-kmeans" or ("." not in k and k != "epochs")},
-        }
-    )  # fmt: skip
-    metrics = pipeline.run_stages(recipe, Run(str(tmp_path / "run")), report=page.write, quiet=True)
-    assert 0 <= metrics["mean_iou"] <= 100
+def test_photographs_of_coco_from_disk_and_from_s3(
+    method: str, samples: Path, s3: str, tmp_path: Path, ray_cluster: None
+) -> None:
+    """One epoch from random weights; a run that reads from and writes to S3 has the same scores."""
+    for split in ("train2017", "val2017"):
+        for kind in ("images", "annotations"):
+            for file in sorted((samples / "coco" / kind / split).iterdir())[:PHOTOGRAPHS]:
+                storage.write_bytes(f"{s3}/coco/{kind}/{split}/{file.name}", file.read_bytes())
+    scores = []
+    for data, folder in ((str(samples / "coco"), str(tmp_path / "run")), (f"{s3}/coco", f"{s3}/run")):
+        recipe = preset("coco-stuff-27", method).with_fields(
+            {"data": data, "limit": PHOTOGRAPHS, "encoder.weights": "random", **RANDOM, **sizes_of(method)}
+        )
+        metrics = pipeline.run_stages(recipe, Run(folder), report=page.write, quiet=True)
+        assert metrics["stages"]["samples"]["items"] == 2 * PHOTOGRAPHS
+        scores.append((metrics["mean_iou"], metrics["pixel_accuracy"]))
+    assert 0 < scores[0][1] <= 100
+    assert scores[1] == scores[0]
+    image = next((samples / "coco" / "images" / "val2017").iterdir())
+    assert Segmenter.load(f"{s3}/run").predict(str(image)).ndim == 2
 
 
 @pytest.mark.ray
 @pytest.mark.long
-@pytest.mark.s3
-def test_a_run_on_s3(tmp_path: Path, s3: str, ray_cluster: None) -> None:
+def test_the_untrained_network_is_scored_once_and_kept(tmp_path: Path, ray_cluster: None) -> None:
     photographs(tmp_path)
-    for kind in ("images", "labels"):
-        for file in (tmp_path / kind).iterdir():
-            storage.write_bytes(f"{s3}/{kind}/{file.name}", file.read_bytes())
-    recipe = recipe_of("maskcontrast", tmp_path, data=f"{s3}/images", labels=f"{s3}/labels")
-    run = Run(f"{s3}/run")
-    there = pipeline.run_stages(recipe, run, report=page.write, quiet=True)
-    here = pipeline.run_stages(
-        recipe_of("maskcontrast", tmp_path), Run(str(tmp_path / "run")), report=page.write, quiet=True
-    )
-    assert there["mean_iou"] == here["mean_iou"]
-    assert Segmenter.load(run.uri).predict(str(tmp_path / "images" / "0.png")).shape == (SIDE, SIDE)
+    run = Run(str(tmp_path / "run"))
+    metrics = pipeline.run_stages(recipe_of("picie-no-aux", tmp_path), run, quiet=True)
+    row = Scored(method="picie-no-aux", seed=1, run=run.uri, mean_iou=metrics["mean_iou"], pixel_accuracy=1.0)
+    other = Scored(method="token-kmeans", seed=1, run="/nowhere", mean_iou=1.0, pixel_accuracy=1.0)
+    failed = Scored(method="iic", seed=1, run="/nowhere", failure="no images")
+    lines: list[str] = []
+    scored, *rest = score_untrained([row, other, failed], lines.append, quiet=True)
+    assert rest == [other, failed]
+    assert scored.untrained_pixel_accuracy is not None
+    assert 0 < scored.untrained_pixel_accuracy <= 100
+    assert len(lines) == 1
+    assert score_untrained([row], lines.append) == [scored]
+    assert len(lines) == 1
+    assert verify(run).damage == ()
 
 
 # ---- the recipe and the command line

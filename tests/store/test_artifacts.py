@@ -41,6 +41,21 @@ def test_another_recipes_work_is_refused_by_the_fields_that_differ(tmp_path: Pat
     assert artifact.check(RECIPE.with_fields({"omega_1": 3})) is committed
 
 
+@pytest.mark.parametrize(
+    ("theirs", "asked"), [("iic", "transfgu"), ("transfgu", "iic"), ("iic", "picie"), ("linear-head", "transfgu")]
+)
+def test_another_methods_work_is_refused(tmp_path: Path, theirs: str, asked: str) -> None:
+    run = Run(str(tmp_path))
+    run.artifact("training").begin(preset("shapes", theirs))
+    (tmp_path / "recipe.yaml").write_text(preset("shapes", theirs).to_yaml())
+    wanted = run.continued(preset("shapes", asked))
+    assert wanted.method == asked
+    with refused(f"run-of-another-method {theirs} {asked}"):
+        run.artifact("training").check_method(wanted)
+    run.artifact("training").check_method(preset("shapes", theirs))
+    assert not run.artifact("training").check(run.continued(preset("shapes", theirs)))
+
+
 def test_a_damaged_manifest_names_the_folder_to_delete(tmp_path: Path) -> None:
     artifact = Run(str(tmp_path)).artifact("features")
     artifact.begin(RECIPE)

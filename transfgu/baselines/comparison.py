@@ -3,19 +3,28 @@
 A run that is complete is skipped, and one that was stopped goes on: that is what its own command does.
 """
 
+import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transfgu import formats
 from transfgu.errors import UserError
+from transfgu.methods import METHODS
+from transfgu.runtime import connect
+from transfgu.runtime.progress import Progress
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
+from transfgu.store.lock import hold
+
+UNTRAINED = "untrained.json"
+"""File in a run's folder: the scores of the network that its training began with."""
 
 _PATIENCE = 20.0  # seconds that a run gets to stop
 
@@ -31,6 +40,8 @@ class Scored:
         mean_iou: percent; None where the run has no score.
         pixel_accuracy: percent; None where the run has no score.
         seconds: of all stages together.
+        untrained_mean_iou: percent, of the network before training; None where there is none, or no score.
+        untrained_pixel_accuracy: likewise.
         failure: why the run did not end, in one line; empty where it did.
     """
 
@@ -40,6 +51,8 @@ class Scored:
     mean_iou: float | None = None
     pixel_accuracy: float | None = None
     seconds: float = 0.0
+    untrained_mean_iou: float | None = None
+    untrained_pixel_accuracy: float | None = None
     failure: str = ""
 
 
@@ -136,6 +149,52 @@ def read_scores(method: str, seed: int, uri: str) -> Scored:
             pixel_accuracy=metrics["pixel_accuracy"],
             seconds=sum(stage["seconds"] for stage in stages.values()),
         )
+
+
+def score_untrained(rows: Sequence[Scored], say: Callable[[str], None], *, quiet: bool = False) -> list[Scored]:
+    """Score, for each run with a score, the network that its training began with.
+
+    A run's scores are kept in its folder, and read from there by the next call.
+
+    Args:
+        rows: as :func:`compare` returns them.
+        say: prints a line of progress.
+        quiet: show no progress within a run.
+
+    Returns:
+        The rows with their `untrained_mean_iou` and `untrained_pixel_accuracy`.
+
+    Raises:
+        UserError: a run's files are missing or damaged.
+    """
+    return [
+        row if row.mean_iou is None or not METHODS[row.method].optimised else _with_untrained(row, say, quiet=quiet)
+        for row in rows
+    ]
+
+
+def _with_untrained(row: Scored, say: Callable[[str], None], *, quiet: bool) -> Scored:
+    run = Run(row.run)
+    file = run.file(UNTRAINED)
+    data = storage.read_bytes_or_none(file)
+    if data is None:
+        from transfgu.stages.training import score_untrained as score
+
+        say(f"{row.method}, seed {row.seed}: scoring the untrained network")
+        connect.connect()
+        with hold(run.uri, say):
+            found = score(run.recipe(), run, Progress("untrained", quiet=quiet))
+            tree = formats.stamp({"mean_iou": _number(found.mean_iou), "pixel_accuracy": _number(found.pixel_accuracy)})
+            data = json.dumps(tree, indent=1).encode()
+            storage.write_bytes(file, data)
+    remedy = "delete it, and run the same command again"
+    scores = formats.read_json(data, storage.shown(file), remedy)
+    with formats.damage(storage.shown(file), remedy):
+        return replace(row, untrained_mean_iou=scores["mean_iou"], untrained_pixel_accuracy=scores["pixel_accuracy"])
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What the method has to beat on the same images, and what a linear reading of the same tokens could reach at best.
 
-Bottom-up: K-Means over patch tokens, of the run's encoder and of one that never learned. The pseudo labels alone: what
-the decoder adds to them is the worth of training. The ceiling is supervised: one linear layer told the true labels.
+Bottom-up: K-Means over patch tokens, of the run's encoder and of one that never learned, and over colour and texture.
+The pseudo labels alone: what the decoder adds to them is the worth of training. The ceiling is supervised: one linear
+layer told the true labels.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int, Int16, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from transfgu.baselines.pixel_features import PixelFeatures
 from transfgu.datasets.images import read_image, read_rows, resize
 from transfgu.datasets.packed_maps import unpack_maps
 from transfgu.datasets.rows import read_labelled_rows, usable
@@ -62,6 +64,9 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
         "K-Means over patch tokens, smoothed": _bottom_up(recipe, encode, train, smoothing=3),
         "pseudo labels alone": _pseudo_labels(recipe, run, device),
     }
+    for name, height in (("colour and texture", False), ("colour, texture and height", True)):
+        pixels = PixelFeatures(encode.encoder.patch_size, device, height=height)
+        predictors[f"K-Means over {name}"] = _bottom_up(recipe, pixels, train, smoothing=1, standardised=True)
     if recipe.encoder.name == SHIPPED or timm.is_model(recipe.encoder.name):
         untrained = PatchTokens(replace(recipe.encoder, weights="random"), device)
         predictors["K-Means over patch tokens, untrained encoder"] = _bottom_up(recipe, untrained, train, smoothing=1)
@@ -76,15 +81,30 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
     return {name: scores(confusion) for name, confusion in confusions.items()}
 
 
-def _bottom_up(recipe: Recipe, encode: PatchTokens, train: pa.Table, *, smoothing: int) -> Predict:
-    """Each patch is of the cluster whose centroid is nearest to its token."""
+def _bottom_up(
+    recipe: Recipe,
+    encode: PatchTokens | PixelFeatures,
+    train: pa.Table,
+    *,
+    smoothing: int,
+    standardised: bool = False,
+) -> Predict:
+    """Each patch is of the cluster whose centroid is nearest to its token.
+
+    With `standardised`, each of the token's numbers has mean 0 and deviation 1 over the training images' patches.
+    """
     sample = _Sample(recipe, encode, len(train))
-    rows = [sample.take(_tokens(encode, images, smoothing)) for images in _images(recipe, train)]
-    centroids = torch.from_numpy(cluster(Shard(rows), recipe.classes, seed=recipe.seed).centroids).to(encode.device)
+    rows = np.concatenate([sample.take(_tokens(encode, images, smoothing)) for images in _images(recipe, train)])
+    shift, scale = np.zeros(rows.shape[1], np.float32), np.ones(rows.shape[1], np.float32)
+    if standardised:
+        shift, scale = rows.mean(0), rows.std(0) + 1e-6
+    found = cluster(Shard([(rows - shift) / scale]), recipe.classes, seed=recipe.seed).centroids
+    centroids, mean, deviation = (torch.from_numpy(a).to(encode.device) for a in (found, shift, scale))
 
     def likeness(tokens: Float[Tensor, "B d h w"]) -> Float[Tensor, "B K h w"]:
+        seen = (tokens - mean[:, None, None]) / deviation[:, None, None]
         # The nearest centroid c of a token x has the largest 2 x c - |c|^2, whatever |x| is.
-        return torch.einsum("bdhw,kd->bkhw", tokens, 2 * centroids) - centroids.square().sum(1)[:, None, None]
+        return torch.einsum("bdhw,kd->bkhw", seen, 2 * centroids) - centroids.square().sum(1)[:, None, None]
 
     return lambda images: _averaged(recipe.evaluation, encode, images, likeness, smoothing)
 
@@ -138,7 +158,7 @@ def _linear_probe(recipe: Recipe, encode: PatchTokens, labelled: pa.Table) -> Pr
 class _Sample:
     """The same few patches of each image, spread at random, so that all images together give at most `_TOKENS`."""
 
-    def __init__(self, recipe: Recipe, encode: PatchTokens, images: int) -> None:
+    def __init__(self, recipe: Recipe, encode: PatchTokens | PixelFeatures, images: int) -> None:
         height, width = (side // encode.encoder.patch_size for side in recipe.dataset.image_size)
         count = max(1, min(height * width, _TOKENS // max(1, images)))
         self._places = np.sort(np.random.default_rng(recipe.seed).permutation(height * width)[:count])
@@ -152,7 +172,7 @@ class _Sample:
 
 def _averaged(
     how: EvaluationRecipe,
-    encode: PatchTokens,
+    encode: PatchTokens | PixelFeatures,
     images: Images,
     read: Callable[[Float[Tensor, "B d h w"]], Float[Tensor, "B C h w"]],
     smoothing: int = 1,
@@ -176,7 +196,9 @@ def _averaged(
     return torch.stack(found).mean(0)
 
 
-def _tokens(encode: PatchTokens, images: Images | Tensor, smoothing: int = 1) -> Float[Tensor, "B d h w"]:
+def _tokens(
+    encode: PatchTokens | PixelFeatures, images: Images | Tensor, smoothing: int = 1
+) -> Float[Tensor, "B d h w"]:
     height, width = (side // encode.encoder.patch_size for side in images.shape[2:])
     pixels = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
     tokens = encode(pixels).mT.reshape(len(pixels), -1, height, width)  # (B, hw, d) -> (B, d, h, w)

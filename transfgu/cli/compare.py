@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> None:
     storage.check_writable(uri)
     base = ["--recipe", arguments.recipe] if arguments.recipe else [recipe.preset]
     # Only now torch, which takes seconds to import: a mistake on the command line is answered at once.
-    from transfgu.baselines.comparison import Comparison, compare
+    from transfgu.baselines.comparison import Comparison, compare, score_untrained
     from transfgu.report import comparison as report
 
     def say(text: str) -> None:
@@ -66,7 +66,7 @@ def main(words: Sequence[str] | None = None) -> None:
         flags={name: (*base, *words) for name, words in flags.items()},
         at_once=at_once,
     )
-    rows = compare(asked, say)
+    rows = score_untrained(compare(asked, say), say, quiet=arguments.quiet)
     page = report.write(recipe, uri, rows)
     print(report.table_markdown(report.summarise(rows, recipe.preset)), end="")
     say(f"table and pictures: {storage.shown(page)}")

@@ -1,7 +1,7 @@
 """Teach a small ViT by self-supervision alone, on any folder of images: for a domain that has no DINO.
 
 `transfgu pretrain --out vit.safetensors` makes the embedded demonstration's encoder anew. What was made is used
-by `transfgu train folder --data URI --encoder.name my_vit --encoder.weights vit.safetensors`.
+by `transfgu train folder --data URI --encoder.weights vit.safetensors`.
 """
 
 import shlex

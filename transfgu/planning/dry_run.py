@@ -115,6 +115,8 @@ def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool
         total += f", and about {duration(sum(w.time for w in left))} in the encoder, timed on this {encode.device.type}"
     elif by_concepts:
         total += "; no times, as this machine has none of the cluster's GPUs"
+    else:
+        total = f"how long {how.title} takes, and how much it writes, is not known before its first epoch"
     yield f"{total}. Without --dry-run the same command begins."
 
 

@@ -30,6 +30,7 @@ PAGE = "comparison.html"
 
 _IMAGES = 6  # rows of pictures
 _SIDE = 240  # px, a picture's longer side
+_SCORES = ("mean_iou", "pixel_accuracy", "untrained_mean_iou", "untrained_pixel_accuracy")  # of a run, percent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class Summary:
     mean_iou_deviation: float | None
     pixel_accuracy: float | None
     pixel_accuracy_deviation: float | None
+    untrained_mean_iou: float | None
+    untrained_pixel_accuracy: float | None
     seconds: float
     published: Result | None
     failures: tuple[str, ...]
@@ -56,6 +59,13 @@ class Summary:
         """Mean and deviation, such as ``52.7 ± 1.1``."""
         return _with_deviation(self.pixel_accuracy, self.pixel_accuracy_deviation)
 
+    @property
+    def untrained_text(self) -> str:
+        """Means of the untrained networks' mIoU and pixel accuracy, such as ``6.1, 24.9``."""
+        if self.untrained_mean_iou is None or self.untrained_pixel_accuracy is None:
+            return "–"
+        return f"{self.untrained_mean_iou:.1f}, {self.untrained_pixel_accuracy:.1f}"
+
 
 def summarise(rows: Sequence[Scored], preset: str) -> list[Summary]:
     """Summarise each method, in the order in which the methods first appear.
@@ -68,8 +78,9 @@ def summarise(rows: Sequence[Scored], preset: str) -> list[Summary]:
     summaries = []
     for method in dict.fromkeys(row.method for row in rows):
         own = [row for row in rows if row.method == method]
-        mean_iou = [row.mean_iou for row in own if row.mean_iou is not None]
-        pixel_accuracy = [row.pixel_accuracy for row in own if row.pixel_accuracy is not None]
+        mean_iou, pixel_accuracy, untrained_mean_iou, untrained_pixel_accuracy = (
+            [value for value in (getattr(row, name) for row in own) if value is not None] for name in _SCORES
+        )
         summaries.append(
             Summary(
                 method=method,
@@ -78,6 +89,8 @@ def summarise(rows: Sequence[Scored], preset: str) -> list[Summary]:
                 mean_iou_deviation=_deviation(mean_iou),
                 pixel_accuracy=_mean(pixel_accuracy),
                 pixel_accuracy_deviation=_deviation(pixel_accuracy),
+                untrained_mean_iou=_mean(untrained_mean_iou),
+                untrained_pixel_accuracy=_mean(untrained_pixel_accuracy),
                 seconds=_mean([row.seconds for row in own if not row.failure]) or 0.0,
                 published=published.get(PUBLISHED_NAMES.get(method, "")),
                 failures=tuple(f"seed {row.seed}: {row.failure}" for row in own if row.failure),
@@ -87,25 +100,32 @@ def summarise(rows: Sequence[Scored], preset: str) -> list[Summary]:
 
 
 def table_csv(rows: Sequence[Scored]) -> str:
-    """The rows as CSV: method, seed, mean_iou, pixel_accuracy (percent), seconds; a run without scores has blanks."""
+    """The rows as CSV: method, seed, mean_iou, pixel_accuracy (percent), seconds, and the untrained network's scores.
+
+    What a run does not have is left blank.
+    """
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow(["method", "seed", "mean_iou", "pixel_accuracy", "seconds"])
+    writer.writerow(["method", "seed", *_SCORES[:2], "seconds", *_SCORES[2:]])
     for row in rows:
-        scores = ["" if value is None else value for value in (row.mean_iou, row.pixel_accuracy)]
-        writer.writerow([row.method, row.seed, *scores, round(row.seconds, 1)])
+        trained, untrained = (
+            ["" if value is None else value for value in pair]
+            for pair in ((row.mean_iou, row.pixel_accuracy), (row.untrained_mean_iou, row.untrained_pixel_accuracy))
+        )
+        writer.writerow([row.method, row.seed, *trained, round(row.seconds, 1), *untrained])
     return sink.getvalue()
 
 
 def table_markdown(summaries: Sequence[Summary]) -> str:
     """The summaries as a Markdown table, with the failures below it."""
     lines = [
-        "| method | seeds | mIoU, % | pixel accuracy, % | published mIoU, accuracy | seconds |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| method | seeds | mIoU, % | pixel accuracy, % | untrained mIoU, accuracy | published mIoU, accuracy "
+        "| seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in summaries:
         published = f"{row.published.mean_iou:.2f}, {row.published.pixel_accuracy:.2f}" if row.published else "–"
-        scores = f"{row.mean_iou_text} | {row.pixel_accuracy_text}"
+        scores = f"{row.mean_iou_text} | {row.pixel_accuracy_text} | {row.untrained_text}"
         lines.append(f"| {row.method} | {row.scored} | {scores} | {published} | {row.seconds:.0f} |")
     failures = [f"- {row.method}, {failure}" for row in summaries for failure in row.failures]
     return "\n".join([*lines, *(["", "Did not end:", "", *failures] if failures else [])]) + "\n"

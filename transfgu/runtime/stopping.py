@@ -27,6 +27,7 @@ _CHECK_SECONDS = 0.005
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux's prctl
 
 _installed = False
+_stderr = 2  # a file descriptor of its own, once installed: the other one may lead nowhere while Ray starts
 _interrupted = False
 _first = 0
 _ending = threading.Lock()
@@ -38,9 +39,11 @@ def install() -> None:
 
     The first signal raises KeyboardInterrupt in the main thread, and whoever catches it calls :func:`end`.
     """
-    global _installed
+    global _installed, _stderr
     if _installed:
         return
+    with contextlib.suppress(OSError):  # it may be closed
+        _stderr = os.dup(2)
     receive, send = os.pipe()
     os.set_blocking(send, False)
     for number in _SIGNALS:
@@ -77,7 +80,7 @@ def end() -> NoReturn:
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     with contextlib.suppress(OSError):
-        os.write(2, f"{told}{LINE}\n".encode())
+        os.write(_stderr, f"{told}{LINE}\n".encode())
     with contextlib.suppress(OSError):  # whatever ends now has nothing to tell
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)

@@ -15,10 +15,11 @@ import pyarrow as pa
 from transfgu.datasets import map_files
 from transfgu.datasets.rows import read_reasons
 from transfgu.errors import LeftOut, UserError
+from transfgu.metrics import Scores
 from transfgu.recipe import Recipe
 from transfgu.runtime import capacity
 from transfgu.runtime.progress import Progress
-from transfgu.stages import samples
+from transfgu.stages import evaluation, samples
 from transfgu.store import parquet, storage
 from transfgu.store.artifacts import LAST, MODEL, Outcome, Run
 from transfgu.store.parquet import write_table
@@ -28,6 +29,7 @@ from transfgu.training.batches import VERSIONS, cache_text, stream
 from transfgu.training.board import ATTEMPTS
 from transfgu.training.checkpoints import merit
 from transfgu.training.image_training import ImageJob, ImageTraining
+from transfgu.training.untrained import UntrainedNetwork
 
 _CHECKED = 256  # findings that are fetched at a time
 
@@ -207,6 +209,33 @@ def fit(
         attempts=attempts,
         beside=beside,
     )
+
+
+def score_untrained(recipe: Recipe, run: Run, progress: Progress) -> Scores:
+    """Score the network that a finished run's training began with, by the run's own evaluator.
+
+    Weights are the initial ones. Statistics of batch norm, and clusters where the method has them, come from one pass
+    over the run's training images.
+
+    Args:
+        recipe: of the run, whose method takes optimiser steps.
+        run: with a complete training, and labelled validation images.
+        progress: told of steps and images.
+    """
+    rows = samples.labelled(recipe, run)
+    artifact = run.artifact("training")
+    images = artifact.file("images.parquet")
+    once = recipe.with_fields({"epochs": 1, "passes": 1})
+    checkpoint = trainer.fit(
+        partial(UntrainedNetwork, ImageJob(recipe=once, images=images)),
+        name=f"untrained-{once.digest('training')[:12]}-{inputs_digest(once, run, parquet.read(images), rows)}",
+        folder=run.file("ray"),
+        compute=recipe.compute,
+        workers=capacity.elastic_workers(recipe.compute),
+        progress=progress,
+    )
+    weights = {"untrained": storage.join(checkpoint.uri, "student.safetensors")}
+    return evaluation.evaluate(recipe, weights, rows, progress).scores("untrained")
 
 
 def publish(recipe: Recipe, run: Run, checkpoint: checkpoints.Found, images: int) -> Outcome:

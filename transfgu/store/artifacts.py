@@ -113,6 +113,23 @@ class Artifact:
     def _remedy(self) -> str:
         return f"delete the folder {storage.shown(self.uri)}, and the same command makes it anew"
 
+    def check_method(self, recipe: Recipe) -> None:
+        """Refuse an artefact that another method made, if only in part.
+
+        Raises:
+            UserError: it is another method's; the message names it.
+        """
+        held = self._held()
+        if held is None:
+            return
+        theirs, asked = (str(fields.get("method", TRANSFGU)) for fields in (held, recipe.stage_fields(self.stage)))
+        if theirs != asked:
+            raise UserError(
+                f"{self.uri} holds the work of another method, {theirs} (asked: {recipe.method}): choose another "
+                f"--run, or go on with that one by --method {theirs}",
+                code="run-of-another-method",
+            )
+
     def check(self, recipe: Recipe) -> bool:
         """Whether the artefact is complete; False where there is nothing yet, or an interrupted attempt of `recipe`.
 
@@ -120,7 +137,7 @@ class Artifact:
             UserError: it holds what another recipe made, if only in part; the message names the fields that differ.
         """
         manifest = self.manifest()
-        held = manifest.fields if manifest else self._claimed()
+        held = self._held(manifest)
         wanted = recipe.stage_fields(self.stage)
         if held is not None:
             held = {n: value for n, value in upgraded(held).items() if n in held or n in wanted}
@@ -137,8 +154,11 @@ class Artifact:
             )
         return manifest is not None
 
-    def _claimed(self) -> dict[str, Any] | None:
-        """The fields that an attempt began with, or None where there was none."""
+    def _held(self, manifest: Manifest | None = None) -> dict[str, Any] | None:
+        """The fields of what lies here, whole or in part; None where there is nothing."""
+        manifest = manifest or self.manifest()
+        if manifest:
+            return manifest.fields
         uri = self.file("fields.json")
         text = storage.read_bytes_or_none(uri)
         return None if text is None else formats.read_json(text, storage.shown(uri), self._remedy)
@@ -210,7 +230,7 @@ class Run:
         if text is None:
             return asked
         held = from_yaml(text, storage.shown(uri), resolved=True)
-        if held.preset != asked.preset or (asked.method != TRANSFGU and asked.method != held.method):
+        if (held.preset, held.method) != (asked.preset, asked.method):
             return asked
         given = self.given(asked)
         kept = {n: v for n, v in held.flat().items() if n not in given and not n.startswith("compute.")}
