@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from numpy import ndarray
 
 from tests.refusals import refused
-from transfgu.kmeans import CHUNK, Assignment, Grid, Shard, cluster, sample_rows, update
+from transfgu.kmeans import CHUNK, Assignment, Grid, Shard, cluster, sample_rows, update, whitened
 from transfgu.stages import concepts
 from transfgu.stages.concepts import kmeans
+from transfgu.store.scratch import Scratch
 
 
 def blobs(rows: int, d: int, seed: int, centres: int = 12) -> ndarray:
@@ -199,6 +201,22 @@ def test_the_order_of_rows_does_not_matter_to_an_update(seed: int, k: int) -> No
     one, other = (Shard([r], threads=1).assign(centroids, grid) for r in (rows, shuffled))
     np.testing.assert_array_equal(one.counts, other.counts)
     np.testing.assert_allclose(update(one), update(other), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_rows_on_disk_make_no_difference(tmp_path: Path, whiten: bool) -> None:
+    rows = blobs(40 * CHUNK + 77, 8, seed=3)
+    pieces = np.split(rows, [5000, 5001, 30_000])
+    room = Scratch(str(tmp_path))
+    found = []
+    for shard in (Shard(pieces, threads=2), Shard([room.keep(piece) for piece in pieces], 2, room)):
+        spread = whitened(shard) if whiten else shard
+        result = cluster(spread, 6, iterations=8)
+        before = spread.means_before(result.centroids) if whiten else result.centroids
+        assert isinstance(spread, Shard)
+        found.append((result.centroids, result.counts, before, spread.distances(result.centroids), spread.labels()))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_mistakes() -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Float32
 from numpy import ndarray
 
 from transfgu.kmeans import Assignment, Grid, Shard
+from transfgu.store.scratch import Scratch
 
 _AT_ONCE = 1 << 17  # rows; with 384 columns 200 MB
 
@@ -24,6 +25,7 @@ class DeviceShard(Shard):
         pieces: (n, d) arrays, as of `Shard`.
         device: the GPU. A CPU does, too, more slowly than `Shard`.
         threads: for what is done on the CPU: distances and starts.
+        scratch: as of `Shard`.
         at_once: rows per matrix product. All products have that shape, the last one padded: what is found of a row
             does not depend on how many there are.
 
@@ -32,9 +34,14 @@ class DeviceShard(Shard):
     """
 
     def __init__(
-        self, pieces: Sequence[ndarray], device: torch.device, threads: int | None = None, at_once: int = _AT_ONCE
+        self,
+        pieces: Sequence[ndarray],
+        device: torch.device,
+        threads: int | None = None,
+        at_once: int = _AT_ONCE,
+        scratch: Scratch | None = None,
     ) -> None:
-        super().__init__(pieces, threads)
+        super().__init__(pieces, threads, scratch)
         self._device, self._at_once = device, min(at_once, max(1, self.rows))
         self._rows, self._found = [], []
         for chunk in self._joined():
@@ -44,7 +51,7 @@ class DeviceShard(Shard):
 
     def _like(self, pieces: Sequence[ndarray]) -> Shard:
         try:
-            return DeviceShard(pieces, self._device, self._threads, self._at_once)
+            return DeviceShard(pieces, self._device, self._threads, self._at_once, self._scratch)
         except torch.OutOfMemoryError:
             return super()._like(pieces)
 
@@ -61,6 +68,7 @@ class DeviceShard(Shard):
                 if filled == self._at_once:
                     yield chunk
                     chunk, filled = np.zeros_like(chunk), 0
+            self._release(block)
         if filled:
             yield chunk
 

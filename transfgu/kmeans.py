@@ -8,6 +8,7 @@ what it was nearer by (Hamerly, 2010). A pass looks at the other rows alone; in 
 """
 
 import functools
+import itertools
 import math
 import os
 from abc import ABC, abstractmethod
@@ -23,6 +24,7 @@ from numpy import ndarray
 from scipy import sparse
 
 from transfgu.errors import UserError
+from transfgu.store.scratch import Scratch
 from transfgu.whitening import Moments, Whitening, moment_step, moments
 
 CHUNK = 1024  # rows; with 384 columns a chunk is 1.5 MB, and the sums find in cache what the assignment read
@@ -143,12 +145,14 @@ class Shard(Shards):
         pieces: (n, d) arrays; chunks do not cross from one to the next. Contiguous float32 is used where it lies,
             anything else is copied.
         threads: how many; None: one for each core that the process may use.
+        scratch: where the pieces lie, if they lie on disk; whitened rows are put there, too.
     """
 
-    def __init__(self, pieces: Sequence[ndarray], threads: int | None = None) -> None:
+    def __init__(self, pieces: Sequence[ndarray], threads: int | None = None, scratch: Scratch | None = None) -> None:
         block = _BLOCK * CHUNK
         arrays = [np.ascontiguousarray(p, np.float32) for p in pieces]
         self._blocks = [a[i : i + block] for a in arrays for i in range(0, len(a), block)]
+        self._scratch = scratch
         self._starts = np.cumsum([0, *map(len, self._blocks)])
         self._labels = [np.full(len(b), -1, np.int32) for b in self._blocks]
         # Of each row: a distance that its centroid is not beyond, and one that no other centroid is within.
@@ -158,7 +162,7 @@ class Shard(Shards):
         # on how many there are, and no core waits for another at the end of every chunk.
         self._pool = ThreadPoolExecutor(self._threads, initializer=faiss.omp_set_num_threads, initargs=(1,))
         self.rows = int(self._starts[-1])
-        measures = np.array([*self._pool.map(_measure, self._blocks)]).reshape(-1, 3)
+        measures = np.array([*self._pool.map(self._measure, self._blocks)]).reshape(-1, 3)
         self.largest = float(measures[:, 0].max(initial=0))  # keeps NaN
         self._reach = measures[:, 1]
         self._squares = float(measures[:, 2].sum())
@@ -167,6 +171,16 @@ class Shard(Shards):
         self._centroids = np.empty((0, 0))
         self._sums, self._counts = np.empty((0, 0)), np.empty(0, np.int64)
         self._before: Shard | None = None  # of whitened rows: the rows as they were
+
+    def _measure(self, block: Float32[ndarray, "n d"]) -> tuple[float, float, float]:
+        measured = _measure(block)
+        self._release(block)
+        return measured
+
+    def _release(self, block: Float32[ndarray, "n d"]) -> None:
+        """Give back the memory of a block that lies on disk."""
+        if self._scratch:
+            self._scratch.release(block)
 
     def take(self, rows: Int[ndarray, " n"]) -> Float32[ndarray, "n d"]:
         """The rows of these numbers, which count from 0 at this shard's first."""
@@ -231,6 +245,7 @@ class Shard(Shards):
                     rounded = grid.round(rows[other])
                     sums += (_gains(k, now[other]) - _gains(k, before)) @ rounded
                     counts += np.bincount(now[other], minlength=k) - np.bincount(before, minlength=k)
+            self._release(block)
         return sums, counts, changed
 
     def _looked_at(
@@ -244,26 +259,33 @@ class Shard(Shards):
 
     def moments(self, step: float) -> Moments:
         """Sums over all rows, from which a whitening follows; see :func:`transfgu.whitening.moments`."""
-        return functools.reduce(Moments.__add__, self._pool.map(lambda rows: moments(rows, step), self._chunks()))
+
+        def of_block(block: Float32[ndarray, "n d"]) -> Moments:
+            found = functools.reduce(Moments.__add__, (moments(rows, step) for rows in _cut([block])))
+            self._release(block)
+            return found
+
+        return functools.reduce(Moments.__add__, self._pool.map(of_block, self._blocks))
 
     def whitened(self, whitening: Whitening) -> "Shard":
         """The rows whitened and of unit length; those before are kept, too."""
-        white = [np.empty(block.shape, np.float32) for block in self._blocks]
-        list(
-            self._pool.map(
-                lambda p: np.copyto(p[1], whitening.apply(p[0])), zip(self._chunks(), _cut(white), strict=True)
-            )
-        )
+
+        def of_block(block: Float32[ndarray, "n d"]) -> Float32[ndarray, "n d"]:
+            white = self._scratch.empty(block.shape) if self._scratch else np.empty(block.shape, np.float32)
+            for before, after in zip(_cut([block]), _cut([white]), strict=True):
+                np.copyto(after, whitening.apply(before))
+            for array in (block, white):
+                self._release(array)
+            return white
+
+        white = list(self._pool.map(of_block, self._blocks))
         shard = self._like(white)
         shard._before = self
         return shard
 
     def _like(self, pieces: Sequence[ndarray]) -> "Shard":
         """Other rows, where these are."""
-        return Shard(pieces, self._threads)
-
-    def _chunks(self) -> Iterator[Float32[ndarray, "_ d"]]:
-        return _cut(self._blocks)
+        return Shard(pieces, self._threads, self._scratch)
 
     def means_before(self, centroids: Float32[ndarray, "k d"]) -> Float32[ndarray, "k d"]:
         """Of whitened rows: for each centroid the mean, before whitening, of the rows that are nearest to it."""
@@ -279,9 +301,12 @@ class Shard(Shards):
         """Of whitened rows: sums, before whitening, and number of the rows that are nearest to each centroid."""
         assert self._before
         counts = self.assign(centroids, grid).counts
-        sums = np.zeros((len(centroids), self._before._blocks[0].shape[1] if self._before._blocks else 0))
-        for rows, labels in zip(self._before._chunks(), _cut(self._labels), strict=True):
-            sums += _gains(len(centroids), labels) @ grid_before.round(rows)
+        before = self._before
+        sums = np.zeros((len(centroids), before._blocks[0].shape[1] if before._blocks else 0))
+        for block, found in zip(before._blocks, self._labels, strict=True):
+            for rows, labels in zip(_cut([block]), _cut([found]), strict=True):
+                sums += _gains(len(centroids), labels) @ grid_before.round(rows)
+            before._release(block)
         return sums, counts
 
     def labels(self) -> Int32[ndarray, " n"]:
@@ -290,13 +315,15 @@ class Shard(Shards):
 
     def distances(self, centroids: Float32[ndarray, "k d"]) -> Float64[ndarray, " n"]:
         """Each row's distance to the centroid that the latest pass assigned it to; differences are taken in float64."""
-        chunks = [
-            (block[i : i + CHUNK], labels[i : i + CHUNK])
-            for block, labels in zip(self._blocks, self._labels, strict=True)
-            for i in range(0, len(block), CHUNK)
-        ]
-        parts = self._pool.map(lambda c: np.linalg.norm(c[0] - centroids[c[1]].astype(np.float64), axis=1), chunks)
-        return np.concatenate([np.empty(0), *parts])
+
+        def of_block(block: Float32[ndarray, "n d"], found: Int32[ndarray, " n"]) -> list[Float64[ndarray, " c"]]:
+            cut = zip(_cut([block]), _cut([found]), strict=True)
+            distances = [np.linalg.norm(rows - centroids[labels].astype(np.float64), axis=1) for rows, labels in cut]
+            self._release(block)
+            return distances
+
+        parts = self._pool.map(of_block, self._blocks, self._labels)
+        return np.concatenate([np.empty(0), *itertools.chain.from_iterable(parts)])
 
     def starts(self, k: int, seed: int, numbers: Sequence[int]) -> list[tuple[float, Float32[ndarray, "k d"]]]:
         """The starts of these numbers: inertia over all rows and centroids after a few iterations, for each.

@@ -251,7 +251,9 @@ def run_stage(
     capacity.check_satisfiable(recipe.compute)
     started = time.monotonic()
     run.artifact(stage).begin(recipe)
-    outcome = _stage_function(stage)(recipe, run, Progress(stage, quiet=quiet))
+    progress = Progress(stage, quiet=quiet)
+    outcome = _stage_function(stage)(recipe, run, progress)
+    progress.end()
     if lock:
         lock.check()
     return run.artifact(stage).commit(recipe, outcome, started)

@@ -8,7 +8,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from tests.folder_run import IMAGES, photographs, small
 from tests.made_run import SIDE, MadeRun, make_run
+from tests.refusals import refused
 from transfgu.baselines import tokens as module
 from transfgu.baselines.pixel_features import PixelFeatures
 from transfgu.baselines.tokens import baselines
@@ -145,3 +147,26 @@ def test_an_untrained_encoder_is_another(tmp_path: Path) -> None:
     torch.testing.assert_close(tokens.flatten(2).mT, encode(torch.from_numpy(images)))
     smooth = module._tokens(encode, images, 3)
     torch.testing.assert_close(smooth[:, :, 0, 0], tokens[:, :, :2, :2].mean((2, 3)))
+
+
+def test_a_probe_reads_classes_off_tokens(tmp_path: Path) -> None:
+    """Bright discs on dark noise: colour alone tells them, to within the patches that the disc's edge crosses."""
+    photographs(tmp_path)
+    recipe = small(tmp_path, **{"encoder.weights": str(tmp_path / "encoder.safetensors")})
+    count, found = module.probe(recipe)
+    assert (count, set(found)) == (IMAGES, {module.ENCODER, module.PIXELS})
+    assert found[module.PIXELS].pixel_accuracy > 90
+    assert len(found[module.PIXELS].iou) == 2  # as many classes as the labels have
+    few, _ = module.probe(recipe.with_fields({"limit": 4}))
+    assert few == 4
+
+
+def test_a_probe_needs_labels_of_two_classes(tmp_path: Path) -> None:
+    photographs(tmp_path)
+    recipe = small(tmp_path)
+    for file in (tmp_path / "labels").iterdir():
+        Image.fromarray(np.zeros((64, 64), np.uint8)).save(file)
+    with refused("labels-few 6 1"):
+        module.probe(recipe)
+    with refused("labels-few 1"):
+        module.probe(recipe.with_fields({"limit": 1}))

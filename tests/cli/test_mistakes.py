@@ -51,6 +51,8 @@ MISTAKES = {
         "--out OUT/vit.pth": "out-invalid vit.pth .safetensors",
         "--out OUT/v.safetensors --images /nowhere/x": "file-missing /nowhere/x",
         "--out OUT/v.safetensors --patch_size 7": "image-size global_size 48 7",
+        "--out OUT/v.safetensors --labels IMAGES": "labels-unsupported --labels --images",
+        "--out OUT/v.safetensors --images IMAGES --labels VOC": "labels-missing",
         "--out OUT/v.safetensors --count 10": "images-few 10 64 --count --batch_size",
     },
 }

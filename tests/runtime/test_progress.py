@@ -64,3 +64,13 @@ def test_progress_on_a_terminal_redraws_one_line() -> None:
     progress.note("best epoch 7")
     assert out.getvalue().startswith("\rtraining: 12/12 epochs")
     assert out.getvalue().rstrip(" \n").endswith("training: best epoch 7")
+
+
+def test_what_is_printed_after_the_end_has_a_line_of_its_own() -> None:
+    out = Terminal()
+    progress = Progress("features", stream=out)
+    progress.update(10, 10, "images")
+    progress.end()
+    progress.end()
+    assert out.getvalue().endswith("\n")
+    assert out.getvalue().count("\n") == 1

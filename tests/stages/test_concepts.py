@@ -15,13 +15,13 @@ import torch
 from numpy import ndarray
 
 from tests.refusals import refused
-from transfgu.kmeans import Shard, Shards, cluster, whitened
+from transfgu.kmeans import Grid, Shard, Shards, cluster, whitened
 from transfgu.recipe import Recipe, preset
 from transfgu.runtime import capacity as runtime
 from transfgu.runtime.progress import Progress
 from transfgu.stages import concepts
 from transfgu.stages.concepts import kmeans
-from transfgu.store import storage
+from transfgu.store import scratch, storage
 from transfgu.store.artifacts import Run
 
 D = 6
@@ -152,6 +152,29 @@ def test_an_actor_reads_its_parts_by_group(tmp_path: Path) -> None:
     assert taken is not None
     np.testing.assert_array_equal(taken, foreground[rows])
     assert actor.take("stuff", rows[:0]) is None
+
+
+def test_an_actor_keeps_many_rows_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, groups = write_parts(tmp_path, made_windows(25)), concepts._groups(recipe_of())
+    parts, size = concepts._parts(run.artifact("features"))
+    pieces, disk = [parts[:2], parts[2:]], str(tmp_path / "disk")
+    in_memory = concepts._read_parts(pieces, groups, size, disk, resident=size)
+    on_disk = concepts._read_parts(pieces, groups, size, disk, resident=size - 1)
+    assert in_memory["things"].scratch is None
+    assert on_disk["things"].scratch is on_disk["stuff"].scratch is not None
+    one, other = (concepts.KMeansActor(source, threads=1) for source in (lambda: in_memory, lambda: on_disk))
+    centroids, grid = np.eye(3, D, dtype=np.float32), Grid(100, one.measure("things")[1])
+    first, second = (actor.assign("things", centroids, grid).sums for actor in (one, other))
+    np.testing.assert_array_equal(first, second)
+    monkeypatch.setattr(scratch, "_SPARE", 1 << 60)  # a disk without room: memory it is
+    assert concepts._read_parts(pieces, groups, size, disk, resident=0)["things"].scratch is None
+
+
+def test_a_disk_that_becomes_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = scratch.Scratch(str(tmp_path))
+    monkeypatch.setattr(scratch, "_SPARE", 1 << 60)
+    with refused("disk-full"):
+        concepts._kept(np.ones((2, 2), np.float32), room)
 
 
 def test_features_that_nodes_cannot_hold_go_to_those_that_may_come(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,23 +5,25 @@ The pseudo labels alone: what the decoder adds to them is the worth of training.
 layer told the true labels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import timm
 import torch
-from jaxtyping import Float, Int, Int16, UInt8
+from jaxtyping import Float, Int, Int16, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from transfgu import datasets
 from transfgu.baselines.pixel_features import PixelFeatures
-from transfgu.datasets.images import read_image, read_rows, resize
+from transfgu.datasets.images import read_image, read_label, read_rows, resize
 from transfgu.datasets.packed_maps import unpack_maps
 from transfgu.datasets.rows import read_labelled_rows, usable
 from transfgu.decoder import winners
 from transfgu.encoder import SHIPPED, normalise, patch_grid, scaled_size
+from transfgu.errors import UserError
 from transfgu.inference.frozen_encoder import FrozenEncoder
 from transfgu.inference.tokens import PatchTokens
 from transfgu.kmeans import Shard, cluster
@@ -33,6 +35,8 @@ from transfgu.stages.pseudo_labels import load_centroids
 from transfgu.store.artifacts import Run
 
 _TOKENS = 1 << 18  # patch tokens of training images that K-Means and the probe see at most: 100 MB of width 96
+ENCODER, PIXELS = "encoder", "colour, texture and height"
+"""What :func:`probe` reads."""
 _AT_ONCE = 16  # images
 _PROBE_ITERATIONS = 80
 _PROBE_DECAY = 1e-4
@@ -72,13 +76,61 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
         predictors["K-Means over patch tokens, untrained encoder"] = _bottom_up(recipe, untrained, train, smoothing=1)
     if len(labelled):
         predictors["linear probe, supervised"] = _linear_probe(recipe, encode, labelled)
+    labelled_images = _labelled(recipe, samples.labelled(recipe, run), recipe.evaluation.protocol)
+    confusions = _confusions(recipe, predictors, labelled_images)
+    return {name: scores(confusion) for name, confusion in confusions.items()}
+
+
+def probe(recipe: Recipe) -> tuple[int, dict[str, Scores]]:
+    """Score what a linear layer reads off patch tokens: it learns from half of a few labelled images.
+
+    Args:
+        recipe: says data, labels, encoder and sizes; of `limit` labelled training images in an even spread, or of all
+            of them where there are fewer. The number of classes is read off the labels.
+
+    Returns:
+        The number of images, and the scores on the other half, of the encoder's tokens and of colour, texture and
+        height.
+
+    Raises:
+        UserError: fewer than two labelled images, or labels of one class.
+    """
+    rows = datasets.list_samples(recipe.with_fields({"limit": 0}), "train")
+    rows = rows.filter(rows["label"].is_valid())
+    if recipe.limit:
+        rows = rows.take(np.unique(np.linspace(0, len(rows) - 1, recipe.limit).round().astype(int)))
+    any_class = datasets.classes(recipe.with_fields({"things": 0, "stuff": 255, "groups": "all", "classes": "auto"}))
+    found = list(read_rows(rows["label"].to_pylist(), lambda uri: read_label(uri, any_class)))
+    rows = rows.filter(pa.array([label is not None for label, _ in found], pa.bool_()))
+    count = 1 + max((int(label.max()) for label, _ in found if label is not None), default=-1)
+    if len(rows) < 2 or count < 2:
+        raise UserError(
+            f"{len(rows)} labelled images of {max(count, 0)} classes are too few for a probe: give two or more, of "
+            "two or more classes",
+            code="labels-few",
+        )
+    recipe = recipe.with_fields({"things": 0, "stuff": count, "groups": "all", "classes": "auto"})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encode = PatchTokens(recipe.encoder, device)
+    pixels = PixelFeatures(encode.encoder.patch_size, device, height=True)
+    halves = rows.take(np.arange(0, len(rows), 2)), rows.take(np.arange(1, len(rows), 2))
+    predictors = {ENCODER: _linear_probe(recipe, encode, halves[0]), PIXELS: _linear_probe(recipe, pixels, halves[0])}
+    confusions = _confusions(recipe, predictors, _labelled(recipe, halves[1]))
+    return len(rows), {name: scores(confusion) for name, confusion in confusions.items()}
+
+
+def _confusions(
+    recipe: Recipe,
+    predictors: Mapping[str, Predict],
+    batches: Iterable[tuple[Images, list[Int16[np.ndarray, "_ _"]]]],
+) -> dict[str, Int64[np.ndarray, "C C"]]:
     confusions = {name: np.zeros((recipe.classes, recipe.classes), np.int64) for name in predictors}
-    for images, labels in _labelled(recipe, samples.labelled(recipe, run), recipe.evaluation.protocol):
+    for images, labels in batches:
         for name, predict in predictors.items():
             for maps, label in zip(predict(images), labels, strict=True):
                 predicted = winners(maps, (label.shape[0], label.shape[1])).cpu().numpy()
                 confusions[name] += confusion_matrix(label, predicted, recipe.classes)
-    return {name: scores(confusion) for name, confusion in confusions.items()}
+    return confusions
 
 
 def _bottom_up(
@@ -123,7 +175,7 @@ def _pseudo_labels(recipe: Recipe, run: Run, device: torch.device) -> Predict:
     return predict
 
 
-def _linear_probe(recipe: Recipe, encode: PatchTokens, labelled: pa.Table) -> Predict:
+def _linear_probe(recipe: Recipe, encode: PatchTokens | PixelFeatures, labelled: pa.Table) -> Predict:
     """Logistic regression from a patch's token to the class of most of its pixels."""
     sample = _Sample(recipe, encode, len(labelled))
     rows, truths = [], []

@@ -2,10 +2,14 @@
 
 `transfgu benchmark [features|concepts|pseudo-labels|training|evaluation|all] [--preset P]` measures;
 `transfgu benchmark ingest --preset P --images N` measures how fast a training worker reads its samples;
+`transfgu benchmark rehearse --preset P --images N` runs all stages on N small images, is killed and resumes;
+`transfgu benchmark many-rows --rows N` clusters N x 384 features in one process, on disk where they are too many;
 `transfgu benchmark plan PRESET --images N --gpus G` plans. Arithmetic takes no notice of weights, so the encoder
 is untrained unless --encoder.weights says otherwise; which windows are kept, and so how many, does depend on them.
 """
 
+import argparse
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -25,7 +29,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
         nargs="?",
         metavar="STAGE",
         default="all",
-        help="what to time (default: all); or ingest, plan: see above",
+        help="what to time (default: all); or ingest, rehearse, many-rows, plan: see above",
     )
     add("--images", metavar="N", type=int, default=4, help="images per repeat, and per training batch (default: 4)")
     add("--repeats", metavar="N", type=int, default=5, help="repeats, of which the median counts (default: 5)")
@@ -33,6 +37,10 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add(
         "--unfused", action="store_true", help="also time maps as published: a backward pass per class; takes gigabytes"
     )
+    add("--validation", metavar="N", type=int, default=5000, help="rehearse: validation images (default: 5000)")
+    add("--root", metavar="URI", help="rehearse, many-rows: folder for what is made (default: a temporary one)")
+    add("--on-disk", action="store_true", help="many-rows: keep the rows on disk however few they are")
+    add("--requests", metavar="COMMAND", help="rehearse: shell command that prints the S3 server's count of requests")
     add("--out", metavar="URI", help="JSON to write (default: ~/transfgu/benchmark-PRESET.json)")
     add("--verbose", action="store_true", help="let Ray's own messages through")
     add_recipe(made, words, preset_flag="--preset")
@@ -56,6 +64,12 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     if arguments.stage == "ingest":
         _ingest(recipe, arguments.images, arguments.out)
+        return
+    if arguments.stage == "rehearse":
+        _rehearse(recipe, arguments)
+        return
+    if arguments.stage == "many-rows":
+        _many_rows(recipe, arguments)
         return
     # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
     from transfgu import pipeline
@@ -91,3 +105,35 @@ def _ingest(recipe: Recipe, images: int, out: str | None) -> None:
     out = out or plan.default_file(f"{recipe.preset}-ingest")
     storage.write_bytes(out, found.to_json().encode())
     print(f"written to {storage.shown(out)}", file=sys.stderr)
+
+
+def _rehearse(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    """Run all stages on many small images, and write JSON and Markdown."""
+    from transfgu.benchmarks import rehearsal
+
+    found = rehearsal.rehearse(
+        recipe,
+        arguments.images,
+        arguments.validation,
+        root=arguments.root or "",
+        requests=arguments.requests or "",
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    out = arguments.out or plan.default_file(f"{recipe.preset}-rehearsal")
+    page = f"{out.removesuffix('.json')}.md"
+    storage.write_bytes(out, found.to_json().encode())
+    storage.write_bytes(page, found.to_markdown().encode())
+    print(found.to_markdown())
+    print(f"written to {storage.shown(out)} and {storage.shown(page)}", file=sys.stderr)
+
+
+def _many_rows(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    """Measure K-Means of more rows than memory should hold."""
+    from transfgu.benchmarks import many_rows
+
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    found = many_rows.measure(recipe, arguments.rows, arguments.root or "", say, on_disk=arguments.on_disk)
+    print(found.to_json())
+    out = arguments.out or plan.default_file(f"{recipe.preset}-many-rows")
+    storage.write_bytes(out, found.to_json().encode())
+    say(f"written to {storage.shown(out)}")

@@ -1,6 +1,7 @@
 """Teach a small ViT by self-supervision alone, on any folder of images: for a domain that has no DINO.
 
-`transfgu pretrain --out vit.safetensors` makes the embedded demonstration's encoder anew. What was made is used
+`transfgu pretrain --out vit.safetensors` makes the embedded demonstration's encoder anew. With --labels a linear probe
+says whether the encoder learned more than colour and texture tell. What was made is used
 by `transfgu train folder --data URI --encoder.weights vit.safetensors`.
 """
 
@@ -11,9 +12,10 @@ from collections.abc import Sequence
 import yaml
 
 from transfgu.cli.command_line import Parser, add_output, add_pretraining_recipe, pretraining_recipe_of, program
+from transfgu.errors import UserError
 from transfgu.fields import listed
 from transfgu.pretraining.recipe import VIEWS
-from transfgu.recipe import FIELDS, ComputeRecipe
+from transfgu.recipe import FIELDS, ComputeRecipe, Recipe, preset
 
 
 def parser(words: Sequence[str] = ()) -> Parser:
@@ -25,6 +27,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add("--count", metavar="N", type=int, default=12_000, help="images drawn for shapes [images] (default: 12000)")
     add("--image_size", metavar="N", type=int, default=72, help="side of the kept images [pixels] (default: 72)")
     add("--squares", metavar="N", type=int, default=1, help="squares cut from each image of a folder (default: 1)")
+    add("--labels", metavar="URI", help="folder of label PNGs of the images, for a linear probe afterwards")
     add("--views", choices=tuple(VIEWS), help="colours of views (default: drawn for shapes, else photographs)")
     add("--workers", metavar="N", type=int, default=0, help="training workers (default: one per GPU; one without)")
     add("--track", metavar="TEXT", default="tensorboard", help=f"{FIELDS['compute.track'].doc} (default: tensorboard)")
@@ -61,6 +64,8 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     if job.images != SHAPES:
         storage.check_readable(job.images)
+    if given.labels:
+        _check_labels(given.images, given.labels)
     storage.check_writable(job.work)
     tracking.names(given.track)
     connect.connect(verbose=given.verbose)
@@ -71,3 +76,41 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"{len(prepared.left_out)} images were left out, such as {prepared.left_out[0]['name']}")
     if not given.quiet:
         print(f"{storage.shown(job.out)}: learned from {prepared.images} images")
+    if given.labels:
+        print(_probe(given.images, given.labels, job.out))
+
+
+_PROBED = 120  # labelled images, half of which the probe learns from
+
+
+def _labelled(images: str, labels: str, weights: str) -> Recipe:
+    """The recipe of a probe, for any number of classes."""
+    return preset("folder").with_fields(
+        {"data": images, "labels": labels, "limit": _PROBED, "encoder.weights": weights}
+    )
+
+
+def _check_labels(images: str, labels: str) -> None:
+    """Raise UserError where no label belongs to an image, before hours of training."""
+    from transfgu import datasets
+
+    if images == "shapes":
+        raise UserError("--labels belong to a folder of images: give --images URI", code="labels-unsupported")
+    datasets.list_samples(_labelled(images, labels, ""), "train")
+
+
+def _probe(images: str, labels: str, weights: str) -> str:
+    """Return what the probe found, in one line or two."""
+    from transfgu.baselines.tokens import ENCODER, PIXELS, probe
+    from transfgu.pipeline import fit_to_encoder, fit_to_small_encoder
+
+    recipe = fit_to_encoder(fit_to_small_encoder(_labelled(images, labels, weights)))
+    count, found = probe(recipe)
+    encoder, pixels = found[ENCODER], found[PIXELS]
+    text = (
+        f"linear probe on {count} labelled images, half of them to learn from: mIoU {encoder.mean_iou:.1f}, "
+        f"accuracy {encoder.pixel_accuracy:.1f}; {PIXELS} alone: {pixels.mean_iou:.1f}, {pixels.pixel_accuracy:.1f}"
+    )
+    if encoder.mean_iou > pixels.mean_iou:
+        return text
+    return f"{text}\nthe encoder tells classes apart no better than those: train longer (--steps), or on more images"

@@ -124,7 +124,13 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-_NO_LOSS = ("seconds", "images_per_second", "label_free")  # numbers of the history that are not drawn
+_NO_LOSS = (
+    "seconds",
+    "start_seconds",
+    "score_seconds",
+    "images_per_second",
+    "label_free",
+)  # numbers of the history that are not drawn
 
 _TITLES = {
     "samples": "Samples",

@@ -42,6 +42,13 @@ class Progress:
         if not self._quiet:
             self._write(f"{self._stage}: {text}", final=True)
 
+    def end(self) -> None:
+        """End a line that is redrawn, so that what is printed next has a line of its own."""
+        if self._terminal and self._width:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._width = 0
+
     def _write(self, text: str, *, final: bool) -> None:
         if self._terminal:
             self._stream.write("\r" + text.ljust(self._width) + ("\n" if final else ""))

@@ -29,6 +29,7 @@ import safetensors.numpy
 from jaxtyping import Bool, Float, Float32, Int
 from numpy import ndarray
 
+from transfgu.datasets.sample_cache import default_folder
 from transfgu.errors import UserError
 from transfgu.kmeans import (
     CHUNK,
@@ -48,12 +49,16 @@ from transfgu.recipe import Recipe
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Artifact, Outcome, Run
+from transfgu.store.scratch import Scratch, available_memory
 from transfgu.whitening import Moments, Whitening
 
 logger = logging.getLogger(__name__)
 
 NEAREST = 8
 """Windows kept for each concept, to look at."""
+
+RESIDENT = 8 << 30
+"""Bytes of rows that an actor keeps in memory at most; more lie on its disk."""
 
 _PLACE = ("index", "y0", "y1", "x0", "x1")
 _SHARD_BYTES = 256 << 20  # below this, starting another actor costs more than it saves
@@ -152,7 +157,9 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     concepts: list[Float32[ndarray, "k d"]] = []
     found: list[pa.Table] = []
     nodes = _nodes(size)
-    sources = [functools.partial(_read_parts, p, groups) for p in _share(parts, _worker_count(size, nodes))]
+    shared = _share(parts, _worker_count(size, nodes))
+    own, disk = size // len(shared), recipe.compute.cache_folder
+    sources = [functools.partial(_read_parts, pieces, groups, own, disk) for pieces in shared]
     memory = _memory(size / len(sources))
     if memory:
         progress.note(f"{len(sources)} actors, each on a node with {memory / 1e9:.1f} GB of memory for it")
@@ -301,9 +308,11 @@ _ALL = "all"
 
 @dataclass
 class _Rows:
-    """Rows of features in memory, in pieces, and for windows where they are: columns index, y0, y1, x0, x1."""
+    """Rows of features, in pieces, and for windows where they are: columns index, y0, y1, x0, x1."""
 
     pieces: list[ndarray]
+    scratch: Scratch | None = None
+    """Where the pieces lie, if on disk; None: in memory."""
     places: list[ndarray] = field(default_factory=list)
 
 
@@ -323,7 +332,7 @@ class KMeansActor:
     @functools.cached_property
     def _groups(self) -> dict[str, tuple[Shard, list[ndarray]]]:
         rows = self._source()
-        return {name: (_shard(r.pieces, self._threads), r.places) for name, r in rows.items()}
+        return {name: (_shard(r.pieces, self._threads, r.scratch), r.places) for name, r in rows.items()}
 
     def computes_on(self) -> str:
         """Return the name of the class that assigns rows in this process: `Shard` or `DeviceShard`."""
@@ -398,17 +407,80 @@ def _nearest(windows: pa.Table) -> pa.Table:
     return windows.take(np.concatenate(chosen))
 
 
-def _read_parts(pieces: Sequence[Sequence[str]], groups: Sequence[_Group]) -> dict[str, _Rows]:
-    """The windows of each group; the parts of a piece are joined, the files of one piece being held twice at most."""
-    found = {group.name: _Rows([]) for group in groups}
+def _read_parts(
+    pieces: Sequence[Sequence[str]],
+    groups: Sequence[_Group],
+    size: int = 0,
+    folder: str = "",
+    resident: int = RESIDENT,
+) -> dict[str, _Rows]:
+    """Read the windows of each group; the parts of a piece are joined, the files of one being held twice at most.
+
+    Args:
+        pieces: URIs of parts.
+        groups: whose windows are read.
+        size: bytes that all rows take. Where that is more than `resident` or half of the memory that is free, they
+            lie on disk; the result is the same.
+        folder: for those.
+        resident: bytes.
+
+    Raises:
+        UserError: that folder's disk has become full.
+    """
+    scratch = _scratch(folder, size) if size > min(resident, available_memory() / 2) else None
+    found = {group.name: _Rows([], scratch) for group in groups}
     with ThreadPoolExecutor(_READERS) as pool:
         for uris in pieces:
             parts = list(pool.map(lambda uri: _read_part(uri, groups), uris))
             for group, windows in zip(groups, zip(*parts, strict=True), strict=True):
-                rows = found[group.name]
-                rows.pieces.append(np.concatenate([features for features, _ in windows]))
+                rows, joined = found[group.name], np.concatenate([features for features, _ in windows])
+                rows.pieces.append(_kept(joined, scratch))
                 rows.places.append(np.concatenate([places for _, places in windows]))
     return found
+
+
+def _kept(rows: Float32[ndarray, "n d"], scratch: Scratch | None) -> Float32[ndarray, "n d"]:
+    if scratch is None:
+        return rows
+    try:
+        return scratch.keep(rows)
+    except OSError as error:
+        raise UserError(
+            f"concepts: can't keep features in {error.filename or 'the cache folder'}: {error.strerror}: make room, or "
+            "set --compute.cache_folder to a larger disk",
+            code="disk-full",
+        ) from None
+
+
+def _scratch(folder: str, size: int) -> Scratch | None:
+    """Return room on disk for rows of `size` bytes; None where the disk has none."""
+    try:
+        return Scratch(folder or default_folder(), size)
+    except OSError as error:
+        logger.warning(
+            "concepts: %.1f GB of features stay in memory, as %s has no room for them (%s): set "
+            "--compute.cache_folder to a larger disk",
+            *(size / 1e9, folder or default_folder(), error.strerror),
+        )
+        return None
+
+
+def rows_of_parts(uris: Sequence[str], folder: str, resident: int = RESIDENT) -> tuple[Shard, bool]:
+    """Read the windows of part files as the stage's actor does, if there is just one.
+
+    Args:
+        uris: of the files.
+        folder: for rows that are more than memory should hold; empty: that of the node's caches.
+        resident: bytes of rows that are kept in memory at most.
+
+    Returns:
+        The rows, and whether they lie on disk.
+    """
+    size = sum(version.size for version in storage.versions(uris) if version)
+    (pieces,) = _share(uris, 1)
+    group = _Group(name=_ALL, windows="all", count=1)
+    rows = _read_parts(pieces, [group], size, folder, resident)[_ALL]
+    return _shard(rows.pieces, cores(), rows.scratch), rows.scratch is not None
 
 
 def _read_part(uri: str, groups: Sequence[_Group]) -> list[tuple[Float32[ndarray, "_ d"], Int[ndarray, "_ 5"]]]:
@@ -661,26 +733,26 @@ def _share(parts: Sequence[str], workers: int) -> list[list[list[str]]]:
     return [pieces[a:b] for a, b in itertools.pairwise(bounds)]
 
 
-def _shard(pieces: Sequence[ndarray], threads: int | None = None) -> Shard:
+def _shard(pieces: Sequence[ndarray], threads: int | None = None, scratch: Scratch | None = None) -> Shard:
     """Return the rows in the memory of this process's GPU if it has one and they fit, else in its own.
 
     Each process decides for itself: the driver may run on a machine without a GPU.
     """
     if not any(Path(file).exists() for file in _GPU_FILES):  # torch takes seconds to import
-        return Shard(pieces, threads)
+        return Shard(pieces, threads, scratch)
     import torch
 
     from transfgu.device_kmeans import DeviceShard
     from transfgu.inference.device import without_gpus
 
     if without_gpus() or not torch.cuda.is_available():
-        return Shard(pieces, threads)
+        return Shard(pieces, threads, scratch)
     try:
-        return DeviceShard(pieces, torch.device("cuda"), threads)
+        return DeviceShard(pieces, torch.device("cuda"), threads, scratch=scratch)
     except torch.OutOfMemoryError:
         logger.warning("concepts: the features do not fit the GPU's memory: K-Means runs on the CPU of this node")
         torch.cuda.empty_cache()
-        return Shard(pieces, threads)
+        return Shard(pieces, threads, scratch)
 
 
 def _is_dataset(features: Any) -> bool:

@@ -1,6 +1,7 @@
 """Any method's training on a run's images: where its batches come from, how it is scored, what its history says."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,15 +146,17 @@ class ImageTraining:
         """Scores on the validation images where they are due; the best weights so far are kept."""
         if not (self._validation and due):
             return {"mean_iou": None, "pixel_accuracy": None}
+        started = time.monotonic()
         score = self._validation.score()
+        seconds = {"score_seconds": round(time.monotonic() - started, 3)}
         if math.isnan(score.pixel_accuracy):  # not one label could be read
-            return {"mean_iou": None, "pixel_accuracy": None}
+            return {"mean_iou": None, "pixel_accuracy": None, **seconds}
         best = max((merit(row) for row in self.state.history), default=-1.0)
         row: dict[str, float | None] = {"mean_iou": score.mean_iou, "pixel_accuracy": score.pixel_accuracy}
         if merit(row) > best:
             weights = self.learner.network.state_dict()
             self.state.best = {name: tensor.detach().clone() for name, tensor in weights.items()}
-        return row
+        return row | seconds
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

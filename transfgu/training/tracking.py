@@ -33,7 +33,17 @@ _NUMBERS = {
     "images_per_second": "speed/images_per_second",
 }
 """Columns of the history under the names that trackers get; all others are losses."""
-_UNTOLD = ("epoch", "step", "workers", "seconds", "teacher_updated", "skipped_steps", "label_free")
+_UNTOLD = (
+    "epoch",
+    "step",
+    "workers",
+    "seconds",
+    "start_seconds",
+    "score_seconds",
+    "teacher_updated",
+    "skipped_steps",
+    "label_free",
+)
 _PICTURE = "predictions"
 
 

@@ -115,7 +115,10 @@ class Worker:
         torch.manual_seed(int(np.random.SeedSequence([training.seed, epoch, self.rank]).generate_state(1)[0]))
         results: list[Mapping[str, float]] = []
         pending: deque[Pending] = deque()
+        first = started
         for index, batch in enumerate(training.batches(epoch)):
+            if not index:
+                first = time.monotonic()
             pending.append(training.step(batch, epoch, index))
             if len(pending) > _QUEUED:
                 results.append(self._result(pending.popleft(), epoch, len(results)))
@@ -127,6 +130,7 @@ class Worker:
             **training.end(epoch, results),
             "workers": self.world,
             "seconds": round(seconds, 3),
+            "start_seconds": round(first - started, 3),
             "images_per_second": round(len(results) * training.order.batch / seconds, 2),
         }
         training.state.history.append(row)
