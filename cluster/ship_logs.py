@@ -12,11 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from transfgu.errors import UserError
 from transfgu.store import storage
 
-LARGEST = 256 << 20  # bytes; of a longer log the end is copied, where it says what went wrong
+LARGEST = 256 << 20  # bytes
 
 
-def ship(folder: Path, uri: str, seen: dict[str, tuple[int, int]]) -> int:
-    """Copy what changed since `seen` (size and time by name), which is brought up to date.
+def ship(folder: Path, uri: str, seen: dict[str, tuple[int, int]], *, largest: int = LARGEST) -> int:
+    """Copy files that changed since `seen` (size and time by name), and update `seen`.
+
+    Of a file of more than `largest` bytes only the end is copied, because it shows what went wrong.
 
     Returns:
         How many files were copied.
@@ -30,8 +32,8 @@ def ship(folder: Path, uri: str, seen: dict[str, tuple[int, int]]) -> int:
             if seen.get(name) == now:
                 continue
             with file.open("rb") as stream:
-                stream.seek(max(0, now[0] - LARGEST))
-                storage.write_bytes(storage.join(uri, name), stream.read(LARGEST))
+                stream.seek(max(0, now[0] - largest))
+                storage.write_bytes(storage.join(uri, name), stream.read(largest))
         except FileNotFoundError:
             continue  # Ray rotates its logs
         seen[name] = now

@@ -26,9 +26,10 @@ def photographs(folder: Path, labels: bool = True) -> None:
 
 
 def small(folder: Path, **fields: object) -> Recipe:
-    """A folder's recipe of a few seconds."""
+    """A folder's recipe of a few seconds, with an encoder of random weights that the folder keeps."""
     square = (SIDE, SIDE)
-    write_encoder(folder / "encoder.safetensors")
+    if not (folder / "encoder.safetensors").exists():
+        write_encoder(folder / "encoder.safetensors")
     return preset("folder").with_fields(
         {
             "data": str(folder / "images"),

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from tests.refusals import refused
 from transfgu import encoder as encoder_module
-from transfgu.encoder import Encoder, _maps, normalise, patch_grid
+from transfgu.encoder import Encoder, combined_maps, normalise, patch_grid
 
 PATCH = 8
 
@@ -355,7 +355,7 @@ def test_maps_by_hand() -> None:
     gain = torch.tensor([[[1.0, 2.0, 3.0, 4.0, -1.0], [0.0, 0.0, -2.0, 0.0, -1.0]]])
     # Of 10, the smallest, 1, is in the 20 % left out; 2 is not. Where nothing is gained, attention alone is left.
     expected = torch.tensor([[[0.25, 2.5, 4.0, 4.25, 0.0], [0.25, 0.5, 0.0, 0.25, 0.0]]])
-    torch.testing.assert_close(_maps(attention, gain), expected)
+    torch.testing.assert_close(combined_maps(attention, gain), expected)
 
 
 def test_half_precision_belongs_to_the_caller(encoder: Encoder, images: Tensor) -> None:
@@ -550,8 +550,8 @@ def test_no_code_in_weights_is_run(tmp_path: Path) -> None:
 
 def test_weights_that_cannot_be_had_come_with_the_line_that_fetches_them() -> None:
     fetch = "hf download timm/vit_small_patch8_224.dino model.safetensors --local-dir weights"
-    assert fetch in encoder_module._fetching("vit_small_patch8_224.dino")
-    assert encoder_module._fetching("vit_small_patch8_224.none") == ""
+    assert fetch in encoder_module.fetch_command("vit_small_patch8_224.dino")
+    assert encoder_module.fetch_command("vit_small_patch8_224.none") == ""
 
 
 def test_mistakes_with_names_and_weights(tmp_path: Path) -> None:
@@ -574,3 +574,16 @@ def test_mistakes_with_names_and_weights(tmp_path: Path) -> None:
     for name, weights, refusal in cases:
         with refused(refusal):
             Encoder.from_pretrained(name, weights)
+
+
+def test_an_untrained_encoder_has_the_shape_of_the_trained_one() -> None:
+    trained = Encoder.from_state_dict(random_state(24, 2, 4, mlp=48, seed=3), patch_size=PATCH, num_heads=3)
+    first, again = trained.untrained(), trained.untrained()
+    shapes = {name: tensor.shape for name, tensor in trained.vit.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in first.vit.state_dict().items()} == shapes
+    images = torch.rand(1, 3, 4 * PATCH, 4 * PATCH)
+    torch.testing.assert_close(first.patch_tokens(images), again.patch_tokens(images))
+    assert not torch.allclose(first.patch_tokens(images), trained.patch_tokens(images), atol=0.1)
+    rotary = Encoder.from_pretrained("vit_small_patch16_dinov3", "random")
+    with refused("encoder-unsupported Eva"):
+        rotary.untrained()

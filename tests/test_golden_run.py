@@ -117,8 +117,6 @@ def restricted(monkeypatch: pytest.MonkeyPatch, name: str, **history: Any) -> No
     known = dict(FIELDS)
     known[name] = dataclasses.replace(known[name], **history)
     monkeypatch.setattr(recipe, "FIELDS", known)
-    former = {was: n for n, info in known.items() for was in info.was}
-    monkeypatch.setattr(recipe, "_FORMER_NAMES", former)
 
 
 @pytest.fixture

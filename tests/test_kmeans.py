@@ -14,8 +14,8 @@ from numpy import ndarray
 
 from tests.refusals import refused
 from transfgu.kmeans import CHUNK, Assignment, Grid, Shard, cluster, sample_rows, update, whitened
-from transfgu.stages import concepts
-from transfgu.stages.concepts import kmeans
+from transfgu.runtime import spread
+from transfgu.stages.concepts import kmeans, shards
 from transfgu.store.scratch import Scratch
 
 
@@ -261,19 +261,19 @@ def test_workers_make_no_difference(ray_cluster: None, workers: int) -> None:
 def test_of_many_workers_sums_few_are_fetched(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = blobs(9 * CHUNK + 100, 24, seed=9)
     alone = kmeans(rows, 13, seed=3)
-    get, fetched = concepts._get, list[int]()
+    fetch, fetched = spread.fetch, list[int]()
 
     def counting(references: list[Any]) -> list[Any]:
         fetched.append(len(references))
-        return get(references)
+        return fetch(references)
 
-    monkeypatch.setattr(concepts, "_get", counting)
-    monkeypatch.setattr(concepts, "_ADDED_AT_ONCE", 2)
-    spread = kmeans(rows, 13, seed=3, workers=5)
-    np.testing.assert_array_equal(spread.centroids, alone.centroids)
-    np.testing.assert_array_equal(spread.counts, alone.counts)
-    assert spread.iterations == alone.iterations
-    assert spread.inertia == pytest.approx(alone.inertia, rel=1e-9)
+    monkeypatch.setattr(spread, "fetch", counting)
+    with shards(rows, 5, added_at_once=2) as five:
+        found = cluster(five, 13, seed=3)
+    np.testing.assert_array_equal(found.centroids, alone.centroids)
+    np.testing.assert_array_equal(found.counts, alone.counts)
+    assert found.iterations == alone.iterations
+    assert found.inertia == pytest.approx(alone.inertia, rel=1e-9)
     # What each has, and its starts; of each pass five sums are added to three, and those to two.
     assert fetched == [5, 5] + [2] * (alone.iterations + 1)
 

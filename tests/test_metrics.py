@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transfgu.metrics import (
-    _confusion_on_device,
     batch_confusion,
     confusion_matrix,
+    confusion_on_device,
     invariant_information,
     match_clusters,
     scores,
@@ -55,7 +55,7 @@ def on_device(
 ) -> np.ndarray:
     """What a GPU would count, here on the CPU."""
     tensors = torch.from_numpy(labels), torch.from_numpy(predictions)
-    counted: np.ndarray = _confusion_on_device(*tensors, num_classes, num_clusters or num_classes).numpy()
+    counted: np.ndarray = confusion_on_device(*tensors, num_classes, num_clusters or num_classes).numpy()
     return counted
 
 

@@ -57,8 +57,8 @@ def masks_of(made: MadeRun, folder: Path, kind: prediction.Format = "png") -> Pa
             pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), np.uint8)
             Image.fromarray(pixels).save(images / f"{number}.png")
     job = PredictionJob(run=made.run.uri, images=str(images), out=str(folder / "out"), format=kind)
-    table = prediction._samples(prediction.preflight(job))
-    read = prediction.ReadPhotos(size=prediction._size(job), interpolation="bilinear", keep_files=False)
+    table = prediction.named_samples(prediction.preflight(job))
+    read = prediction.ReadPhotos(size=prediction.model_size(job), interpolation="bilinear", keep_files=False)
     prediction.WriteMasks(job=job)(prediction.PredictMasks(job.run, 1)(read(table)))
     return folder / "out"
 
@@ -92,7 +92,8 @@ def test_a_merged_runs_score_is_that_of_its_masks_re_indexed(labelled: MadeRun, 
     for out in (before, after):
         counted = score_masks(labelled.recipe.with_fields({"protocol": "label"}), rows, str(out))
         np.testing.assert_array_equal(counted.confusion, by_hand)
-        found = pipeline._result(labelled.recipe, labelled.run, scores(counted.confusion, counted.ignored), 5, ())
+        scored = scores(counted.confusion, counted.ignored)
+        found = pipeline.evaluation_result(labelled.recipe, labelled.run, scored, 5, ())
         assert found["mean_iou"] == expected.mean_iou
         assert found["pixel_accuracy"] == expected.pixel_accuracy
     for one, other in zip(pixels(before), pixels(after), strict=True):

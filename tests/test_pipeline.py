@@ -4,7 +4,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 from PIL import Image
 
@@ -19,6 +21,7 @@ from transfgu.recipe import preset
 from transfgu.report import page
 from transfgu.store import lock, storage
 from transfgu.store.artifacts import Run
+from transfgu.verification import verify
 
 
 @pytest.mark.usefixtures("no_ray")
@@ -206,3 +209,47 @@ def test_without_labels_there_is_a_report_and_no_score(tmp_path: Path) -> None:
     assert "no labels" in (tmp_path / "run" / "report.html").read_text().lower()
     with refused("labels-missing"):
         pipeline.evaluate(recipe, Run(str(tmp_path / "run")), quiet=True)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_runs_share_stages_and_more_epochs_go_on(tmp_path: Path) -> None:
+    photographs(tmp_path, labels=False)
+    recipe = small(tmp_path, labels="", stuff=2, dropout=0.0, track="none")
+
+    def train(name: str, shared: str = "", **fields: object) -> tuple[Run, list[str]]:
+        """The run, and the stages that were computed."""
+        run, other = Run(str(tmp_path / name)), Run(str(tmp_path / shared)) if shared else None
+        metrics = pipeline.run_stages(recipe.with_fields(fields), run, shared=other, quiet=True)
+        return run, [stage for stage, found in metrics["stages"].items() if not found["skipped"]]
+
+    def state(run: Run) -> dict[str, int]:
+        return {str(file): file.stat().st_mtime_ns for file in Path(run.uri).rglob("*") if file.is_file()}
+
+    first, computed = train("first")
+    assert computed == list(STAGES)
+    before = state(first)
+    other_k, computed = train("other k", "first", stuff=3)
+    assert computed == ["concepts", "pseudo_labels", "training", "evaluation"]
+    assert not Path(other_k.file("features")).exists()
+    alone, _ = train("alone", stuff=3)
+    for name in ("concepts/concepts.safetensors", "pseudo_labels/part-00000000.parquet", "model.safetensors"):
+        assert Path(other_k.file(name)).read_bytes() == Path(alone.file(name)).read_bytes(), name
+    other_omega, computed = train("other omega", "first", omega_1=0.5)
+    assert computed == ["training", "evaluation"]
+    assert state(first) == before
+
+    # The same command goes on with it; more epochs go on after the last, as if there had been so many from the start.
+    assert train("other omega", omega_1=0.5)[1] == []
+    assert train("other omega", omega_1=0.5, epochs=3)[1] == ["training", "evaluation"]
+    straight, _ = train("straight", "first", omega_1=0.5, epochs=3)
+    assert [row["epoch"] for row in other_omega.history()] == [1, 2, 3]
+    for name in ("model.safetensors", "training/last.safetensors"):
+        found, wanted = (safetensors.numpy.load_file(run.file(name)) for run in (other_omega, straight))
+        for tensor, value in wanted.items():
+            np.testing.assert_allclose(found[tensor], value, atol=1e-6, err_msg=tensor)
+    carried = [file for file in Path(other_omega.file("ray")).rglob("after-epoch-2") if file.is_dir()]
+    assert len(carried) == 1
+    assert not list(Path(straight.file("ray")).rglob("after-epoch-*"))
+    verified = verify(other_omega)
+    assert (verified.stages, verified.damage) == (STAGES, ())

@@ -1,4 +1,4 @@
-"""Class embeddings and patch tokens attend to each other, and a mask is nothing but their cosine.
+"""Decode masks: class embeddings and patch tokens attend to each other, and their cosines are the mask logits.
 
 The decoder holds one learned embedding per class. It joins them to an image's patch tokens, lets two
 transformer blocks mix the sequence, and reads each class's mask off as the cosine between its embedding and
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transfgu.dropout import Dropout, DropoutAttention
 from transfgu.errors import UserError
 
-_NUMBERS = 1 << 24  # logits held at the image's own size: 64 MiB, however large the image
+HELD_LOGITS = 1 << 24
+"""Logits that are held at an image's own size: 64 MiB, however large the image."""
 
 
 class MaskDecoder(nn.Module):
@@ -142,12 +143,18 @@ def _block(width: int, num_heads: int, dropout: float) -> Block:
     return block
 
 
-def winners(logits: Float[Tensor, "clusters h w"], size: tuple[int, int]) -> Int[Tensor, "H W"]:
-    """The cluster with the largest logit at each pixel, logits resized bilinearly to `size`; the first of equals.
+def winners(
+    logits: Float[Tensor, "clusters h w"], size: tuple[int, int], *, held_logits: int = HELD_LOGITS
+) -> Int[Tensor, "H W"]:
+    """Return the cluster with the largest logit at each pixel; of equal logits, the first.
 
-    Clusters are gone through in groups, so that a large photograph takes no more memory than a small one.
+    Args:
+        logits: of each cluster and patch.
+        size: (H, W) to which logits are resized bilinearly.
+        held_logits: resized logits that are held at a time. Clusters are resized in groups, so that a large
+            photograph takes no more memory than a small one.
     """
-    at_once = max(1, _NUMBERS // (size[0] * size[1]))
+    at_once = max(1, held_logits // (size[0] * size[1]))
     best = torch.full(size, -torch.inf, device=logits.device)
     winner: Tensor = torch.zeros(size, dtype=torch.int64, device=logits.device)
     for start in range(0, len(logits), at_once):

@@ -1,9 +1,9 @@
-"""Only one row of one attention matrix matters: the class token's, in the last block.
+"""Compute the encoder's tokens, saliency and concept maps from one attention row: the class token's, in the last block.
 
-Saliency is that row. A concept's map is the gradient of a cosine on that row, and on nothing before it, so with the
-last block's keys and values at hand the gradients of all concepts are one batched vector-Jacobian product through
-one token's projection and MLP: K maps cost little more than a forward pass. And where only the class token is
-wanted, the last block works on that token alone. All other attention is fused and never seen.
+Saliency is that row. The map of a concept is the gradient of a cosine with respect to that row, and to nothing before
+it. So with the keys and values of the last block, the gradients of all concepts are one batched vector-Jacobian product
+through the projection and MLP of one token, and K maps cost little more than a forward pass. If only the class token is
+needed, the last block computes that token alone. All other attention is fused and never stored.
 """
 
 import difflib
@@ -56,13 +56,13 @@ class EncoderOutput:
 def normalise(
     images: UInt8[Tensor, "B 3 H W"], mean: Channels = IMAGENET_MEAN, std: Channels = IMAGENET_STD
 ) -> Float[Tensor, "B 3 H W"]:
-    """Pixels 0 to 255 to an encoder's input: (pixel / 255 - mean) / std, by channel."""
+    """Normalise pixels of 0 to 255 for an encoder: (pixel / 255 - mean) / std, per channel."""
     shift, scale = (constant(x, images.device, torch.float32).mul(255).view(3, 1, 1) for x in (mean, std))
     return (images - shift) / scale
 
 
 def patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """The (h, w) patches of an image of `size` = (H, W) pixels; UserError where the patch does not divide a side."""
+    """Return the (h, w) patches of an image of (H, W) pixels; UserError if the patch does not divide a side."""
     for side in size:
         if side % patch_size or side == 0:
             below = side // patch_size * patch_size
@@ -75,7 +75,7 @@ def patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
 
 
 def scaled_size(size: tuple[int, int], scale: float | int, patch_size: int) -> tuple[int, int]:
-    """`size` = (H, W) times `scale`, each side rounded to whole patches, and at least one."""
+    """Return `size` = (H, W) times `scale`, each side rounded to whole patches, at least one."""
     height, width = (max(1, round(scale * side / patch_size)) * patch_size for side in size)
     return height, width
 
@@ -172,10 +172,26 @@ class Encoder(nn.Module):
             return _from_file(name, weights)
         return _of_timm(vit)
 
+    def untrained(self) -> "Encoder":
+        """Return an encoder of the same shape with random weights, the same at every call.
+
+        Raises:
+            UserError: its transformer is not a plain one, whose shape its tensors tell.
+        """
+        if not isinstance(self.vit, VisionTransformer):
+            raise UserError(
+                f"an untrained {type(self.vit).__name__} is made from its timm name: use Encoder.from_pretrained",
+                code="encoder-unsupported",
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            vit = _vit_of_shapes(self.vit.state_dict(), self.patch_size, self.num_heads)
+        return Encoder(vit, position_resize=self.position_resize, mean=self.mean, std=self.std)
+
     # What one can ask of it, from least to most work.
 
     def attention_map(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w"]:
-        """The class token's attention to each patch in the last block, averaged over heads.
+        """Return the class token's attention to each patch in the last block, averaged over heads.
 
         Nothing else of that block is computed.
         """
@@ -184,12 +200,12 @@ class Encoder(nn.Module):
         return self._patch_columns(row).mean(1).reshape(-1, *grid)
 
     def saliency(self, images: Float[Tensor, "B 3 H W"], *, times_mean: float | int = 1) -> Bool[Tensor, "B h w"]:
-        """Which patches are salient: attention above `times_mean` times the image's mean (the paper's is 1)."""
+        """Return which patches are salient: attention above `times_mean` times the image's mean (the paper's is 1)."""
         attention = self.attention_map(images)
         return attention > times_mean * attention.mean((1, 2), keepdim=True)
 
     def class_tokens(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B d"]:
-        """The class token after the final norm; the last block updates that token alone."""
+        """Return the class token after the final norm; the last block computes that token alone."""
         x, normed, rope, _ = self._enter_last_block(images)
         mixed = F.scaled_dot_product_attention(
             _heads(self._attn, 0, normed[:, :1], None),
@@ -199,12 +215,12 @@ class Encoder(nn.Module):
         return self._leave(x[:, :1], normed[:, :1], mixed)[:, 0]
 
     def patch_tokens(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B hw d"]:
-        """The patch tokens after the final norm."""
+        """Return the patch tokens after the final norm."""
         tokens, _, _, _ = self._all_tokens(images)
         return tokens[:, self.vit.num_prefix_tokens :]
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> EncoderOutput:
-        """Class token, patch tokens and the class token's attention (see `EncoderOutput`).
+        """Return class token, patch tokens and the class token's attention (see `EncoderOutput`).
 
         Raises UserError where the patch does not divide a side of the images.
         """
@@ -220,7 +236,7 @@ class Encoder(nn.Module):
         *,
         gradient_scale: float | int = 1,
     ) -> Float[Tensor, "B K h w"]:
-        """Where in each image each concept is: M_k = A / max(A) + relu(-g_k), and 0 where g_k > 0.
+        """Return a map of each concept in each image: M_k = A / max(A) + relu(-g_k), and 0 where g_k > 0.
 
         A is the class token's attention averaged over heads; g_k the gradient of 1 - cos(class token, concept k) on
         that attention, averaged over heads and times `gradient_scale` (the published code has 1 / its batch size
@@ -244,7 +260,7 @@ class Encoder(nn.Module):
             # Attention to patch n mixes in value n, so its gradient is the pulled-back cotangent times that value.
             patch_value = value[:, :, self.vit.num_prefix_tokens :]
             gain = torch.einsum("kbhie,bhne->bkn", pulled, patch_value) / self.num_heads
-            maps = _maps(self._patch_columns(row).mean(1), gain * gradient_scale)
+            maps = combined_maps(self._patch_columns(row).mean(1), gain * gradient_scale)
         return maps.reshape(*maps.shape[:2], *grid)
 
     # The transformer's parts.
@@ -377,8 +393,8 @@ def _scaled(block: Any, part: int, y: Float[Tensor, "B n d"]) -> Float[Tensor, "
     return y if gamma is None else gamma * y
 
 
-def _maps(attention: Float[Tensor, "B hw"], gain: Float[Tensor, "B K hw"]) -> Float[Tensor, "B K hw"]:
-    """Attention and gain (minus the gradient) to concept maps."""
+def combined_maps(attention: Float[Tensor, "B hw"], gain: Float[Tensor, "B K hw"]) -> Float[Tensor, "B K hw"]:
+    """Return concept maps from the attention and the gain, which is minus the gradient."""
     positive = gain.clamp(min=0)
     values, order = positive.sort(-1)
     share = (values / values.sum(-1, keepdim=True)).cumsum(-1)
@@ -416,14 +432,14 @@ def _create(name: str, *, pretrained: bool = False) -> Any:
     except (RuntimeError, OSError, TypeError, ValueError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         if pretrained:
-            remedy = f"{_fetching(name)} give --encoder.weights another path or URI, or random"
+            remedy = f"{fetch_command(name)} give --encoder.weights another path or URI, or random"
         else:
             remedy = "use a timm vision transformer, such as vit_small_patch8_224.dino"
         raise UserError(f"encoder {name} can't be had ({reason}): {remedy}", code="encoder-unavailable") from error
 
 
-def _fetching(name: str) -> str:
-    """How to get a model's weights on a machine that has network access; empty where timm does not say."""
+def fetch_command(name: str) -> str:
+    """Return how to download a model's weights on a machine with network access; empty if timm has no source."""
     try:
         known = timm.models.get_pretrained_cfg(name)
     except RuntimeError:  # a model without such weights
@@ -484,11 +500,8 @@ def _self_described(name: str, weights: str) -> Encoder:
             f"weights {storage.shown(uri)} don't say their patch_size and num_heads: give --encoder.name a timm name",
             code="weights-undescribed",
         ) from None
-    if weights != "random":
-        return Encoder.from_state_dict(file.tensors, patch_size=patch_size, num_heads=num_heads)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Encoder(_vit_of_shapes(file.tensors, patch_size, num_heads), position_resize="dino")
+    encoder = Encoder.from_state_dict(file.tensors, patch_size=patch_size, num_heads=num_heads)
+    return encoder.untrained() if weights == "random" else encoder
 
 
 def _unknown(name: str) -> UserError:

@@ -1,5 +1,6 @@
 """Two ways to fail that are nobody's bug: a user's mistake, and one bad input among many good ones."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -43,6 +44,48 @@ class LeftOut:
 
     name: str
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadShare:
+    """The share of unusable inputs up to which a run goes on without them."""
+
+    limit: int | float
+    """0 to 1."""
+    flag: str = "--dataset.max_bad_share"
+    """The flag that sets the limit; empty if there is none."""
+
+    def is_exceeded(self, bad: int, total: int) -> bool:
+        """Return True if `bad` of `total` inputs are too many."""
+        return bad > self.limit * total
+
+    def check(self, bad: Sequence[LeftOut], total: int, what: str, *, at_least: bool = False) -> None:
+        """Raise UserError if `bad` of `total` inputs are too many.
+
+        Args:
+            bad: inputs that can't be used; the error names the first three.
+            total: number of all inputs, these included.
+            what: plural of the input, such as `validation images`.
+            at_least: more bad inputs may follow, because not all have been read yet.
+        """
+        if self.is_exceeded(len(bad), total):
+            raise self.error(bad, total, what, at_least=at_least)
+
+    def error(self, bad: Sequence[LeftOut], total: int, what: str, *, at_least: bool = False) -> UserError:
+        """Return the error of :meth:`check`, whatever the share."""
+        count = f"at least {len(bad)}" if at_least else str(len(bad))
+        share = f"{len(bad) / max(1, total):.0%}"
+        first = ", ".join(f"{x.name} ({x.reason})" for x in bad[:3])
+        such = f", such as {first}" if bad else ""
+        return UserError(
+            f"{count} of {total} {what} ({share}) can't be used{such}: mend or remove them{self.or_raise}",
+            code="images-bad",
+        )
+
+    @property
+    def or_raise(self) -> str:
+        """The second remedy of a message, which follows the first; empty without a flag."""
+        return f", or raise {self.flag} from {self.limit:g}" if self.flag else ""
 
 
 def in_words(error: BaseException) -> str:

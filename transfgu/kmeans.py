@@ -1,10 +1,10 @@
-"""K-Means gives the same bits on any number of workers once its sums are exact, and exact sums need no second adding.
+"""K-Means with exact sums: the result is the same to the last bit on any number of workers.
 
-Rounded to one grid that all shards share, rows add up in float64 without error, hence in any order: over threads, over
-actors, over nodes. And what was added can be taken away again, so a pass adds only the rows that change their centroid.
+Rows are rounded to a grid that all shards share, so float64 sums are exact and do not depend on the order of threads,
+actors or nodes. An exact sum can also be subtracted again, so a pass adds only the rows that change their centroid.
 
-Most of them are known not to: a row's centroid stays the nearest as long as the centroids' moves together are less than
-what it was nearer by (Hamerly, 2010). A pass looks at the other rows alone; in the end these are few.
+A row keeps its centroid as long as the centroids' moves are together smaller than its margin to the second nearest
+(Hamerly, 2010). A pass looks at the other rows only; after some passes these are few.
 """
 
 import functools
@@ -106,7 +106,7 @@ class Grid:
 
 
 class Shards(ABC):
-    """Rows, wherever they lie; their order is that of one long array."""
+    """Rows in one or several processes, ordered as in one long array."""
 
     rows: int
     """How many there are."""
@@ -120,15 +120,15 @@ class Shards(ABC):
 
     @abstractmethod
     def assign(self, centroids: Float32[ndarray, "k d"], grid: Grid) -> Assignment:
-        """One pass over all rows."""
+        """Assign all rows to their nearest centroids."""
 
     @abstractmethod
     def moments(self, step: float) -> Moments:
-        """Sums over all rows, from which a whitening follows; see :func:`transfgu.whitening.moments`."""
+        """Return sums over all rows, from which a whitening follows; see :func:`transfgu.whitening.moments`."""
 
     @abstractmethod
     def whitened(self, whitening: Whitening) -> "Shards":
-        """The rows whitened and of unit length; those before are kept, too."""
+        """Return the rows whitened and scaled to unit length; the original rows are kept."""
 
     @abstractmethod
     def means_before(self, centroids: Float32[ndarray, "k d"]) -> Float32[ndarray, "k d"]:
@@ -183,12 +183,12 @@ class Shard(Shards):
             self._scratch.release(block)
 
     def take(self, rows: Int[ndarray, " n"]) -> Float32[ndarray, "n d"]:
-        """The rows of these numbers, which count from 0 at this shard's first."""
+        """Return the rows with these numbers, counted from 0 at the first row of this shard."""
         owners = np.searchsorted(self._starts, rows, side="right") - 1
         return np.stack([self._blocks[b][r - self._starts[b]] for b, r in zip(owners, rows, strict=True)])
 
     def assign(self, centroids: Float32[ndarray, "k d"], grid: Grid) -> Assignment:
-        """One pass over all rows."""
+        """Assign all rows to their nearest centroids."""
         wide = centroids.astype(np.float64)
         moves = None
         if grid == self._grid and wide.shape == self._centroids.shape:
@@ -258,7 +258,7 @@ class Shard(Shards):
             yield from (doubted[i : i + CHUNK] for i in range(0, len(doubted), CHUNK))
 
     def moments(self, step: float) -> Moments:
-        """Sums over all rows, from which a whitening follows; see :func:`transfgu.whitening.moments`."""
+        """Return sums over all rows, from which a whitening follows; see :func:`transfgu.whitening.moments`."""
 
         def of_block(block: Float32[ndarray, "n d"]) -> Moments:
             found = functools.reduce(Moments.__add__, (moments(rows, step) for rows in _cut([block])))
@@ -268,7 +268,7 @@ class Shard(Shards):
         return functools.reduce(Moments.__add__, self._pool.map(of_block, self._blocks))
 
     def whitened(self, whitening: Whitening) -> "Shard":
-        """The rows whitened and of unit length; those before are kept, too."""
+        """Return the rows whitened and scaled to unit length; the original rows are kept."""
 
         def of_block(block: Float32[ndarray, "n d"]) -> Float32[ndarray, "n d"]:
             white = self._scratch.empty(block.shape) if self._scratch else np.empty(block.shape, np.float32)
@@ -310,11 +310,11 @@ class Shard(Shards):
         return sums, counts
 
     def labels(self) -> Int32[ndarray, " n"]:
-        """Each row's nearest centroid in the latest pass; -1 where there was none."""
+        """Return each row's nearest centroid in the latest pass; -1 if there was no pass."""
         return np.concatenate([np.empty(0, np.int32), *self._labels])
 
     def distances(self, centroids: Float32[ndarray, "k d"]) -> Float64[ndarray, " n"]:
-        """Each row's distance to the centroid that the latest pass assigned it to; differences are taken in float64."""
+        """Return each row's distance to its centroid of the latest pass; differences are computed in float64."""
 
         def of_block(block: Float32[ndarray, "n d"], found: Int32[ndarray, " n"]) -> list[Float64[ndarray, " c"]]:
             cut = zip(_cut([block]), _cut([found]), strict=True)
@@ -345,19 +345,19 @@ START_NUMBERS = range(_STARTS)
 
 
 def least(starts: Sequence[tuple[float, Float32[ndarray, "k d"]]]) -> Float32[ndarray, "k d"]:
-    """The centroids of least inertia, the first of them where several are equal."""
+    """Return the centroids of least inertia; of equal ones, the first."""
     return min(starts, key=lambda start: start[0])[1]
 
 
 def means(sums: Float64[ndarray, "k d"], counts: Int[ndarray, " k"]) -> Float32[ndarray, "k d"]:
-    """The mean of each cluster; that of all rows for a cluster without rows."""
+    """Return the mean of each cluster; for a cluster without rows, the mean of all rows."""
     overall = sums.sum(0) / counts.sum()
     found: ndarray = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], overall).astype(np.float32)
     return found
 
 
 def whitened(shards: Shards) -> Shards:
-    """The rows whitened by their own covariance, then brought to unit length.
+    """Whiten rows by their own covariance, then scale them to unit length.
 
     Where one shared property of all rows (such as how bright a window is) varies most, distances say little else; after
     whitening each direction counts alike.
@@ -520,5 +520,5 @@ def _measure(block: Float32[ndarray, "n d"]) -> tuple[float, float, float]:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""A method, as the trainer sees it: a network, a step, what happens between epochs, and a model that predicts.
+"""Define what a method provides to the trainer: a network, a step, actions between epochs, and a model that predicts.
 
-Everything else is the trainer's: workers and their order of batches, checkpoints, scores, resuming. So a method is one
-class here and knows nothing of Ray.
+The trainer does everything else: workers, the order of batches, checkpoints, scores, resuming. So a method is one class
+without Ray.
 """
 
 from collections.abc import Callable, Iterator, Mapping

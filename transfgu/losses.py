@@ -1,12 +1,10 @@
-"""Every term is a sum over pixels or images divided by a count known before the student has run.
+"""Compute the bootstrapping loss so that its value does not depend on how a batch is divided.
 
-That one property makes the loss indifferent to how a batch is cut: a worker's slice, or a micro-batch of it,
-adds its share of the sums, and the shares add up to the loss, and to the gradient, of the whole. Even the
-uncertainty fits: the foreground pixels it averages over are counted in the pseudo-label maps alone. So are the certain
-pixels, if only these have a label.
-
-The terms are TransFGU's (Yin et al. 2022): a peer loss, the diversity of class embeddings, the predictions'
-uncertainty.
+The terms are TransFGU's (Yin et al. 2022): a peer loss, the diversity of class embeddings, and the uncertainty of the
+predictions. Each term is a sum over pixels or images, divided by a count that is known before the student runs. So
+slices of workers and micro-batches each add their share, and the shares add up to the loss and the gradient of the
+whole batch. This holds for the uncertainty, too: the foreground pixels over which it is averaged are counted in the
+pseudo-label maps. So are the certain pixels, if only these have a label.
 """
 
 from collections.abc import Sequence
@@ -33,7 +31,7 @@ Permutation = Int[Tensor, " C"] | Int[np.ndarray, " C"] | Sequence[int]
 
 
 class PixelLosses(NamedTuple):
-    """What each pixel adds to the loss, before any mean."""
+    """The contribution of each pixel to the loss, before averaging."""
 
     peer: Float[Tensor, "B h w"]
     uncertainty: Float[Tensor, "B h w"]
@@ -55,7 +53,7 @@ class Loss:
 
 
 class Shares(NamedTuple):
-    """What one image and one counted pixel weigh in the global batch, times the number of workers.
+    """The weights of an image and of a counted pixel in the global batch, times the number of workers.
 
     With that factor, the *average* over workers, which is what data-parallel training takes of gradients, is
     the value of the global batch, however unequal the workers' slices.
@@ -142,7 +140,7 @@ def map_evidence(maps: Float[Tensor, "B K h w"], background_threshold: Real | No
 
 
 def foreground(scaled: Float[Tensor, "B K h w"]) -> Bool[Tensor, "B h w"]:
-    """Pixels where some map, scaled to [0, 1], stands out."""
+    """Return the pixels where some map, scaled to [0, 1], exceeds the background threshold."""
     return (scaled > FOREGROUND).any(dim=1)
 
 
@@ -224,7 +222,7 @@ def loss_share(
     permutation: Permutation | None = None,
     background_threshold: Real | None = None,
 ) -> Loss:
-    """What these images add to the loss of the global batch: sum it over parts, average it over workers.
+    """Return the share of these images in the loss of the global batch: sum over parts, average over workers.
 
     Arguments are those of `bootstrapping_loss`, and the ``shares`` of the whole slice they are part of.
     """

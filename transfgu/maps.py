@@ -1,7 +1,6 @@
 """Scale and refine pseudo-label maps.
 
-Scaling is over all classes of an image at once, never class by class, so that a concept which is absent stays weak
-next to one which is present.
+Maps are scaled over all classes of an image at once, not per class, so that a concept that is absent stays weak.
 """
 
 import torch
@@ -25,7 +24,7 @@ def scale_maps(maps: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
 
 
 def background_map(scaled: Float[Tensor, "B K h w"], threshold: float | int) -> Float[Tensor, "B 1 h w"]:
-    """Background where no class answers: relu(threshold - max over classes of the scaled maps).
+    """Return the map of the background, where no class responds: relu(threshold - max over classes of the scaled maps).
 
     `scaled` comes from `scale_maps`; `threshold` is T_bg, 0.1 in the paper.
     """

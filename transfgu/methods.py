@@ -1,8 +1,7 @@
-"""The methods that a run may train: TransFGU, and those that it is compared with.
+"""List the methods that a run can train: TransFGU and the methods of comparison.
 
-An entry says which stages a method runs, which settings it has with their published values, and where its code is:
-one module with its learner, its model and what it checks before a run. The modules bring torch, which a command line
-does without, so they are named here and imported when they are needed.
+An entry has the stages of a method, its settings with their published values, and the module with its learner, its
+model and its checks before a run. Modules are imported when they are needed, because they import torch.
 """
 
 import difflib
@@ -43,6 +42,8 @@ class Method:
     """Fields and components of the recipe that its training depends on, besides :data:`SHARED`."""
     proposals: tuple[str, ...] = ()
     """Those that its pseudo labels depend on, where they are not TransFGU's concept maps."""
+    anneals: bool = False
+    """Whether its learning rate depends on the number of epochs, so that more epochs are another training."""
     values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Fields in which it differs from a preset's TransFGU, by preset; under "" those of all presets."""
 
@@ -147,6 +148,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             check="transfgu.baselines.maskcontrast:check",
             stages=("samples", "pseudo_labels", "training", "evaluation"),
             encoder=True,
+            anneals=True,
             fields=(*OPTIMISED, "maskcontrast", "concepts.iterations"),
             proposals=(
                 "dataset.image_size", "dataset.interpolation", "dataset.orient", "windows.saliency_factor",

@@ -1,7 +1,7 @@
-"""Scores need nothing but one matrix of counts, so a whole validation set is a sum of small integer matrices.
+"""Compute scores from a confusion matrix, which for a validation set is the sum of the matrices of its batches.
 
-Clusters carry no names: each true class is first given its own cluster by Hungarian matching on the whole
-set's matrix, and IoU and accuracy follow from the matched cells.
+Clusters have no names, so Hungarian matching on the matrix of the whole set assigns a cluster to each true class. IoU
+and accuracy follow from the matched cells.
 """
 
 from dataclasses import dataclass
@@ -104,14 +104,15 @@ def batch_confusion(
     """
     if isinstance(labels, Tensor) and isinstance(predictions, Tensor):
         if labels.device.type != "cpu":
-            return _confusion_on_device(labels, predictions, num_classes, num_clusters or num_classes)
+            return confusion_on_device(labels, predictions, num_classes, num_clusters or num_classes)
         return torch.from_numpy(confusion_matrix(labels.numpy(), predictions.numpy(), num_classes, num_clusters))
     return confusion_matrix(labels, predictions, num_classes, num_clusters)
 
 
-def _confusion_on_device(
+def confusion_on_device(
     labels: Integer[Tensor, "..."], predictions: Integer[Tensor, "..."], num_classes: int, num_clusters: int
 ) -> Int[Tensor, "C clusters"]:
+    """Count as :func:`confusion_matrix` does, on the tensors' device and without waiting for it."""
     _check_shapes(labels.shape, predictions.shape)
     true, predicted = labels.flatten().long(), predictions.flatten().long()
     labelled = (true >= 0) & (true < num_classes)

@@ -1,6 +1,6 @@
-"""Give names to the classes of a finished run, and to masks that it made: nothing is trained or predicted again.
+"""Name the classes of a finished run and of its masks, without training or predicting again.
 
-What a mask held before its classes were merged lies beside it in `unnamed/`, so other names, or none, can follow.
+The masks before merging are kept in `unnamed/`, so names can be changed or removed.
 """
 
 import hashlib
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 from jaxtyping import Integer
 from PIL import Image
@@ -23,7 +22,7 @@ from transfgu.errors import UserError
 from transfgu.pipeline import Report
 from transfgu.sharing import names
 from transfgu.sharing.names import ClassTable
-from transfgu.stages.prediction import CLAIM, png, read_claim
+from transfgu.stages.prediction import CLAIM, masks_file, png, read_claim
 from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Run
 from transfgu.store.lock import hold
@@ -145,9 +144,7 @@ def _renamed(uri: str, unnamed: ClassTable, table: ClassTable) -> bytes:
         held = index_type(len(unnamed.names))
         masks = [table.index_of[np.frombuffer(mask, held)].astype(kind).tobytes() for mask in rows["mask"].to_pylist()]
         rows = rows.set_column(rows.column_names.index("mask"), "mask", pa.array(masks, pa.large_binary()))
-        sink = io.BytesIO()
-        pq.write_table(rows, sink, compression="zstd", row_group_size=1, use_dictionary=False)
-        return sink.getvalue()
+        return masks_file(rows)
     indices: Integer[np.ndarray, "H W"] = np.asarray(Image.open(io.BytesIO(storage.read_bytes(uri))))
     return png(table.index_of[indices].astype(np.uint8), np.array(table.colours, np.uint8))
 

@@ -1,6 +1,6 @@
-"""The stages in order; one whose artefact is complete is skipped, so the same command goes on with a stopped run.
+"""Run the stages in order; stages with a complete artefact are skipped, so the same command resumes a stopped run.
 
-What can be known to fail is found before Ray starts: a GPU is held only for a run that can work.
+Mistakes are found before Ray starts if possible, so that no GPU is held for a run that can't succeed.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from transfgu.recipe import Recipe, preset
 from transfgu.runtime.progress import Progress
 from transfgu.sharing import names as names_of
 from transfgu.sharing.names import ClassTable
-from transfgu.store import storage
+from transfgu.store import reuse, storage
 from transfgu.store.artifacts import MODEL, Manifest, Outcome, Run
 from transfgu.store.lock import Lock, hold
 from transfgu.training import tracking
@@ -160,6 +160,7 @@ def run_stages(
     until: str = STAGES[-1],
     report: Report | None = None,
     names: Mapping[int, str] | None = None,
+    shared: Run | None = None,
     quiet: bool = False,
     verbose: bool = False,
 ) -> dict[str, Any]:
@@ -171,6 +172,7 @@ def run_stages(
         until: the last stage to run.
         report: writes the report once the run is evaluated (`transfgu.report.page.write`); None: no report is written.
         names: of the classes, by index, for the run to keep (`transfgu.sharing.names`); None: those that it has.
+        shared: another run, whose stages are used in place where this recipe makes the same (`transfgu.store.reuse`).
         quiet: print nothing.
         verbose: let Ray's messages through.
 
@@ -198,6 +200,7 @@ def run_stages(
     """
     stages = stages_until(recipe, until)
     asked, recipe = recipe, preflight(recipe, run)
+    run, why_not = reuse.linked(recipe, run, shared) if shared else (run, "")
 
     def say(text: str) -> None:
         if not quiet:
@@ -208,6 +211,10 @@ def run_stages(
         storage.write_bytes(run.file("recipe.yaml"), recipe.to_yaml(run.given(asked)).encode())
         if names is not None:
             names_of.write(run, names)
+        if shared:
+            reuse.write(run)
+            if why_not:
+                say(f"not shared with {storage.shown(shared.uri)}: {why_not}")
         named = recipe.preset if recipe.method == TRANSFGU else f"{recipe.preset} by {method(recipe.method).title}"
         say(f"{named}: {', '.join(stages)} in {storage.shown(run.uri)}")
         if asked.preset == "folder" and asked.windows.size != recipe.windows.size and not complete["samples"]:
@@ -219,7 +226,9 @@ def run_stages(
                 manifest = run.artifact(stage).manifest()
                 assert manifest is not None
                 at_the_time = f"{_counted(manifest)}, {manifest.seconds:.1f} s at the time"
-                say(f"{stage}: complete already ({at_the_time}), skipped")
+                taken = run.reused().get(stage)
+                where = f"taken from {storage.shown(taken)}" if taken else "complete already"
+                say(f"{stage}: {where} ({at_the_time}), skipped")
             elif stage in stages:
                 manifest = run_stage(stage, recipe, run, lock, quiet=quiet, verbose=verbose)
                 say(f"{stage}: {_counted(manifest)} in {manifest.seconds:.1f} s{_left_out_note(manifest)}")
@@ -233,10 +242,13 @@ def check_artifacts(recipe: Recipe, run: Run) -> dict[str, bool]:
     """Which artefacts are complete in the run's folder: of all the method's stages, for they share one `recipe.yaml`.
 
     Raises:
-        UserError: one holds another method's or another recipe's work, if only in part.
+        UserError: one holds another method's or another recipe's work, if only in part, or one that is taken from
+            another run is gone.
     """
+    reuse.check_present(run)
     for stage in _OF_METHOD:
         run.artifact(stage).check_method(recipe)
+    reuse.check_same(recipe, run)
     return {stage: run.artifact(stage).check(recipe) for stage in recipe.stages}
 
 
@@ -425,7 +437,7 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
         found = _named_scores(recipe, run, counted.confusions["model"])
     else:
         found = counted.scores("model")
-    return _result(recipe, run, found, counted.images, counted.left_out)
+    return evaluation_result(recipe, run, found, counted.images, counted.left_out)
 
 
 def evaluate_masks(recipe: Recipe, run: Run | None, masks: str, *, quiet: bool = False) -> dict[str, Any]:
@@ -447,7 +459,7 @@ def evaluate_masks(recipe: Recipe, run: Run | None, masks: str, *, quiet: bool =
     from transfgu.metrics import scores
 
     counted = score_masks(recipe, _labelled_rows(recipe, run), masks, Progress("evaluation", quiet=quiet))
-    return _result(recipe, run, scores(counted.confusion, counted.ignored), counted.images, counted.left_out)
+    return evaluation_result(recipe, run, scores(counted.confusion, counted.ignored), counted.images, counted.left_out)
 
 
 def _labelled_rows(recipe: Recipe, run: Run | None) -> "pa.Table":
@@ -474,9 +486,10 @@ def _labelled_rows(recipe: Recipe, run: Run | None) -> "pa.Table":
     return rows
 
 
-def _result(
+def evaluation_result(
     recipe: Recipe, run: Run | None, scores: "Scores", images: int, left_out: Sequence[LeftOut]
 ) -> dict[str, Any]:
+    """Return the scores of a run as `metrics.json` has them, with the names of its classes and what was left out."""
     from transfgu.metrics import scores_json
 
     result = scores_json(scores)

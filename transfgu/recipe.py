@@ -1,8 +1,8 @@
-"""A run is a function of its recipe: frozen values, checked when built, digested stage by stage.
+"""Define the settings of a run: frozen values, checked when built, with a digest per stage.
 
-Each component of the method has one dataclass here, and every field carries its meaning and unit once, as metadata,
-from which the command line's ``--help`` and the documents are made. A stage's digest covers just the fields that
-its artefact depends on, so what is already computed is recognised by any later run with the same ones.
+Each component of the method has a dataclass. The metadata of each field hold its meaning and unit, from which
+``--help`` and the documents are made. The digest of a stage covers the fields that its artefact depends on, so a later
+run with the same fields reuses the artefact.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from transfgu import formats
-from transfgu.errors import UserError
+from transfgu.errors import BadShare, UserError
 from transfgu.fields import MISSING, FieldInfo, check, convert, field, field_infos, listed
 from transfgu.methods import METHODS, SHARED, STAGES, TRANSFGU, method
 from transfgu.presets import FIRST_FORMAT, PRESET_FIELDS, PRESETS
@@ -43,11 +43,13 @@ class DatasetRecipe:
     )
     classes: str = field("shapes", "name of the label map and class list; `auto` numbers the concepts")
     curated: bool = field(False, "train and evaluate on the curated COCO-Stuff ids alone")
-    image_size: Size = field((320, 320), "images for pseudo labels and evaluation", "pixels, height width")
-    feature_size: Size = field((640, 640), "images the windows are cut from", "pixels, height width")
-    training_size: Size = field((320, 320), "images the training views are cropped from", "pixels, height width")
+    image_size: Size = field((320, 320), "size of images for pseudo labels and evaluation", "pixels, height width")
+    feature_size: Size = field((640, 640), "size of images from which windows are cut", "pixels, height width")
+    training_size: Size = field(
+        (320, 320), "size of images from which training views are cropped", "pixels, height width"
+    )
     interpolation: Literal["bilinear", "nearest"] = field(
-        "bilinear", "how images are resized for features and pseudo labels; the published code used nearest for COCO"
+        "bilinear", "interpolation of images for features and pseudo labels; the published code uses nearest for COCO"
     )
     orient: bool = field(
         False,
@@ -55,13 +57,20 @@ class DatasetRecipe:
         "benchmarks' labels are drawn",
         before=False,
     )
-    max_bad_share: float = field(0.1, "share of unusable images or labels that ends the run", "0 to 1")
+    max_bad_share: float = field(
+        0.1, "maximum share of unusable images or labels; a larger share ends the run", "0 to 1"
+    )
 
     def __post_init__(self) -> None:
         for name in ("image_size", "feature_size", "training_size"):
             size = getattr(self, name)
             check(len(size) == 2 and min(size) > 0, f"dataset.{name} must be two positive sides, not {size}")
         check(0 <= self.max_bad_share <= 1, f"dataset.max_bad_share must lie in 0..1, not {self.max_bad_share}")
+
+    @property
+    def bad_share(self) -> BadShare:
+        """The share of unusable inputs that a run accepts."""
+        return BadShare(limit=self.max_bad_share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +79,9 @@ class EncoderRecipe:
 
     name: str = field("vit_small_patch8_224.dino", "timm model name, or vit_shapes for the packaged one")
     weights: str = field("pretrained", "`pretrained`, `random`, or a path or URI (.pth, .safetensors)")
-    batch_size: int = field(64, "windows encoded at a time", "windows")
+    batch_size: int = field(64, "batch size of the encoder", "windows")
     precision: Literal["auto", "float32", "bfloat16"] = field(
-        "auto", "arithmetic of the encoder's forward; auto: bfloat16 on GPUs that have it, else float32"
+        "auto", "precision of the encoder's forward pass; auto: bfloat16 on GPUs that support it, else float32"
     )
 
     def __post_init__(self) -> None:
@@ -87,12 +96,14 @@ class WindowsRecipe:
         (0.5, 0.4, 0.3, 0.2), "window sides as shares of the image's shorter side", "0 to 1"
     )
     groups: Literal["both", "foreground", "all"] = field(
-        "both", "windows kept: foreground and background apart, foreground alone, or all of them together"
+        "both", "groups of windows: foreground and background, foreground only, or all windows in one group"
     )
-    min_foreground: float = field(0.5, "salient share above which a window is foreground", "0 to 1")
-    min_background: float = field(0.8, "unsalient share above which a window is background", "0 to 1")
-    saliency_factor: float = field(1.0, "a patch is salient where its class attention exceeds this times the mean")
-    size: Size = field((320, 320), "windows are resized to this before encoding", "pixels, height width")
+    min_foreground: float = field(0.5, "minimum salient share of a foreground window", "0 to 1")
+    min_background: float = field(0.8, "minimum non-salient share of a background window", "0 to 1")
+    saliency_factor: float = field(
+        1.0, "threshold of saliency: multiple of the mean class attention above which a patch is salient"
+    )
+    size: Size = field((320, 320), "size to which windows are resized before encoding", "pixels, height width")
 
     def __post_init__(self) -> None:
         check(
@@ -108,9 +119,9 @@ class WindowsRecipe:
 class ConceptsRecipe:
     """K-Means over the class tokens."""
 
-    things: int = field(0, "concepts clustered from foreground windows", "concepts")
-    stuff: int = field(0, "concepts clustered from background windows", "concepts")
-    iterations: int = field(100, "K-Means iterations at most", "iterations")
+    things: int = field(0, "number of concepts clustered from foreground windows", "concepts")
+    stuff: int = field(0, "number of concepts clustered from background windows", "concepts")
+    iterations: int = field(100, "maximum number of K-Means iterations", "iterations")
     whiten: Literal["none", "foreground", "background", "both"] = field(
         "none",
         "windows whose features are whitened (no feature varies more than another, none follows another) and brought "
@@ -136,9 +147,13 @@ class ConceptsRecipe:
 class PseudoLabelsRecipe:
     """The concept maps that the decoder learns from."""
 
-    gradient_scale: float = field(1.0, "factor of the gradients; the published code's was 1 / batch: 1/8 or 1/2")
-    scales: tuple[float, ...] = field((1.0,), "input sizes whose maps are summed, relative to dataset.image_size")
-    smoothing: int = field(1, "side of the mean filter over the maps; 1: none", "patches")
+    gradient_scale: float = field(
+        1.0, "factor of the gradients; the published code uses 1 / batch size, which is 1/8 or 1/2"
+    )
+    scales: tuple[float, ...] = field(
+        (1.0,), "scales of the image, relative to dataset.image_size, whose maps are summed"
+    )
+    smoothing: int = field(1, "side of the mean filter on the maps; 1: no filter", "patches")
     refine: int = field(
         0,
         "steps in which each patch's maps become the mean over those of the 5 x 5 patches around it, weighted by how "
@@ -161,9 +176,9 @@ class DecoderRecipe:
     """The mask decoder."""
 
     depth: int = field(
-        2, "transformer blocks; 0: masks are cosines of projected patch tokens and class embeddings alone", "blocks"
+        2, "number of transformer blocks; 0: masks are cosines of projected patch tokens and class embeddings", "blocks"
     )
-    dropout: float = field(0.1, "dropout probability in training", "0 to 1")
+    dropout: float = field(0.1, "probability of dropout in training", "0 to 1")
     weights: str = field(
         "", "decoder weights to evaluate instead of the run's own: a path or URI (.pt, .pth, .safetensors)"
     )
@@ -177,15 +192,15 @@ class DecoderRecipe:
 class TrainingRecipe:
     """Bootstrapped training of the decoder."""
 
-    epochs: int = field(200, "epochs; the teacher's schedule and the scores count in them", "epochs")
+    epochs: int = field(200, "number of epochs", "epochs")
     passes: int = field(1, "passes over the training images in one epoch", "passes")
     lr: float = field(1e-4, "Adam's learning rate, constant")
-    batch_size: int = field(256, "global batch, divided among the workers", "images")
+    batch_size: int = field(256, "global batch size, divided among the workers", "images")
     weight_decay: float = field(5e-4, "weight decay on parameters of two or more dimensions")
     omega_1: float = field(1.0, "weight of the diversity loss")
     omega_2: float = field(0.3, "weight of the uncertainty loss")
     alpha_start: float = field(0.03, "weight of the negative label in the peer loss, after a teacher update")
-    alpha_step: float = field(0.01, "rise of alpha", "per epoch")
+    alpha_step: float = field(0.01, "increase of alpha", "per epoch")
     alpha_end: float = field(0.10, "alpha's upper limit")
     background_threshold: float = field(
         0.1, "T_bg: background where no scaled map exceeds it (benchmarks with a background)"
@@ -201,7 +216,7 @@ class TrainingRecipe:
         (2,), "epochs between teacher updates; each value holds for ten epochs", "epochs"
     )
     views: bool = field(True, "random views (jitter, greyscale, blur, crop, flip); off: the resized image itself")
-    evaluate_every: int = field(1, "epochs between scores on the validation set", "epochs")
+    evaluate_every: int = field(1, "number of epochs between two evaluations on the validation set", "epochs")
     precision: Literal["auto", "float32", "bfloat16"] = field(
         "auto",
         "arithmetic of the matrix products of student and teacher in training; auto: bfloat16 on GPUs that have it, "
@@ -285,10 +300,10 @@ class EvaluationRecipe:
 
     protocol: Protocol = field(
         "published",
-        "what scores are counted on; published: image and label at dataset.image_size; label: the label's own "
+        "resolution of scoring; published: image and label at dataset.image_size; label: the label's own "
         "resolution; stego: shorter side to dataset.image_size and centre crop, as others count COCO-Stuff-27 since",
     )
-    batch_size: int = field(16, "images evaluated at a time", "images")
+    batch_size: int = field(16, "batch size of evaluation", "images")
     scales: tuple[float, ...] = field(
         (1.0,),
         "image sizes whose logits are averaged in evaluation and prediction, relative to dataset.image_size; the "
@@ -308,22 +323,20 @@ class ComputeRecipe:
 
     workers: int = field(
         0,
-        "training workers; 0: one for each `gpus_per_actor` of the cluster's GPUs, without GPUs one in all",
+        "number of training workers; 0: one per `gpus_per_actor` GPUs of the cluster, or one without GPUs",
         "workers",
     )
     actors: int = field(
         0,
-        "encoder actors at most; 0: one for each `gpus_per_actor` of the cluster's GPUs, without GPUs one a node",
+        "maximum number of encoder actors; 0: one per `gpus_per_actor` GPUs of the cluster, without GPUs one per node",
         "actors",
     )
-    gpus_per_actor: float = field(
-        1.0, "share of a GPU that an encoder actor or a training worker holds, where there are GPUs", "GPUs"
-    )
-    cpus_per_actor: float = field(1.0, "CPUs that an encoder actor or a training worker holds", "CPUs")
+    gpus_per_actor: float = field(1.0, "GPUs per encoder actor or training worker, if the cluster has GPUs", "GPUs")
+    cpus_per_actor: float = field(1.0, "CPUs per encoder actor or training worker", "CPUs")
     resize_seconds: float = field(
         60.0,
-        "how often training looks for nodes that came; where there are some it begins the epoch in hand again, with "
-        "more workers",
+        "interval at which training looks for new nodes; if there are some, it restarts the current epoch with more "
+        "workers",
         "seconds",
     )
     resident_gib: float = field(
@@ -346,9 +359,7 @@ class ComputeRecipe:
         "GiB",
         before=128.0,
     )
-    track: str = field(
-        "tensorboard", "who is told of each epoch: any of tensorboard, mlflow, wandb, with commas between; or none"
-    )
+    track: str = field("tensorboard", "experiment trackers, separated by commas: tensorboard, mlflow, wandb; or none")
 
     def __post_init__(self) -> None:
         for name in ("workers", "actors", "resident_gib", "resize_seconds", "cache_gib"):
@@ -363,12 +374,12 @@ class ComputeRecipe:
 class Recipe:
     """Everything a run's result depends on, plus `compute`, on which it does not."""
 
-    preset: str = field("shapes", "name of the preset it started from")
-    method: str = field(TRANSFGU, f"what is trained: {', '.join(METHODS)}; see docs/methods.md", before=TRANSFGU)
-    data: str = field("", "the data set's folder: a path or URI; empty: drawn (shapes alone)")
-    labels: str = field("", "folder of label PNGs, for the folder layout: a path or URI; empty: none")
-    limit: int = field(0, "images of each split at most; 0: all", "images")
-    seed: int = field(2021, "seed of scenes, K-Means and training")
+    preset: str = field("shapes", "preset that the recipe started from")
+    method: str = field(TRANSFGU, f"method to train: {', '.join(METHODS)}; see docs/methods.md", before=TRANSFGU)
+    data: str = field("", "folder of the data set, a path or URI; empty: drawn scenes (preset shapes only)")
+    labels: str = field("", "folder of label PNGs for the folder layout, a path or URI; empty: no labels")
+    limit: int = field(0, "maximum number of images per split; 0: all", "images")
+    seed: int = field(2021, "seed of the drawn scenes, of K-Means and of training")
     dataset: DatasetRecipe = DatasetRecipe()
     encoder: EncoderRecipe = EncoderRecipe()
     windows: WindowsRecipe = WindowsRecipe()
@@ -520,7 +531,8 @@ def given_in(text: str | bytes, name: str = "the recipe") -> set[str]:
     tree = _mapping(text, name)
     if _GIVEN in tree:
         with formats.damage(name, "restore it, or choose another --run"):
-            return {_FORMER_NAMES.get(str(n), str(n)) for n in tree[_GIVEN]}
+            former = _former_names()
+            return {former.get(str(n), str(n)) for n in tree[_GIVEN]}
     recipe = from_yaml(text, name, resolved=True)
     usual = preset(recipe.preset, recipe.method).with_fields(FIRST_FORMAT.get(recipe.preset, {})).flat()
     return {n for n, value in recipe.flat().items() if value != usual[n] and FIELDS[n].before is MISSING}
@@ -545,7 +557,8 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The same under today's names, and each later field with the value that runs had before it.
     """
-    now = {_FORMER_NAMES.get(name, name): value for name, value in values.items()}
+    former = _former_names()
+    now = {former.get(name, name): value for name, value in values.items()}
     later = {n: listed(info.before) for n, info in FIELDS.items() if info.before is not MISSING and n not in now}
     return {**now, **later}
 
@@ -563,9 +576,9 @@ def _walk(recipe: Recipe) -> Iterator[tuple[str, Any]]:
 FIELDS: dict[str, FieldInfo] = field_infos(Recipe)
 """Every field of the recipe by dotted name."""
 
-_FORMER_NAMES: Mapping[str, str] = types.MappingProxyType(
-    {former: name for name, info in FIELDS.items() for former in info.was}
-)
+
+def _former_names() -> dict[str, str]:
+    return {former: name for name, info in FIELDS.items() for former in info.was}
 
 
 def _short_names() -> dict[str, str]:
@@ -584,7 +597,7 @@ def field_name(name: str) -> str:
         UserError: no such field; the message lists the nearest.
     """
     full = SHORT_NAMES.get(name, name)
-    full = _FORMER_NAMES.get(full, full)
+    full = _former_names().get(full, full)
     if full not in FIELDS:
         near = difflib.get_close_matches(name, [*FIELDS, *SHORT_NAMES], n=4, cutoff=0.4)
         raise UserError(

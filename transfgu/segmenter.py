@@ -1,8 +1,7 @@
-"""A trained model is a frozen encoder, a small decoder and one table, so it predicts anywhere, and needs no Ray.
+"""Predict with a trained model without Ray: a frozen encoder, a small decoder and a table of classes.
 
-The table takes clusters, which carry no names, to classes: where a run had labels, its Hungarian matching is the table.
-A model that is saved to be shared is a folder of the same make as a run's, with the encoder's weights beside the
-decoder's and without the paths of anybody's data.
+The table maps clusters to classes; in a run with labels it is the Hungarian matching. A model that is saved for sharing
+is a folder like that of a run, with the weights of encoder and decoder and without paths of data.
 """
 
 import json

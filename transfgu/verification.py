@@ -1,4 +1,4 @@
-"""Read every file of a run's folder, and say which are damaged and how each is mended.
+"""Read every file of a run's folder, and report damaged files and how to repair each.
 
 Nothing is trusted for its name: Parquet files are read to the last row and counted against their stage's manifest,
 checkpoints against their digests, weights for numbers that are not finite. Nothing is written.
@@ -66,9 +66,18 @@ def verify(run: Run) -> Verified:
     complete: list[str] = []
     for stage in STAGES:
         artifact = run.artifact(stage)
+        taken = stage in run.reused()
+        if taken:
+            files += storage.list_files(artifact.uri)
         own = [file for file in files if file.startswith(storage.absolute(artifact.uri) + "/")]
-        remedy = f"delete the folder {storage.shown(artifact.uri)}, and run {again}"
+        remedy = (
+            f"run transfgu check {storage.shown(artifact.uri.rpartition('/')[0])}, from which it is taken"
+            if taken
+            else f"delete the folder {storage.shown(artifact.uri)}, and run {again}"
+        )
         manifest = _attempt(damage, artifact.file("manifest.json"), remedy, artifact.manifest)
+        if taken and not own:
+            damage.append(Damage(file=artifact.uri, reason="missing", remedy=f"give {again} --reuse RUN"))
         if manifest is not None:
             complete.append(stage)
             _attempt(damage, artifact.file("manifest.json"), remedy, lambda a=artifact: a.check(recipe))  # type: ignore[misc]
@@ -114,7 +123,7 @@ def _command(recipe: Recipe, run: Run) -> str:
 
 
 def _part_remedy(file: str, stage: str, remedy: str, again: str) -> str:
-    if stage in _PARTS and file.endswith(".parquet"):
+    if stage in _PARTS and file.endswith(".parquet") and remedy.startswith("delete"):
         return f"delete it and the manifest.json beside it, and run {again}"
     return remedy
 

@@ -1,7 +1,7 @@
-"""A training view is a function of (seed, epoch, sample) and of nothing else.
+"""Draw random training views, which depend on (seed, epoch, sample) only, and apply them to batches.
 
-Its parameters are drawn for each image by a generator of its own, so they do not depend on workers, batches or order.
-They are then applied to a batch at once, on whatever device holds it. Image and maps are cut by the same box: the
+Each image has its own random generator, so its parameters do not depend on workers, batches or order. They are applied
+to a whole batch at once, on the device that holds it. Image and maps are cut by the same box: the
 image by bilinear interpolation, the maps, whose patches are much larger than a pixel, by averaging (RoIAlign).
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, Channels
+from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, Channels, patch_grid
 from transfgu.transfer import constant, to_device
 
 GREY = (0.2989, 0.587, 0.114)  # luma of red, green, blue (ITU-R 601)
@@ -24,7 +24,7 @@ GREY = (0.2989, 0.587, 0.114)  # luma of red, green, blue (ITU-R 601)
 
 @dataclass(frozen=True, kw_only=True)
 class Colours:
-    """How the colours of each image of a batch are changed."""
+    """Parameters of the colour changes of each image of a batch."""
 
     jitter: Bool[ndarray, " B"]
     order: Int[ndarray, "B 4"]  # in which the four are applied, as indices into the next
@@ -38,18 +38,18 @@ class Colours:
 
 @dataclass(frozen=True, kw_only=True)
 class Views(Colours):
-    """How each image of a batch is to be seen."""
+    """Parameters of the view of each image of a batch."""
 
     boxes: Int[ndarray, "B 4"]  # crop, y0 y1 x0 x1 in pixels, half-open
     flip: Bool[ndarray, " B"]
 
 
 def draw_views(samples: Sequence[int], size: tuple[int, int], *, seed: int, epoch: int) -> Views:
-    """Parameters of a random view of each sample, for images of `size` = (H, W) pixels.
+    """Draw the parameters of a random view of each sample, for images of `size` = (H, W) pixels.
 
     `samples` are the images' places in the epoch. Colour jitter (0.8 0.8 0.8 0.2, in random order) is drawn with
     probability 0.3, greyscale 0.2, a 3 x 3 blur of sigma 1 to 2 pixels 0.2, a flip 0.5; the crop is 0.4, 0.5 ... 0.9 of
-    both sides. Published code draws jitter, greyscale and blur once a batch; here all are drawn once an image.
+    both sides. Published code draws jitter, greyscale and blur once per batch; here all are drawn per image.
 
     Source: TransFGU (Yin et al. 2022), the published training scripts.
     """
@@ -83,14 +83,14 @@ def apply_views(
     mean: Channels = IMAGENET_MEAN,
     std: Channels = IMAGENET_STD,
 ) -> tuple[Float[Tensor, "B 3 H2 W2"], Float[Tensor, "B K h2 w2"]]:
-    """The views of images and of their maps: (B, 3, H/2, W/2), normalised by `mean` and `std`, and the maps' part.
+    """Return the views of images, (B, 3, H/2, W/2) and normalised by `mean` and `std`, and the views of their maps.
 
-    Maps cover the whole image, at any resolution; theirs of the view is one value a patch, and not scaled: the loss
-    scales it.
+    Maps cover the whole image, at any resolution. A view of a map has one value per patch and is not scaled, because
+    the loss scales it.
     """
     colours = change_colours(images.float() / 255, views)
     size = (images.shape[2] // 2, images.shape[3] // 2)
-    colours, maps = crop_views(colours, maps, views.boxes, size, (size[0] // patch_size, size[1] // patch_size))
+    colours, maps = crop_views(colours, maps, views.boxes, size, patch_grid(size, patch_size))
     centre, spread = (constant(values, colours.device, colours.dtype).view(3, 1, 1) for values in (mean, std))
     colours = (colours - centre) / spread
     flip = to_device(torch.from_numpy(views.flip), images.device)[:, None, None, None]

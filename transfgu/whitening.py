@@ -1,4 +1,4 @@
-"""Whiten features to the same bits wherever their rows lie.
+"""Whiten features, with the same result to the last bit however rows are divided among processes.
 
 Rows and matrices are rounded to whole numbers of so few bits that each sum of their products is exact in float64. Then
 neither the order of a sum nor the library that computes it matters: threads, shards and nodes may divide the rows as

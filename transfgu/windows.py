@@ -1,4 +1,4 @@
-"""Sliding windows are a product: in each scale, spans along y times spans along x.
+"""List sliding windows and select foreground and background ones: in each scale, spans along y times spans along x.
 
 Along one axis the spans start every half side, and the last one touches the grid's end. Whether a window is foreground
 then needs no image: the saliency of patches, weighted by how many pixel rows and columns of each patch the window

@@ -1,4 +1,4 @@
-"""Sums and rows of all workers of a training; in a process without a group they are the process's own.
+"""Add up and gather values over the workers of a training; without a process group they are the process's own.
 
 A loss that workers share is written as a sum of their parts: each calls `backward` on its own part, and gradients are
 added. Where a part depends on a sum over workers, that sum has a gradient too.

@@ -120,7 +120,7 @@ def test_maskcontrast_tells_things_from_stuff() -> None:
     """By hand: the object logit is 3 in the left half and -3 in the right one, embeddings are unit vectors."""
     recipe = recipe_of("maskcontrast")
     model = make(recipe).model
-    network = model._network  # type: ignore[attr-defined]
+    network = model.network  # type: ignore[attr-defined]
     network.things[:] = torch.eye(8)[:2]
     network.stuff[:] = torch.eye(8)[2:4]
     embeddings = torch.zeros(1, 8, 2, 4)

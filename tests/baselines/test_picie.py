@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.refusals import refused
-from transfgu.baselines import picie
 from transfgu.baselines.picie import (
     FeatureNetwork,
     FPNDecoder,
@@ -58,10 +57,9 @@ def test_assignment_by_hand() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_assignment_is_the_nearest_in_any_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picie, "_ROWS", 7)  # many chunks
+def test_assignment_is_the_nearest_in_any_precision(dtype: torch.dtype) -> None:
     features, centroids = normal(3, 8, 4, 5, dtype=dtype), normal(6, 8, seed=1, dtype=torch.float64)
-    labels, weights = assign(features, centroids)
+    labels, weights = assign(features, centroids, chunk_rows=7)
     distances = torch.cdist(F.normalize(rows_of(features).double(), dim=1), centroids)
     assert torch.equal(labels.flatten(), distances.argmin(1))
     assert weights.sum().item() == pytest.approx(1)

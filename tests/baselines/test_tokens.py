@@ -38,6 +38,7 @@ def test_baselines_of_a_run(tmp_path: Path) -> None:
         "K-Means over colour, texture and height",
         "K-Means over patch tokens",
         "K-Means over patch tokens, smoothed",
+        "K-Means over patch tokens, untrained encoder",
         "linear probe, supervised",
         "pseudo labels alone",
     ]
@@ -64,7 +65,7 @@ def test_baselines_of_a_run(tmp_path: Path) -> None:
 
 def test_a_background_is_one_more_cluster(tmp_path: Path) -> None:
     made = make_run(tmp_path, labels=False, things=5, stuff=0)
-    background = module._pseudo_labels(made.recipe, made.run, torch.device("cpu"))
+    background = module.pseudo_label_method(made.recipe, made.run, torch.device("cpu"))
     (tmp_path / "labelled").mkdir()
     images = np.stack([image for image, _ in validation(make_run(tmp_path / "labelled"))])
     maps = background(images)
@@ -79,7 +80,7 @@ def test_a_patch_is_of_the_nearest_centroid(tmp_path: Path) -> None:
     images = np.stack([resize(np.asarray(Image.open(path)), (SIDE, SIDE)) for path in train["image"].to_pylist()])
     tokens = encode(torch.from_numpy(images))
     centroids = cluster(Shard([tokens.flatten(0, 1).numpy()]), 10, seed=made.recipe.seed).centroids
-    predict = module._bottom_up(made.recipe, encode, train, smoothing=1)
+    predict = module.bottom_up(made.recipe, encode, train, smoothing=1)
     nearest = torch.cdist(tokens, torch.from_numpy(centroids)).argmin(2)
     assert (predict(images).argmax(1).flatten(1) == nearest).float().mean() > 0.99
 
@@ -99,7 +100,7 @@ def test_standardised_numbers_weigh_the_same(tmp_path: Path) -> None:
     other = InOtherUnits(8, torch.device("cpu"), height=True)
 
     def clusters(features: PixelFeatures, *, standardised: bool) -> torch.Tensor:
-        return module._bottom_up(made.recipe, features, train, smoothing=1, standardised=standardised)(images).argmax(1)
+        return module.bottom_up(made.recipe, features, train, smoothing=1, standardised=standardised)(images).argmax(1)
 
     same = clusters(plain, standardised=True) == clusters(other, standardised=True)
     assert same.float().mean() > 0.99
@@ -120,11 +121,11 @@ def test_predictions_are_averaged_over_sizes_and_mirror_images(tmp_path: Path) -
             tokens = encode(pixels.flip(3) if flip else pixels).mT.reshape(2, -1, *grid)[:, :4]
             tokens = tokens.flip(3) if flip else tokens
             parts.append(torch.nn.functional.interpolate(tokens, (4, 6), mode="bilinear"))
-    found = module._averaged(
+    found = module.averaged(
         EvaluationRecipe(scales=(1.0, 2.0), flip=True), encode, images, lambda tokens: tokens[:, :4]
     )
     torch.testing.assert_close(found, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-5)
-    alone = module._averaged(EvaluationRecipe(), encode, images, lambda tokens: tokens)
+    alone = module.averaged(EvaluationRecipe(), encode, images, lambda tokens: tokens)
     torch.testing.assert_close(alone, encode(small).mT.reshape(2, -1, 2, 3))
 
 
@@ -134,7 +135,7 @@ def test_majority_of_a_patch(tmp_path: Path) -> None:
     label[:8, :8] = 3
     label[:3, :8] = 5  # 24 of 64 pixels
     label[8, 8] = 2  # one pixel, and no other labelled
-    found = module._majority(recipe, [label], 8)
+    found = module.majority(recipe, [label], 8)
     assert found.tolist() == [[[[3, -1], [-1, 2]]]]
 
 
@@ -142,10 +143,10 @@ def test_an_untrained_encoder_is_another(tmp_path: Path) -> None:
     recipe = EncoderRecipe(name="vit_tiny_patch16_224", weights="random")
     encode = PatchTokens(replace(recipe, weights="random"), torch.device("cpu"))
     images = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 48)).astype(np.uint8)
-    tokens = module._tokens(encode, images)
+    tokens = module.smoothed_tokens(encode, images)
     assert tokens.shape == (3, 192, 2, 3)
     torch.testing.assert_close(tokens.flatten(2).mT, encode(torch.from_numpy(images)))
-    smooth = module._tokens(encode, images, 3)
+    smooth = module.smoothed_tokens(encode, images, 3)
     torch.testing.assert_close(smooth[:, :, 0, 0], tokens[:, :, :2, :2].mean((2, 3)))
 
 

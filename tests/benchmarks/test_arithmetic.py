@@ -58,8 +58,8 @@ def test_maps_are_timed_beside_a_forward_and_the_published_way(bare: Bare) -> No
     assert found.flops == found.items * forward_operations(SIDE)
     assert len(found.ours) == len(found.bound) == 2
     assert found.details["times as long as ours"] > 0
-    assert all(block.attn.fused_attn for block in bare._frozen.encoder.vit.blocks)  # it used a copy
-    assert not any(p.requires_grad for p in bare._frozen.encoder.parameters())
+    assert all(block.attn.fused_attn for block in bare.frozen.encoder.vit.blocks)  # it used a copy
+    assert not any(p.requires_grad for p in bare.frozen.encoder.parameters())
 
 
 def test_a_training_step_holds_the_forward_that_it_is_measured_by(bare: Bare) -> None:

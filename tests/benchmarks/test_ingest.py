@@ -37,7 +37,7 @@ def test_the_first_epoch_reads_each_file_once_and_later_ones_none(tmp_path: Path
 def test_requests_at_the_server(s3: str, faults: Gateway, tmp_path: Path) -> None:
     size = (32, 32)
     recipe = preset("coco-stuff-27").with_fields({"image_size": size, "training_size": size})
-    local = ingest._rows(recipe, IMAGES, tmp_path)
+    local = ingest.made_rows(recipe, IMAGES, tmp_path)
     parts = sorted(set(local["part"].to_pylist()))
     index = str(Path(parts[0]).parent / map_files.INDEX)
     for uri in [*parts, index, *local["image"].to_pylist()]:
@@ -79,7 +79,7 @@ def test_requests_at_the_server(s3: str, faults: Gateway, tmp_path: Path) -> Non
 
 @pytest.mark.s3
 def test_a_stage_asks_for_each_image_once(s3: str, faults: Gateway, tmp_path: Path) -> None:
-    files = ingest._photographs(tmp_path / "images", 20)
+    files = ingest.write_photographs(tmp_path / "images", 20)
     for i, file in enumerate(files):
         storage.write_bytes(f"{s3}/{i:02d}.jpg", Path(file).read_bytes())
     uris = [f"{s3}/{i:02d}.jpg" for i in range(20)]

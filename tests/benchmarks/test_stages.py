@@ -15,6 +15,7 @@ from transfgu.planning.measurements import Measurements
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.ci_long
 @pytest.mark.long
 @pytest.mark.ray
 def test_stages_are_timed_beside_their_bounds(tmp_path: Path, ray_cluster: None) -> None:

@@ -99,12 +99,9 @@ def test_logs_that_grew_are_copied_and_no_others(ship_logs: ModuleType, tmp_path
     assert storage.read_bytes(f"{uri}/old/b.out") == b"two\n"  # outlives what wrote it
 
 
-def test_of_a_huge_log_the_end_is_copied(
-    ship_logs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ship_logs, "LARGEST", 4)
+def test_of_a_huge_log_the_end_is_copied(ship_logs: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "a.log").write_text("beginning, end")
-    ship_logs.ship(tmp_path, str(tmp_path / "kept"), {})
+    ship_logs.ship(tmp_path, str(tmp_path / "kept"), {}, largest=4)
     assert (tmp_path / "kept" / "a.log").read_text() == " end"
 
 

@@ -13,8 +13,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from transfgu.runtime import capacity
-from transfgu.stages import concepts
+from transfgu.runtime import capacity, spread
 
 ROOT = Path(__file__).parents[2]
 WINDOWS = 10_646_000 * 1536  # bytes of the features of COCO-Stuff-27's training images
@@ -88,8 +87,8 @@ def test_kmeans_goes_to_the_gpus_of_every_shipped_cluster(
     head = {"Alive": True, "Resources": {"CPU": 4.0, "memory": 12e9}}
     monkeypatch.setattr(ray, "nodes", lambda: [head])
     monkeypatch.setenv(capacity.NODES, json.dumps(told_nodes((ROOT / name).read_text())))
-    nodes = concepts._nodes(WINDOWS)
+    nodes = spread.actor_nodes(WINDOWS)
     assert nodes
     assert all(node["GPU"] > 0 for node in nodes)
-    assert concepts._worker_count(WINDOWS, nodes) == actors
-    assert concepts._resources(actors, nodes)["num_gpus"] == 1.0
+    assert spread.actor_count(WINDOWS, nodes) == actors
+    assert spread.actor_resources(actors, nodes)["num_gpus"] == 1.0

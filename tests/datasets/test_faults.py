@@ -385,6 +385,7 @@ def cmyk(pixels: np.ndarray) -> bytes:
     return sink.getvalue()
 
 
+@pytest.mark.ci_long
 @pytest.mark.long
 @pytest.mark.ray
 def test_good_images_features_are_the_same_to_the_last_bit_with_every_bad_one_beside_them(

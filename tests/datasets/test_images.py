@@ -282,7 +282,7 @@ def test_opencv_decodes_what_pillow_decodes(
     mode: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = encode(Image.fromarray(photograph(0, 61, 83)).convert(mode), "JPEG", **options)
-    by_opencv = images._decode_jpeg(data)
+    by_opencv = images.decode_jpeg(data)
     assert by_opencv is not None
     monkeypatch.setattr(images, "cv2", None)
     np.testing.assert_array_equal(by_opencv, images.decode_image(data))
@@ -291,10 +291,10 @@ def test_opencv_decodes_what_pillow_decodes(
 def test_a_jpeg_that_is_cut_off_is_left_to_pillow() -> None:
     data = encode(Image.fromarray(photograph(0, 61, 83)), "JPEG")
     for length in (len(data) // 2, len(data) - 1):
-        assert images._decode_jpeg(data[:length]) is None
+        assert images.decode_jpeg(data[:length]) is None
     with pytest.raises(BadInput, match="truncated image"):
         images.decode_image(data[: len(data) // 2])
-    assert images._decode_jpeg(encode(Image.new("CMYK", (16, 16)), "JPEG")) is None
+    assert images.decode_jpeg(encode(Image.new("CMYK", (16, 16)), "JPEG")) is None
 
 
 @pytest.mark.parametrize("size", [(320, 320), (40, 60), (61, 200), (30, 41)])

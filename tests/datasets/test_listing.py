@@ -112,7 +112,7 @@ def test_limit_keeps_the_first_and_prefers_the_curated(tmp_path: Path) -> None:
     assert names(curated, "validation") == ["000000000139", "000000000724"]
 
 
-def test_instances_json_decides_and_missing_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instances_json_decides_and_missing_files_are_named(tmp_path: Path) -> None:
     ids = [f"{i:012d}" for i in (1, 2, 34567, 5)]
     recipe = coco_tree(str(tmp_path), ids, ids)
     tree = {
@@ -121,13 +121,14 @@ def test_instances_json_decides_and_missing_files_are_named(tmp_path: Path, monk
         "categories": [],
     }
     text = json.dumps(tree, indent=1)
-    (tmp_path / "annotations" / "instances_train2017.json").write_text(text)
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    file.write_text(text)
     for chunk in (7, 64, 1 << 20):  # a number cut by the end of a chunk is still one number
-        monkeypatch.setattr(coco, "_CHUNK", chunk)
-        listing = datasets.listing(recipe, "train")
-        assert listing.table["name"].to_pylist() == [ids[0], ids[2]]
-        assert [(x.name, x.reason) for x in listing.left_out] == [("000000000007", "missing image")]
-        assert listing.notes == {"unannotated": 2}
+        assert coco.annotated_names(str(file), chunk) == {ids[0], ids[2], "000000000007"}
+    listing = datasets.listing(recipe, "train")
+    assert listing.table["name"].to_pylist() == [ids[0], ids[2]]
+    assert [(x.name, x.reason) for x in listing.left_out] == [("000000000007", "missing image")]
+    assert listing.notes == {"unannotated": 2}
     assert names(recipe, "validation") == sorted(ids)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transfgu.datasets import sample_cache
 from transfgu.datasets.sample_cache import Layout, SampleCache
 
 ROOM = 1 << 40
@@ -123,7 +122,7 @@ def test_a_full_disk_costs_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert reader.images == [1, 1]
 
 
-def test_a_restart_of_the_machine_keeps_whole_caches_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_of_the_machine_keeps_whole_caches_alone(tmp_path: Path) -> None:
     for key, count in (("whole", 6), ("begun", 5)):
         cache = SampleCache(str(tmp_path), layout(key), ROOM)
         reader = Reader(cache)
@@ -131,9 +130,8 @@ def test_a_restart_of_the_machine_keeps_whole_caches_alone(tmp_path: Path, monke
             reader.read(position)
         cache.seal()
         cache.close()
-    monkeypatch.setattr(sample_cache, "_boot", lambda: "another")
-    assert SampleCache(str(tmp_path), layout("whole"), ROOM).has(np.arange(6)).all()
-    assert not SampleCache(str(tmp_path), layout("begun"), ROOM).has(np.arange(6)).any()
+    assert SampleCache(str(tmp_path), layout("whole"), ROOM, boot="another").has(np.arange(6)).all()
+    assert not SampleCache(str(tmp_path), layout("begun"), ROOM, boot="another").has(np.arange(6)).any()
 
 
 def test_a_process_that_dies_gives_its_cache_up(tmp_path: Path) -> None:
@@ -141,7 +139,7 @@ def test_a_process_that_dies_gives_its_cache_up(tmp_path: Path) -> None:
 import os
 from transfgu.datasets.sample_cache import Layout, SampleCache
 cache = SampleCache({str(tmp_path)!r}, Layout(key="one", samples=6, image_bytes=12, maps_bytes=8), 1 << 40)
-with cache._lock(0):
+with cache.lock(0):
     os._exit(9)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9

@@ -19,6 +19,7 @@ from transfgu.store.artifacts import Run
 pytestmark = [pytest.mark.long, pytest.mark.ray]
 
 
+@pytest.mark.ci_long
 @pytest.mark.parametrize(
     ("fault", "stage", "pattern", "fields"),
     [
@@ -44,6 +45,7 @@ def test_a_process_that_dies(
     row(fault, stage, "goes on by itself", seconds - undisturbed.seconds[stage], "its work in hand")
 
 
+@pytest.mark.ci_long
 @pytest.mark.parametrize("method", ["picie", "maskcontrast"])
 def test_the_worker_of_a_method_of_comparison_that_dies(method: str, tmp_path: Path, ray_cluster: None) -> None:
     photographs(tmp_path)
@@ -61,6 +63,7 @@ def test_the_worker_of_a_method_of_comparison_that_dies(method: str, tmp_path: P
     row(f"worker killed, {method}", "training", "goes on by itself", lost, "its work in hand")
 
 
+@pytest.mark.ci_long
 @pytest.mark.parametrize("stage", ["features", "pseudo_labels"])
 def test_a_part_cut_short_in_a_stage_that_was_stopped(undisturbed: Undisturbed, tmp_path: Path, stage: str) -> None:
     run = copy_until(undisturbed.run, tmp_path / "run", stage)
@@ -75,6 +78,7 @@ def test_a_part_cut_short_in_a_stage_that_was_stopped(undisturbed: Undisturbed, 
     row("part cut short, before the stage's end", stage, "made anew when run again", seconds, "that part")
 
 
+@pytest.mark.ci_long
 @pytest.mark.parametrize(("stage", "reader"), [("features", "concepts"), ("pseudo_labels", "training")])
 def test_a_part_cut_short_in_a_finished_stage(
     undisturbed: Undisturbed, tmp_path: Path, stage: str, reader: str
@@ -91,6 +95,7 @@ def test_a_part_cut_short_in_a_finished_stage(
     row("part cut short, after the stage's end", stage, "one line says what to delete", seconds, "that part")
 
 
+@pytest.mark.ci_long
 def test_the_last_checkpoint_cut_short(
     undisturbed: Undisturbed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +119,7 @@ def test_the_last_checkpoint_cut_short(
         row("checkpoint cut short", "training", "goes on from the one before", seconds, "one epoch of 4")
 
 
+@pytest.mark.ci_long
 def test_the_state_of_kmeans_cut_short(undisturbed: Undisturbed, tmp_path: Path) -> None:
     run = copy_until(undisturbed.run, tmp_path / "run", "concepts")
     run.artifact("concepts").begin(undisturbed.recipe)

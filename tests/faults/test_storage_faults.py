@@ -175,6 +175,7 @@ def throttled(bucket: Bucket) -> Done:
     return bucket.whole_run("503", gateway)
 
 
+@pytest.mark.ci_long
 def test_one_request_in_five_is_answered_503(undisturbed_on_s3: Done, throttled: Done) -> None:
     refused = sum(one.fault == 503 for one in throttled.asked)
     assert 0.15 < refused / len(throttled.asked) < 0.25
@@ -201,6 +202,7 @@ def test_s3_is_gone_for_a_while_in_every_stage(undisturbed_on_s3: Done, bucket: 
         row(f"S3 gone for {OUTAGE_SECONDS:.0f} s", stage, "goes on by itself", more, lost)
 
 
+@pytest.mark.ci_long
 def test_no_secret_is_written_anywhere(throttled: Done, bucket: Bucket, tmp_path: Path) -> None:
     told = tmp_path / "told"
     told.write_text(throttled.told)

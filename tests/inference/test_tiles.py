@@ -75,14 +75,15 @@ class Watched(ArrayRows):
 
 
 @pytest.mark.parametrize(("height", "width", "tile", "overlap"), [(70, 90, 32, 8), (33, 64, 32, 20), (20, 200, 40, 0)])
-@pytest.mark.parametrize("numbers", [1 << 25, 999])
+@pytest.mark.parametrize("blended", [tiles.BLENDED, 999])
 def test_strips_are_all_tiles_enlarged_weighted_and_added(
-    height: int, width: int, tile: int, overlap: int, numbers: int, monkeypatch: pytest.MonkeyPatch
+    height: int, width: int, tile: int, overlap: int, blended: int
 ) -> None:
-    monkeypatch.setattr(tiles, "_NUMBERS", numbers)  # blocks of all columns, and of some
+    """Blocks of all columns, and of some."""
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     rows = Watched(image)
-    found = list(strips(rows, (32, 32), Tiling(tile=tile, overlap=overlap), pooled, lambda logits: logits.numpy()))
+    tiling = Tiling(tile=tile, overlap=overlap)
+    found = list(strips(rows, (32, 32), tiling, pooled, lambda logits: logits.numpy(), blended=blended))
     expected, total = torch.zeros(2, height, width), torch.zeros(height, width)
     tall, wide = min(tile, height), min(tile, width)
     from transfgu.datasets import images

@@ -78,4 +78,4 @@ def test_times_of_a_method_of_comparison_are_said_to_be_unknown(method: str, tmp
     ("count", "shown"), [(12, "12 bytes"), (1500, "1.5 kB"), (25 * 10**6, "25 MB"), (3 * 10**16, "30000 TB")]
 )
 def test_bytes_are_written_in_two_figures_or_more(count: int, shown: str) -> None:
-    assert dry_run._bytes(count) == shown
+    assert dry_run.in_bytes(count) == shown

@@ -214,9 +214,9 @@ def test_grey_share_of_one_leaves_no_colour() -> None:
 
 def test_colours_turn_by_a_matrix_that_undoes_itself() -> None:
     turn = torch.tensor([0.7, -0.7])
-    there, back = objective._colour_matrix(turn, torch.ones(2))
+    there, back = objective.colour_matrix(turn, torch.ones(2))
     torch.testing.assert_close(there @ back, torch.eye(3), atol=1e-5, rtol=0)
-    grey = objective._colour_matrix(turn, torch.zeros(2))[0]
+    grey = objective.colour_matrix(turn, torch.zeros(2))[0]
     torch.testing.assert_close(grey, torch.tensor([0.299, 0.587, 0.114]).expand(3, 3), atol=2e-3, rtol=0)
 
 

@@ -56,6 +56,7 @@ def test_two_workers_learn_from_a_folder(ray_cluster: None, tmp_path: Path) -> N
     assert (encoder.width, encoder.depth, encoder.patch_size) == (12, 2, 4)
 
 
+@pytest.mark.ci_long
 @pytest.mark.ray
 @pytest.mark.long
 def test_what_was_learned_is_not_learned_again(ray_cluster: None, tmp_path: Path) -> None:

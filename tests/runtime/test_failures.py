@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from transfgu.errors import UserError
-from transfgu.runtime.failures import find_user_error
+from transfgu.runtime.failures import find_user_error, raises_user_errors
 
 
 def refuse() -> None:
@@ -44,3 +44,16 @@ def test_a_mistake_in_another_process_keeps_its_code(go: Callable[[], None], ray
     found = find_user_error(raised.value)
     assert found is not None
     assert found.line == "another run is writing it: wait [run-locked]"
+    with pytest.raises(UserError) as plain, raises_user_errors():
+        raise raised.value
+    assert type(plain.value) is UserError
+    assert plain.value.line == found.line
+    assert plain.value.__cause__ is None
+
+
+def test_other_errors_pass_as_they_are() -> None:
+    lost, mistake = RuntimeError("node lost"), UserError("no such file: name another", code="file-missing")
+    for error in (lost, mistake):
+        with pytest.raises(type(error)) as raised, raises_user_errors():
+            raise error
+        assert raised.value is error

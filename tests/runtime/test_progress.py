@@ -5,6 +5,16 @@ import io
 from transfgu.runtime.progress import Progress
 
 
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def test_progress_in_a_log_is_plain_lines() -> None:
     out = io.StringIO()
     progress = Progress("features", stream=out)
@@ -19,13 +29,13 @@ def test_progress_in_a_log_is_plain_lines() -> None:
 
 def test_without_a_total_nothing_is_said_of_what_is_left() -> None:
     out = Terminal()
-    progress = Progress("concepts", stream=out)
-    progress._last -= 1
+    clock = Clock()
+    progress = Progress("concepts", stream=out, clock=clock)
+    clock.now += 1
     progress.update(0, None, "iterations of things")
-    progress._last -= 1
-    progress._start -= 1
+    clock.now += 1
     progress.update(8, None, "iterations of things")
-    assert "concepts: 8 iterations of things  8.0 iterations of things/s" in out.getvalue()
+    assert "concepts: 8 iterations of things  4.0 iterations of things/s" in out.getvalue()
     assert "left" not in out.getvalue()
     assert "/" not in out.getvalue().split("\r")[1]
 
@@ -33,14 +43,14 @@ def test_without_a_total_nothing_is_said_of_what_is_left() -> None:
 def test_another_unit_has_a_rate_of_its_own() -> None:
     """367 images, then 700 steps at two a second: not a negative rate, nor one that mixes both."""
     out = Terminal()
-    progress = Progress("pretraining", stream=out)
+    clock = Clock()
+    progress = Progress("pretraining", stream=out, clock=clock)
     progress.update(367, 367, "images")
     progress.update(0, 700, "steps")
-    progress._last -= 5
-    progress._start -= 5
+    clock.now += 5
     progress.update(10, 700, "steps")
     assert "pretraining: 10/700 steps  2.0 steps/s, 5 min 45 s left" in out.getvalue()
-    progress._last -= 5
+    clock.now += 5
     progress.update(4, 700, "steps")  # an epoch begun again
     assert "pretraining: 4/700 steps  " in out.getvalue()
     assert "-" not in out.getvalue()

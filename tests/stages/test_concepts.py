@@ -15,9 +15,11 @@ import torch
 from numpy import ndarray
 
 from tests.refusals import refused
+from transfgu.inference.shards import NEAREST, KMeansActor, nearest_windows, own_shard
 from transfgu.kmeans import Grid, Shard, Shards, cluster, whitened
 from transfgu.recipe import Recipe, preset
 from transfgu.runtime import capacity as runtime
+from transfgu.runtime import spread
 from transfgu.runtime.progress import Progress
 from transfgu.stages import concepts
 from transfgu.stages.concepts import kmeans
@@ -96,12 +98,11 @@ def nearest_of(concept: list[int], image: list[int], distance: list[float]) -> l
             "distance": pa.array(distance, pa.float32()),
         }
     )
-    chosen = concepts._nearest(table)
+    chosen = nearest_windows(table, 3)
     return list(zip(*(chosen[name].to_pylist() for name in ("concept", "index", "distance")), strict=True))
 
 
-def test_nearest_windows_are_of_different_images_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(concepts, "NEAREST", 3)
+def test_nearest_windows_are_of_different_images_first() -> None:
     # Concept 0: image 5 has the two nearest, but only one of them is shown, as there are three images.
     chosen = nearest_of([0, 0, 1, 0, 0, 0], [5, 5, 5, 6, 7, 8], [0.1, 0.2, 9.0, 0.4, 0.3, 0.5])
     assert [(c, i) for c, i, _ in chosen] == [(0, 5), (0, 7), (0, 6), (1, 5)]
@@ -118,8 +119,8 @@ def test_nearest_of_shards_are_the_nearest_of_all() -> None:
     )
     for cuts in ([100, 250], [3, 6, 9]):  # the second with shards of one image or two
         bounds = [0, *np.searchsorted(image, image[cuts]), 400]
-        shards = [concepts._nearest(table[a:b]) for a, b in itertools.pairwise(bounds) if a < b]
-        assert concepts._nearest(pa.concat_tables(shards)).equals(concepts._nearest(table))
+        shards = [nearest_windows(table[a:b]) for a, b in itertools.pairwise(bounds) if a < b]
+        assert nearest_windows(pa.concat_tables(shards)).equals(nearest_windows(table))
 
 
 # ---- the actor's own work, in this process ----
@@ -128,7 +129,7 @@ def test_nearest_of_shards_are_the_nearest_of_all() -> None:
 def test_parts_are_shared_out_in_pieces_that_do_not_depend_on_workers() -> None:
     parts = [f"part-{n}" for n in range(100)]
     for workers in (1, 2, 3, 4, 9):
-        shares = concepts._share(parts, workers)
+        shares = concepts.in_pieces(parts, workers)
         assert len(shares) == min(workers, 4)
         pieces = [piece for share in shares for piece in share]
         assert [len(piece) for piece in pieces] == [32, 32, 32, 4]
@@ -139,11 +140,11 @@ def test_parts_are_shared_out_in_pieces_that_do_not_depend_on_workers() -> None:
 def test_an_actor_reads_its_parts_by_group(tmp_path: Path) -> None:
     windows = made_windows(25)
     run = write_parts(tmp_path, windows)
-    groups = concepts._groups(recipe_of())
-    parts, size = concepts._parts(run.artifact("features"))
+    groups = concepts.groups_of(recipe_of())
+    parts, size = concepts.feature_parts(run.artifact("features"))
     assert [Path(p).name for p in parts] == [f"part-{n:08d}.parquet" for n in (0, 10, 20)]
     assert size > windows.nbytes / 2
-    actor = concepts.KMeansActor(functools.partial(concepts._read_parts, [parts[:2], parts[2:]], groups), threads=1)
+    actor = KMeansActor(functools.partial(concepts.read_parts, [parts[:2], parts[2:]], groups), threads=1)
     foreground, background = features_of(windows, "foreground"), features_of(windows, "background")
     assert actor.measure("things") == (100, float(np.abs(foreground).max()))
     assert actor.measure("stuff") == (50, float(np.abs(background).max()))
@@ -154,27 +155,27 @@ def test_an_actor_reads_its_parts_by_group(tmp_path: Path) -> None:
     assert actor.take("stuff", rows[:0]) is None
 
 
-def test_an_actor_keeps_many_rows_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, groups = write_parts(tmp_path, made_windows(25)), concepts._groups(recipe_of())
-    parts, size = concepts._parts(run.artifact("features"))
+def test_an_actor_keeps_many_rows_on_disk(tmp_path: Path) -> None:
+    run, groups = write_parts(tmp_path, made_windows(25)), concepts.groups_of(recipe_of())
+    parts, size = concepts.feature_parts(run.artifact("features"))
     pieces, disk = [parts[:2], parts[2:]], str(tmp_path / "disk")
-    in_memory = concepts._read_parts(pieces, groups, size, disk, resident=size)
-    on_disk = concepts._read_parts(pieces, groups, size, disk, resident=size - 1)
+    in_memory = concepts.read_parts(pieces, groups, size, disk, resident=size)
+    on_disk = concepts.read_parts(pieces, groups, size, disk, resident=size - 1)
     assert in_memory["things"].scratch is None
     assert on_disk["things"].scratch is on_disk["stuff"].scratch is not None
-    one, other = (concepts.KMeansActor(source, threads=1) for source in (lambda: in_memory, lambda: on_disk))
+    one, other = (KMeansActor(source, threads=1) for source in (lambda: in_memory, lambda: on_disk))
     centroids, grid = np.eye(3, D, dtype=np.float32), Grid(100, one.measure("things")[1])
     first, second = (actor.assign("things", centroids, grid).sums for actor in (one, other))
     np.testing.assert_array_equal(first, second)
-    monkeypatch.setattr(scratch, "_SPARE", 1 << 60)  # a disk without room: memory it is
-    assert concepts._read_parts(pieces, groups, size, disk, resident=0)["things"].scratch is None
+    # Without room on the disk they stay in memory.
+    assert concepts.read_parts(pieces, groups, 1 << 60, disk, resident=0)["things"].scratch is None
 
 
-def test_a_disk_that_becomes_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_becomes_full_is_told(tmp_path: Path) -> None:
     room = scratch.Scratch(str(tmp_path))
-    monkeypatch.setattr(scratch, "_SPARE", 1 << 60)
+    room.spare = 1 << 60
     with refused("disk-full"):
-        concepts._kept(np.ones((2, 2), np.float32), room)
+        concepts.kept_rows(np.ones((2, 2), np.float32), room)
 
 
 def test_features_that_nodes_cannot_hold_go_to_those_that_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,24 +185,24 @@ def test_features_that_nodes_cannot_hold_go_to_those_that_may_come(monkeypatch: 
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": head}])
     monkeypatch.setenv(runtime.NODES, '[{"count": 8, "CPU": 5}, {"count": 4, "CPU": 16}]')
     fits, large = 7 * 10**9, 11 * 10**9
-    nodes = concepts._nodes(fits)  # 9.1 GB in memory
+    nodes = spread.actor_nodes(fits)  # 9.1 GB in memory
     assert nodes == [head]
-    assert concepts._worker_count(fits, nodes) == 1
-    assert concepts._memory(float(fits)) == 9_100_000_000
-    nodes = concepts._nodes(large)  # 14.3 GB
+    assert spread.actor_count(fits, nodes) == 1
+    assert spread.actor_memory(float(fits)) == 9_100_000_000
+    nodes = spread.actor_nodes(large)  # 14.3 GB
     assert [node["CPU"] for node in nodes] == [5] * 8 + [16] * 4 + [4]
-    assert concepts._worker_count(large, nodes) == 13
-    assert concepts._memory(large / 13) == 1_100_000_000
-    assert concepts._memory(100e6) == 0
+    assert spread.actor_count(large, nodes) == 13
+    assert spread.actor_memory(large / 13) == 1_100_000_000
+    assert spread.actor_memory(100e6) == 0
     # Only the largest can hold a shard of three, and two of 10.8 GB at most.
     wide = [{"CPU": 4.0, "memory": memory} for memory in (4e9, 4e9, 30e9)]
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in wide])
-    assert len(concepts._nodes(25 * 10**9)) == 15
-    assert concepts._nodes(20 * 10**9) == wide  # 8.7 GB each
+    assert len(spread.actor_nodes(25 * 10**9)) == 15
+    assert spread.actor_nodes(20 * 10**9) == wide  # 8.7 GB each
     # Where none may come, it is tried with what is there.
     monkeypatch.setenv(runtime.NODES, "")
-    assert concepts._nodes(50 * 10**9) == wide
-    assert concepts._memory(50e9) == 0
+    assert spread.actor_nodes(50 * 10**9) == wide
+    assert spread.actor_memory(50e9) == 0
 
 
 AWS = [{"CPU": 4.0}, *[{"CPU": 4.0, "GPU": 1.0}] * 8, *[{"CPU": 16.0}] * 4]  # with a head of 4 CPUs
@@ -226,29 +227,28 @@ def test_kmeans_goes_to_the_gpus_of_a_cluster_that_has_some(
 
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {**n, "memory": 1e12}} for n in nodes])
     monkeypatch.delenv(runtime.NODES, raising=False)
-    chosen = concepts._nodes(size)
-    assert concepts._worker_count(size, chosen) == actors
+    chosen = spread.actor_nodes(size)
+    assert spread.actor_count(size, chosen) == actors
     assert all(node.get("GPU") for node in chosen) == bool(gpus)
-    assert concepts._resources(actors, chosen)["num_gpus"] == gpus
+    assert spread.actor_resources(actors, chosen)["num_gpus"] == gpus
 
 
 def test_more_actors_than_gpus_share_them() -> None:
     nodes = [{"CPU": 8.0, "GPU": 2.0}]
-    assert concepts._resources(5, nodes) == {"num_cpus": 1.0, "num_gpus": 0.4}
+    assert spread.actor_resources(5, nodes) == {"num_cpus": 1.0, "num_gpus": 0.4}
 
 
 def test_a_process_without_a_gpu_computes_on_its_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = np.ones((5, 2), np.float32)
-    assert type(concepts._shard([rows])) is Shard or torch.cuda.is_available()
+    assert type(own_shard([rows])) is Shard or torch.cuda.is_available()
     # Where NVIDIA's files are but torch finds no GPU, too, and where the environment says so.
-    monkeypatch.setattr(concepts, "_GPU_FILES", (str(tmp_path),))
     monkeypatch.setenv("TRANSFGU_DEVICE", "cpu")
-    assert type(concepts._shard([rows])) is Shard
+    assert type(own_shard([rows], gpu_files=[str(tmp_path)])) is Shard
 
 
 def test_groups_follow_the_recipe() -> None:
     def names(recipe: Recipe) -> list[tuple[str, str, int]]:
-        return [(g.name, g.windows, g.count) for g in concepts._groups(recipe)]
+        return [(g.name, g.windows, g.count) for g in concepts.groups_of(recipe)]
 
     assert names(preset("coco-stuff-27")) == [("things", "foreground", 12), ("stuff", "background", 15)]
     assert names(preset("coco-80")) == [("things", "foreground", 80)]
@@ -261,12 +261,12 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     uri = run.artifact("features").file("part-00000000.parquet")
     storage.write_bytes(uri, storage.read_bytes(uri)[:-20])
     with refused("file-damaged part-00000000.parquet"):
-        concepts._read_part(uri, concepts._groups(recipe_of()))
+        concepts.read_part(uri, concepts.groups_of(recipe_of()))
 
 
 def test_no_features_at_all(tmp_path: Path) -> None:
     with refused("features-missing"):
-        concepts._parts(Run(str(tmp_path)).artifact("features"))
+        concepts.feature_parts(Run(str(tmp_path)).artifact("features"))
 
 
 @pytest.mark.parametrize(
@@ -292,20 +292,19 @@ def test_what_can_not_be_clustered(fields: dict[str, object], rows: int, refusal
     recipe = recipe_of(**fields)
     features = np.full((abs(rows), D), np.nan if rows < 0 else 1.0, np.float32)
     with refused(refusal):
-        concepts._check(recipe, concepts._groups(recipe)[0], Shard([features]))
+        concepts.check_group(recipe, concepts.groups_of(recipe)[0], Shard([features]))
 
 
 @pytest.mark.parametrize("white", [False, True])
-def test_an_interrupted_group_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, white: bool) -> None:
+def test_an_interrupted_group_goes_on(tmp_path: Path, white: bool) -> None:
     recipe, folder = recipe_of(things=11), Run(str(tmp_path)).artifact("concepts")
     rows = np.random.default_rng(0).standard_normal((12_000, D), dtype=np.float32)
-    group = concepts._groups(recipe)[0]
+    group = concepts.groups_of(recipe)[0]
 
     def shard() -> Shards:
         return whitened(Shard([rows])) if white else Shard([rows])
 
     whole = cluster(shard(), 11, iterations=50, seed=recipe.seed)
-    monkeypatch.setattr(concepts, "_SAVE_SECONDS", 0.0)
 
     class Stopped(Exception):
         pass
@@ -317,11 +316,11 @@ def test_an_interrupted_group_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
                 raise Stopped
 
     with pytest.raises(Stopped):
-        concepts._cluster_group(recipe, group, shard(), folder, StopsAfterFive("concepts", quiet=True))
-    saved = concepts._saved(folder, group)
+        concepts.cluster_group(recipe, group, shard(), folder, StopsAfterFive("concepts", quiet=True), save_seconds=0)
+    saved = concepts.saved_state(folder, group)
     assert saved is not None
     assert saved[0] == 4  # the fifth was under way to the disk
-    resumed = concepts._cluster_group(recipe, group, shard(), folder, quiet())
+    resumed = concepts.cluster_group(recipe, group, shard(), folder, quiet(), save_seconds=0)
     np.testing.assert_array_equal(resumed.centroids, whole.centroids)
     assert (resumed.iterations, resumed.inertia) == (whole.iterations, whole.inertia)
 
@@ -349,11 +348,11 @@ def test_things_come_from_foreground_and_stuff_from_background(tmp_path: Path, r
     nearest = pq.read_table(run.artifact("concepts").file("nearest.parquet"))
     assert nearest.schema.names == ["concept", "index", "y0", "y1", "x0", "x1", "distance"]
     assert [str(t) for t in nearest.schema.types] == ["int32", "int32", *["int16"] * 4, "float"]
-    assert nearest["concept"].to_pylist() == sorted([*range(5)] * concepts.NEAREST)
+    assert nearest["concept"].to_pylist() == sorted([*range(5)] * NEAREST)
     features, places = features_of(windows), windows.select(["index", "y0", "y1", "x0", "x1"]).to_pylist()
     for concept in range(5):
         rows = nearest.filter(nearest["concept"].to_numpy() == concept)
-        assert len(set(rows["index"].to_pylist())) == concepts.NEAREST
+        assert len(set(rows["index"].to_pylist())) == NEAREST
         distances = np.linalg.norm(features - tensors["centroids"][concept], axis=1)
         by_distance = dict(zip((tuple(p.values()) for p in places), distances.tolist(), strict=True))
         shown = [by_distance[tuple(p.values())] for p in rows.drop_columns(["concept", "distance"]).to_pylist()]
@@ -368,54 +367,48 @@ def test_things_come_from_foreground_and_stuff_from_background(tmp_path: Path, r
 
 
 @pytest.mark.ray
-def test_two_actors_and_a_lost_one_make_no_difference(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
-) -> None:
+def test_two_actors_and_a_lost_one_make_no_difference(tmp_path: Path, ray_cluster: None) -> None:
     import ray
 
-    monkeypatch.setattr(concepts, "_PIECE_PARTS", 1)
     windows = made_windows(25, seed=3)
     run, recipe = write_parts(tmp_path, windows), recipe_of(**{"windows.groups": "all"})
-    group = concepts._groups(recipe)[0]
-    parts, _ = concepts._parts(run.artifact("features"))
-    shares = concepts._share(parts, 2)
+    group = concepts.groups_of(recipe)[0]
+    parts, _ = concepts.feature_parts(run.artifact("features"))
+    shares = concepts.in_pieces(parts, 2, 1)
     assert [[len(piece) for piece in share] for share in shares] == [[1], [1, 1]]
-    sources = [functools.partial(concepts._read_parts, share, [group]) for share in shares]
-    with concepts._actors(sources, concepts._nodes(), restarts=1) as actors:
-        spread = concepts._Spread(actors, "concepts")
-        assert spread.rows == 150
-        result = cluster(spread, 5, seed=recipe.seed)
-        nearest = spread.nearest(result.centroids, 0)
+    sources = [functools.partial(concepts.read_parts, share, [group]) for share in shares]
+    with spread.start_actors(sources, spread.actor_nodes(), restarts=1) as actors:
+        rows = spread.SpreadShards(actors, "concepts")
+        assert rows.rows == 150
+        result = cluster(rows, 5, seed=recipe.seed)
+        nearest = rows.nearest(result.centroids, 0)
         ray.kill(actors[0], no_restart=False)
-        assert spread.nearest(result.centroids, 0).equals(nearest)  # from an actor that has read its parts again
-        assert cluster(spread, 5, seed=recipe.seed).inertia == result.inertia
-    concepts.run(recipe, run, quiet())
+        assert rows.nearest(result.centroids, 0).equals(nearest)  # from an actor that has read its parts again
+        assert cluster(rows, 5, seed=recipe.seed).inertia == result.inertia
+    concepts.run(recipe, run, quiet(), piece_parts=1)
     np.testing.assert_array_equal(read_tensors(run)["centroids"], result.centroids)
     assert pq.read_table(run.artifact("concepts").file("nearest.parquet")).equals(nearest)
 
 
 @pytest.mark.ray
-def test_whitened_groups_on_two_actors_and_after_a_loss(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
-) -> None:
+def test_whitened_groups_on_two_actors_and_after_a_loss(tmp_path: Path, ray_cluster: None) -> None:
     """Foreground windows alone are whitened; concepts are means of their features as they were."""
     import ray
 
-    monkeypatch.setattr(concepts, "_PIECE_PARTS", 1)
     windows = made_windows(25, seed=5)
     run, recipe = write_parts(tmp_path, windows), recipe_of(whiten="foreground")
-    groups = concepts._groups(recipe)
-    parts, _ = concepts._parts(run.artifact("features"))
-    sources = [functools.partial(concepts._read_parts, share, groups) for share in concepts._share(parts, 2)]
-    with concepts._actors(sources, concepts._nodes(), restarts=1) as actors:
-        white = whitened(concepts._Spread(actors, "things"))
-        assert isinstance(white, concepts._Spread)
+    groups = concepts.groups_of(recipe)
+    parts, _ = concepts.feature_parts(run.artifact("features"))
+    sources = [functools.partial(concepts.read_parts, share, groups) for share in concepts.in_pieces(parts, 2, 1)]
+    with spread.start_actors(sources, spread.actor_nodes(), restarts=1) as actors:
+        white = whitened(spread.SpreadShards(actors, "things"))
+        assert isinstance(white, spread.SpreadShards)
         result = cluster(white, 3, seed=recipe.seed)
         found, nearest = white.means_before(result.centroids), white.nearest(result.centroids, 0)
         ray.kill(actors[0], no_restart=False)
         np.testing.assert_array_equal(white.means_before(result.centroids), found)
         assert white.nearest(result.centroids, 0).equals(nearest)
-    concepts.run(recipe, run, quiet())
+    concepts.run(recipe, run, quiet(), piece_parts=1)
     tensors = read_tensors(run)
     np.testing.assert_array_equal(tensors["centroids"][:3], found)
     stuff = kmeans(features_of(windows, "background"), 2, seed=recipe.seed)
@@ -428,8 +421,8 @@ def test_whitened_groups_on_two_actors_and_after_a_loss(
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_actor_that_is_lost_again_and_again_ends_the_stage() -> None:
     sources = [functools.partial(os._exit, 1)]  # as one that fills its node's memory with what it reads
-    with refused("actor-lost 1 3"), concepts._actors(sources, concepts._nodes(), restarts=2) as actors:
-        concepts._Spread(actors, "concepts")
+    with refused("actor-lost 1 3"), spread.start_actors(sources, spread.actor_nodes(), restarts=2) as actors:
+        spread.SpreadShards(actors, "concepts")
 
 
 @pytest.mark.ray

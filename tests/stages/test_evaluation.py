@@ -102,7 +102,7 @@ def test_one_block_is_counted_here_as_by_ray(made: MadeRun, ray_cluster: None, m
     wanted = safetensors.numpy.load(file.read_bytes())
     file.unlink()
     monkeypatch.setattr(runtime, "works_here", lambda: True)
-    monkeypatch.setattr(evaluation, "_plan", lambda *_: pytest.fail("Ray was asked"))
+    monkeypatch.setattr(evaluation, "plan", lambda *_: pytest.fail("Ray was asked"))
     here = evaluation.run(recipe, made.run, QUIET)
     assert (here.items, here.left_out) == (by_ray.items, by_ray.left_out) == (5, ())
     found = safetensors.numpy.load(file.read_bytes())

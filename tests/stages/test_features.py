@@ -206,9 +206,9 @@ def test_a_part_fills_the_batch_its_saliency_is_found_in(tmp_path: Path) -> None
     run = write_run(tmp_path, range(32), bad=False)
     recipe = recipe_of(tmp_path, **{"feature_size": (32, 32), "windows.scales": (0.5,)})
     actor = EncodeWindows(recipe, processes=1)
-    assert actor._frozen.rows((32, 32)) == 64  # windows of 32 x 32 at a time
+    assert actor.frozen.rows((32, 32)) == 64  # windows of 32 x 32 at a time
     seen: list[int] = []
-    actor._frozen.encoder.vit.patch_embed.proj.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    actor.frozen.encoder.vit.patch_embed.proj.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     actor(block_of(run, recipe))
     assert seen[0] == 32
 

@@ -67,7 +67,7 @@ def job(made: MadeRun, folder: Path, **more: object) -> PredictionJob:
 
 
 def samples(*names: str) -> pa.Table:
-    return prediction._samples({name: f"/x/{name}" for name in names})
+    return prediction.named_samples({name: f"/x/{name}" for name in names})
 
 
 def test_masks_are_named_after_images_and_never_share_a_file() -> None:
@@ -96,8 +96,8 @@ def test_masks_on_stored_and_on_turned_pixels_are_kept_apart(made: MadeRun, tmp_
     with refused("out-taken --orient"):
         prediction.preflight(job(made, tmp_path, orient=True))
     prediction.preflight(job(made, tmp_path))  # goes on with what is there
-    assert prediction._orient(job(made, tmp_path)) is False
-    assert prediction._orient(job(made, tmp_path, out=str(tmp_path / "other"))) is True
+    assert prediction.resolved_orient(job(made, tmp_path)) is False
+    assert prediction.resolved_orient(job(made, tmp_path, out=str(tmp_path / "other"))) is True
 
 
 def test_what_is_to_be_made() -> None:
@@ -105,7 +105,7 @@ def test_what_is_to_be_made() -> None:
     done = {"0.jpg", "1.jpg", "2.jpg"}
 
     def names(bad: dict[str, str], whole: bool) -> list[list[str]]:
-        return [t["name"].to_pylist() for t in prediction._todo(table, 2, done, bad, whole=whole)]
+        return [t["name"].to_pylist() for t in prediction.parts_to_make(table, 2, done, bad, whole=whole)]
 
     # A part that was stopped half way is made again whole, so that its batches are what they would have been.
     assert names({}, True) == [["2.jpg", "3.jpg"], ["4.jpg", "5.jpg"]]
@@ -210,7 +210,7 @@ def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path
     def claim(model: int) -> str:
         start.wait()
         try:
-            prediction._claim(
+            prediction.take_folder(
                 asked,
                 {
                     "model": str(model),

@@ -150,9 +150,9 @@ def test_a_part_fills_the_batches_it_is_mapped_in(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, image_size=(32, 32))
     read = parts.ReadImages(size=(32, 32), interpolation="bilinear")
     actor = pseudo_labels.MapConcepts(recipe, np.ones((2, 24), np.float32), processes=1)
-    assert actor._frozen.rows((32, 32)) == 64  # windows of 32 x 32 at a time
+    assert actor.frozen.rows((32, 32)) == 64  # windows of 32 x 32 at a time
     seen: list[int] = []
-    actor._frozen.encoder.vit.patch_embed.proj.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    actor.frozen.encoder.vit.patch_embed.proj.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     assert len(actor(read(samples.load(run, "train")))) == 32
     assert seen == [32]
 

@@ -16,7 +16,7 @@ from tests.gateway import Gateway
 from tests.refusals import refused
 from transfgu.store import lock as store_lock
 from transfgu.store import storage
-from transfgu.store.lock import Lock, hold
+from transfgu.store.lock import Lock, Timing, hold
 
 HOLD = """
 import sys, time
@@ -100,21 +100,20 @@ def test_a_killed_runs_lock_is_taken_over_at_once(tmp_path: Path, said: list[str
     started = time.monotonic()
     with hold(str(tmp_path), said.append):  # not yet waited for: a zombie
         assert time.monotonic() - started < 5
-        assert lock_of(str(tmp_path))["process"] == store_lock._process(os.getpid())
+        assert f"/{os.getpid()}@" in str(lock_of(str(tmp_path))["process"])
     other.wait()
     assert said == ["took over the lock of a run that died"]
 
 
-def test_another_machines_lock_is_watched(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_lock, "_PATIENCE_SECONDS", 1.0)
-    monkeypatch.setattr(store_lock, "_SETTLE_SECONDS", 0.01)
+def test_another_machines_lock_is_watched(tmp_path: Path, said: list[str]) -> None:
+    timing = Timing(patience=1, settle=0.01)
     write_lock(str(tmp_path))
     beats = threading.Timer(0.3, lambda: write_lock(str(tmp_path), beats=4))
     beats.start()
     with refused("run-locked 7 elsewhere"):
-        Lock(str(tmp_path)).take(said.append)
+        Lock(str(tmp_path), timing=timing).take(said.append)
     beats.join()
-    with hold(str(tmp_path), said.append):  # now it does not beat
+    with hold(str(tmp_path), said.append, timing=timing):  # now it does not beat
         assert lock_of(str(tmp_path))["id"] != "other"
     assert said[-1] == "took over the lock of a run that died"
     assert "elsewhere may be dead" in said[0]
@@ -126,19 +125,19 @@ def test_a_lock_that_was_cut_short_is_a_dead_runs(tmp_path: Path, said: list[str
         assert lock_of(str(tmp_path))["host"]
 
 
-def test_of_two_that_take_over_a_dead_runs_lock_one_holds_it(
-    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_two_that_take_over_a_dead_runs_lock_one_holds_it(tmp_path: Path, said: list[str]) -> None:
     """Both have found it dead; the other one writes, settles, and only then do we get to write."""
-    monkeypatch.setattr(store_lock, "_SETTLE_SECONDS", 0.01)
+    timing = Timing(settle=0.01)
     file = tmp_path / store_lock.FILE
     file.write_text("{}")
-    late = Lock(str(tmp_path))
-    found = late._read()
-    with hold(str(tmp_path), said.append) as lock:
+    late = Lock(str(tmp_path), timing=timing)
+    found = late.read()
+    with hold(str(tmp_path), said.append, timing=timing) as lock:
+        held = lock_of(str(tmp_path))["id"]
         with refused("run-locked"):
-            late._take_over(found, said.append)
-        assert lock_of(str(tmp_path))["id"] == lock._me["id"]
+            late.take_over(found, said.append)
+        assert lock_of(str(tmp_path))["id"] == held
+        lock.check()
 
 
 def test_a_lock_that_was_lost_since_the_last_beat_is_not_deleted(tmp_path: Path, said: list[str]) -> None:
@@ -147,16 +146,22 @@ def test_a_lock_that_was_lost_since_the_last_beat_is_not_deleted(tmp_path: Path,
     assert lock_of(str(tmp_path))["id"] == "other"
 
 
-def test_the_holder_beats_and_notices_a_loss(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_lock, "_BEAT_SECONDS", 0.05)
-    with hold(str(tmp_path), said.append) as lock:
+def test_the_holder_beats_and_notices_a_loss(tmp_path: Path, said: list[str]) -> None:
+    with hold(str(tmp_path), said.append, timing=Timing(beat=0.05)) as lock:
         deadline = time.monotonic() + 5
         while lock_of(str(tmp_path))["beats"] == 0 and time.monotonic() < deadline:
             time.sleep(0.02)
         assert lock_of(str(tmp_path))["beats"] != 0
         lock.check()
         write_lock(str(tmp_path))
-        assert lock._lost.wait(5)
         with refused("run-taken"):
             lock.check()
     assert lock_of(str(tmp_path))["id"] == "other"  # not ours to delete
+
+
+def test_a_loss_shows_before_the_next_beat(tmp_path: Path, said: list[str]) -> None:
+    with hold(str(tmp_path), said.append, timing=Timing(beat=3600)) as lock:
+        lock.check()
+        write_lock(str(tmp_path))
+        with refused("run-taken"):
+            lock.check()

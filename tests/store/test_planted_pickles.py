@@ -73,7 +73,7 @@ READERS: dict[str, tuple[str, Callable[[MadeRun, Run, str], object]]] = {
     "list of samples": ("samples/train.parquet", lambda made, run, _: samples.load(run, "train")),
     "features": (
         "features/part-00000000.parquet",
-        lambda made, run, uri: concepts._read_parts([[uri]], concepts._groups(made.recipe)),
+        lambda made, run, uri: concepts.read_parts([[uri]], concepts.groups_of(made.recipe)),
     ),
     "concepts": ("concepts/concepts.safetensors", lambda made, run, _: pseudo_labels.load_centroids(run)),
     "pseudo labels": ("pseudo_labels/part-00000000.parquet", lambda made, run, _: training_images(run)),
@@ -148,7 +148,7 @@ PARQUET: dict[str, tuple[str, Callable[[MadeRun, Run, str], object]]] = {
     ),
     "windows of the report": (
         "concepts/nearest.parquet",
-        lambda made, run, _: page._concepts(made.recipe, run, Segmenter.load(run.uri)),
+        lambda made, run, _: page.concept_views(made.recipe, run, Segmenter.load(run.uri)),
     ),
     "images that training scores": (
         "training/validation.parquet",
@@ -158,10 +158,10 @@ PARQUET: dict[str, tuple[str, Callable[[MadeRun, Run, str], object]]] = {
         "pseudo_labels/unlabelled.table",
         lambda made, run, uri: Mirror(*scoring(made, uri)),
     ),
-    "masks": ("masks/part-0.parquet", lambda made, run, uri: prediction._names(uri)),
+    "masks": ("masks/part-0.parquet", lambda made, run, uri: prediction.names_in(uri)),
     "part to pretrain on, counted": (
         "images/part-00000000.parquet",
-        lambda made, run, uri: stage._make_part({"part": uri, "names": ["0"]}, "shapes", 8, 1, 0),
+        lambda made, run, uri: stage.make_part({"part": uri, "names": ["0"]}, "shapes", 8, 1, 0),
     ),
     "part to pretrain on": (
         "images/part-00000000.parquet",
@@ -188,9 +188,9 @@ def test_planted_as_a_part_it_is_made_anew(tmp_path: Path, canary: Path) -> None
     written = pq.read_table(part).replace_schema_metadata({"transfgu": summary.to_json()})
     pq.write_table(written, part)
     listed = pa.table({"index": pa.array([0], pa.int32())})
-    assert parts._summary(str(part), listed) is None
+    assert parts.read_summary(str(part), listed) is None
     pq.write_table(listed.replace_schema_metadata(written.schema.metadata), part)  # but for the type it was whole
-    assert parts._summary(str(part), listed) == summary
+    assert parts.read_summary(str(part), listed) == summary
     assert not canary.exists()
 
 

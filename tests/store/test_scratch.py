@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from transfgu.store import scratch
 from transfgu.store.scratch import Scratch, available_memory
 
 
@@ -52,7 +51,7 @@ def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError) as refused:  # noqa: PT011 - its number is looked at
         Scratch(str(tmp_path), 1 << 60)
     assert refused.value.errno == errno.ENOSPC
-    monkeypatch.setattr(scratch, "_SPARE", 1 << 60)
+    room.spare = 1 << 60
     with pytest.raises(OSError) as full:  # noqa: PT011
         room.keep(np.ones((4, 4), np.float32))
     assert full.value.errno == errno.ENOSPC

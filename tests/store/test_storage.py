@@ -224,13 +224,12 @@ def test_an_image_takes_one_request_to_write_and_one_to_read(s3: str, faults: Ga
 
 
 @pytest.mark.s3
-def test_files_of_a_folder_are_listed_at_once(s3: str, faults: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_a_folder_are_listed_at_once(s3: str, faults: Gateway) -> None:
     uris = [f"{s3}/folder/{i}" for i in range(5)]
     for i, uri in enumerate(uris):
         storage.write_bytes(uri, b"x" * i)
-    monkeypatch.setattr(storage, "_FEW", 4)
     faults.asked.clear()
-    found = storage.versions([*uris, f"{s3}/folder/none"])
+    found = storage.versions([*uris, f"{s3}/folder/none"], few=4)
     assert [version and version.size for version in found] == [0, 1, 2, 3, 4, None]
     assert len(faults.asked) == 1
 

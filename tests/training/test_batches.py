@@ -38,12 +38,11 @@ def share(made: MadeRun, rank: int, world: int, batch_size: int = 4, orient: boo
     )
 
 
-def test_a_stream_gives_what_memory_gives(made: MadeRun, ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "_STREAM_ROWS", 10)  # two epochs of six rows a stream, then the third alone
-    monkeypatch.setattr(streams, "_BLOCK_ROWS", 4)
+def test_a_stream_gives_what_memory_gives(made: MadeRun, ray_cluster: None) -> None:
+    """Two epochs of six rows in a stream, then the third alone."""
     mine = share(made, 1, 2)
     images, maps = streams.load(mine, lambda pixels: pixels, 4)
-    memory, stream = Resident(mine, images, maps), Streamed(mine, epochs=3)
+    memory, stream = Resident(mine, images, maps), Streamed(mine, epochs=3, stream_rows=10, block_rows=4)
     for epoch in range(3):
         slots = []
         for wanted, got in zip(memory.epoch(epoch), stream.epoch(epoch), strict=True):

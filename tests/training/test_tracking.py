@@ -74,7 +74,7 @@ def test_an_epoch_is_one_file_however_often_it_is_told(tmp_path: Path) -> None:
 def test_mistakes_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with refused("tracker-unknown comet tensorboard mlflow wandb"):
         tracking.names(recipe_of("tensorboard,comet").compute.track)
-    monkeypatch.setitem(tracking._PACKAGES, "wandb", "a_package_that_is_not_there")
+    monkeypatch.setitem(tracking.PACKAGES, "wandb", "a_package_that_is_not_there")
     with refused("package-missing wandb"):
         tracking.names(recipe_of("wandb").compute.track)
 

@@ -1,6 +1,6 @@
 """Run several methods with several seeds on the same images, each run in a process and a folder of its own.
 
-A run that is complete is skipped, and one that was stopped goes on: that is what its own command does.
+Complete runs are skipped and stopped ones continue, as by the command of a single run.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""IIC: the class of a pixel should tell as much as it can about the class of the same place in another view.
+"""IIC: maximise the mutual information between the classes of a pixel in two views of an image.
 
-The joint distribution of both classes is counted for every displacement inside a box. That is a cross-correlation of
-class maps, which in the frequency domain is one small matrix product per frequency: several times faster than the
-convolution with kernels as large as the image, and in double precision more exact.
+The joint distribution of both classes is counted for every displacement in a box. This is a cross-correlation of class
+maps, which in the frequency domain is one small matrix product per frequency: several times faster than a convolution
+with kernels as large as the image, and more exact in double precision.
 
 Source: Ji, Henriques and Vedaldi, "Invariant Information Clustering for Unsupervised Image Classification and
 Segmentation", ICCV 2019, section 3.3; repository xu-ji/IIC.
@@ -32,7 +32,9 @@ Real = float | int
 
 _SMALLEST = sys.float_info.epsilon  # of a probability in a logarithm, as published
 _ROUNDING = 1e-12  # of sums by Fourier transform, relative to the largest; one pixel of 1e9 is far above it
-_BLOCK_BYTES = 1 << 28  # of cross-spectra that are held at once
+
+BLOCK_BYTES = 1 << 28
+"""Bytes of cross-spectra that are held at once."""
 
 
 def mutual_information_loss(
@@ -44,6 +46,7 @@ def mutual_information_loss(
     weight: Real = 1.0,
     half_side: int = 10,
     collapsed: bool = False,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Float[Tensor, ""]:
     """Negative mutual information between the classes of two views of the same images.
 
@@ -58,6 +61,7 @@ def mutual_information_loss(
         weight: lambda, weight of the marginal entropies; 1 gives the mutual information itself.
         half_side: half the side of the box of displacements, pixels; the box has (2 half_side + 1)^2 of them.
         collapsed: take one joint distribution over the whole box, instead of the mean over one for each displacement.
+        block_bytes: memory for cross-spectra; it changes no result.
 
     Returns:
         The loss, in nats; in single precision where the inputs have half.
@@ -65,7 +69,7 @@ def mutual_information_loss(
     Raises:
         ValueError: shapes that do not belong together, or a negative `half_side`.
     """
-    joint = displaced_joint(first, second, second_to_first, mask, half_side=half_side)
+    joint = displaced_joint(first, second, second_to_first, mask, half_side=half_side, block_bytes=block_bytes)
     return information_loss(joint, weight=weight, collapsed=collapsed).to(_precision(first))
 
 
@@ -76,6 +80,7 @@ def displaced_joint(
     mask: Shaped[Tensor, "B4 h4 w4"],
     *,
     half_side: int,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Float64[Tensor, "C C T T"]:
     """Products of both views' class probabilities, summed over images and pixels, for each of T x T displacements.
 
@@ -94,7 +99,7 @@ def displaced_joint(
     precision = _precision(first)
     counted = mask.to(precision)[:, None]
     warped = warp(second.to(precision), second_to_first.to(precision))
-    joint: Tensor = _CrossCorrelation.apply(first.to(precision) * counted, warped * counted, half_side)
+    joint: Tensor = _CrossCorrelation.apply(first.to(precision) * counted, warped * counted, half_side, block_bytes)
     # A transform leaves its rounding error where no pixel of one view meets a pixel of the other.
     total = joint.detach().sum((0, 1))
     return joint * (total > _ROUNDING * total.max())
@@ -136,34 +141,34 @@ class _CrossCorrelation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, first: Tensor, second: Tensor, half_side: int) -> Tensor:
+    def forward(ctx: Any, first: Tensor, second: Tensor, half_side: int, block_bytes: int) -> Tensor:
         ctx.save_for_backward(first, second)
-        ctx.half_side = half_side
+        ctx.half_side, ctx.block_bytes = half_side, block_bytes
         size = _padded(first, half_side)
         left, right = _spectrum(first, size), _spectrum(second, size)
         places = _places(first, half_side, size)
         blocks = []
-        for rows in _row_blocks(left):
+        for rows in _row_blocks(left, block_bytes):
             cross = (left[:, rows] @ right.mH).permute(1, 2, 0)  # (F, c, C) -> (c, C, F)
             plane = _plane(cross, size)
             blocks.append(plane[:, :, places[0][:, None], places[1]])
         return torch.cat(blocks)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         first, second = ctx.saved_tensors
         size = _padded(first, ctx.half_side)
         left, right = _spectrum(first, size), _spectrum(second, size)
         places = _places(first, ctx.half_side, size)
         of_left, of_right = torch.empty_like(left), torch.zeros_like(right)
-        for rows in _row_blocks(left):
+        for rows in _row_blocks(left, ctx.block_bytes):
             some = gradients[0][rows]
             plane = some.new_zeros(*some.shape[:2], *size)
             plane[:, :, places[0][:, None], places[1]] = some
             cross = torch.fft.rfft2(plane).flatten(2).permute(2, 0, 1)  # (c, C, Y, X) -> (F, c, C)
             of_left[:, rows] = cross @ right
             of_right += cross.mH @ left[:, rows]
-        return _image(of_left, size, first), _image(of_right, size, second), None
+        return _image(of_left, size, first), _image(of_right, size, second), None, None
 
 
 def _padded(images: Tensor, half_side: int) -> tuple[int, int]:
@@ -194,10 +199,10 @@ def _plane(spectra: Tensor, size: tuple[int, int]) -> Tensor:
     return plane
 
 
-def _row_blocks(spectrum: Tensor) -> Iterator[slice]:
+def _row_blocks(spectrum: Tensor, block_bytes: int) -> Iterator[slice]:
     """Classes of the first view, as many at once as their cross-spectra with all of the second view's allow."""
     frequencies, classes, _ = spectrum.shape
-    step = max(1, _BLOCK_BYTES // (frequencies * classes * spectrum.element_size()))
+    step = max(1, block_bytes // (frequencies * classes * spectrum.element_size()))
     return (slice(start, start + step) for start in range(0, classes, step))
 
 

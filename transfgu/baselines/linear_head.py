@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from transfgu.baselines.optimisation import optimise
-from transfgu.baselines.token_kmeans import TokenModel
 from transfgu.datasets.packed_maps import maps_of_planes, unpack_planes
 from transfgu.encoder import patch_grid
+from transfgu.inference.mask_model import TokenModel
 from transfgu.inference.tokens import PatchTokens
 from transfgu.learner import Batch, Batches, Model, Pending, Setting
 from transfgu.maps import background_map, scale_maps

@@ -1,7 +1,7 @@
-"""MaskContrast: every pixel of an object is pulled to the mean of that object in another view.
+"""MaskContrast: contrast each pixel of an object with the means of objects in other views.
 
-What it is pushed from are the means of other objects, in the batch and in a queue of earlier batches, so that no
-labels are needed: an object mask says which pixels belong together, and that is all the supervision there is.
+A pixel is pulled to the mean of its object in another view, and pushed from the means of other objects in the batch and
+in a queue of earlier batches. The only supervision is a mask of the object in each image; labels are not used.
 
 Source: Van Gansbeke, Vandenhende, Georgoulis and Van Gool, "Unsupervised Semantic Segmentation by Contrasting Object
 Mask Proposals", ICCV 2021. Written from the formulae.
@@ -24,6 +24,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from transfgu import datasets
 from transfgu.baselines.optimisation import new_network, optimise, resized
+from transfgu.baselines.pixel_model import PixelModel
 from transfgu.baselines.resnet import residual_network, widths
 from transfgu.datasets import images as files
 from transfgu.datasets.mask_files import find_masks, no_objects
@@ -470,7 +471,7 @@ def _pixels_outside(
     return found.flatten(0, 1)
 
 
-class MaskContrastModel:
+class MaskContrastModel(PixelModel):
     """Objects by their logits, each image's object of the nearest cluster of things; see `transfgu.learner.Model`.
 
     Outside the object a pixel is background, or, where there are clusters of stuff, of the nearest of these. The last
@@ -478,40 +479,27 @@ class MaskContrastModel:
     """
 
     def __init__(self, recipe: Recipe, network: ClusteredEmbeddings, device: torch.device) -> None:
-        self.device, self.patch_size = device, 1
-        self._background, self._network = recipe.background, network
-
-    def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-        """Pixels normalised by ImageNet's mean and deviation."""
-        return normalise(images.to(self.device))
-
-    def frozen(self, images: Shaped[Tensor, "B 3 H W"]) -> Shaped[Tensor, "B 3 H W"]:
-        """The images: everything is trained."""
-        return images
+        super().__init__(network, device)
+        self.network, self._background = network, recipe.background
 
     def logits(self, seen: Shaped[Tensor, "B 3 H W"], size: Size) -> Float[Tensor, "B C h w"]:
         """For each cluster the object logit (its negative for stuff) less what the nearest cluster is nearer by."""
         pixels = seen if seen.is_floating_point() else self.normalise(seen)
-        embeddings, objects = self._network(pixels)
+        embeddings, objects = self.network(pixels)
         inside: Bool[Tensor, "B h w"] = objects > 0
         unit = F.normalize(embeddings, dim=1)
         parts = []
         if self._background:
             parts.append(-objects[:, None])
-        if len(self._network.things):
-            likeness = object_prototypes(embeddings, inside) @ self._network.things.mT  # (B, T)
+        if len(self.network.things):
+            likeness = object_prototypes(embeddings, inside) @ self.network.things.mT  # (B, T)
             behind = likeness - likeness.amax(1, keepdim=True)
             parts.append(objects[:, None] + behind[:, :, None, None])
-        if len(self._network.stuff):
-            likeness = torch.einsum("bdhw,kd->bkhw", unit, self._network.stuff)
+        if len(self.network.stuff):
+            likeness = torch.einsum("bdhw,kd->bkhw", unit, self.network.stuff)
             behind = likeness - likeness.amax(1, keepdim=True)
-            parts.append(behind - objects[:, None] if len(self._network.things) else behind)
+            parts.append(behind - objects[:, None] if len(self.network.things) else behind)
         return torch.cat(parts, dim=1)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The weights of the network, its queue and the clusters."""
-        weights: dict[str, Tensor] = self._network.state_dict()
-        return weights
 
 
 def load_models(
@@ -544,10 +532,11 @@ def check(recipe: Recipe) -> None:
     rows = datasets.list_samples(recipe, "train")
     if how.object_masks:
         missing = len(rows) - len(find_masks(rows, how.object_masks))
-        if missing > recipe.dataset.max_bad_share * len(rows):
+        share = recipe.dataset.bad_share
+        if share.is_exceeded(missing, len(rows)):
             raise UserError(
-                f"{missing} of {len(rows)} training images have no mask in {how.object_masks}: add them, or raise "
-                f"--dataset.max_bad_share from {recipe.dataset.max_bad_share:g}",
+                f"{missing} of {len(rows)} training images have no mask in {how.object_masks}: "
+                f"add them{share.or_raise}",
                 code="masks-missing",
             )
         return

@@ -56,10 +56,11 @@ def score_masks(recipe: Recipe, rows: pa.Table, uri: str, progress: Progress | N
     masks = find_masks(rows, uri)
     samples = rows.select(["name", "label"]).to_pylist()
     missing = [sample["name"] for sample in samples if sample["name"] not in masks]
-    if len(missing) > recipe.dataset.max_bad_share * len(samples):
+    share = recipe.dataset.bad_share
+    if share.is_exceeded(len(missing), len(samples)):
         raise UserError(
             f"{len(missing)} of {len(samples)} images have no mask in {storage.shown(uri)}, such as {missing[0]}: "
-            f"add them, or raise --dataset.max_bad_share from {recipe.dataset.max_bad_share:g}",
+            f"add them{share.or_raise}",
             code="masks-missing",
         )
     left_out = [LeftOut(name=name, reason="missing mask") for name in missing]
@@ -89,13 +90,7 @@ def score_masks(recipe: Recipe, rows: pa.Table, uri: str, progress: Progress | N
                 confusion += counted
             if progress:
                 progress.update(done, len(there), "masks")
-    if len(left_out) > recipe.dataset.max_bad_share * len(samples):
-        raise UserError(
-            f"{len(left_out)} of {len(samples)} images can't be scored, such as {left_out[0].name} "
-            f"({left_out[0].reason}): mend them, or raise --dataset.max_bad_share from "
-            f"{recipe.dataset.max_bad_share:g}",
-            code="images-bad",
-        )
+    share.check(left_out, len(samples), "images with masks")
     return ScoredMasks(
         confusion=confusion,
         ignored=int(named[-1:] == [IGNORE]),

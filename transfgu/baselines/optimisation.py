@@ -1,4 +1,4 @@
-"""One optimiser step of a method whose loss is a sum over workers, and batch norm over the whole global batch."""
+"""Take an optimiser step whose loss is a sum over workers, and use batch norm over the global batch."""
 
 import math
 from collections.abc import Callable, Mapping

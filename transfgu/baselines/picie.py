@@ -1,7 +1,7 @@
-"""PiCIE: pixels of two views are clustered apart, and each view must also find the other one's clusters.
+"""PiCIE: cluster the pixels of two views separately, and classify the pixels of each view by the clusters of both.
 
-Within a view the loss makes clusters compact; across views it makes them indifferent to colour and faithful to
-geometry. Classes are not learned: the centroids themselves are the classifier.
+The loss within a view makes clusters compact. The loss across views makes them invariant to colour and equivariant to
+geometry. No classifier is learned, because the centroids classify.
 
 Source: Cho, Mall, Bala and Hariharan, "PiCIE: Unsupervised Semantic Segmentation using Invariance and Equivariance in
 Clustering", CVPR 2021; repository janghyuncho/PiCIE.
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from transfgu.baselines.optimisation import new_network, optimise
+from transfgu.baselines.pixel_model import PixelModel
 from transfgu.baselines.resnet import residual_network, widths
-from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD, normalise
+from transfgu.encoder import IMAGENET_MEAN, IMAGENET_STD
 from transfgu.errors import UserError
 from transfgu.kmeans import Shard, cluster
 from transfgu.learner import Batch, Batches, Model, Pending, Setting
@@ -30,7 +31,8 @@ from transfgu.recipe import Recipe, Size
 from transfgu.views import Colours, change_colours
 from transfgu.workers import gather_rows, sum_over_workers
 
-_ROWS = 1 << 12  # of features that are looked at together: 4 MB of 128 channels in double precision stay in cache
+CHUNK_ROWS = 1 << 12
+"""Rows of features that are assigned together: 4 MB of 128 channels in double precision stay in cache."""
 _UNIT = 1 << 32  # steps of 1.0 in exact sums: 2^31 rows of unit length cannot overflow 64 bits
 
 
@@ -48,13 +50,14 @@ class ClusteringLoss:
 
 @torch.no_grad()
 def assign(
-    features: Float[Tensor, "B d h w"], centroids: Float[Tensor, "K d2"]
+    features: Float[Tensor, "B d h w"], centroids: Float[Tensor, "K d2"], *, chunk_rows: int = CHUNK_ROWS
 ) -> tuple[Int64[Tensor, "B h w"], Float[Tensor, " K"]]:
     """The nearest centroid of each pixel, and the share of the pixels that each cluster has.
 
     Args:
         features: of any length; they are brought to unit length here.
         centroids: compared by Euclidean distance, as they are.
+        chunk_rows: pixels that are assigned together; it changes no result.
 
     Returns:
         labels, and the clusters' shares, which `clustering_loss` takes as class weights: the published code weights
@@ -67,7 +70,7 @@ def assign(
     batch, _, height, width = features.shape
     clusters = centroids.shape[0]
     rows = features.movedim(1, 3).flatten(0, 2)  # (B, d, h, w) -> (B h w, d)
-    labels = torch.cat([_nearest(some, centroids)[0] for some in _unit_rows(rows)])
+    labels = torch.cat([_nearest(some, centroids)[0] for some in _unit_rows(rows, chunk_rows)])
     counts = torch.bincount(labels, minlength=clusters)
     shares = counts.double() / max(1, len(labels))
     return labels.reshape(batch, height, width), shares.to(centroids.dtype)
@@ -383,9 +386,9 @@ class MiniBatchKMeans:
         return batch.mean_distance
 
 
-def _unit_rows(rows: Float[Tensor, "n d"]) -> Iterator[Tensor]:
+def _unit_rows(rows: Float[Tensor, "n d"], chunk_rows: int = CHUNK_ROWS) -> Iterator[Tensor]:
     """Chunks of rows brought to unit length, in double precision: a row's centroid does not depend on its chunk."""
-    return (F.normalize(chunk.double(), dim=1) for chunk in torch.split(rows, _ROWS))
+    return (F.normalize(chunk.double(), dim=1) for chunk in torch.split(rows, chunk_rows))
 
 
 def _nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -574,31 +577,18 @@ def _sampled_pixels(
     return F.normalize(taken, dim=1).mT
 
 
-class PiCIEModel:
+class PiCIEModel(PixelModel):
     """Pixel features classified by the first view's centroids; see `transfgu.learner.Model`."""
 
     def __init__(self, network: ClusteredNetwork, device: torch.device) -> None:
-        self.device, self.patch_size = device, 1
-        self._network = network
-
-    def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-        """Pixels normalised by ImageNet's mean and deviation."""
-        return normalise(images.to(self.device))
-
-    def frozen(self, images: Shaped[Tensor, "B 3 H W"]) -> Shaped[Tensor, "B 3 H W"]:
-        """The images: everything is trained."""
-        return images
+        super().__init__(network, device)
+        self.network = network
 
     def logits(self, seen: Shaped[Tensor, "B 3 H W"], size: Size) -> Float[Tensor, "B C h w"]:
         """Products of unit-length features and centroids, at a quarter of the images' sides."""
         pixels = seen if seen.is_floating_point() else self.normalise(seen)
-        features = F.normalize(self._network(pixels), dim=1)
-        return torch.einsum("bdhw,kd->bkhw", features, self._network.centroids[0])
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The network's weights and the centroids."""
-        weights: dict[str, Tensor] = self._network.state_dict()
-        return weights
+        features = F.normalize(self.network(pixels), dim=1)
+        return torch.einsum("bdhw,kd->bkhw", features, self.network.centroids[0])
 
 
 def load_models(recipe: Recipe, weights: Sequence[Mapping[str, Tensor]], device: torch.device) -> list[PiCIEModel]:

@@ -1,4 +1,4 @@
-"""Colour and texture of each patch: what clustering finds without any network.
+"""Compute colour and texture of each patch, for clustering without a network.
 
 Photographs keep sky above road, so a patch's height in the image says much of its class before anything is learned.
 """

@@ -1,4 +1,4 @@
-"""K-Means over the patch tokens of the frozen encoder: what they say by themselves, without any training."""
+"""Cluster the patch tokens of the frozen encoder by K-Means, without training a decoder."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from transfgu.encoder import normalise, patch_grid
+from transfgu.encoder import patch_grid
+from transfgu.inference.mask_model import TokenModel
 from transfgu.inference.tokens import PatchTokens
 from transfgu.kmeans import Shard, cluster
 from transfgu.learner import Batch, Batches, Model, Pending, Setting
-from transfgu.recipe import Recipe, Size
+from transfgu.recipe import Recipe
 from transfgu.workers import gather_rows
 
 _TOKENS = 1 << 18  # patch tokens of training images that are clustered at most: 100 MB of width 96
@@ -80,39 +81,6 @@ class TokenKMeans:
         self._network.centroids.copy_(torch.from_numpy(found.centroids))
         self._rows, self._slots = [], []
         return {"total": found.inertia / len(rows)}
-
-
-class TokenModel:
-    """Patch tokens to clusters; see `transfgu.learner.Model`.
-
-    Args:
-        encode: the frozen encoder.
-        network: from tokens (B, hw, d) to logits (B, hw, C), on the same device.
-    """
-
-    def __init__(self, encode: PatchTokens, network: nn.Module) -> None:
-        self.encode = encode
-        self.device, self.patch_size = encode.device, int(encode.encoder.patch_size)
-        self._network = network
-
-    def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-        """Pixels as the encoder takes them."""
-        encoder = self.encode.encoder
-        return normalise(images.to(self.device), encoder.mean, encoder.std)
-
-    def frozen(self, images: UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B hw d"]:
-        """Patch tokens."""
-        return self.encode(images)
-
-    def logits(self, seen: Float[Tensor, "B hw d"], size: Size) -> Float[Tensor, "B C h w"]:
-        """The network's logits of each patch."""
-        logits: Tensor = self._network(seen)
-        return logits.mT.reshape(len(seen), -1, *patch_grid(size, self.patch_size))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The network's weights."""
-        weights: dict[str, Tensor] = self._network.state_dict()
-        return weights
 
 
 def load_models(recipe: Recipe, weights: Sequence[Mapping[str, Tensor]], device: torch.device) -> list[TokenModel]:

@@ -1,4 +1,4 @@
-"""What the method has to beat on the same images, and what a linear reading of the same tokens could reach at best.
+"""Score lower and upper bounds for the method on the same images and tokens.
 
 Bottom-up: K-Means over patch tokens, of the run's encoder and of one that never learned, and over colour and texture.
 The pseudo labels alone: what the decoder adds to them is the worth of training. The ceiling is supervised: one linear
@@ -22,7 +22,7 @@ from transfgu.datasets.images import read_image, read_label, read_rows, resize
 from transfgu.datasets.packed_maps import unpack_maps
 from transfgu.datasets.rows import read_labelled_rows, usable
 from transfgu.decoder import winners
-from transfgu.encoder import SHIPPED, normalise, patch_grid, scaled_size
+from transfgu.encoder import normalise, patch_grid, scaled_size
 from transfgu.errors import UserError
 from transfgu.inference.frozen_encoder import FrozenEncoder
 from transfgu.inference.tokens import PatchTokens
@@ -52,8 +52,8 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
     Predictions from patch tokens are averaged over `evaluation.scales` and, with `evaluation.flip`, mirror images, like
     the method's. Pseudo labels are made of the images in the sizes of `pseudo_labels.scales`.
 
-    All is computed in this process, on its GPU if it has one. Left out are the linear probe where no training image
-    has a label, and the untrained encoder where a weight file alone says what the encoder is.
+    All is computed in this process, on its GPU if it has one. The linear probe is left out where no training image has
+    a label.
 
     Args:
         recipe: the run's.
@@ -64,16 +64,18 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
     train = samples.load(run, "train")
     labelled = train.filter(train["label"].is_valid())
     predictors = {
-        "K-Means over patch tokens": _bottom_up(recipe, encode, train, smoothing=1),
-        "K-Means over patch tokens, smoothed": _bottom_up(recipe, encode, train, smoothing=3),
-        "pseudo labels alone": _pseudo_labels(recipe, run, device),
+        "K-Means over patch tokens": bottom_up(recipe, encode, train, smoothing=1),
+        "K-Means over patch tokens, smoothed": bottom_up(recipe, encode, train, smoothing=3),
+        "pseudo labels alone": pseudo_label_method(recipe, run, device),
     }
     for name, height in (("colour and texture", False), ("colour, texture and height", True)):
         pixels = PixelFeatures(encode.encoder.patch_size, device, height=height)
-        predictors[f"K-Means over {name}"] = _bottom_up(recipe, pixels, train, smoothing=1, standardised=True)
-    if recipe.encoder.name == SHIPPED or timm.is_model(recipe.encoder.name):
+        predictors[f"K-Means over {name}"] = bottom_up(recipe, pixels, train, smoothing=1, standardised=True)
+    if timm.is_model(recipe.encoder.name):
         untrained = PatchTokens(replace(recipe.encoder, weights="random"), device)
-        predictors["K-Means over patch tokens, untrained encoder"] = _bottom_up(recipe, untrained, train, smoothing=1)
+    else:
+        untrained = PatchTokens(recipe.encoder, device, encode.encoder.untrained())
+    predictors["K-Means over patch tokens, untrained encoder"] = bottom_up(recipe, untrained, train, smoothing=1)
     if len(labelled):
         predictors["linear probe, supervised"] = _linear_probe(recipe, encode, labelled)
     labelled_images = _labelled(recipe, samples.labelled(recipe, run), recipe.evaluation.protocol)
@@ -133,7 +135,7 @@ def _confusions(
     return confusions
 
 
-def _bottom_up(
+def bottom_up(
     recipe: Recipe,
     encode: PatchTokens | PixelFeatures,
     train: pa.Table,
@@ -141,12 +143,14 @@ def _bottom_up(
     smoothing: int,
     standardised: bool = False,
 ) -> Predict:
-    """Each patch is of the cluster whose centroid is nearest to its token.
+    """Return the prediction that assigns each patch to the cluster whose centroid is nearest to its token.
 
     With `standardised`, each of the token's numbers has mean 0 and deviation 1 over the training images' patches.
     """
     sample = _Sample(recipe, encode, len(train))
-    rows = np.concatenate([sample.take(_tokens(encode, images, smoothing)) for images in _images(recipe, train)])
+    rows = np.concatenate(
+        [sample.take(smoothed_tokens(encode, images, smoothing)) for images in _images(recipe, train)]
+    )
     shift, scale = np.zeros(rows.shape[1], np.float32), np.ones(rows.shape[1], np.float32)
     if standardised:
         shift, scale = rows.mean(0), rows.std(0) + 1e-6
@@ -158,11 +162,11 @@ def _bottom_up(
         # The nearest centroid c of a token x has the largest 2 x c - |c|^2, whatever |x| is.
         return torch.einsum("bdhw,kd->bkhw", seen, 2 * centroids) - centroids.square().sum(1)[:, None, None]
 
-    return lambda images: _averaged(recipe.evaluation, encode, images, likeness, smoothing)
+    return lambda images: averaged(recipe.evaluation, encode, images, likeness, smoothing)
 
 
-def _pseudo_labels(recipe: Recipe, run: Run, device: torch.device) -> Predict:
-    """What the decoder begins to learn from, made of the validation images themselves."""
+def pseudo_label_method(recipe: Recipe, run: Run, device: torch.device) -> Predict:
+    """Return the prediction by pseudo labels, which the decoder first learns from, made of validation images."""
     encoder, centroids = FrozenEncoder(recipe, device), torch.from_numpy(load_centroids(run))
 
     def predict(images: Images) -> Tensor:
@@ -180,8 +184,8 @@ def _linear_probe(recipe: Recipe, encode: PatchTokens | PixelFeatures, labelled:
     sample = _Sample(recipe, encode, len(labelled))
     rows, truths = [], []
     for images, labels in _labelled(recipe, labelled):
-        rows.append(sample.take(_tokens(encode, images)))
-        truths.append(sample.take(_majority(recipe, labels, encode.encoder.patch_size))[:, 0])
+        rows.append(sample.take(smoothed_tokens(encode, images)))
+        truths.append(sample.take(majority(recipe, labels, encode.encoder.patch_size))[:, 0])
     known = np.concatenate(truths) >= 0
     tokens = torch.from_numpy(np.concatenate(rows)[known]).to(encode.device)
     truth = torch.from_numpy(np.concatenate(truths)[known]).to(encode.device)
@@ -204,14 +208,14 @@ def _linear_probe(recipe: Recipe, encode: PatchTokens | PixelFeatures, labelled:
         seen = (tokens.movedim(1, 3) - mean) / deviation  # (B, d, h, w) -> (B, h, w, d)
         return F.linear(seen, weight, bias).movedim(3, 1)
 
-    return lambda images: _averaged(recipe.evaluation, encode, images, logits)
+    return lambda images: averaged(recipe.evaluation, encode, images, logits)
 
 
 class _Sample:
     """The same few patches of each image, spread at random, so that all images together give at most `_TOKENS`."""
 
     def __init__(self, recipe: Recipe, encode: PatchTokens | PixelFeatures, images: int) -> None:
-        height, width = (side // encode.encoder.patch_size for side in recipe.dataset.image_size)
+        height, width = patch_grid(recipe.dataset.image_size, encode.encoder.patch_size)
         count = max(1, min(height * width, _TOKENS // max(1, images)))
         self._places = np.sort(np.random.default_rng(recipe.seed).permutation(height * width)[:count])
 
@@ -222,14 +226,14 @@ class _Sample:
         return rows
 
 
-def _averaged(
+def averaged(
     how: EvaluationRecipe,
     encode: PatchTokens | PixelFeatures,
     images: Images,
     read: Callable[[Float[Tensor, "B d h w"]], Float[Tensor, "B C h w"]],
     smoothing: int = 1,
 ) -> Float[Tensor, "B C h w"]:
-    """What `read` makes of tokens, averaged over scaled and mirrored images as `averaged_logits` does."""
+    """Apply `read` to tokens of scaled and mirrored images, and average, as `averaged_logits` does."""
     encoder, own = encode.encoder, (images.shape[2], images.shape[3])
     sizes = [scaled_size(own, scale, encoder.patch_size) for scale in how.scales]
     finest = patch_grid(max(sizes), encoder.patch_size)
@@ -242,23 +246,24 @@ def _averaged(
                 normalise(pixels.to(encode.device), encoder.mean, encoder.std), size, mode="bilinear"
             )
         for mirrored in (False, True) if how.flip else (False,):
-            seen = read(_tokens(encode, resized.flip(3) if mirrored else resized, smoothing))
+            seen = read(smoothed_tokens(encode, resized.flip(3) if mirrored else resized, smoothing))
             seen = seen.flip(3) if mirrored else seen
             found.append(seen if seen.shape[2:] == finest else F.interpolate(seen, finest, mode="bilinear"))
     return torch.stack(found).mean(0)
 
 
-def _tokens(
+def smoothed_tokens(
     encode: PatchTokens | PixelFeatures, images: Images | Tensor, smoothing: int = 1
 ) -> Float[Tensor, "B d h w"]:
-    height, width = (side // encode.encoder.patch_size for side in images.shape[2:])
+    """Return the patch tokens of images, averaged over `smoothing` x `smoothing` patches."""
+    height, width = patch_grid((images.shape[2], images.shape[3]), encode.encoder.patch_size)
     pixels = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
     tokens = encode(pixels).mT.reshape(len(pixels), -1, height, width)  # (B, hw, d) -> (B, d, h, w)
     return F.avg_pool2d(tokens, smoothing, 1, smoothing // 2, count_include_pad=False)
 
 
-def _majority(recipe: Recipe, labels: list[Int16[np.ndarray, "_ _"]], patch: int) -> Int[Tensor, "B 1 h w"]:
-    """The class of most labelled pixels of each patch; -1 without any."""
+def majority(recipe: Recipe, labels: list[Int16[np.ndarray, "_ _"]], patch: int) -> Int[Tensor, "B 1 h w"]:
+    """Return the class of most labelled pixels of each patch; -1 where no pixel is labelled."""
     pixels = torch.from_numpy(np.stack(labels)).long()
     votes = F.one_hot(pixels + 1, recipe.classes + 1).movedim(3, 1)[:, 1:].float()  # (B, C, H, W)
     share, winner = F.avg_pool2d(votes, patch).max(dim=1, keepdim=True)

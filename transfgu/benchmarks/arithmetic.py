@@ -1,8 +1,7 @@
-"""A stage can be no faster than the arithmetic it is made of, so each is timed beside that arithmetic alone.
+"""Time each stage's arithmetic beside a lower bound: the same work in PyTorch or FAISS alone.
 
-Both do the same work on the same pixels in one run and take turns, so that what else the machine has to do falls on
-both, and medians are compared. The bound is what PyTorch or FAISS takes for it in one process, on data that lie in
-memory already: nothing is read, sent, kept or resumed there.
+Both do the same work on the same pixels in one run and take turns, so that other load of the machine affects both;
+medians are compared. The bound runs in one process on data in memory, without reading, sending or storing.
 """
 
 import copy
@@ -69,7 +68,7 @@ class Bare:
         self.recipe = recipe
         self.device = own_device()
         self._use_cores()
-        self._frozen = FrozenEncoder(recipe, self.device)
+        self.frozen = FrozenEncoder(recipe, self.device)
         self._tokens = PatchTokens(recipe.encoder, self.device)
 
     def _use_cores(self) -> None:
@@ -83,7 +82,7 @@ class Bare:
     def about(self) -> dict[str, Any]:
         """The machine: fields of `Measurements`."""
         self._use_cores()
-        half = self._frozen.half
+        half = self.frozen.half
         return {
             "device": device_name(self.device),
             "precision": "bfloat16" if half else "float32",
@@ -94,7 +93,7 @@ class Bare:
 
     def shape(self) -> tuple[int, int, int]:
         """The encoder's width, heads and patch."""
-        encoder = self._frozen.encoder
+        encoder = self.frozen.encoder
         return encoder.width, encoder.num_heads, encoder.patch_size
 
     def forwards(self, work: Mapping[Size, int]) -> tuple[float, float]:
@@ -108,19 +107,19 @@ class Bare:
         return sum(took for took, _ in done), sum(flops for _, flops in done)
 
     def _forwards(self, size: Size, count: int) -> tuple[float, float]:
-        rows = max(1, min(count, self._frozen.rows(size)))
+        rows = max(1, min(count, self.frozen.rows(size)))
         batch = torch.randn(rows, 3, *size, device=self.device)
 
         def all_of_them() -> None:
-            self._frozen.each(lambda start: self._bare_forward(batch[: count - start]), range(0, count, rows))
+            self.frozen.each(lambda start: self._bare_forward(batch[: count - start]), range(0, count, rows))
 
         flops = _flops(lambda: self._bare_forward(batch[:1])) * count  # which warms it up, too
         return self._seconds(all_of_them), flops
 
     @torch.no_grad()
     def _bare_forward(self, batch: Float[Tensor, "B 3 H W"]) -> None:
-        with self._frozen.precision():
-            self._frozen.encoder.vit.forward_features(batch)
+        with self.frozen.precision():
+            self.frozen.encoder.vit.forward_features(batch)
 
     def forward_pace(self, images: int, repeats: int) -> Timing:
         """Time patch tokens of decoded images at evaluation's size, beside a bare forward of a normalised batch."""
@@ -156,7 +155,7 @@ class Bare:
         """
         self._use_cores()
         size, classes = self.recipe.dataset.image_size, self.recipe.classes
-        grid = patch_grid(size, self._frozen.encoder.patch_size)
+        grid = patch_grid(size, self.frozen.encoder.patch_size)
         logits = torch.randn(images, classes, *grid, device=self.device)
         labels = all_winners(logits.roll(1, 0), size)
 
@@ -188,13 +187,13 @@ class Bare:
         """
         self._use_cores()
         size, count = self.recipe.dataset.image_size, self.recipe.concepts.count
-        encoder = self._frozen.encoder
-        rows = self._frozen.rows(size)
+        encoder = self.frozen.encoder
+        rows = self.frozen.rows(size)
         batch = torch.randn(rows, 3, *size, device=self.device)
         concepts = torch.randn(count, encoder.width, device=self.device)
 
         def maps() -> None:
-            with torch.no_grad(), self._frozen.precision():
+            with torch.no_grad(), self.frozen.precision():
                 encoder.concept_maps(batch, concepts)
 
         with _Peak(self.device) as peak:
@@ -225,7 +224,7 @@ class Bare:
         self, image: Float[Tensor, "1 3 H W"], concepts: Float[Tensor, "K d"], ours: Callable[[], float], repeats: int
     ) -> tuple[float, float]:
         """Seconds that an image takes so, and those that `ours` says it took in turns with it: medians."""
-        vit = copy.deepcopy(self._frozen.encoder.vit).requires_grad_(True)
+        vit = copy.deepcopy(self.frozen.encoder.vit).requires_grad_(True)
         for block in vit.blocks:
             block.attn.fused_attn = False
         made: list[Tensor] = []
@@ -289,7 +288,7 @@ class Bare:
     def concepts(self, count: int, iterations: int, repeats: int) -> Timing:
         """K-Means on one worker, in this process, beside FAISS's."""
         self._use_cores()
-        features, k = made_features(count, self._frozen.encoder.width), self.recipe.concepts.count
+        features, k = made_features(count, self.frozen.encoder.width), self.recipe.concepts.count
         gpu = self.device.type == "cuda"
         start = kmeans_start(features, k)
         with _Peak(torch.device("cpu")) as peak:

@@ -1,7 +1,7 @@
-"""Show in one command what a GPU does to results and pace; each part leaves its results as it goes.
+"""Compare results and speed of a GPU with the CPU, in one command with several parts.
 
-A lent GPU may be taken back at any moment. So parts run as processes of their own, each with a limit, and the report is
-written again whenever one of them has found something.
+Each part runs in its own process with a time limit, and the report is rewritten after each result, because a borrowed
+GPU may be taken back at any time.
 """
 
 import datetime

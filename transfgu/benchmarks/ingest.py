@@ -1,4 +1,4 @@
-"""How many training samples a core takes in, through the very source that a training worker reads.
+"""Measure how many training samples per second a core reads, from the source that training workers use.
 
 The first epoch fills the node's cache from the files; after a second one, epochs out of the cache are timed. What comes
 out are batches of decoded images (uint8) and packed maps in memory, ready to be copied to a device. No encoder and no
@@ -75,7 +75,7 @@ def measure(recipe: Recipe, images: int, batch_size: int | None = None) -> Inges
         UserError: fewer training images than that.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        rows = _rows(recipe, images, Path(folder))
+        rows = made_rows(recipe, images, Path(folder))
         size = recipe.dataset.training_size
         h, w = (side // _PATCH for side in recipe.dataset.image_size)
         order = Order(images=images, passes=1, batch_size=batch_size or recipe.training.batch_size, seed=recipe.seed)
@@ -135,7 +135,7 @@ def _own_memory() -> int:
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 
-def _rows(recipe: Recipe, images: int, folder: Path) -> pa.Table:
+def made_rows(recipe: Recipe, images: int, folder: Path) -> pa.Table:
     """The table of training images, with made-up maps."""
     if recipe.data:
         listed = datasets.list_samples(recipe.with_fields({"limit": images}), "train")["image"].to_pylist()
@@ -146,7 +146,7 @@ def _rows(recipe: Recipe, images: int, folder: Path) -> pa.Table:
             )
         uris = listed[:images]
     else:
-        uris = _photographs(folder / "images", images)
+        uris = write_photographs(folder / "images", images)
     run = Run(str(folder / "run"))
     labels = run.artifact("pseudo_labels").uri
     _write_maps(recipe, labels, images)
@@ -156,7 +156,7 @@ def _rows(recipe: Recipe, images: int, folder: Path) -> pa.Table:
     return table.replace_schema_metadata({VERSIONS: json.dumps([uris, versions])})
 
 
-def _photographs(folder: Path, count: int) -> list[str]:
+def write_photographs(folder: Path, count: int) -> list[str]:
     """Photographs of COCO's sizes: smooth colours with some noise, about 100 KB each."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)

@@ -1,9 +1,8 @@
-"""The real stages on made images, timed from the moment their actor is warm; a second process has the bare bound.
+"""Time the real stages on generated images, after a warm-up; a second process times the lower bound.
 
-Before the images that count, two go through alone: when the second has come out, the actors, the tasks' processes and
-the encoder's memory are there. By then some of those that count are decoded already, so as many as may be stand
-behind them: decoding is as far ahead when the clock stops as when it started. What is timed is what a long run
-consists of.
+Two images go through before the timed ones, so that actors, processes and the encoder's memory exist. Some of the timed
+images are decoded by then, so as many more images follow them: decoding is equally far ahead when the clock starts and
+when it stops. The result is the speed of a long run.
 """
 
 import statistics

@@ -32,8 +32,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
         help="what to time (default: all); or ingest, rehearse, many-rows, plan: see above",
     )
     add("--images", metavar="N", type=int, default=4, help="images per repeat, and per training batch (default: 4)")
-    add("--repeats", metavar="N", type=int, default=5, help="repeats, of which the median counts (default: 5)")
-    add("--rows", metavar="N", type=int, default=200_000, help="features that K-Means gets (default: 200000)")
+    add("--repeats", metavar="N", type=int, default=5, help="number of repeats; the median is reported (default: 5)")
+    add("--rows", metavar="N", type=int, default=200_000, help="number of features for K-Means (default: 200000)")
     add(
         "--unfused", action="store_true", help="also time maps as published: a backward pass per class; takes gigabytes"
     )
@@ -42,7 +42,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add("--on-disk", action="store_true", help="many-rows: keep the rows on disk however few they are")
     add("--requests", metavar="COMMAND", help="rehearse: shell command that prints the S3 server's count of requests")
     add("--out", metavar="URI", help="JSON to write (default: ~/transfgu/benchmark-PRESET.json)")
-    add("--verbose", action="store_true", help="let Ray's own messages through")
+    add("--verbose", action="store_true", help="show Ray's own messages")
     add_recipe(made, words, preset_flag="--preset")
     return made
 

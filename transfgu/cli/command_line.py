@@ -1,7 +1,7 @@
-"""The command line is the recipe: one flag a field, made from the fields' own metadata.
+"""Build the command line from the recipe: one flag per field, from the metadata of the fields.
 
-A flag is the field's dotted name (``--training.omega_1``), or its last part where just one component has it
-(``--omega_1``). Whatever a user gets wrong is answered in one line.
+A flag is the dotted name of a field (``--training.omega_1``), or its last part if only one component has it
+(``--omega_1``). Mistakes are reported in one line.
 """
 
 import argparse
@@ -218,7 +218,7 @@ def add_recipe(
 def add_output(parser: Parser, quiet: str = "print nothing but errors") -> None:
     """Add `--quiet` and `--verbose`."""
     parser.add_argument("--quiet", action="store_true", help=quiet)
-    parser.add_argument("--verbose", action="store_true", help="let Ray's own messages through")
+    parser.add_argument("--verbose", action="store_true", help="show Ray's own messages")
 
 
 def print_config(recipe: Recipe, run: "Run | None" = None) -> None:

@@ -3,6 +3,8 @@
 `transfgu compare PRESET --methods transfgu,picie --seeds 1,2,3 --run URI`; `--methods all` takes every method. Flags of
 the recipe apply to all methods that have them. The same command goes on with runs that were stopped, and skips those
 that are complete.
+`transfgu compare RUN RUN`, with the folders of finished runs, trains nothing: it shows side by side the settings that
+differ, scores, classes and seconds.
 """
 
 import os
@@ -13,6 +15,7 @@ from pathlib import Path
 from transfgu.cli.command_line import Parser, add_recipe, given_fields, print_config, recipe_of
 from transfgu.errors import UserError
 from transfgu.methods import METHODS, method
+from transfgu.presets import PRESETS
 from transfgu.recipe import Recipe, preset
 from transfgu.store import storage
 
@@ -24,7 +27,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add("--methods", metavar="A,B", default="all", help=f"all (default), or of {', '.join(METHODS)}")
     add("--seeds", metavar="N,N", default="1,2,3", help="seeds of each method (default: 1,2,3)")
     add("--run", metavar="URI", help="folder of the runs and the table (default: ~/transfgu/compare-PRESET)")
-    add("--parallel", metavar="N", help="runs that go side by side (default: 1; on a Ray cluster all of them)")
+    add("--parallel", metavar="N", help="runs at a time (default: 1; on a Ray cluster, all)")
     add("--quiet", action="store_true", help="print the table alone")
     add_recipe(made, words)
     return made
@@ -33,6 +36,11 @@ def parser(words: Sequence[str] = ()) -> Parser:
 def main(words: Sequence[str] | None = None) -> None:
     """Parse the command line, run each method with each seed, write and print the table."""
     words = sys.argv[1:] if words is None else words
+    if len(words) > 1 and not any(word.startswith("-") for word in words[:2]) and words[0] not in PRESETS:
+        from transfgu.cli import compare_runs
+
+        compare_runs.main(words)
+        return
     arguments = parser(words).parse(words)
     given = given_fields(arguments)
     for name in ("method", "seed"):

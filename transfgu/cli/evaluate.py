@@ -31,7 +31,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
         "--masks", metavar="URI", help="score this folder of masks, one indexed or grey PNG for each image"
     )
     made.add_argument("--out", metavar="URI", help="write the scores to this JSON file")
-    made.add_argument("--baselines", action="store_true", help="score what a run is compared with, beside it")
+    made.add_argument("--baselines", action="store_true", help="also score the baselines that a run is compared with")
     add_output(made, quiet="print the scores alone")
     add_recipe(made, words, shown=(*EVALUATED, "evaluation", *UNTRAINED))
     return made

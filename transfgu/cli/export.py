@@ -33,9 +33,9 @@ def add_outlines(parser: Parser) -> None:
         metavar="X",
         type=float,
         default=1.0,
-        help="how far outlines are simplified [pixels] (default: 1)",
+        help="tolerance of simplified outlines [pixels] (default: 1)",
     )
-    add("--least", metavar="N", type=int, default=16, help="leave out smaller regions [pixels] (default: 16)")
+    add("--least", metavar="N", type=int, default=16, help="minimum area of a region [pixels] (default: 16)")
 
 
 def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance: float, least: int) -> str:

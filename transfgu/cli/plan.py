@@ -20,16 +20,20 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add = made.add_argument
     add("--images", metavar="N", type=int, required=True, help="training images")
     add("--validation", metavar="N", type=int, default=5000, help="labelled validation images (default: 5000)")
-    add("--gpus", metavar="N", type=int, required=True, help="devices like the measured one")
-    add("--cpus_per_gpu", metavar="X", type=float, default=8.0, help="cores that decode for each (default: 8)")
-    add("--store", metavar="X", type=float, default=1.0, help="what the storage delivers in all [GB/s] (default: 1)")
-    add("--network", metavar="X", type=float, default=3.0, help="what a machine receives [GB/s] (default: 3)")
+    add("--gpus", metavar="N", type=int, required=True, help="number of devices like the measured one")
+    add("--cpus_per_gpu", metavar="X", type=float, default=8.0, help="cores per device for decoding (default: 8)")
+    add("--store", metavar="X", type=float, default=1.0, help="total throughput of the storage [GB/s] (default: 1)")
+    add("--network", metavar="X", type=float, default=3.0, help="network throughput per machine [GB/s] (default: 3)")
     add("--gpu_hour", metavar="X", type=float, default=0.8, help="price of a GPU with its cores [$/h] (default: 0.8)")
     add("--get", metavar="X", type=float, default=0.0004, help="price of 1,000 reading requests [$] (default: 0.0004)")
     add("--put", metavar="X", type=float, default=0.005, help="price of 1,000 writing requests [$] (default: 0.005)")
     add("--gigabyte", metavar="X", type=float, default=0.0, help="price of a GB from the storage [$] (default: 0)")
-    add("--measured", metavar="URI", help="what a measurement wrote (default: ~/transfgu/benchmark-PRESET.json)")
-    add("--ingest", metavar="URI", help="what `transfgu benchmark ingest` wrote; without: images pass by every epoch")
+    add("--measured", metavar="URI", help="JSON of a measurement (default: ~/transfgu/benchmark-PRESET.json)")
+    add(
+        "--ingest",
+        metavar="URI",
+        help="JSON of `transfgu benchmark ingest`; without it, images are read again in every epoch",
+    )
     add_recipe(made, words)
     return made
 

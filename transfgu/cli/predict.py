@@ -28,7 +28,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
         default="png",
         help="png: an indexed PNG for each image; parquet: rows name, height, width, mask (default: png)",
     )
-    add("--overlays", action="store_true", help="also write each image lit in its classes' colours, as a JPEG")
+    add("--overlays", action="store_true", help="also write each image with its classes in colour, as a JPEG")
     add(
         "--tile",
         metavar="N",
@@ -36,7 +36,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
         default=0,
         help="predict images in overlapping tiles of this height [pixels], for large images; 0: whole (default: 0)",
     )
-    add("--overlap", metavar="N", type=int, default=64, help="what neighbouring tiles share [pixels] (default: 64)")
+    add("--overlap", metavar="N", type=int, default=64, help="overlap of neighbouring tiles [pixels] (default: 64)")
     add("--export", metavar="FORMAT", help=f"then also export the masks: one of {', '.join(FORMATS)}")
     export.add_outlines(made)
     add(

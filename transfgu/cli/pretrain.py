@@ -1,4 +1,4 @@
-"""Teach a small ViT by self-supervision alone, on any folder of images: for a domain that has no DINO.
+"""Train a small ViT by self-supervision on a folder of images, for domains without a pretrained encoder.
 
 `transfgu pretrain --out vit.safetensors` makes the embedded demonstration's encoder anew. With --labels a linear probe
 says whether the encoder learned more than colour and texture tell. What was made is used

@@ -1,4 +1,4 @@
-"""The recipe's page in the documents is written from the fields themselves, so it cannot say anything else.
+"""Write the recipe's page of the documents from the metadata of its fields.
 
 `python -m transfgu.cli.reference_page docs/recipe.md` writes it anew (`make docs`).
 """

@@ -7,7 +7,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transfgu.cli.command_line import Parser, add_output, add_recipe, preset_table, print_config, recipe_of
+from transfgu.cli.command_line import (
+    Parser,
+    add_output,
+    add_recipe,
+    given_fields,
+    preset_table,
+    print_config,
+    recipe_of,
+    with_given,
+)
 from transfgu.errors import UserError
 from transfgu.methods import STAGES, TRANSFGU
 from transfgu.recipe import Recipe
@@ -30,6 +39,12 @@ def parser(words: Sequence[str] = ()) -> Parser:
         "--class-names",
         metavar="FILE",
         help="names of the classes of --labels: a line for each in the order of their values, or YAML as in {3: cow}",
+    )
+    made.add_argument(
+        "--reuse",
+        metavar="URI",
+        help="another run, whose stages are used in place where this recipe shares them: its features for another "
+        "number of concepts, its pseudo labels for other --omega_1; without PRESET its recipe is the start",
     )
     made.add_argument("--list", action="store_true", help="show the presets, and do nothing else")
     made.add_argument(
@@ -54,7 +69,11 @@ def main(words: Sequence[str] | None = None) -> None:
     if given.list:
         print(preset_table())
         return
-    recipe = recipe_of(given)
+    shared = Run(given.reuse) if given.reuse else None
+    if shared and not (given.preset or given.recipe):
+        recipe = with_given(shared.recipe(), given_fields(given))
+    else:
+        recipe = recipe_of(given)
     names = None
     if given.class_names:
         from transfgu import datasets
@@ -74,11 +93,20 @@ def main(words: Sequence[str] | None = None) -> None:
     elif given.dry_run:
         from transfgu.planning.dry_run import describe
 
-        for line in describe(recipe, run, until=given.until, verbose=given.verbose):
+        for line in describe(recipe, run, until=given.until, shared=shared, verbose=given.verbose):
             print(line)
     else:
         # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
         from transfgu.pipeline import run_stages
         from transfgu.report.page import write
 
-        run_stages(recipe, run, until=given.until, report=write, names=names, quiet=given.quiet, verbose=given.verbose)
+        run_stages(
+            recipe,
+            run,
+            until=given.until,
+            report=write,
+            names=names,
+            shared=shared,
+            quiet=given.quiet,
+            verbose=given.verbose,
+        )

@@ -20,7 +20,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
     group = made.add_argument_group("search")
     add = group.add_argument
     add("--run", metavar="URI", help="the search's folder: a path or URI (default: ~/transfgu/PRESET-search)")
-    add("--trials", metavar="N", type=int, required=True, help="trials in all; a grid may have fewer")
+    add("--trials", metavar="N", type=int, required=True, help="number of trials; a grid may have fewer")
     add(
         "--search",
         metavar="FIELD=RANGE",
@@ -34,20 +34,26 @@ def parser(words: Sequence[str] = ()) -> Parser:
         "--objective",
         metavar="NAME",
         default="mean_iou",
-        help=f"what is maximised: {', '.join(OBJECTIVES)} (default: mean_iou, which needs validation labels)",
+        help=f"objective to maximise: {', '.join(OBJECTIVES)} (default: mean_iou, which needs validation labels)",
     )
-    add("--grace", metavar="N", type=int, default=1, help="asha first compares after so many [epochs] (default: 1)")
-    add("--reduction", metavar="N", type=int, default=4, help="asha lets the best 1/N go on (default: 4)")
-    add("--concurrent", metavar="N", type=int, default=0, help="trials at a time (default: as the cluster holds)")
-    add("--workers-per-trial", metavar="N", type=int, default=1, help="training workers of a trial (default: 1)")
+    add(
+        "--grace",
+        metavar="N",
+        type=int,
+        default=1,
+        help="epochs before ASHA first compares trials [epochs] (default: 1)",
+    )
+    add("--reduction", metavar="N", type=int, default=4, help="ASHA continues the best 1/N of trials (default: 4)")
+    add("--concurrent", metavar="N", type=int, default=0, help="trials at a time (default: as many as fit)")
+    add("--workers-per-trial", metavar="N", type=int, default=1, help="training workers per trial (default: 1)")
     add(
         "--gpus-per-trial",
         metavar="X",
         type=float,
         default=0.0,
-        help="GPUs of a trial, such as 0.5, shared by its workers (default: one per worker, where there are GPUs)",
+        help="GPUs per trial, such as 0.5, shared by its workers (default: one per worker, if there are GPUs)",
     )
-    add("--hours", metavar="X", type=float, default=0.0, help="stop after so long [hours] (default: no limit)")
+    add("--hours", metavar="X", type=float, default=0.0, help="time limit of the search [hours] (default: none)")
     add_output(made)
     add_recipe(made, words)
     return made

@@ -1,7 +1,7 @@
-"""From a recipe to a list of samples and the classes of their labels: all that the stages know of a benchmark.
+"""List the samples of a recipe's data set and the classes of its labels.
 
-`list_samples` and `classes` are the whole interface; pixels come through :mod:`transfgu.datasets.images`. A layout is a
-file of its own that says where things lie.
+`list_samples` and `classes` are the whole interface; :mod:`transfgu.datasets.images` reads pixels. Each folder layout
+has a module.
 """
 
 import pyarrow as pa

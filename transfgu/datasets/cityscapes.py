@@ -1,4 +1,4 @@
-"""Cityscapes: a sample's name, city_sequence_frame, is what its image and its label have in common."""
+"""List Cityscapes: a sample's name, city_sequence_frame, is the common part of the names of its image and label."""
 
 from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, stems
 from transfgu.recipe import Recipe

@@ -1,4 +1,4 @@
-"""What a label's pixel values mean is data: one JSON file holds every benchmark's names, colours and value map.
+"""Read the classes of each benchmark from a JSON file: names, colours, and the class of each pixel value.
 
 The classes of a benchmark are in the order of the published results, things first, then stuff; with a background it is
 class 0. A pixel value is a class, or is ignored, or can't occur, which tells a wrong data set from a right one.

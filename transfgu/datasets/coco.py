@@ -1,7 +1,7 @@
-"""COCO 2017 with the stuffthingmaps labels; the published experiments use the images that have an instance annotation.
+"""List COCO 2017 with stuffthingmaps labels: the images that have an instance annotation, as published.
 
-Which those are stands in the instances JSON. It is half a gigabyte, of which only the image ids matter, so it is read
-as a stream of bytes and never parsed. Without the JSON every image of the folder is used.
+The instances JSON has half a gigabyte, of which only image ids are needed, so it is searched as a stream of bytes and
+not parsed. Without the JSON all images of the folder are used.
 """
 
 import functools
@@ -17,7 +17,6 @@ from transfgu.store import storage
 _FOLDERS = {"train": "train2017", "validation": "val2017"}
 _CURATED = {"train": "curated_train.txt.xz", "validation": "curated_val.txt.xz"}
 _IMAGE_ID = re.compile(rb'"image_id"\s*:\s*(\d+)')
-_CHUNK = 1 << 24  # bytes
 _OVERLAP = 64  # bytes; longer than any match
 
 
@@ -28,8 +27,12 @@ def curated_names(split: str) -> frozenset[str]:
     return frozenset(lzma.decompress(data).decode().split())
 
 
-def annotated_names(uri: str) -> set[str] | None:
-    """Names of the images that an instances JSON annotates; None where there is no such file.
+def annotated_names(uri: str, chunk_bytes: int = 1 << 24) -> set[str] | None:
+    """Return the names of the images that an instances JSON annotates; None if there is no such file.
+
+    Args:
+        uri: of the file.
+        chunk_bytes: how much of it is read at a time.
 
     Raises:
         UserError: the file is cut off, or annotates nothing.
@@ -38,7 +41,7 @@ def annotated_names(uri: str) -> set[str] | None:
         return None
     ids: set[int] = set()
     rest = b""
-    for chunk in storage.read_chunks(uri, _CHUNK):
+    for chunk in storage.read_chunks(uri, chunk_bytes):
         rest += chunk
         # A number at the very end may go on in the next chunk: it is met again there.
         ids.update(int(m[1]) for m in _IMAGE_ID.finditer(rest) if m.end() < len(rest))

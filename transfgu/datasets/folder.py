@@ -1,9 +1,9 @@
-"""Anyone's images: every image file below a folder is a sample, named by its path there.
+"""List the images of any folder: each image file is a sample, named by its relative path.
 
-Where the folder has a `train` and a `val` (or `validation`) sub-folder, these are the splits. Else all images are both:
-nothing is learned from labels, so what was trained on can be scored too, and everybody's images get a prediction.
-Labels, if any, lie in a tree of their own under the same relative names, as PNGs of class indices (255: ignored). With
-splits, a validation image without its label is left out, and named; in a single tree those with labels are scored.
+If the folder has the sub-folders `train` and `val` (or `validation`), these are the splits. Otherwise all images are in
+both splits, because labels are not used for training and training images can be scored. Labels are PNGs of class
+indices (255: ignored) in a folder of their own, under the same relative names. With splits, validation images without a
+label are left out and reported; otherwise the images with labels are scored.
 """
 
 from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, stem

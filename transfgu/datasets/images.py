@@ -1,6 +1,6 @@
-"""Decode an image or a label to one array, or give one reason why not; no content of a file ends a run.
+"""Decode an image or a label to an array, or raise BadInput with the reason; no file content can end a run.
 
-All images come through :func:`pixels_of`, so that a file, its bytes, a PIL image and an array of the same picture give
+All images are read by :func:`pixels_of`, so that a file, its bytes, a PIL image and an array of the same picture give
 the same pixels. `orient` applies EXIF's orientation, as viewers do; without it pixels are those that are stored, on
 which the benchmarks' labels are drawn. Transparency is dropped; of an animation, the first frame is read. Labels are
 read as raw samples. No torch here: decoding runs in many small processes.
@@ -84,7 +84,7 @@ def decode_file(data: bytes | None, *, orient: bool = False) -> UInt8[np.ndarray
 
 def decode_image(data: bytes, *, orient: bool = False) -> UInt8[np.ndarray, "H W 3"]:
     """As :func:`pixels_of`, of a file's bytes."""
-    if (pixels := _decode_jpeg(data)) is not None:
+    if (pixels := decode_jpeg(data)) is not None:
         return _turned(pixels, _orientation(Image.open(io.BytesIO(data), formats=("JPEG",)))) if orient else pixels
     picture, turned = _decode(data, "image")
     pixels = _picture_pixels(picture)
@@ -317,7 +317,7 @@ def _decode(data: bytes, what: str) -> tuple[Image.Image, int]:
         raise BadInput(f"truncated {what}" if truncated else f"damaged {what}") from None
 
 
-def _decode_jpeg(data: bytes) -> UInt8[np.ndarray, "H W 3"] | None:
+def decode_jpeg(data: bytes) -> UInt8[np.ndarray, "H W 3"] | None:
     """Decode a JPEG by OpenCV, whose libjpeg-turbo gives Pillow's pixels, or return None where that is Pillow's work.
 
     A file must be whole to its end, as OpenCV does not say so where one is cut off.

@@ -1,8 +1,7 @@
-"""A data set is a list of names with URIs, made once; nothing in it is opened until it is needed.
+"""Combine images and labels of a data set to a list of names and URIs, without opening any file.
 
-Every layout comes down to two dictionaries, images by name and labels by name, and the names that belong to a split.
-What is missing is told apart by what needs it: training needs no label, so an image without one is kept there; a
-score needs both.
+Each layout provides images by name, labels by name, and the names of each split. Images without a label are kept for
+training, which needs none, and left out of the score.
 """
 
 import bisect

@@ -1,6 +1,6 @@
-"""An image's maps are read by their place in the pseudo labels' part files, as one range of bytes.
+"""Read an image's maps from the part files of the pseudo labels, by one range of bytes.
 
-The places stand in one small index beside the parts, so a shuffled order costs one request per image, and no footer.
+A small index beside the parts holds the places, so a shuffled order needs one request per image and no footers.
 """
 
 import functools
@@ -87,7 +87,7 @@ def _table(part: str, found: Mapping[str, Sequence[int]]) -> pa.Table:
 
 
 def index_maps(parts: list[str], sizes: Sequence[int] | None = None) -> pa.Table:
-    """Where each image's maps lie, by the index beside the parts; parts that it does not know are opened.
+    """Return where each image's maps are, from the index beside the parts; parts that it lacks are opened.
 
     Args:
         parts: URIs of part files in one folder.
@@ -112,7 +112,7 @@ def index_maps(parts: list[str], sizes: Sequence[int] | None = None) -> pa.Table
 
 
 def _indexed(folder: str) -> dict[str, tuple[int, pa.Table]]:
-    """Size and table of each part that the index of `folder` holds."""
+    """Return the size and the table of each part in the index of `folder`."""
     data = storage.read_bytes_or_none(storage.join(folder, INDEX)) if folder else None
     if data is None:
         return {}
@@ -191,7 +191,7 @@ def _read_row(part: str, row: int) -> Any:
 
 
 def _place(part: str, row: int) -> tuple[int, int]:
-    """The row group that holds a row, and the row's place in it."""
+    """Return the row group that holds a row, and the row's place in it."""
     metadata = _cached(part).metadata
     for group in range(metadata.num_row_groups):
         if row < (rows := metadata.row_group(group).num_rows):

@@ -1,4 +1,4 @@
-"""Masks of another program are found by the paths of their images."""
+"""Find the masks of another program by the relative paths of their images."""
 
 from collections.abc import Mapping
 

@@ -118,18 +118,19 @@ def _ends(uri: str) -> tuple[bytes, bytes]:
         return head, file.read()
 
 
-def rows_of(uri: str, *, orient: bool = False) -> ArrayRows | RasterRows:
-    """An image file, to be read by rows: in memory where Pillow reads it, else by GDAL.
+def rows_of(uri: str, *, orient: bool = False, max_pixels: int = images.MAX_PIXELS) -> ArrayRows | RasterRows:
+    """Open an image file to read it by rows: by Pillow, in memory, or a larger one by GDAL.
 
     Args:
         uri: of the file.
-        orient: apply EXIF's orientation, where Pillow reads it.
+        orient: apply EXIF's orientation, if Pillow reads the file.
+        max_pixels: number of pixels up to which Pillow reads it.
 
     Raises:
         BadInput: it can't be used.
         UserError: the storage fails.
     """
-    return RasterRows(uri) if _pixels(uri) > images.MAX_PIXELS else ArrayRows(images.read_image(uri, orient=orient))
+    return RasterRows(uri) if _pixels(uri) > max_pixels else ArrayRows(images.read_image(uri, orient=orient))
 
 
 def _pixels(uri: str) -> int:

@@ -68,7 +68,7 @@ class Layout:
 class SampleCache:
     """A cache that is in use; it can't be removed until it is closed or its process ends."""
 
-    def __init__(self, folder: str, layout: Layout, limit: int) -> None:
+    def __init__(self, folder: str, layout: Layout, limit: int, *, boot: str | None = None) -> None:
         """Open the cache, or make an empty one after removing the least recently used ones that are not in use.
 
         Args:
@@ -76,6 +76,7 @@ class SampleCache:
             layout: what this one holds.
             limit: bytes that all caches in `folder` may take. Where the rest of it, or of the disk, is too small for
                 all samples, the first ones are kept.
+            boot: names the time since the machine started; None: as the system says.
 
         Raises:
             OSError: the folder can't be written.
@@ -83,6 +84,7 @@ class SampleCache:
         root = Path(folder).expanduser()
         root.mkdir(mode=0o700, parents=True, exist_ok=True)  # the images may be private
         self.layout, self._folder = layout, root / layout.name
+        self._boot = boot_id() if boot is None else boot
         self._stripes: list[Path] = [self._folder / "locks" / f"{i:03d}" for i in range(_STRIPES)]
         with _locked(root / "lock"):
             self._use = _take(self._folder)
@@ -98,7 +100,7 @@ class SampleCache:
     def _ready(self, root: Path, limit: int) -> int:
         """Make the cache's files unless they are there; returns how many samples they may hold."""
         layout, about = self.layout, _about(self._folder)
-        if about and (about["boot"] == _boot() or (self._folder / "whole").exists()):
+        if about and (about["boot"] == self._boot or (self._folder / "whole").exists()):
             os.utime(self._folder / "use")
             return int(about["kept"])
         # Of a cache that was not complete when the machine stopped, no one knows what has reached the disk.
@@ -110,7 +112,7 @@ class SampleCache:
         for name, size in (("samples.bin", kept * layout.sample_bytes), ("flags", 2 * layout.samples)):
             with (self._folder / name).open("wb") as empty:
                 empty.truncate(size)
-        told = {"format": _FORMAT, "kept": kept, "bytes": kept * layout.sample_bytes, "boot": _boot()}
+        told = {"format": _FORMAT, "kept": kept, "bytes": kept * layout.sample_bytes, "boot": self._boot}
         partial = self._folder / "about.partial"
         partial.write_text(json.dumps(told))
         partial.replace(self._folder / "about.json")
@@ -140,7 +142,7 @@ class SampleCache:
         if position >= self.kept:
             view[:] = _bytes(make())
             return
-        with self._lock(position):
+        with self.lock(position):
             if self._flags[_IMAGE, position]:
                 os.preadv(self._file, [view], position * self.layout.sample_bytes)
                 return
@@ -166,7 +168,7 @@ class SampleCache:
         if position < self.kept and self._flags[_MAPS, position]:
             os.preadv(self._file, [view], offset)
             return
-        with self._lock(part + self.layout.samples):
+        with self.lock(part + self.layout.samples):
             if position < self.kept and self._flags[_MAPS, position]:
                 os.preadv(self._file, [view], offset)
                 return
@@ -205,7 +207,8 @@ class SampleCache:
         os.close(self._use)
 
     @contextlib.contextmanager
-    def _lock(self, number: int) -> Iterator[None]:
+    def lock(self, number: int) -> Iterator[None]:
+        """Hold the lock of a sample or of a part (its number plus that of all samples), among all processes."""
         # A mix of the bits: neighbours of one part should not share a lock.
         with _locked(self._stripes[number * 2654435761 % 2**32 * _STRIPES >> 32]):
             yield
@@ -243,7 +246,7 @@ def _about(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _boot() -> str:
+def boot_id() -> str:
     """Return what names the time since the machine started; empty where the system does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,6 +1,6 @@
-"""A frozen model says more of an image that it sees in several sizes and mirrored: its logits are averaged.
+"""Average a model's logits over scaled and mirrored images.
 
-Evaluation, prediction and `Segmenter` get their logits here, so they all predict alike.
+Evaluation, prediction and `Segmenter` all use this, so they predict the same.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from transfgu.recipe import EvaluationRecipe
 def averaged_logits(
     models: Sequence[Model], images: UInt8[Tensor, "B 3 H W"], how: EvaluationRecipe
 ) -> list[Float[Tensor, "B C h w"]]:
-    """Logits of each model, the mean over scaled and mirrored images; the frozen part runs once for all models.
+    """Return each model's mean logits over scaled and mirrored images; the frozen part runs once for all models.
 
     Images are resized by each of `how.scales` (bilinear, without antialias, to whole patches); with `how.flip` each is
     also mirrored left to right, and its logits are mirrored back. Logits are resized (bilinear) to the patches of the

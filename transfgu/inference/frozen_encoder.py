@@ -1,10 +1,9 @@
-"""Every batch has one shape and one thread, so nothing about a row depends on what came with it.
+"""Encode images in batches of one shape, each on one thread, so that a row never depends on the others.
 
-Matrix products may round otherwise for another number of rows, and for rows that fall to another thread. Here the last
-batch is encoded at full size too, and what is not a row of it thrown away; on CPUs each batch is one thread's, and the
-cores work on different batches, which spares them waiting for each other besides. Features and maps are the same to
-the last bit whoever computes them, in whatever company. Windows are cut into the batch itself, so a crop exists for
-as long as it takes to encode it.
+Matrix products round differently for another number of rows or another division among threads. So the last batch is
+padded to full size and the padding discarded, and on CPUs each batch has one thread while the cores work on different
+batches, which also avoids waiting. Features and maps are the same to the last bit on any process and in any batch.
+Windows are cut directly into the batch, so a crop exists only while it is encoded.
 """
 
 import math
@@ -34,9 +33,9 @@ _CPU_PATCHES = 2048  # patches a batch at most on CPUs: more leave the caches, a
 
 
 class FrozenEncoder:
-    """The recipe's encoder on a device, for saliency, window features and concept maps of decoded images.
+    """The recipe's encoder on a device: computes saliency, window features and concept maps of decoded images.
 
-    Images are uint8 arrays; results are arrays too. A batch that the device's memory can't hold is halved, and
+    Images are uint8 arrays, and results are arrays. A batch that does not fit in the device's memory is halved, and
     `note` then says so.
     """
 
@@ -70,17 +69,17 @@ class FrozenEncoder:
 
     @property
     def note(self) -> str:
-        """What a person should know of the work so far, in one line; empty where all is well."""
+        """A line for the user about the work so far; empty if there is nothing to report."""
         return "; ".join(
             f"out of memory: batch of {what} halved to {rows}, and on" for what, rows in sorted(self._fitting.items())
         )
 
     def rows(self, size: Size) -> int:
-        """How many images of `size` make a batch: as many as have the patches of the recipe's batch of windows."""
+        """Return the number of images of `size` in a batch, which has as many patches as a batch of windows."""
         return max(1, self._patches // self._grid(size)[2])
 
     def saliency(self, images: UInt8[np.ndarray, "n 3 H W"], *, times_mean: float) -> Bool[np.ndarray, "n h w"]:
-        """Which patches are salient (see `Encoder.saliency`)."""
+        """Return which patches are salient (see `Encoder.saliency`)."""
 
         def salient(batch: Tensor) -> Tensor:
             with self.precision():
@@ -95,7 +94,7 @@ class FrozenEncoder:
         windows: Int[np.ndarray, "N 4"],
         size: Size,
     ) -> Float[np.ndarray, "N d"]:
-        """Class tokens of windows, cut from their images, resized bilinear to `size` (height, width), and encoded.
+        """Return the class tokens of windows, cut from images and resized bilinearly to `size` (height, width).
 
         `rows` says which of `images` each window is cut from; `windows` are rows y0 y1 x0 x1, pixels.
         """
@@ -114,7 +113,7 @@ class FrozenEncoder:
     def concept_maps(
         self, images: UInt8[np.ndarray, "n 3 H W"], concepts: Float[Tensor, "K d"], how: PseudoLabelsRecipe
     ) -> Int16[np.ndarray, "n planes h w"]:
-        """Packed concept maps (see `pack_maps`) on the patches of the images.
+        """Return packed concept maps (see `pack_maps`), one value per patch of the images.
 
         They are the sum over `how.scales` of the maps of the images resized by these (bilinear, to whole patches),
         brought to the images' own patches by area, then averaged over squares of `how.smoothing` patches, smaller ones
@@ -167,7 +166,7 @@ class FrozenEncoder:
         return joined
 
     def each(self, batch: Callable[[int], Result], starts: Iterable[int]) -> list[Result]:
-        """What `batch` gives for each start, without gradients; on CPUs as many at a time as there are threads."""
+        """Return `batch(start)` for each start, without gradients; on CPUs each thread runs one at a time."""
 
         def without_gradients(start: int) -> Result:
             with torch.no_grad():  # it holds for the thread that asks
@@ -192,7 +191,7 @@ class FrozenEncoder:
         return normalise(torch.tensor(images, device=self.device), self.encoder.mean, self.encoder.std)
 
     def precision(self) -> torch.autocast | nullcontext[None]:
-        """The context that forwards run in."""
+        """Return the context in which forward passes run."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext()
 
     def _grid(self, size: Size) -> tuple[int, int, int]:

@@ -1,10 +1,10 @@
-"""TransFGU's model: the frozen encoder's patch tokens, and the masks that a decoder makes of them."""
+"""Models that read the frozen encoder's patch tokens; TransFGU's own has a mask decoder."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import normalise, patch_grid
@@ -12,32 +12,53 @@ from transfgu.inference.tokens import PatchTokens
 from transfgu.recipe import Recipe, Size
 
 
-class MaskModel:
-    """An encoder and a decoder on the same device; see `transfgu.learner.Model`."""
+class TokenModel:
+    """Patch tokens to clusters; see `transfgu.learner.Model`.
 
-    def __init__(self, encode: PatchTokens, decoder: MaskDecoder) -> None:
-        self.encode, self.decoder = encode, decoder
-        self.device: torch.device = encode.device
-        self.patch_size: int = encode.encoder.patch_size
+    Args:
+        encode: the frozen encoder.
+        network: from tokens (B, hw, d) to logits (B, hw, C), on the same device.
+    """
+
+    def __init__(self, encode: PatchTokens, network: nn.Module) -> None:
+        self.encode = encode
+        self.device, self.patch_size = encode.device, int(encode.encoder.patch_size)
+        self._network = network
 
     def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-        """See `transfgu.learner.Model`."""
+        """Return pixels as the encoder takes them."""
         encoder = self.encode.encoder
         return normalise(images.to(self.device), encoder.mean, encoder.std)
 
     def frozen(self, images: UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B hw d"]:
-        """Patch tokens."""
+        """Return patch tokens."""
         return self.encode(images)
 
     def logits(self, seen: Float[Tensor, "B hw d"], size: Size) -> Float[Tensor, "B C h w"]:
-        """The decoder's logits of patch tokens, one per patch of images of `size`."""
-        logits: Tensor = self.decoder(seen)[0]
-        return logits.mT.reshape(len(seen), -1, *patch_grid(size, self.patch_size))  # (B, hw, C) -> (B, C, h, w)
+        """Return the network's logits of patch tokens, one per patch of images of `size`."""
+        return logits_on_patches(self._network(seen), size, self.patch_size)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The decoder's weights."""
-        weights: dict[str, Tensor] = self.decoder.state_dict()
+        """Return the network's weights."""
+        weights: dict[str, Tensor] = self._network.state_dict()
         return weights
+
+
+class MaskModel(TokenModel):
+    """An encoder and a mask decoder on the same device; see `transfgu.learner.Model`."""
+
+    def __init__(self, encode: PatchTokens, decoder: MaskDecoder) -> None:
+        super().__init__(encode, decoder)
+        self.decoder = decoder
+
+    def logits(self, seen: Float[Tensor, "B hw d"], size: Size) -> Float[Tensor, "B C h w"]:
+        """Return the decoder's logits of patch tokens, one per patch of images of `size`."""
+        return logits_on_patches(self.decoder(seen)[0], size, self.patch_size)
+
+
+def logits_on_patches(logits: Float[Tensor, "B hw C"], size: Size, patch_size: int) -> Float[Tensor, "B C h w"]:
+    """Arrange logits of tokens on the patches of images of `size`."""
+    return logits.mT.reshape(len(logits), -1, *patch_grid(size, patch_size))
 
 
 def load_models(recipe: Recipe, weights: Sequence[Mapping[str, Tensor]], device: torch.device) -> list[MaskModel]:

@@ -1,4 +1,4 @@
-"""A batch that is too large for the device is found out by trying: halve it, go on, and remember what fitted."""
+"""Halve batches that do not fit in the device's memory, and remember the size that fitted."""
 
 import logging
 from collections.abc import Callable
@@ -13,11 +13,11 @@ logger = logging.getLogger(__name__)
 
 
 class HalveOnOutOfMemory:
-    """Call `function` on a batch, in ever smaller parts where the device's memory is too small for it.
+    """Call `function` on a batch, or on parts of it that fit in the device's memory.
 
-    `function` maps a tensor whose first dimension is the batch to another of the same batch, row by row independent.
-    The size that fitted is kept for later calls, and `what` ("encoder batch") is named in one warning, however often
-    it was halved since. Raises UserError where a single row doesn't fit.
+    `function` maps a tensor whose first dimension is the batch to another with the same batch; rows are independent.
+    The size that fitted is kept for later calls. One warning names `what` ("encoder batch"), however often it was
+    halved. Raises UserError if a single row doesn't fit.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], what: str) -> None:
@@ -27,7 +27,7 @@ class HalveOnOutOfMemory:
         self._warned = False
 
     def __call__(self, batch: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "B ..."]:
-        """The function's results for the whole batch."""
+        """Return the function's results for the whole batch."""
         done: list[Tensor] = []
         rows = 0
         while rows < len(batch) or not done:

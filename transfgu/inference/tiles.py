@@ -1,6 +1,6 @@
-"""An image of any size is predicted in overlapping tiles, whose logits are blended; memory follows its width alone.
+"""Predict an image of any size in overlapping tiles and blend their logits; memory grows with its width alone.
 
-Tiles lie in rows. The logits of a tile are kept by the patch, a two-hundredth of what they take by the pixel, and are
+Tiles lie in rows. The logits of a tile are kept per patch, which takes a two-hundredth of the memory per pixel, and are
 enlarged for a block of pixels at a time. Enlarging (bilinear) and the blending weights are both products of a vertical
 and a horizontal part, so together they are two small matrices per tile.
 """
@@ -19,7 +19,9 @@ from transfgu.errors import UserError
 from transfgu.recipe import Size
 
 _AT_ONCE = 16  # tiles that go through the encoder together
-_NUMBERS = 1 << 25  # of blended logits at a time: 128 MiB
+
+BLENDED = 1 << 25
+"""Blended logits that are held at a time: 128 MiB."""
 
 
 @runtime_checkable
@@ -54,12 +56,12 @@ class Tiling:
             )
 
     def size(self, wanted: Size) -> Size:
-        """Height and width of a tile for a model whose images have the size `wanted`, pixels."""
+        """Return height and width of a tile, in pixels, for a model whose images have the size `wanted`."""
         return self.tile, max(2, round(self.tile * wanted[1] / wanted[0]))
 
 
 def starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along a side: as few as overlap enough, at even distances; the last one ends where it ends."""
+    """Return where tiles begin along a side: as few as overlap enough, evenly spaced; the last ends with the side."""
     if side <= tile:
         return [0]
     count = -(-(side - overlap) // (tile - overlap))
@@ -67,7 +69,7 @@ def starts(side: int, tile: int, overlap: int) -> list[int]:
 
 
 def weights(side: int, begins: Sequence[int], tile: int, overlap: int) -> Float32[np.ndarray, "tiles tile"]:
-    """What each pixel of each tile counts along a side; at each pixel of the image that adds up to 1.
+    """Return the weight of each pixel of each tile along a side; the weights of a pixel of the image sum to 1.
 
     A tile's weight rises from its edge over `overlap` pixels; the image's own edges have no such ramp.
     """
@@ -84,7 +86,7 @@ def weights(side: int, begins: Sequence[int], tile: int, overlap: int) -> Float3
 
 
 def enlarging(cells: int, pixels: int) -> Float32[np.ndarray, "pixels cells"]:
-    """The matrix that enlarges `cells` numbers to `pixels`, as torch's bilinear `interpolate` does along one side."""
+    """Return the matrix that enlarges `cells` numbers to `pixels`, as torch's bilinear `interpolate` along one side."""
     centre = np.maximum((np.arange(pixels) + 0.5) * (cells / pixels) - 0.5, 0)
     first = np.minimum(centre.astype(int), cells - 1)
     second = np.minimum(first + 1, cells - 1)
@@ -95,7 +97,7 @@ def enlarging(cells: int, pixels: int) -> Float32[np.ndarray, "pixels cells"]:
 
 
 class _Side:
-    """Tiles along one side of an image, and what each adds to a range of its pixels."""
+    """Tiles along one side of an image, and their weights on ranges of its pixels."""
 
     def __init__(self, side: int, tile: int, overlap: int) -> None:
         self.tile = min(tile, side)
@@ -103,7 +105,7 @@ class _Side:
         self._weights = weights(side, self.begins, self.tile, overlap)
 
     def part(self, index: int, start: int, stop: int, cells: int) -> Float32[np.ndarray, "pixels cells"] | None:
-        """The matrix from a tile's cells to its share of the pixels `start` to `stop`; None where it has none."""
+        """Return the matrix from a tile's cells to its share of the pixels `start` to `stop`; None if it has none."""
         begin = self.begins[index]
         low, high = max(start, begin), min(stop, begin + self.tile)
         if low >= high:
@@ -120,6 +122,8 @@ def strips(
     tiling: Tiling,
     logits_of: Callable[[UInt8[Tensor, "B 3 H W"]], Float[Tensor, "B C h w"]],
     reduce: Callable[[Float[Tensor, "C rows columns"]], np.ndarray],
+    *,
+    blended: int = BLENDED,
 ) -> Iterator[np.ndarray]:
     """Predict an image, a strip of rows after the other.
 
@@ -130,6 +134,7 @@ def strips(
         logits_of: logits of resized tiles.
         reduce: what is wanted of blended logits, such as the index of the largest: (C, rows, columns) to
             (..., rows, columns).
+        blended: logits that are blended at a time; it bounds memory and changes no result.
 
     Yields:
         (..., rows, W), from the top down.
@@ -151,7 +156,7 @@ def strips(
             found.append(logits_of(torch.from_numpy(np.stack(tiles))).float())
         held[row] = torch.cat(found)
         stop = down.begins[row + 1] if row + 1 < len(down.begins) else image.height
-        yield _strip(held, down, across, done, stop, image.width, reduce)
+        yield _strip(held, down, across, done, stop, image.width, reduce, blended)
         done = stop
         held = {r: logits for r, logits in held.items() if down.begins[r] + down.tile > done}
 
@@ -164,11 +169,12 @@ def _strip(
     stop: int,
     width: int,
     reduce: Callable[[Any], np.ndarray],
+    at_once: int,
 ) -> np.ndarray:
-    """The rows `start` to `stop`, from the logits of the tiles that lie over them."""
+    """Return the rows `start` to `stop`, from the logits of the tiles that cover them."""
     logits = next(iter(held.values()))
     _, classes, h, w = logits.shape
-    columns = max(1, min(across.tile, _NUMBERS // (classes * (stop - start))))
+    columns = max(1, min(across.tile, at_once // (classes * (stop - start))))
     blocks = []
     for left in range(0, width, columns):
         right = min(left + columns, width)

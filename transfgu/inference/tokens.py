@@ -1,7 +1,7 @@
-"""The frozen encoder as training and evaluation use it: pixels in, patch tokens out, never a gradient.
+"""Compute patch tokens by the frozen encoder, without gradients, for training and evaluation.
 
-It runs in bfloat16 where the device has it, as fast as the device's memory allows: a batch that does not fit is halved.
-On CPUs each core has a part of the batch to itself, and none waits for another at the end of every product.
+The encoder runs in bfloat16 where the device computes it natively; a batch that does not fit in memory is halved. On
+CPUs each core has its own part of the batch, so cores do not wait for each other after every product.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -11,29 +11,36 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from transfgu.encoder import Encoder, normalise
+from transfgu.encoder import Encoder, normalise, patch_grid
 from transfgu.inference.device import in_bfloat16
 from transfgu.inference.memory import HalveOnOutOfMemory
 from transfgu.recipe import EncoderRecipe
 
 
 class PatchTokens:
-    """Images to patch tokens on a device; the recipe says which encoder, and how precise."""
+    """Images to patch tokens on a device; the recipe says which encoder, and how precise.
 
-    def __init__(self, recipe: EncoderRecipe, device: torch.device) -> None:
-        """Raises UserError where the encoder or its weights can't be had."""
-        self.encoder = Encoder.from_pretrained(recipe.name, recipe.weights).to(device)
+    Args:
+        recipe: of the encoder.
+        device: where it runs.
+        encoder: in place of the recipe's.
+
+    Raises:
+        UserError: the encoder or its weights can't be had.
+    """
+
+    def __init__(self, recipe: EncoderRecipe, device: torch.device, encoder: Encoder | None = None) -> None:
+        self.encoder = (encoder or Encoder.from_pretrained(recipe.name, recipe.weights)).to(device)
         self.device = device
         self._half = in_bfloat16(recipe, device)
         self._encode = HalveOnOutOfMemory(self._forward, "encoder batch")
         self._cores = ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,))
 
     def __call__(self, images: UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B hw d"]:
-        """Patch tokens, float32, of images as they are decoded (uint8), or normalised already (float)."""
+        """Return float32 patch tokens of images, which are uint8 as decoded, or float if already normalised."""
         if not len(images):
-            patch = self.encoder.patch_size
-            hw = images.shape[2] // patch * (images.shape[3] // patch)
-            return torch.empty(0, hw, self.encoder.width, device=self.device)
+            h, w = patch_grid((images.shape[2], images.shape[3]), self.encoder.patch_size)
+            return torch.empty(0, h * w, self.encoder.width, device=self.device)
         tokens: Tensor = self._encode(images)
         return tokens
 

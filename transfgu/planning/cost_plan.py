@@ -1,4 +1,4 @@
-"""Estimate what a full data set takes from what one image took: the dry run and the plan share this model.
+"""Estimate the time and cost of a data set from measurements per image, for the dry run and the plan.
 
 Every stage needs a device's time, a core's time to decode, bytes over the network, and bytes and requests of the store.
 Devices and their cores grow in number, and so do the machines' links; the store stays one. A stage takes as long as the

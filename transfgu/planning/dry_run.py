@@ -1,7 +1,8 @@
-"""Check and count a run before it is paid for; both follow from the recipe and the list of samples.
+"""Check a run and estimate its cost before it starts, from the recipe and the list of samples.
 
-The checks are the pipeline's own, so what passes here begins. The operators are those that Ray Data would run. The cost
-is the model's of `transfgu.planning.cost_plan`, whose rates are forward passes of the encoder timed on this machine.
+The checks are those of the pipeline, so a run that passes them starts. The operators are those that Ray Data would run.
+The cost is the model's of `transfgu.planning.cost_plan`, whose rates are forward passes of the encoder timed on this
+machine.
 """
 
 import time
@@ -25,7 +26,7 @@ from transfgu.runtime import capacity, connect, parts
 from transfgu.runtime.bottleneck import operators
 from transfgu.runtime.progress import duration
 from transfgu.stages import features, pseudo_labels, samples
-from transfgu.store import storage
+from transfgu.store import reuse, storage
 from transfgu.store.artifacts import Run
 from transfgu.training.order import Order
 from transfgu.windows import sliding_windows
@@ -55,13 +56,16 @@ class Work:
     """Seconds in the encoder, at most."""
 
 
-def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool = False) -> Iterator[str]:
+def describe(
+    recipe: Recipe, run: Run, *, until: str = STAGES[-1], shared: Run | None = None, verbose: bool = False
+) -> Iterator[str]:
     """What a run of these arguments would do, line by line; nothing is computed or kept.
 
     Raises:
         UserError: what would end the run before it begins: data, weights, storage, resources, another recipe's folder.
     """
     recipe = pipeline.preflight(recipe, run)
+    run = reuse.linked(recipe, run, shared)[0] if shared else run
     stages = pipeline.stages_until(recipe, until)
     complete = pipeline.check_artifacts(recipe, run)
     connect.connect(verbose=verbose)
@@ -101,16 +105,17 @@ def describe(recipe: Recipe, run: Run, *, until: str = STAGES[-1], verbose: bool
     plans = _plans(recipe, encode.encoder.width) if encode and by_concepts else {}
     for stage in stages:
         if complete[stage]:
-            yield f"{stage}: complete already, skipped"
+            taken = run.reused().get(stage)
+            yield f"{stage}: {f'taken from {storage.shown(taken)}' if taken else 'complete already'}, skipped"
             continue
         work = works[stage]
-        stored = f"; {_bytes(work.stored)} to write" if work.stored else ""
+        stored = f"; {in_bytes(work.stored)} to write" if work.stored else ""
         takes = f"; about {duration(work.time)} in the encoder" if work.time else ""
         yield f"{stage}: {work.what}{stored}{takes}"
         if stage in plans:
             yield f"  {' > '.join(plans[stage])}"
     left = [works[stage] for stage in stages if not complete[stage]]
-    total = f"in all {_bytes(sum(w.stored for w in left))} to write"
+    total = f"in all {in_bytes(sum(w.stored for w in left))} to write"
     if timed and encode:
         total += f", and about {duration(sum(w.time for w in left))} in the encoder, timed on this {encode.device.type}"
     elif by_concepts:
@@ -259,7 +264,8 @@ def _left_out(left_out: Sequence[LeftOut]) -> str:
     return f"; {len(left_out)} left out ({left_out[0].name}: {left_out[0].reason}, ...)" if left_out else ""
 
 
-def _bytes(count: int) -> str:
+def in_bytes(count: int) -> str:
+    """Return a number of bytes in words, such as `1.5 kB`."""
     shown, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
     while shown >= 1000 and len(units) > 1:
         shown /= 1000

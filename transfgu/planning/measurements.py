@@ -1,6 +1,6 @@
-"""What was timed: turns of ours and of the bare bound, and the table that their medians make.
+"""Store timings of a stage and of its lower bound, which take turns, and print the table of medians.
 
-No torch here: a plan is made of a file of measurements in a moment.
+This module does not import torch, so that a plan from a file of measurements is quick.
 """
 
 import json

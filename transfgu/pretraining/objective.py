@@ -186,7 +186,7 @@ def draw_views(
     most = math.radians(recipe.hue)
     turn = torch.where(uniform(0.0, 1.0) < recipe.hue_share, uniform(-most, most), 0.0)
     saturation = torch.where(uniform(0.0, 1.0) < 1 - recipe.grey_share, uniform(*recipe.saturation), 0.0)
-    views = torch.einsum("bij,bjhw->bihw", _colour_matrix(turn, saturation), views)
+    views = torch.einsum("bij,bjhw->bihw", colour_matrix(turn, saturation), views)
     views = views * uniform(*recipe.brightness)[:, None, None, None]
     mean = views.mean((1, 2, 3), keepdim=True)
     views = ((views - mean) * uniform(*recipe.contrast)[:, None, None, None] + mean).clamp(0, 1)
@@ -199,7 +199,7 @@ def normalise(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
     return (images - mean) / images.new_tensor(IMAGENET_STD)[:, None, None]
 
 
-def _colour_matrix(turn: Float[Tensor, " B"], saturation: Float[Tensor, " B"]) -> Float[Tensor, "B 3 3"]:
+def colour_matrix(turn: Float[Tensor, " B"], saturation: Float[Tensor, " B"]) -> Float[Tensor, "B 3 3"]:
     """On RGB: turns hues (radians) and scales saturation, in NTSC's space of luminance and two chrominances."""
     to_yiq = turn.new_tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     cos, sin = saturation * turn.cos(), saturation * turn.sin()

@@ -1,12 +1,11 @@
-"""Pretraining on Ray: tasks make small square images of whatever is there, once; workers train on those alone.
+"""Pretrain an encoder on Ray: tasks make small square images once, and workers train on these.
 
-Decoding photographs would take longer than training a small ViT on them, and every epoch would do it again. So images
-are first brought to one small size and kept in parts beside the result; a part that exists is complete. The training
-itself runs on `transfgu.training.fit`, as that of a run's decoder does.
+Decoding photographs in every epoch would take longer than training a small ViT. So images are first reduced to one
+small size and kept in parts beside the result; a part that exists is complete. `transfgu.training.fit` runs the
+training, as it runs the training of a decoder.
 """
 
 import hashlib
-import io
 import json
 import zlib
 from dataclasses import asdict, dataclass
@@ -15,23 +14,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import safetensors.torch
 import torch
 from jaxtyping import UInt8
 from numpy import ndarray
-from ray.exceptions import RayError
 
 from transfgu.datasets import images as pictures
 from transfgu.datasets import shapes
 from transfgu.datasets.listing import images_in
-from transfgu.errors import UserError
+from transfgu.errors import BadShare, LeftOut, UserError
 from transfgu.pretraining.recipe import PretrainingRecipe, compared_fields
 from transfgu.pretraining.training import REMEDY, Part, Pretraining, PretrainingInputs, worker_batch
 from transfgu.recipe import ComputeRecipe
 from transfgu.runtime import capacity, ray_internals
-from transfgu.runtime.failures import find_user_error
+from transfgu.runtime.failures import raises_user_errors
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, storage
 from transfgu.store.lock import hold
@@ -42,7 +39,7 @@ SHAPES = "shapes"
 """In place of a folder's URI: the embedded demonstration's pictures of single objects."""
 
 _PARTS, _PART_SIZE = 64, 256  # at least so many parts (workers share them), of at most so many images
-_MAX_BAD_SHARE = 0.1
+_BAD_SHARE = BadShare(limit=0.1, flag="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,28 +133,18 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
         }
         for first in range(0, len(names), size)
     ]
-    make = partial(_make_part, images=job.images, size=job.image_size, squares=each, seed=seed, orient=orient)
+    make = partial(make_part, images=job.images, size=job.image_size, squares=each, seed=seed, orient=orient)
     with ray_internals.data_context():
         made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make)
     parts, left_out, done = [], [], 0
-    try:
+    with raises_user_errors():
         for row in made.iter_rows():
             bad = json.loads(row["left_out"])
             parts.append(Part(uri=row["part"], images=row["images"]))
             left_out += bad
             done += row["images"] // each + len(bad)
             progress.update(done, len(names), "images")
-    except RayError as error:
-        cause = find_user_error(error)
-        if cause:
-            raise UserError(str(cause), code=cause.code) from None
-        raise
-    if len(left_out) > _MAX_BAD_SHARE * len(names):
-        raise UserError(
-            f"{len(left_out)} of {len(names)} images can't be used, such as {left_out[0]['name']} "
-            f"({left_out[0]['reason']}): mend or remove them",
-            code="images-bad",
-        )
+    _BAD_SHARE.check([LeftOut(**x) for x in left_out], len(names), "images")
     parts.sort(key=lambda part: part.uri)
     return Prepared(listing=listing, parts=tuple(parts), left_out=tuple(left_out))
 
@@ -177,7 +164,7 @@ def files(uri: str) -> list[str]:
     return files
 
 
-def _make_part(
+def make_part(
     row: dict[str, Any], images: str, size: int, squares: int, seed: int, orient: bool = False
 ) -> dict[str, Any]:
     """A task: makes one part, unless it is there, and says what it holds."""
@@ -204,10 +191,8 @@ def _draw_part(names: list[str], images: str, size: int, squares: int, seed: int
         else:
             good += drawn
     table = pa.table({"pixels": pa.array(good, pa.binary(3 * size**2))})
-    sink = io.BytesIO()
     # One row per row group: training reads rows in any order, and each costs one request.
-    pq.write_table(table.replace_schema_metadata({"left_out": json.dumps(left_out)}), sink, row_group_size=1)
-    return sink.getvalue()
+    return parquet.encoded(table.replace_schema_metadata({"left_out": json.dumps(left_out)}), row_group_size=1)
 
 
 def cut_squares(uri: str, size: int, count: int = 1, orient: bool = False) -> list[UInt8[ndarray, "size size 3"]]:

@@ -1,4 +1,4 @@
-"""A pretraining on one worker, as the trainer drives it: parts of small images in, a student and its teacher out."""
+"""Pretrain on one worker: the training that the trainer runs, from parts of small images to a student and a teacher."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

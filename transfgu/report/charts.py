@@ -1,4 +1,4 @@
-"""A curve is one SVG path, so a chart needs no plotting library, no script and no network.
+"""Draw charts as SVG, without a plotting library, scripts or network access.
 
 Colours are the page's own (CSS classes ``s0``, ``s1``, ...), so that a chart follows it into dark mode. Lines are told
 apart by their dashes and by a name at their end, never by colour alone.

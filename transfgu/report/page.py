@@ -1,7 +1,7 @@
-"""A run is judged by looking: the report puts its numbers next to the pictures that explain them, in one file.
+"""Write the report of a run: its figures and pictures in one HTML file.
 
-Everything in it is read from the run's artefacts, so it can be written again at any time, and nothing in it loads from
-anywhere: pictures are embedded, charts are SVG, and without its short script the page is still whole.
+The report is made from the run's artefacts only, so it can be written again at any time. It loads nothing from
+elsewhere: pictures are embedded, charts are SVG, and the page is complete without its short script.
 """
 
 import shlex
@@ -89,7 +89,7 @@ def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Ma
         classes=None if confusion is None else class_bars(segmenter, confusion),
         confusion=None if confusion is None else confusion_view(segmenter, confusion),
         method=method(recipe.method),
-        concepts=_concepts(recipe, run, segmenter) if "concepts" in recipe.stages else [],
+        concepts=concept_views(recipe, run, segmenter) if "concepts" in recipe.stages else [],
         pseudo_labels=_pseudo_labels(recipe, run, segmenter) if "concepts" in recipe.stages else [],
         curves=_curves(run, kept),
         epochs=_epochs(run, metrics),
@@ -365,7 +365,7 @@ class Concept:
     alt: str
 
 
-def _concepts(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concept]:
+def concept_views(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concept]:
     """The concepts with their nearest windows, cut from the images."""
     folder = run.artifact("concepts")
     counts = safetensors.numpy.load(storage.read_bytes(folder.file("concepts.safetensors")))["counts"]

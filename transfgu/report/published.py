@@ -1,4 +1,4 @@
-"""What the paper reports: the figures that a run of the same benchmark is read against.
+"""The figures of the paper, with which a run on the same benchmark is compared.
 
 Source: Yin et al., TransFGU (ECCV 2022), Table 1. Percent, on the benchmark's validation set.
 """

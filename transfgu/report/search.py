@@ -1,6 +1,6 @@
-"""A search is judged by what its trials show together: which values did well, and whether it was luck.
+"""Write the report of a search: which values did well, in one HTML file.
 
-Written from the trials' records alone, as one file that loads nothing from anywhere.
+It is made from the records of the trials only, and loads nothing from elsewhere.
 """
 
 from collections.abc import Mapping, Sequence

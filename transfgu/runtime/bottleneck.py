@@ -1,8 +1,8 @@
-"""The operator that the others wait for is the one whose slots were busy for most of the time.
+"""Find the bottleneck of an executed plan: the operator whose slots were busy for the largest share of the time.
 
-Ray Data measures how long each task of an operator took. An encoder's slots are its pool's actors, those of reading
-and writing the CPUs that the pool leaves: seconds of tasks, divided by slots and by how long the whole took, is the
-share that tells. As long as the encoder is the busiest, decoding does not starve it.
+Ray Data measures the seconds of each task. The slots of an encoder are the actors of its pool; those of reading and
+writing are the CPUs that the pool leaves. The share is the seconds of all tasks, divided by the slots and by the
+duration of the plan. While the encoder is the busiest operator, decoding keeps up with it.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ _POOLED = ("EncodeWindows", "MapConcepts", "Count")
 
 
 def details(data: Dataset, recipe: Recipe) -> dict[str, str]:
-    """For a stage's outcome: under `bottleneck`, what Ray Data's statistics say of an executed plan.
+    """Return the entry `bottleneck` of a stage's outcome, from Ray Data's statistics of an executed plan.
 
-    Such as "MapBatches(EncodeWindows) busy 93 % of 12.1 s, MapBatches(ReadImages) 21 %", the busiest first; nothing
-    where nothing was measured.
+    It lists the busiest operator first, such as "MapBatches(EncodeWindows) busy 93 % of 12.1 s,
+    MapBatches(ReadImages) 21 %"; without measurements there is no entry.
     """
     from transfgu.runtime import capacity  # it brings torch, which the tasks of this package's plans start without
 
@@ -42,7 +42,7 @@ def details(data: Dataset, recipe: Recipe) -> dict[str, str]:
 
 
 def operators(data: Dataset) -> list[str]:
-    """The physical operators of a plan, first to last, as Ray would carry them out."""
+    """Return the physical operators of a plan in the order in which Ray would execute them."""
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         data.explain()

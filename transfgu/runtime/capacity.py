@@ -1,7 +1,4 @@
-"""How many actors and workers the cluster can hold, now and when it has scaled up.
-
-Everything above asks for resources in the recipe's terms; everything below is Ray's.
-"""
+"""Count the actors and workers that the cluster can hold, now and after it has scaled up."""
 
 import json
 import math
@@ -23,7 +20,7 @@ NODES = "TRANSFGU_NODES"
 
 @dataclass(frozen=True)
 class Nodes:
-    """So many nodes of one kind."""
+    """A number of nodes with the same resources."""
 
     resources: Mapping[str, float]
     """Of one of them, as Ray names them: `CPU`, `GPU`."""
@@ -31,13 +28,13 @@ class Nodes:
 
 
 def possible_nodes() -> list[Nodes]:
-    """The nodes that the cluster may come to have: those an autoscaler may add, and those of other kinds now there.
+    """Return the nodes that the cluster may have: those that an autoscaler may add, and present ones of other kinds.
 
-    Ray keeps to itself what its autoscaler may add, so whoever defines a cluster says so in the environment of its
-    head: ``TRANSFGU_NODES='[{"count": 8, "CPU": 4, "GPU": 1}]'``.
+    Ray does not report what its autoscaler may add, so the definition of a cluster sets an environment variable on
+    the head: ``TRANSFGU_NODES='[{"count": 8, "CPU": 4, "GPU": 1}]'``.
 
     Raises:
-        UserError: that variable can't be read.
+        UserError: the variable can't be read.
     """
     told = _told_nodes(os.environ.get(NODES, ""))
     told_kinds = [nodes.resources for nodes in told]
@@ -45,7 +42,7 @@ def possible_nodes() -> list[Nodes]:
 
 
 def every_possible_node() -> list[Mapping[str, float]]:
-    """Resources of each of :func:`possible_nodes`, one by one; raises what that raises."""
+    """Return the resources of each node of :func:`possible_nodes`, one entry per node; raises the same errors."""
     return [nodes.resources for nodes in possible_nodes() for _ in range(nodes.count)]
 
 
@@ -81,19 +78,19 @@ def _told_nodes(text: str) -> list[Nodes]:
 
 
 def present() -> tuple[int, float, float]:
-    """How many nodes the cluster has now, and their CPUs and GPUs."""
+    """Return the number of present nodes, of their CPUs and of their GPUs."""
     resources = ray.cluster_resources()
     nodes = sum(bool(node["Alive"]) for node in ray.nodes())
     return nodes, float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
 
 
 def cluster_gpus() -> float:
-    """GPUs that the cluster may come to have."""
+    """Return the number of GPUs that the cluster may have."""
     return sum(nodes.count * nodes.resources["GPU"] for nodes in possible_nodes())
 
 
 def pool_size(compute: ComputeRecipe) -> int:
-    """How many encoder actors at most: as asked, else one a GPU share, else one a node that can hold one."""
+    """Return the maximum number of encoder actors: as asked, else one per GPU share, else one per node with room."""
     if compute.actors:
         return compute.actors
     gpus = cluster_gpus()
@@ -103,20 +100,20 @@ def pool_size(compute: ComputeRecipe) -> int:
 
 
 def actors_per_node(compute: ComputeRecipe) -> int:
-    """How many encoder actors share a node's cores, when there are as many as there may be."""
+    """Return the number of encoder actors that share the cores of a node when all of them run."""
     gpus = compute.gpus_per_actor if cluster_gpus() else 0.0
     holding = sum(nodes.count for nodes in possible_nodes() if _fit(nodes, compute.cpus_per_actor, gpus))
     return math.ceil(pool_size(compute) / max(1, holding))
 
 
 def _fit(nodes: Nodes, cpus: float, gpus: float) -> int:
-    """How many actors of these resources one of the nodes can hold."""
+    """Return the number of actors with these resources that one of the nodes can hold."""
     wanted = (("CPU", cpus), ("GPU", gpus))
     return min(int(nodes.resources[r] / amount + 1e-9) for r, amount in wanted if amount > 0)
 
 
 def actor_resources(compute: ComputeRecipe) -> dict[str, float]:
-    """What one encoder actor or training worker holds, as Ray's `num_cpus` and `num_gpus`.
+    """Return the resources of an encoder actor or training worker, as Ray's `num_cpus` and `num_gpus`.
 
     Raises:
         UserError: no node that the cluster may come to have could ever hold it.
@@ -132,7 +129,7 @@ def actor_resources(compute: ComputeRecipe) -> dict[str, float]:
 
 
 def check_satisfiable(compute: ComputeRecipe) -> None:
-    """Find out before anything starts what would wait for ever: an actor, a worker or a task that no node can hold.
+    """Refuse, before anything starts, an actor, worker or task that no node can hold and that would wait forever.
 
     Raises:
         UserError: such a one; the message says how many there may be.
@@ -159,7 +156,7 @@ def check_satisfiable(compute: ComputeRecipe) -> None:
 
 
 def encoder_pool(compute: ComputeRecipe) -> dict[str, Any]:
-    """Arguments of `Dataset.map_batches` for a pool of encoder actors."""
+    """Return the arguments of `Dataset.map_batches` for a pool of encoder actors."""
     size = ActorPoolStrategy(min_size=1, max_size=pool_size(compute), initial_size=_first_actors(compute))
     return {"compute": size, **actor_resources(compute)}
 
@@ -180,12 +177,12 @@ def _first_actors(compute: ComputeRecipe) -> int:
 
 
 def training_workers(compute: ComputeRecipe) -> int:
-    """How many workers train at most: as asked, else one a GPU share that the cluster may come to have, else one."""
+    """Return the maximum number of training workers: as asked, else one per possible GPU share, else one."""
     return compute.workers or max(1, int(cluster_gpus() / compute.gpus_per_actor))
 
 
 def elastic_workers(compute: ComputeRecipe) -> int | tuple[int, int]:
-    """How many workers train, where their number may change: as asked, else from one to all that there may be."""
+    """Return the range of an elastic number of training workers: as asked, else from one to all possible ones."""
     most = training_workers(compute)
     return most if compute.workers or most == 1 else (1, most)
 

@@ -1,10 +1,24 @@
-"""A user's mistake inside a task or a worker reaches the driver wrapped in Ray's errors; here it is taken out again."""
+"""Take a UserError out of the errors in which Ray wraps what tasks, actors and training workers raise."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from transfgu.errors import UserError
 
 _TOLD = re.compile(r"^(?:transfgu\.errors\.)?UserError: (.+)\n\[([a-z-]+)\]$", re.MULTILINE)
+
+
+@contextmanager
+def raises_user_errors() -> Iterator[None]:
+    """Raise the UserError that lies under an error of Ray's in its place, without Ray's stack traces."""
+    try:
+        yield
+    except Exception as error:
+        mistake = find_user_error(error)
+        if mistake is None or mistake is error:
+            raise
+        raise UserError(str(mistake), code=mistake.code) from None
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:

@@ -1,11 +1,10 @@
-"""A block is a part is a file: one unit of work from list to disk, so any number of workers makes the same files.
+"""Process images in parts: a part is one block of Ray Data and one file, so any number of workers makes the same files.
 
-A part is a fixed run of consecutive samples. Each operator of the plan turns one part's block into one block, and the
-last one writes it whole, so nothing is grouped, ordered or waited for, and a part whose file is there is done. To the
-driver comes back one small row a part. No torch here: the tasks that read and write start in a moment.
+A part has a fixed number of consecutive samples. Each operator of the plan turns the block of a part into one block,
+and the last one writes it whole. So nothing is grouped or ordered, and a part whose file exists is done. The driver
+gets one small row per part. This module does not import torch, so tasks that read and write start quickly.
 """
 
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,18 +13,16 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from jaxtyping import UInt8
 from ray.data import Dataset
-from ray.exceptions import RayError
 
 from transfgu.datasets import images, map_files
 from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import Recipe, Size
 from transfgu.runtime import ray_internals
 from transfgu.runtime.bottleneck import details
-from transfgu.runtime.failures import find_user_error
+from transfgu.runtime.failures import raises_user_errors
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, storage
 
@@ -37,18 +34,18 @@ _METADATA = b"transfgu"
 
 
 def part_size(size: Size) -> int:
-    """How many images of `size` (height, width) make a part: of nothing else, so parts mean the same to any attempt."""
+    """Return the number of images of `size` (height, width) per part; the same in every attempt."""
     return max(1, min(_PART_IMAGES, _PART_BYTES // (3 * size[0] * size[1])))
 
 
 def split(samples: pa.Table, size: int) -> list[pa.Table]:
-    """The sample list, rows of `datasets.SCHEMA`, as parts of `size` consecutive samples."""
+    """Divide the sample list, rows of `datasets.SCHEMA`, into parts of `size` consecutive samples."""
     return [samples.slice(start, size) for start in range(0, len(samples), size)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What there is to know of a part without opening it; it lies in the file's Parquet metadata, too."""
+    """Facts about a part, which are also in the Parquet metadata of its file."""
 
     part: int
     """Index of its first sample."""
@@ -64,11 +61,11 @@ class Summary:
 
     @property
     def file(self) -> str:
-        """Name of the part's file."""
+        """The name of the part's file."""
         return part_file(self.part)
 
     def to_json(self) -> str:
-        """As JSON text; :meth:`from_json` reads it back."""
+        """Return the summary as JSON, which :meth:`from_json` reads."""
         left_out = [vars(x) for x in self.left_out]
         tree = {"part": self.part, "images": self.images, "left_out": left_out, "counts": dict(self.counts)}
         told = {"size": self.size, "places": dict(self.places)} if self.size else {}
@@ -76,21 +73,21 @@ class Summary:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Summary":
-        """Raises ValueError, KeyError or TypeError where the text is no summary."""
+        """Read a summary; raises ValueError, KeyError or TypeError if the text is not one."""
         tree = json.loads(text)
         return cls(**{**tree, "left_out": tuple(LeftOut(**x) for x in tree["left_out"])})
 
 
 def part_file(first: int) -> str:
-    """Name of the file of the part whose first sample has this index."""
+    """Return the name of the file of the part whose first sample has this index."""
     return f"part-{first:08d}.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadImages:
-    """A task: the samples of a part to decoded, resized images.
+    """A task that decodes and resizes the images of a part.
 
-    Out come rows part, index, name, image (3, H, W) uint8, reason: null, or why the image can't be used (it is blank).
+    It returns rows part, index, name, image (3, H, W) uint8, and reason: null, or why the image can't be used (blank).
     """
 
     size: Size
@@ -125,7 +122,7 @@ class ReadImages:
 
 
 def usable(block: pa.Table) -> tuple[pa.Table, UInt8[np.ndarray, "n 3 H W"]]:
-    """The rows of a block of `ReadImages` that have an image, without the images, and those (not copied if all do)."""
+    """Return the rows of a block of `ReadImages` that have an image, and their images (not copied if all rows have)."""
     column = block["image"]
     # Joining chunks copies even where there is just one, as there is in a block from Ray.
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
@@ -150,16 +147,14 @@ def write_part(
         folder: URI.
         summary: goes into the file's metadata.
         table: the part's rows.
-        note: what the user should be told, if anything.
-        places: from the file's bytes to what the driver is told of its rows.
+        note: a line for the user; may be empty.
+        places: returns the places of the rows from the file's bytes.
         options: those of `pyarrow.parquet.write_table`.
 
     Returns:
-        The row that the driver is told: `summary`, as JSON, and `note`.
+        A row for the driver: `summary`, as JSON, and `note`.
     """
-    sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({_METADATA: summary.to_json()}), sink, **options)
-    data = sink.getvalue()
+    data = parquet.encoded(table.replace_schema_metadata({_METADATA: summary.to_json()}), **options)
     storage.write_bytes(storage.join(folder, summary.file), data)
     if places:
         summary = replace(summary, size=len(data), places=places(data))
@@ -167,7 +162,7 @@ def write_part(
 
 
 def write_maps(folder: str, summary: Summary, table: pa.Table, note: str) -> pa.Table:
-    """As :func:`write_part`, for rows `index`, `maps`, `h`, `w`: uncompressed, one row per row group, and indexed."""
+    """Write rows `index`, `maps`, `h`, `w` as :func:`write_part` does: uncompressed, one row per row group, indexed."""
     return write_part(
         folder,
         summary,
@@ -182,7 +177,7 @@ def write_maps(folder: str, summary: Summary, table: pa.Table, note: str) -> pa.
 
 
 def left_out(block: pa.Table) -> tuple[LeftOut, ...]:
-    """The images of a block that have a reason not to be used."""
+    """Return the images of a block that can't be used, with the reason."""
     bad = block.filter(block["reason"].is_valid())
     return tuple(
         LeftOut(name=n, reason=r) for n, r in zip(*(bad[c].to_pylist() for c in ("name", "reason")), strict=True)
@@ -191,7 +186,7 @@ def left_out(block: pa.Table) -> tuple[LeftOut, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What becomes of a part: read in a task, encoded in an actor, written in a task."""
+    """The operators of a plan: a part is read in a task, encoded in an actor, and written in a task."""
 
     read: ReadImages
     actor: type[Any]
@@ -202,16 +197,16 @@ class Work:
     """From a block of the actor's to :func:`write_part`'s row."""
 
     def plan(self, parts: Sequence[pa.Table], pool: Mapping[str, Any]) -> Dataset:
-        """All of it, for any number of parts; `pool` as in :func:`encoded`."""
+        """Return the plan for any number of parts; `pool` as in :func:`encoded`."""
         return written(encoded(parts, self.read, self.actor, self.arguments, pool), self.write)
 
     def here(self, part: pa.Table) -> pa.Table:
-        """The same for one part, in this process."""
+        """Run the plan for one part, in this process."""
         return self.write(self.actor(**self.arguments)(self.read(part)))
 
 
 def ahead(pool: Mapping[str, Any]) -> int:
-    """How many parts may lie decoded at a time, before actors of `pool`, as in :func:`encoded`; Ray is up."""
+    """Return the number of decoded parts that may wait for the actors of `pool`; Ray must be running."""
     return _AHEAD * int(pool["compute"].max_size) + int(ray.cluster_resources().get("CPU", 1))
 
 
@@ -222,7 +217,7 @@ def encoded(
     arguments: Mapping[str, Any],
     pool: Mapping[str, Any],
 ) -> Dataset:
-    """A plan: `read` in tasks on CPUs, then `actor` in a pool of actors, a block a part.
+    """Return a plan with `read` in tasks on CPUs, then `actor` in a pool of actors; one block per part.
 
     Args:
         parts: from :func:`split`.
@@ -244,7 +239,7 @@ def encoded(
 def handled(
     parts: Sequence[pa.Table], actor: type[Any], arguments: Mapping[str, Any], pool: Mapping[str, Any]
 ) -> Dataset:
-    """A plan: `actor` in a pool of actors, which reads and writes itself, a block of the sample list at a time.
+    """Return a plan with `actor` in a pool of actors, which read and write blocks of the sample list themselves.
 
     Arguments are those of :func:`encoded`.
     """
@@ -253,7 +248,7 @@ def handled(
 
 
 def written(data: Dataset, write: Callable[[pa.Table], pa.Table]) -> Dataset:
-    """The plan `data` with a last operator that writes each part in a task."""
+    """Add an operator to the plan `data` that writes each part in a task."""
     return ray_internals.map_with_context_of(data, write)
 
 
@@ -266,7 +261,7 @@ def complete(
     progress: Progress,
     here: Callable[[pa.Table], pa.Table] | None = None,
 ) -> tuple[list[Summary], dict[str, Any]]:
-    """Make the parts of `samples` that `folder` lacks.
+    """Make the parts of `samples` that are missing in `folder`.
 
     Args:
         recipe: says which share of bad images ends the run.
@@ -274,7 +269,7 @@ def complete(
         folder: URI of the artefact.
         size: samples a part.
         plan: from parts to make to a dataset whose last operator is `write_part`'s.
-        progress: told of images, and once of each note.
+        progress: reports images, and each different note once.
         here: from one part to `write_part`'s row, in this process; serves where there is one to make, and
             `transfgu.runtime.connect.works_here`.
 
@@ -288,9 +283,15 @@ def complete(
     summaries = {s.part: s for s in _found(folder, parts)}
     missing = [table for part, table in parts.items() if part not in summaries]
     done = sum(s.images for s in summaries.values())
+
+    def check_bad() -> None:
+        """Raise UserError as soon as there are too many bad images, however good the rest may be."""
+        bad = [x for _, summary in sorted(summaries.items()) for x in summary.left_out]
+        recipe.dataset.bad_share.check(bad, len(samples), "images", at_least=True)
+
     if done:
         progress.update(done, len(samples), "images")
-    _check_share(recipe, samples, summaries)
+    check_bad()
     noted = {""}
     data: Dataset | None = None
     rows: Iterator[tuple[Summary, str]] = iter(())
@@ -306,7 +307,7 @@ def complete(
         summaries[summary.part] = summary
         done += summary.images
         progress.update(done, len(samples), "images")
-        _check_share(recipe, samples, summaries)
+        check_bad()
     return [summaries[part] for part in parts], {} if data is None else details(data, recipe)
 
 
@@ -323,43 +324,25 @@ def _told(rows: pa.Table) -> Iterator[tuple[Summary, str]]:
 
 
 def _made(data: Dataset) -> Iterator[tuple[Summary, str]]:
-    try:
+    with raises_user_errors():
         for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from _told(cast(pa.Table, batch))
-    except RayError as error:
-        cause = find_user_error(error)
-        if cause:
-            raise cause from None
-        raise
 
 
 def _found(folder: str, parts: Mapping[int, pa.Table]) -> list[Summary]:
-    """Summaries of the parts that are there, whole, and of the same samples."""
+    """Return the summaries of the parts that exist, are complete, and are of the same samples."""
     there = {uri.rsplit("/", 1)[-1]: uri for uri in storage.list_files(folder)}
     wanted = [(there[part_file(part)], table) for part, table in parts.items() if part_file(part) in there]
     with ThreadPoolExecutor(16) as pool:
-        found = pool.map(lambda job: _summary(*job), wanted)
+        found = pool.map(lambda job: read_summary(*job), wanted)
         return [summary for summary in found if summary is not None]
 
 
-def _summary(uri: str, part: pa.Table) -> Summary | None:
+def read_summary(uri: str, part: pa.Table) -> Summary | None:
+    """Return the summary of a part's file; None if the file is damaged or of other samples."""
     try:
         metadata = parquet.opened(uri).metadata.metadata or {}
         summary = Summary.from_json(metadata[_METADATA])
     except (UserError, KeyError, ValueError, TypeError):
         return None  # damaged since: it is made anew
     return summary if (summary.part, summary.images) == (part["index"][0].as_py(), len(part)) else None
-
-
-def _check_share(recipe: Recipe, samples: pa.Table, summaries: Mapping[int, Summary]) -> None:
-    """Raises UserError as soon as the bad images are too many, however good the rest may be."""
-    bad = [x for _, summary in sorted(summaries.items()) for x in summary.left_out]
-    limit = recipe.dataset.max_bad_share
-    if len(bad) <= limit * len(samples):
-        return
-    first = ", ".join(f"{x.name} ({x.reason})" for x in bad[:3])
-    raise UserError(
-        f"at least {len(bad)} of {len(samples)} images ({len(bad) / len(samples):.0%}) can't be used, such as {first}: "
-        f"mend or remove them, or raise --dataset.max_bad_share from {limit:g}",
-        code="images-bad",
-    )

@@ -1,27 +1,43 @@
-"""Progress is the driver's alone: a line that is redrawn on a terminal, plain lines in a log."""
+"""Show the progress of a stage, in the driver: a line that is redrawn on a terminal, plain lines in a log."""
 
 import io
 import sys
 import time
+from collections.abc import Callable
 from typing import cast
 
 
 class Progress:
     """One stage's progress: a line that is redrawn on a terminal, a line every ten seconds in a log."""
 
-    def __init__(self, stage: str, stream: io.TextIOBase | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        stage: str,
+        stream: io.TextIOBase | None = None,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the clock.
+
+        Args:
+            stage: stands at the beginning of each line.
+            stream: what is written to; None: stderr.
+            quiet: write nothing.
+            clock: returns the time, s.
+        """
+        self._clock = clock
         self._stage = stage
-        self._stream = stream or cast(io.TextIOBase, sys.stderr)
+        self._stream = stream
         self._quiet = quiet
-        self._terminal = self._stream.isatty()
-        self._start = self._last = time.monotonic()
+        self._terminal = self._out.isatty()
+        self._start = self._last = clock()
         self._first_done: int | None = None
         self._unit = ""
         self._width = 0
 
     def update(self, done: int, total: int | None, unit: str) -> None:
-        """Tell how many of how many `unit` (images, epochs, iterations) are done; None: nobody knows of how many."""
-        now = time.monotonic()
+        """Report that `done` of `total` units, such as images or epochs, are done; `total` is None if unknown."""
+        now = self._clock()
         if unit != self._unit or done < (self._first_done or 0):  # a stage may count images first, then steps
             self._first_done, self._unit, self._start = None, unit, now if self._unit else self._start
         # Parts found from an earlier attempt cost nothing now: the rate counts from the first report on.
@@ -42,20 +58,25 @@ class Progress:
         if not self._quiet:
             self._write(f"{self._stage}: {text}", final=True)
 
+    @property
+    def _out(self) -> io.TextIOBase:
+        """The stream; looked up when needed, since Ray Tune pickles who holds this."""
+        return self._stream or cast(io.TextIOBase, sys.stderr)
+
     def end(self) -> None:
         """End a line that is redrawn, so that what is printed next has a line of its own."""
         if self._terminal and self._width:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._out.write("\n")
+            self._out.flush()
             self._width = 0
 
     def _write(self, text: str, *, final: bool) -> None:
         if self._terminal:
-            self._stream.write("\r" + text.ljust(self._width) + ("\n" if final else ""))
+            self._out.write("\r" + text.ljust(self._width) + ("\n" if final else ""))
             self._width = 0 if final else len(text)
         else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+            self._out.write(text + "\n")
+        self._out.flush()
 
 
 def duration(seconds: float) -> str:

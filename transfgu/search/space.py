@@ -1,7 +1,6 @@
-"""What a search tries: each searched field has its own range, and a range is text that a person can write.
+"""Parse and sample the search space: one range per searched field, such as ``omega_1=loguniform(0.1,10)``.
 
-``omega_1=loguniform(0.1,10)`` names a numeric field of the recipe and where its values come from. Everything that can
-be wrong with a range is found here, by building the recipes at its ends, before anything starts.
+Errors in a range are found before anything starts, by building the recipes at its ends.
 """
 
 import itertools
@@ -55,7 +54,7 @@ _LISTED = ("choice", "grid")
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Where one field's values come from."""
+    """The range of one field."""
 
     name: str
     """The field's dotted name, or `alpha`."""
@@ -77,7 +76,7 @@ class Range:
         return self.values if self.kind in _LISTED else None
 
     def draw(self, random: np.random.Generator) -> Number:
-        """A value at random."""
+        """Draw a random value."""
         if self.kind in _LISTED:
             return self.values[int(random.integers(len(self.values)))]
         low, high = self.values
@@ -103,12 +102,12 @@ class Space:
         return tuple(r.name for r in self.ranges)
 
     def draw(self, seed: int, number: int) -> Parameters:
-        """The values of trial `number` in a random search: they depend on nothing but the seed and the number."""
+        """Draw the values of trial `number` in a random search; they depend on the seed and the number only."""
         random = np.random.default_rng([seed, number])
         return {r.name: r.draw(random) for r in self.ranges}
 
     def grid(self) -> list[Parameters]:
-        """Every combination, the last field changing fastest.
+        """Return every combination; the last field changes fastest.
 
         Raises:
             UserError: a range whose values can't be counted.
@@ -124,23 +123,23 @@ class Space:
         return [dict(zip(self.names, values, strict=True)) for values in itertools.product(*axes)]
 
     def touches(self, fields: Mapping[str, object]) -> bool:
-        """Whether one of these fields is searched."""
+        """Return True if one of these fields is searched."""
         return any(name in fields for r in self.ranges for name in _fields({r.name: 0}))
 
     def shown(self) -> list[str]:
-        """Its ranges as they are written."""
+        """Return the ranges as text."""
         return [str(r) for r in self.ranges]
 
 
 def default(recipe: Recipe, searcher: str) -> tuple[str, ...]:
-    """Return what is searched where the user says nothing."""
+    """Return the ranges that are searched by default."""
     if recipe.method == TRANSFGU:
         return DEFAULT_GRID if searcher == "grid" else DEFAULT
     return ("lr=grid(1e-4,1e-3,1e-2)",) if searcher == "grid" else DEFAULT_OF_OTHERS
 
 
 def parse(texts: Sequence[str], recipe: Recipe) -> Space:
-    """A space from ``FIELD=KIND(...)`` texts.
+    """Parse ``FIELD=KIND(...)`` texts to a space.
 
     Args:
         texts: one a field; the field's name may be short where just one component has it.
@@ -159,7 +158,7 @@ def parse(texts: Sequence[str], recipe: Recipe) -> Space:
 
 
 def apply(recipe: Recipe, parameters: Mapping[str, Number]) -> Recipe:
-    """The recipe of a trial.
+    """Return the recipe of a trial.
 
     Raises:
         UserError: values that the recipe refuses.
@@ -168,7 +167,7 @@ def apply(recipe: Recipe, parameters: Mapping[str, Number]) -> Recipe:
 
 
 def _fields(parameters: Mapping[str, Number]) -> Parameters:
-    """A trial's values as fields of the recipe."""
+    """Return a trial's values as fields of the recipe."""
     fields = {name: value for name, value in parameters.items() if name != ALPHA}
     if ALPHA in parameters:
         held = parameters[ALPHA]

@@ -90,15 +90,15 @@ class Search:
 
     @property
     def count(self) -> int:
-        """Trials in all; a grid has an end."""
+        """The number of trials, limited by the size of a grid."""
         return min(self.trials, len(self.space.grid())) if self.searcher == "grid" else self.trials
 
     def file(self, name: str) -> str:
-        """URI of a file of the search."""
+        """Return the URI of a file of the search."""
         return storage.join(self.uri, name)
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same where a search is continued."""
+        """Return what must be the same when a search is continued."""
         fields = {name: value for name, value in self.recipe.flat().items() if not name.startswith("compute.")}
         own = ("objective", "searcher", "scheduler", "grace", "reduction")
         return {**fields, "--search": self.space.shown(), **{f"--{name}": getattr(self, name) for name in own}}
@@ -125,7 +125,7 @@ class Trial:
     """Epochs that were trained a second time, because the checkpoint of the first was lost."""
 
     def add(self, row: dict[str, Any]) -> bool:
-        """Take an epoch's row; False where the epoch was known already, as from the checkpoint after a restart."""
+        """Add the row of an epoch; returns False if the epoch is known, as after a restart from a checkpoint."""
         if row["epoch"] <= len(self.history):
             self.repeated += row != self.history[row["epoch"] - 1]
             return False
@@ -133,7 +133,7 @@ class Trial:
         return True
 
     def value(self, objective: str, epochs: int | None = None) -> float | None:
-        """What it reached after `epochs` epochs (all, unless given); None without a score.
+        """Return the objective after `epochs` epochs (default: all); None without a score.
 
         For `mean_iou` that is the mIoU of the epoch whose decoder the run would keep, the one with the highest mIoU +
         accuracy so far. Without labels the last decoder is kept: `label_free` is the last epoch's.
@@ -145,7 +145,7 @@ class Trial:
         return float(chosen[objective])
 
     def summary(self) -> dict[str, Any]:
-        """Its row of `trials.json`."""
+        """Return the trial's row of `trials.json`."""
         best = max((row for row in self.history if row["mean_iou"] is not None), key=_merit, default=None)
         last = self.history[-1] if self.history else {}
         return {
@@ -190,7 +190,7 @@ class Ledger:
 
     @staticmethod
     def read(uri: str, number: int) -> Trial:
-        """The record of trial `number` in the search's folder `uri`."""
+        """Read the record of trial `number` in the search's folder `uri`."""
         return _read_trial(Ledger._file(uri, number))
 
     @staticmethod
@@ -198,13 +198,13 @@ class Ledger:
         return storage.join(uri, f"trials/{number:04d}.json")
 
     def save(self, trial: Trial) -> None:
-        """Keep a record, new or changed."""
+        """Write a new or changed record."""
         self.trials[trial.number] = trial
         content = json.dumps(formats.stamp(asdict(trial)), indent=1)
         storage.write_bytes(self._file(self._uri, trial.number), content.encode())
 
     def unfinished(self) -> list[Trial]:
-        """Those that an earlier attempt began and did not end."""
+        """Return the trials that an earlier attempt began and did not end."""
         return [trial for trial in self.trials.values() if trial.status == "running"]
 
 
@@ -314,7 +314,7 @@ def _suggest_tpe(space: Space, trials: Sequence[Trial], objective: str, seed: in
 
 
 def best(trials: Iterable[Trial], objective: str) -> Trial | None:
-    """The winner: of the trials that were trained to their end, or of all, where there are none."""
+    """Return the best finished trial; without finished trials, the best of all."""
     scored = [trial for trial in trials if trial.status != "failed" and trial.value(objective) is not None]
     ended = [trial for trial in scored if trial.status == "finished"]
 
@@ -325,7 +325,7 @@ def best(trials: Iterable[Trial], objective: str) -> Trial | None:
 
 
 def rank_correlation(trials: Iterable[Trial], epoch: int | None = None) -> tuple[float | None, int]:
-    """Spearman's correlation of `label_free` with mIoU, and over how many trials.
+    """Return Spearman's correlation of `label_free` with mIoU, and the number of trials that it is taken over.
 
     Args:
         trials: failed ones are left out.
@@ -392,7 +392,7 @@ def _write(uri: str, name: str, text: str) -> None:
 
 
 def table(search: Search, trials: Iterable[Trial]) -> list[str]:
-    """The trials as lines of text, best first, failed ones last."""
+    """Return the trials as lines of text, best first, failed ones last."""
     names = [name.rpartition(".")[2] for name in search.space.names]
     rows = [["trial", *names, "mIoU", "label_free", "epochs", "status"]]
     for trial in ranked(trials, search.objective):
@@ -408,7 +408,7 @@ def table(search: Search, trials: Iterable[Trial]) -> list[str]:
 
 
 def ranked(trials: Iterable[Trial], objective: str) -> list[Trial]:
-    """Finished trials from best to worst, then stopped and unfinished ones likewise, then failed ones."""
+    """Return finished trials from best to worst, then stopped and unfinished ones, then failed ones."""
 
     def key(trial: Trial) -> tuple[int, float]:
         value = trial.value(objective)

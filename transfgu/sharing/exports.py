@@ -1,4 +1,4 @@
-"""Masks in the formats of labelling tools and data set libraries.
+"""Export masks to the formats of labelling tools and data set libraries.
 
 Every format gets one entry per connected region of a chosen class, its outline simplified. Most formats know no holes,
 so a hole is reached by a slit in the outline. GeoJSON has holes, and COCO's panoptic format keeps pixels.

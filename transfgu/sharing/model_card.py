@@ -1,4 +1,4 @@
-"""A shared model says what it is by itself: its card is filled from the run's recipe and scores, never by hand."""
+"""Write the model card of a shared model from the run's recipe and scores."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

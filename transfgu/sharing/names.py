@@ -1,8 +1,7 @@
-"""Names that a user gives to the classes of a finished run: one small file, and nothing is trained again.
+"""Keep the names that a user gives to the classes of a finished run in a file.
 
-A decoder tells clusters apart; a name belongs to a cluster, and clusters of one name are one class. So naming and
-merging are a table of integers between what the decoder predicts and what is shown, and taking them back is deleting
-the file.
+A name belongs to a cluster, and clusters with the same name are one class. So naming and merging are a table of
+integers from clusters to classes, and deleting the file undoes them.
 """
 
 from collections.abc import Mapping, Sequence

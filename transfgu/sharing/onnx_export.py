@@ -1,8 +1,8 @@
-"""Two graphs that need no Python: pixels to patch tokens, and patch tokens to class logits.
+"""Export a model as two ONNX graphs: from pixels to patch tokens, and from patch tokens to class logits.
 
-The encoder's graph is for images of one size, as the resized position embeddings are numbers in it; how many images
-there are is open. It takes pixels as they are decoded, so nobody gets the normalisation wrong, and the decoder's graph
-gives classes, not clusters, so that nobody needs the table.
+The encoder's graph is for images of one size, because it contains the resized position embeddings; the number of images
+is free. It takes decoded pixels and normalises them itself. The decoder's graph returns classes, not clusters, so the
+table of classes is not needed.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Outlines of a mask's regions, as labelling tools take them.
+"""Trace the outlines of a mask's regions for labelling tools.
 
 Corners lie on the edges between pixels, so an outline that is not simplified encloses exactly the pixels of its region.
 OpenCV follows the outermost pixels of a region; in a mask of twice the size, those tell on which side the edge lies.

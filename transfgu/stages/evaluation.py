@@ -1,7 +1,7 @@
-"""All that returns from the images is counts: a small matrix a batch, summed on the driver, whatever the set's size.
+"""The stage "evaluation": count confusion matrices on the validation images, and compute the scores.
 
-Tasks read and decode, actors hold the frozen encoder and every decoder that is asked for, so the best epoch's and the
-last one's share one reading and one forward pass.
+Tasks read and decode. Actors hold the frozen encoder and all decoders, so the decoders of the best and the last epoch
+share one read and one forward pass. Each batch returns a small matrix, which the driver adds up.
 """
 
 import json
@@ -44,7 +44,7 @@ _NO_SCORES = {"mean_iou": None, "pixel_accuracy": None, "iou": None, "assignment
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """What decoders do on a set of labelled images."""
+    """Confusion matrices of decoders on a set of labelled images."""
 
     confusions: Mapping[str, Int[np.ndarray, "C C"]]
     """Pixels, true class by predicted cluster, for each decoder by its name."""
@@ -55,7 +55,7 @@ class Evaluation:
     """What Ray Data says of the work."""
 
     def scores(self, name: str) -> Scores:
-        """The scores of a decoder."""
+        """Return the scores of a decoder."""
         return scores(self.confusions[name])
 
 
@@ -125,7 +125,7 @@ def evaluate(
             read(rows), Count(**arguments), recipe.evaluation.batch_size
         )
     else:
-        data = _plan(recipe, rows, read, arguments)
+        data = plan(recipe, rows, read, arguments)
         # Fetched ahead, a batch would be told of only once the next one is there.
         counted = iter(data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
     confusions = np.zeros((len(decoders), recipe.classes, recipe.classes), np.int64)
@@ -137,13 +137,7 @@ def evaluate(
         if progress:
             progress.update(images + len(left_out), len(rows), "images")
     left_out.sort(key=lambda x: x.name)
-    if len(left_out) > recipe.dataset.max_bad_share * len(rows):
-        raise UserError(
-            f"{len(left_out)} of {len(rows)} validation images can't be used, such as {left_out[0].name} "
-            f"({left_out[0].reason}): mend them, or raise --dataset.max_bad_share from "
-            f"{recipe.dataset.max_bad_share:g}",
-            code="images-bad",
-        )
+    recipe.dataset.bad_share.check(left_out, len(rows), "validation images")
     return Evaluation(
         confusions=dict(zip(decoders, confusions, strict=True)),
         images=images,
@@ -152,13 +146,13 @@ def evaluate(
     )
 
 
-def _plan(
+def plan(
     recipe: Recipe,
     rows: pa.Table,
     read: Callable[[pa.Table], dict[str, Any]],
     arguments: dict[str, Any],
 ) -> Dataset:
-    """Images to `Count`'s rows."""
+    """Return the plan from images to rows of `Count`."""
     size = min(BLOCK_ROWS, recipe.evaluation.batch_size)
     blocks = [rows.slice(start, size) for start in range(0, len(rows), size)]
     with ray_internals.data_context():
@@ -176,13 +170,13 @@ def _plan(
 
 
 def _counted_here(columns: dict[str, Any], count: "Count", batch_size: int) -> Iterator[dict[str, Any]]:
-    """`Count`'s rows of images that have been read, in this process."""
+    """Return rows of `Count` for images that have been read, in this process."""
     for start in range(0, len(columns["name"]), batch_size):
         yield count({name: values[start : start + batch_size] for name, values in columns.items()})
 
 
 class Count:
-    """An actor: decoded images and labels to one confusion matrix a decoder."""
+    """An actor that counts one confusion matrix per decoder, from decoded images and labels."""
 
     def __init__(self, recipe: Recipe, decoders: list[str], processes: int) -> None:
         self._recipe, self._device = recipe, device.own_device()
@@ -203,7 +197,7 @@ class Count:
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One row: counts by decoder, images, and what was left out, as JSON."""
+        """Return one row: counts by decoder, number of images, and what was left out, as JSON."""
         classes = self._recipe.classes
         confusions = np.zeros((1, len(self._models), classes, classes), np.int64)
         images, labels = usable(batch)
@@ -236,7 +230,7 @@ class Count:
 
 
 def check_decoder(recipe: Recipe, uri: str) -> None:
-    """Raises UserError unless the file at `uri` holds a model of the recipe's method and number of classes."""
+    """Raise UserError unless the file at `uri` holds a model of the recipe's method and number of classes."""
     file = read_weights(uri)
     check_method(recipe, file, uri)
     if recipe.method != TRANSFGU:

@@ -1,7 +1,8 @@
-"""What travels is images in and features out: windows exist only inside the actor that encodes them.
+"""The stage "features": encode the windows of each training image as one class token per window.
 
-Tasks read, decode and resize; a pool of actors finds the salient patches, cuts the windows that are kept and encodes
-them, filling its batches across the images of a part; tasks write. An image is 1.2 MB, its 60 windows 74 MB.
+Tasks read, decode and resize images. Actors find the salient patches, cut the selected windows and encode them, in
+batches across the images of a part. Tasks write. Windows exist only in the actor that encodes them, because an image
+takes 1.2 MB and its 60 windows 74 MB.
 """
 
 from collections.abc import Sequence
@@ -53,14 +54,14 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
 
 
 def groups(recipe: Recipe) -> tuple[str, ...]:
-    """The groups of windows that are kept: background ones only where stuff is to be clustered from them."""
+    """Return the groups of windows to keep; background windows only if stuff is clustered from them."""
     if recipe.windows.groups == "both":
         return ("foreground", "background") if recipe.concepts.stuff else ("foreground",)
     return (recipe.windows.groups,)
 
 
 def plan(recipe: Recipe, missing: Sequence[pa.Table], folder: str) -> Dataset:
-    """Parts of the sample list to files in `folder` (URI), a row of the result for each."""
+    """Return the plan from parts of the sample list to files in `folder` (URI); one row per part returns."""
     from transfgu.runtime import capacity
 
     return _work(recipe, folder).plan(missing, capacity.encoder_pool(recipe.compute))
@@ -82,31 +83,32 @@ def _work(recipe: Recipe, folder: str) -> parts.Work:
 
 
 class EncodeWindows:
-    """An actor: images to the features of their windows.
+    """An actor that computes the features of images' windows.
 
-    Out come rows part, index, name, reason, group, y0, y1, x0, x1, feature, note: one a window, whose name and reason
-    are null, and one for each image that has none, whose group is null.
+    It returns rows part, index, name, reason, group, y0, y1, x0, x1, feature, note: one per window, with name and
+    reason null, and one per image without windows, with group null.
     """
 
     def __init__(self, recipe: Recipe, processes: int) -> None:
         # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
+        from transfgu.encoder import patch_grid
         from transfgu.inference import device
         from transfgu.inference.frozen_encoder import FrozenEncoder
         from transfgu.windows import sliding_windows
 
         self._recipe = recipe
-        height, width = recipe.dataset.feature_size
-        at_once = parts.part_size((height, width))
-        self._frozen = FrozenEncoder(recipe, device.own_device(), processes=processes, images_at_once=at_once)
-        patch = self._frozen.encoder.patch_size
-        self._windows = sliding_windows((height // patch, width // patch), recipe.windows.scales, patch)
+        size = recipe.dataset.feature_size
+        at_once = parts.part_size(size)
+        self.frozen = FrozenEncoder(recipe, device.own_device(), processes=processes, images_at_once=at_once)
+        patch = self.frozen.encoder.patch_size
+        self._windows = sliding_windows(patch_grid(size, patch), recipe.windows.scales, patch)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """A block of `ReadImages` to one of windows."""
+        """Turn a block of `ReadImages` into a block of windows."""
         images, pixels = parts.usable(block)
         rows, kept, kinds = self._chosen(pixels)
         places = self._windows[kept]
-        features = self._frozen.window_features(pixels, rows, places, self._recipe.windows.size)
+        features = self.frozen.window_features(pixels, rows, places, self._recipe.windows.size)
         found = images.select(["part", "index"]).take(rows)
         for name, column in zip(_PLACE, places.T, strict=True):
             found = found.append_column(name, pa.array(column.astype(np.int16)))
@@ -116,12 +118,12 @@ class EncodeWindows:
         without = block.filter(pc.invert(pc.is_in(block["index"], found["index"].combine_chunks())))
         without = without.drop_columns("image")
         whole = pa.concat_tables([found, without], promote_options="default")
-        return whole.append_column("note", pa.array([self._frozen.note] * len(whole), pa.string()))
+        return whole.append_column("note", pa.array([self.frozen.note] * len(whole), pa.string()))
 
     def _chosen(
         self, pixels: UInt8[np.ndarray, "n 3 H W"]
     ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
-        """The windows to keep, by image: whose image, which window, which group."""
+        """Return the windows to keep: the image, the window and the group of each."""
         from transfgu.windows import select_windows
 
         how, kinds = self._recipe.windows, groups(self._recipe)
@@ -129,9 +131,9 @@ class EncodeWindows:
             each = np.arange(len(self._windows))
             n = len(pixels)
             return np.repeat(np.arange(n), len(each)), np.tile(each, n), np.zeros(n * len(each), np.int64)
-        patch = self._frozen.encoder.patch_size
+        patch = self.frozen.encoder.patch_size
         chosen = []
-        for row, saliency in enumerate(self._frozen.saliency(pixels, times_mean=how.saliency_factor)):
+        for row, saliency in enumerate(self.frozen.saliency(pixels, times_mean=how.saliency_factor)):
             selected = select_windows(
                 self._windows, saliency, patch, min_foreground=how.min_foreground, min_background=how.min_background
             )
@@ -142,13 +144,13 @@ class EncodeWindows:
 
 @dataclass(frozen=True, kw_only=True)
 class WriteFeatures:
-    """A task: a part's windows to its file."""
+    """A task that writes the windows of a part to its file."""
 
     folder: str
     groups: tuple[str, ...]
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """A block of `EncodeWindows` to the part's row for the driver."""
+        """Write a block of `EncodeWindows`; returns the part's row for the driver."""
         windows = block.filter(block["group"].is_valid())
         without = block.filter(pc.and_(block["group"].is_null(), block["reason"].is_null()))
         counts = {group: pc.sum(pc.equal(windows["group"], group)).as_py() or 0 for group in self.groups}

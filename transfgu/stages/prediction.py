@@ -1,8 +1,7 @@
-"""Whether an image is done is seen by its mask: so prediction goes on where it stopped, and takes up what was added.
+"""Predict the masks of a folder of images, in parts; images with a mask are skipped, so a stopped prediction resumes.
 
-A bucket of images becomes a bucket of masks in parts, as the other stages make theirs: tasks decode, a pool of actors
-holds the model and grows to its limit while images wait, tasks write. A mask leaves its actor compressed, so what
-travels is small however large a photograph is; to the driver comes back one small row a part.
+Tasks decode, a pool of actors holds the model and grows to its limit while images wait, and tasks write. Masks are
+compressed in the actor, so little data is sent even for large photographs; the driver gets one small row per part.
 """
 
 import hashlib
@@ -17,7 +16,6 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int, UInt8
 from PIL import Image
 from ray.data import Dataset
@@ -134,7 +132,7 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
         ['0.png', '1.png']
     """
     names = preflight(job)
-    job = replace(job, orient=_orient(job))
+    job = replace(job, orient=resolved_orient(job))
     # What costs seconds to import, only now.
     from transfgu.runtime import capacity, connect
 
@@ -142,10 +140,10 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     for uri, flag in ((job.out, "--out"), (job.images, "--images")):
         capacity.check_shared(uri, flag)
     capacity.check_satisfiable(replace(compute, workers=0))  # nothing is trained
-    samples = _samples(names)
+    samples = named_samples(names)
     done, bad = _done(job, samples), _known_bad(job)
-    size = _size(job)
-    todo = _todo(samples, 1 if job.tile else parts.part_size(size), done, bad, whole=job.format == "png")
+    size = model_size(job)
+    todo = parts_to_make(samples, 1 if job.tile else parts.part_size(size), done, bad, whole=job.format == "png")
     asked = {name for table in todo for name in table["name"].to_pylist()}
     found = len(samples) - len(asked)
     if found:
@@ -210,23 +208,25 @@ def preflight(job: PredictionJob) -> dict[str, str]:
             "scales": list(segmenter.recipe.evaluation.scales),
             "flip": segmenter.recipe.evaluation.flip,
         },
-        _ORIENT: _orient(job),
+        _ORIENT: resolved_orient(job),
         _TILES: job.tiles,
         "classes": [
             {"index": i, "name": name, "colour": list(colour)}
             for i, (name, colour) in enumerate(zip(segmenter.classes, segmenter.colours, strict=True))
         ],
     }
-    _claim(job, claim)
+    take_folder(job, claim)
     return names
 
 
-def _orient(job: PredictionJob) -> bool:
+def resolved_orient(job: PredictionJob) -> bool:
+    """Return whether EXIF's orientation is applied: as asked, else as in the folder so far, else True."""
     text = storage.read_bytes_or_none(storage.join(job.out, CLAIM)) if job.orient is None else None
     return job.orient is not False if text is None else bool(_parsed_claim(job.out, text)[_ORIENT])
 
 
-def _claim(job: PredictionJob, claim: Mapping[str, Any]) -> None:
+def take_folder(job: PredictionJob, claim: Mapping[str, Any]) -> None:
+    """Write what the masks are made with into the output folder; raises UserError if it holds masks of another job."""
     uri = storage.join(job.out, CLAIM)
     text = storage.read_bytes_or_none(uri)
     if text is None:
@@ -273,7 +273,7 @@ def read_claim(out: str) -> dict[str, Any]:
 
 def mask_names(images: str) -> dict[str, str]:
     """Return the name of the mask of each image in a folder, without an extension, by the image's relative path."""
-    table = _samples(images_in(images, recursive=True))
+    table = named_samples(images_in(images, recursive=True))
     return dict(zip(table["name"].to_pylist(), table["mask"].to_pylist(), strict=True))
 
 
@@ -295,8 +295,8 @@ def _parsed_claim(out: str, text: bytes) -> dict[str, Any]:
     return held
 
 
-def _samples(names: Mapping[str, str]) -> pa.Table:
-    """Rows `name`, `image` (URI) and `mask`, the name of its mask without an extension."""
+def named_samples(names: Mapping[str, str]) -> pa.Table:
+    """Return rows `name`, `image` (URI) and `mask`, the name of its mask without an extension."""
     ordered = sorted(names)
     stems = [stem(name) for name in ordered]
     twice = {s for s in stems if stems.count(s) > 1} if len(set(stems)) < len(stems) else set()
@@ -305,7 +305,8 @@ def _samples(names: Mapping[str, str]) -> pa.Table:
     return pa.table({"name": ordered, "image": [names[n] for n in ordered], "mask": masks})
 
 
-def _size(job: PredictionJob) -> Size:
+def model_size(job: PredictionJob) -> Size:
+    """Return the (height, width) of the images that the run's model takes, in pixels."""
     return Run(job.run).recipe().dataset.image_size
 
 
@@ -315,7 +316,7 @@ def _done(job: PredictionJob, samples: pa.Table) -> set[str]:
     files = storage.list_files(masks)
     if job.format == "parquet":
         with ThreadPoolExecutor(16) as pool:
-            done = {name for names in pool.map(_names, files) for name in names}
+            done = {name for names in pool.map(names_in, files) for name in names}
     else:
         done = _named(samples, masks, files, ".png")
     if job.overlays:
@@ -330,7 +331,8 @@ def _named(samples: pa.Table, folder: str, files: Sequence[str], suffix: str) ->
     return {name for name, mask in pairs if mask + suffix in there}
 
 
-def _names(uri: str) -> list[str]:
+def names_in(uri: str) -> list[str]:
+    """Return the names of the images whose masks a Parquet file holds."""
     with parquet.opened(uri, remedy="delete it, and run again") as file:
         names: list[str] = file.read(columns=["name"])["name"].to_pylist()
     return names
@@ -348,8 +350,10 @@ def _known_bad(job: PredictionJob) -> dict[str, str]:
         return {x["name"]: x["reason"] for x in summary["left_out"]}
 
 
-def _todo(samples: pa.Table, size: int, done: set[str], bad: Mapping[str, str], *, whole: bool) -> list[pa.Table]:
-    """The parts to make.
+def parts_to_make(
+    samples: pa.Table, size: int, done: set[str], bad: Mapping[str, str], *, whole: bool
+) -> list[pa.Table]:
+    """Return the parts of images that are still to be predicted.
 
     A part's images share their batches, and another batch may round otherwise. So a part of PNGs that was stopped
     half way is made again as a whole, and prediction that was stopped ends as if it had not been. Images that were
@@ -556,7 +560,7 @@ def _write_rows(
     # A name of its own for each set of images: a task that is run twice replaces what it wrote.
     whole = list(names) if part is None else part.to_pylist()
     digest = hashlib.sha256("\n".join(whole).encode()).hexdigest()[:16]
-    storage.write_bytes(storage.join(job.out, "masks", f"part-{digest}.parquet"), _parquet(table))
+    storage.write_bytes(storage.join(job.out, "masks", f"part-{digest}.parquet"), masks_file(table))
 
 
 def png_of_strips(
@@ -606,7 +610,6 @@ def overlay(
     return sink.getvalue()
 
 
-def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=1, use_dictionary=False)
-    return sink.getvalue()
+def masks_file(table: pa.Table) -> bytes:
+    """Return the bytes of a Parquet file of masks, each of which can be read without the others."""
+    return parquet.encoded(table, compression="zstd", row_group_size=1, use_dictionary=False)

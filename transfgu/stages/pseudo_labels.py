@@ -1,7 +1,7 @@
-"""The same plan as the features': read in tasks, encode in actors, write in tasks; here a row an image.
+"""The stage "pseudo labels": compute the concept maps of the training images, one row per image.
 
-The maps of the training images are made once and kept, packed to sixteen bits; the decoder's training reads them in
-any order. The actor serves any list of samples, so what the maps alone are worth can be scored on validation images.
+The plan is that of the features: tasks read, actors encode, tasks write. Maps are packed to 16 bits and written once;
+training reads them in any order. The actor accepts any list of samples, so the maps of validation images can be scored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -170,19 +170,19 @@ class MapConcepts:
         import torch
 
         self._how = recipe.pseudo_labels
-        self._frozen = _frozen_encoder(recipe, processes)
-        self._concepts = torch.tensor(centroids, device=self._frozen.device)
+        self.frozen = _frozen_encoder(recipe, processes)
+        self._concepts = torch.tensor(centroids, device=self.frozen.device)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """A block of `ReadImages` to one of maps."""
         images, pixels = parts.usable(block)
-        packed = self._frozen.concept_maps(pixels, self._concepts, self._how)
+        packed = self.frozen.concept_maps(pixels, self._concepts, self._how)
         images = images.append_column("maps", pa.array([planes.tobytes() for planes in packed], pa.binary()))
         for name, side in zip("hw", packed.shape[2:], strict=True):
             images = images.append_column(name, pa.array([side] * len(images), pa.int16()))
         bad = block.filter(block["reason"].is_valid()).drop_columns("image")
         whole = pa.concat_tables([images, bad], promote_options="default")
-        return whole.append_column("note", pa.array([self._frozen.note] * len(whole), pa.string()))
+        return whole.append_column("note", pa.array([self.frozen.note] * len(whole), pa.string()))
 
 
 def _frozen_encoder(recipe: Recipe, processes: int) -> "FrozenEncoder":
@@ -200,14 +200,14 @@ class MapObjects:
     def __init__(self, recipe: Recipe, masks: Mapping[str, str] | None, processes: int) -> None:
         """`masks` are URIs by sample name; None: the attention's."""
         self._recipe, self._masks = recipe, masks
-        self._frozen = _frozen_encoder(recipe, processes) if masks is None else None
+        self.frozen = _frozen_encoder(recipe, processes) if masks is None else None
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """A block of `ReadImages` to one of masks, with `objects`: 1 where the mask has a pixel."""
         rows, pixels = parts.usable(block)
         reasons: list[str | None] = [None] * len(rows)
-        if self._frozen:
-            masks = self._frozen.saliency(pixels, times_mean=self._recipe.windows.saliency_factor)
+        if self.frozen:
+            masks = self.frozen.saliency(pixels, times_mean=self._recipe.windows.saliency_factor)
         else:
             height, width = (max(1, side // _MASK_CELL) for side in self._recipe.dataset.image_size)
             masks = np.zeros((len(rows), height, width), bool)
@@ -223,7 +223,7 @@ class MapObjects:
         made = made.set_column(made.column_names.index("reason"), "reason", pa.array(reasons, pa.string()))
         bad = block.filter(block["reason"].is_valid()).drop_columns("image")
         whole = pa.concat_tables([made, bad], promote_options="default")
-        note = self._frozen.note if self._frozen else ""
+        note = self.frozen.note if self.frozen else ""
         return whole.append_column("note", pa.array([note] * len(whole), pa.string()))
 
     def _read(self, name: str, size: Size) -> Bool[np.ndarray, "h w"]:

@@ -1,7 +1,7 @@
-"""The list of samples is kept with the run, so that a sample's index means one image in every later stage.
+"""The stage "samples": write the list of samples, so that an index means the same image in all later stages.
 
-The embedded demonstration's scenes are drawn here, into the run's own folder, by tasks of a few scenes each: from then
-on they are files like any others. A scene depends on its number alone, so those that are there are not drawn again.
+The scenes of the embedded demonstration are drawn here into the run's folder, by tasks of a few scenes each. A scene
+depends on its number only, so existing scenes are not drawn again.
 """
 
 import io
@@ -12,17 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 from jaxtyping import UInt8
 from PIL import Image
-from ray.exceptions import RayTaskError
 
 from transfgu import datasets
 from transfgu.datasets.listing import Listing, table
 from transfgu.datasets.shapes import scene
-from transfgu.errors import UserError
 from transfgu.recipe import Recipe
+from transfgu.runtime.failures import raises_user_errors
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Artifact, Outcome, Run
@@ -50,8 +48,9 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
             listings = {split: future.result() for split, future in waiting.items()}
     details: dict[str, Any] = {}
     for split, listing in listings.items():
-        _check_share(recipe, split, listing)
-        storage.write_bytes(artifact.file(f"{split}.parquet"), _parquet(listing.table))
+        bad = listing.left_out
+        recipe.dataset.bad_share.check(bad, len(bad) + listing.table.num_rows, f"{split} samples")
+        parquet.write_table(artifact.file(f"{split}.parquet"), listing.table)
         details[f"{split} images"] = listing.table.num_rows
         details.update({f"{split} {what}": count for what, count in listing.notes.items() if count})
     labels = listings["validation"].table["label"]
@@ -98,22 +97,6 @@ def load(run: Run, split: str) -> pa.Table:
     return found
 
 
-def _check_share(recipe: Recipe, split: str, listing: Listing) -> None:
-    bad, total = listing.left_out, len(listing.left_out) + listing.table.num_rows
-    if len(bad) > recipe.dataset.max_bad_share * total:
-        raise UserError(
-            f"{len(bad)} of {total} {split} samples can't be used, such as {bad[0].name} ({bad[0].reason}): "
-            f"complete the data set, or raise --dataset.max_bad_share from {recipe.dataset.max_bad_share:g}",
-            code="images-bad",
-        )
-
-
-def _parquet(samples: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(samples, sink)
-    return sink.getvalue()
-
-
 def _drawn(recipe: Recipe, artifact: Artifact, progress: Progress) -> dict[str, Listing]:
     counts = {split: min(n, recipe.limit or n) for split, n in SCENES.items()}
     folder = artifact.file("scenes")
@@ -137,12 +120,8 @@ def _drawn(recipe: Recipe, artifact: Artifact, progress: Progress) -> dict[str, 
     waiting = [draw.remote(recipe.seed, folder, split, indices) for split, indices in tasks]
     while waiting:
         finished, waiting = ray.wait(waiting)
-        try:
+        with raises_user_errors():
             done += sum(ray.get(finished))
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            raise
         progress.update(done, total, "scenes")
     return {split: Listing(table=_scenes_table(folder, split, count)) for split, count in counts.items()}
 

@@ -1,6 +1,6 @@
-"""The training stage: lists the images and their pseudo labels, trains, and publishes what the last checkpoint holds.
+"""The stage "training": list the images with pseudo labels, train, and write the weights of the last checkpoint.
 
-How it trains, and what it survives, is `transfgu.training.fit`'s.
+`transfgu.training.fit` runs the training.
 """
 
 import hashlib
@@ -15,13 +15,14 @@ import pyarrow as pa
 from transfgu.datasets import map_files
 from transfgu.datasets.rows import read_reasons
 from transfgu.errors import LeftOut, UserError
+from transfgu.methods import method
 from transfgu.metrics import Scores
 from transfgu.recipe import Recipe
 from transfgu.runtime import capacity
 from transfgu.runtime.progress import Progress
 from transfgu.stages import evaluation, samples
 from transfgu.store import parquet, storage
-from transfgu.store.artifacts import LAST, MODEL, Outcome, Run
+from transfgu.store.artifacts import EPOCHS, LAST, MODEL, Outcome, Run
 from transfgu.store.parquet import write_table
 from transfgu.training import checkpoints, tracking
 from transfgu.training import fit as trainer
@@ -52,17 +53,21 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     def tell(row: dict[str, Any]) -> None:
         trackers.epoch(row, tracking.read_picture(pictures, row["epoch"]))
 
+    inputs = inputs_digest(recipe, run, images, validation)
+    if epochs := carry_on(recipe, inputs, run):
+        progress.note(f"going on after epoch {epochs} of a training of fewer epochs")
     checkpoint = fit(
         recipe,
         images=artifact.file("images.parquet"),
         validation=artifact.file("validation.parquet") if len(validation) else "",
-        inputs=inputs_digest(recipe, run, images, validation),
+        inputs=inputs,
         folder=run.file("ray"),
         progress=progress,
         pictures=pictures if tracking.names(recipe.compute.track) else "",
         on_epoch=tell,
     )
     trackers.close()
+    storage.delete(run.artifact("evaluation").uri)  # of the model of fewer epochs, if there was one
     return replace(publish(recipe, run, checkpoint, len(images)), left_out=left_out)
 
 
@@ -99,13 +104,9 @@ def usable_images(recipe: Recipe, run: Run, kept: str) -> tuple[pa.Table, tuple[
         for name, reason in zip(listed["name"].to_pylist(), reasons, strict=True)
         if reason
     )
-    if not len(good) or len(left_out) > recipe.dataset.max_bad_share * len(listed):
-        such = f", such as {left_out[0].name} ({left_out[0].reason})" if left_out else ""
-        raise UserError(
-            f"{len(left_out)} of {len(listed)} training images can't be used{such}: mend them, or raise "
-            f"--dataset.max_bad_share from {recipe.dataset.max_bad_share:g}",
-            code="images-bad",
-        )
+    share = recipe.dataset.bad_share
+    if not len(good) or share.is_exceeded(len(left_out), len(listed)):
+        raise share.error(left_out, len(listed), "training images")
     return good.select(["image"]), left_out
 
 
@@ -154,6 +155,44 @@ def inputs_digest(recipe: Recipe, run: Run, images: pa.Table, validation: pa.Tab
     return digest.hexdigest()[:12]
 
 
+def carry_on(recipe: Recipe, inputs: str, run: Run) -> int:
+    """Copy the last checkpoint of the same training with fewer epochs to where :func:`fit` looks for its own.
+
+    Args:
+        recipe: of the training with more epochs.
+        inputs: what it trains on (:func:`inputs_digest`).
+        run: its folder; those of the runs from which it takes stages are searched, too.
+
+    Returns:
+        Epochs that the checkpoint has done; 0: there is none, or this training has a checkpoint of its own.
+    """
+    own = storage.join(storage.absolute(run.file("ray")), _name(recipe, inputs))
+    if method(recipe.method).anneals or checkpoints.newest(own):
+        return 0
+    wanted = {_name(recipe.with_fields({EPOCHS: n}), inputs) for n in range(1, recipe.training.epochs)}
+    homes = dict.fromkeys([run.uri, *(uri.rpartition("/")[0] for uri in run.reused().values())])
+    folders = [storage.absolute(storage.join(home, "ray")) for home in homes]
+    there = {
+        storage.join(folder, name)
+        for folder in folders
+        for file in storage.list_files(folder)
+        if (name := file.removeprefix(f"{folder}/").partition("/")[0]) in wanted
+    }
+    found = [checkpoint for folder in sorted(there) if (checkpoint := checkpoints.newest(folder))]
+    if not found:
+        return 0
+    last = max(found, key=lambda checkpoint: len(checkpoint.history))
+    for file in sorted(storage.list_files(last.uri, recursive=False), key=lambda f: f.endswith(checkpoints.DIGESTS)):
+        name = file.rpartition("/")[2]
+        storage.write_bytes(storage.join(own, f"after-epoch-{len(last.history)}", name), storage.read_bytes(file))
+    return len(last.history)
+
+
+def _name(recipe: Recipe, inputs: str) -> str:
+    """Name of the folder of a training's checkpoints: another recipe, or other images, must not go on from these."""
+    return f"training-{recipe.digest('training')[:12]}-{inputs}"
+
+
 def fit(
     recipe: Recipe,
     *,
@@ -198,8 +237,7 @@ def fit(
             ImageTraining,
             ImageJob(recipe=recipe, images=images, validation=validation, pictures=pictures, unlabelled=unlabelled),
         ),
-        # Another recipe in the same folder, or other images, must not go on from this one's weights.
-        name=f"training-{recipe.digest('training')[:12]}-{inputs}",
+        name=_name(recipe, inputs),
         folder=folder,
         compute=recipe.compute,
         workers=capacity.elastic_workers(recipe.compute),

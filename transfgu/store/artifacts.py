@@ -1,18 +1,19 @@
-"""What a run keeps where: an artefact exists once its manifest does, and the manifest is written last, in one piece.
+"""Keep the artefacts of a run: an artefact is complete when its manifest exists, which is written last.
 
-A stage may be stopped at any instant. What it wrote before counts only as far as it says so itself (complete part
-files), and what it made counts for others once `manifest.json` lies beside it. The manifest holds the recipe's fields
-that the artefact depends on, so another recipe's work is refused by naming the fields that differ.
+A stage can be stopped at any time. A stage that runs again keeps its complete part files; other stages read the
+artefact only after `manifest.json` has been written. The manifest holds the fields of the recipe that the artefact
+depends on, so a run with other fields is refused, and the error names the fields that differ.
 """
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from transfgu import formats
 from transfgu.errors import LeftOut, UserError
-from transfgu.methods import TRANSFGU
+from transfgu.methods import TRANSFGU, method
 from transfgu.recipe import Recipe, from_yaml, given_in, upgraded
 from transfgu.store import storage
 
@@ -22,6 +23,8 @@ SCORES = "evaluation/scores.json"
 """What evaluation counted."""
 BESIDE = "run:"
 """In front of `encoder.weights` in a recipe: a file in the folder that holds the recipe."""
+REUSED = "reused.json"
+"""Which stages the run takes from other runs' folders: URIs of artefacts by stage, in the run's folder."""
 LAST = "last.safetensors"
 """The decoder of the last epoch, in the training artefact."""
 
@@ -43,7 +46,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A complete artefact's certificate."""
+    """The manifest of a complete artefact."""
 
     stage: str
     digest: str
@@ -52,7 +55,7 @@ class Manifest:
     outcome: Outcome
 
     def to_json(self) -> str:
-        """As JSON text; :meth:`from_json` reads it back."""
+        """Return the manifest as JSON, which :meth:`from_json` reads."""
         tree = {
             "stage": self.stage,
             "digest": self.digest,
@@ -94,17 +97,17 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Artifact:
-    """The folder of one stage's results within a run."""
+    """The folder of a stage's results in a run."""
 
     stage: str
     uri: str
 
     def file(self, name: str) -> str:
-        """URI of a file of this artefact."""
+        """Return the URI of a file of this artefact."""
         return storage.join(self.uri, name)
 
     def manifest(self) -> Manifest | None:
-        """The certificate, or None while the artefact is not complete."""
+        """Read the manifest; returns None if the artefact is not complete."""
         uri = self.file("manifest.json")
         text = storage.read_bytes_or_none(uri)
         return None if text is None else Manifest.from_json(text, storage.shown(uri), self._remedy)
@@ -131,32 +134,56 @@ class Artifact:
             )
 
     def check(self, recipe: Recipe) -> bool:
-        """Whether the artefact is complete; False where there is nothing yet, or an interrupted attempt of `recipe`.
+        """Return True if the artefact is complete.
+
+        False means: nothing yet, an interrupted attempt of `recipe`, or a training of fewer epochs that `recipe` goes
+        on with (:meth:`is_shorter`).
 
         Raises:
             UserError: it holds what another recipe made, if only in part; the message names the fields that differ.
         """
-        manifest = self.manifest()
-        held = self._held(manifest)
-        wanted = recipe.stage_fields(self.stage)
-        if held is not None:
-            held = {n: value for n, value in upgraded(held).items() if n in held or n in wanted}
-        if held is not None and held != wanted:
-            differing = [
-                f"{n} ({_shown(held.get(n))} there, {_shown(wanted.get(n))} asked)"
-                for n in dict.fromkeys([*held, *wanted])
-                if held.get(n) != wanted.get(n)
-            ]
+        differing = self.differences(recipe)
+        if differing and not self.is_shorter(recipe, differing):
             raise UserError(
-                f"{self.uri} holds another recipe's work, differing in {', '.join(differing)}: "
+                f"{self.uri} holds another recipe's work, differing in {in_words(differing)}: "
                 "choose another --run, or delete that folder",
                 code="recipe-mismatch",
             )
-        return manifest is not None
+        return not differing and self.manifest() is not None
 
-    def _held(self, manifest: Manifest | None = None) -> dict[str, Any] | None:
-        """The fields of what lies here, whole or in part; None where there is nothing."""
-        manifest = manifest or self.manifest()
+    def differences(self, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Return the fields in which the artefact, complete or begun, is another recipe's.
+
+        Returns:
+            Value there and value asked, by dotted name; empty where there is nothing yet.
+
+        Raises:
+            UserError: the manifest is damaged, or of a format to come.
+        """
+        held = self._held()
+        if held is None:
+            return {}
+        wanted = recipe.stage_fields(self.stage)
+        held = {n: value for n, value in upgraded(held).items() if n in held or n in wanted}
+        return {
+            n: (held.get(n), wanted.get(n)) for n in dict.fromkeys([*held, *wanted]) if held.get(n) != wanted.get(n)
+        }
+
+    def is_shorter(self, recipe: Recipe, differing: Mapping[str, tuple[Any, Any]]) -> bool:
+        """Return True if `recipe` is the artefact's with more epochs, where training can go on from the last one.
+
+        Args:
+            recipe: what is asked.
+            differing: the :meth:`differences` from it.
+        """
+        if self.stage not in ("training", "evaluation") or list(differing) != [EPOCHS]:
+            return False
+        there, asked = differing[EPOCHS]
+        return isinstance(there, int) and there < asked and not method(recipe.method).anneals
+
+    def _held(self) -> dict[str, Any] | None:
+        """Return the fields of the artefact, complete or not; None if there is none."""
+        manifest = self.manifest()
         if manifest:
             return manifest.fields
         uri = self.file("fields.json")
@@ -164,9 +191,11 @@ class Artifact:
         return None if text is None else formats.read_json(text, storage.shown(uri), self._remedy)
 
     def begin(self, recipe: Recipe) -> None:
-        """Claim the folder for `recipe`, before the first part is written."""
+        """Claim the folder for `recipe`, before the first part is written; a shorter training is complete no more."""
         fields = formats.stamp(recipe.stage_fields(self.stage))
         storage.write_bytes(self.file("fields.json"), json.dumps(fields, indent=1).encode())
+        if storage.exists(self.file("manifest.json")):
+            storage.delete(self.file("manifest.json"))
 
     def commit(self, recipe: Recipe, outcome: Outcome, started: float) -> Manifest:
         """Declare the artefact complete; `started` is the attempt's start by :func:`time.monotonic`."""
@@ -181,6 +210,14 @@ class Artifact:
         return manifest
 
 
+EPOCHS = "training.epochs"
+
+
+def in_words(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return :meth:`Artifact.differences` as text: ``training.epochs (10 there, 20 asked)``."""
+    return ", ".join(f"{n} ({_shown(there)} there, {_shown(asked)} asked)" for n, (there, asked) in differing.items())
+
+
 def _shown(value: Any) -> str:
     return "nothing" if value is None or value == "" else str(value)
 
@@ -189,11 +226,16 @@ def _shown(value: Any) -> str:
 class Run:
     """A run's folder, on any storage.
 
-    It holds `recipe.yaml`, one folder a stage, `model.safetensors`, `metrics.json`, `report.html`, and `ray/`:
+    It holds `recipe.yaml`, one folder per stage, `model.safetensors`, `metrics.json`, `report.html`, and `ray/`:
     Ray's own state, which evaluation, prediction and `Segmenter` never read.
+
+    Args:
+        uri: of the folder.
+        links: URIs of artefacts in other runs' folders, by stage, that this run uses; None: what :data:`REUSED` lists.
     """
 
     uri: str
+    links: Mapping[str, str] | None = field(default=None, kw_only=True, compare=False)
 
     def recipe(self) -> Recipe:
         """Read the recipe of the run, or of a model's folder; weights beside it get their URI.
@@ -284,9 +326,26 @@ class Run:
             return [{**row, "epoch": int(row["epoch"])} for row in rows]
 
     def artifact(self, stage: str) -> Artifact:
-        """The folder of a stage's results."""
-        return Artifact(stage, self.file(stage))
+        """The folder of a stage's results: this run's own, or that of the run from which the stage is taken."""
+        return Artifact(stage, self.reused().get(stage) or self.file(stage))
+
+    def reused(self) -> Mapping[str, str]:
+        """Return the URIs of the artefacts that the run takes from other runs, by stage.
+
+        Raises:
+            UserError: the file is damaged, or of a format to come.
+        """
+        if self.links is not None:
+            return self.links
+        uri = self.file(REUSED)
+        data = storage.read_bytes_or_none(uri)
+        if data is None:
+            return {}
+        remedy = "give --reuse RUN again to write it anew"
+        tree = formats.read_json(data, storage.shown(uri), remedy)
+        with formats.damage(storage.shown(uri), remedy):
+            return {str(stage): str(place) for stage, place in tree["stages"].items()}
 
     def file(self, name: str) -> str:
-        """URI of a file of the run."""
+        """Return the URI of a file of the run."""
         return storage.join(self.uri, name)

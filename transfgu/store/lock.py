@@ -1,8 +1,8 @@
-"""A run folder has one writer: its lock says who, and a heartbeat in it says that the writer lives.
+"""Lock a run folder, so that one process writes to it; the holder renews the lock by a heartbeat.
 
-Storage has no locks that end with their holder, so a dead run's must be told from a living one's. Where holder and
-newcomer share a process table that is asked; elsewhere the newcomer watches the heartbeat for longer than a living
-holder lets pass. Clocks are not compared: those of two machines need not agree.
+Object storage has no locks that end with their holder, so a process that finds a lock has to know whether the holder
+is alive. On the same machine it looks up the holder's process. Otherwise it watches the heartbeat for longer than a
+living holder needs for one. Clocks are not compared, because those of two machines may differ.
 """
 
 import json
@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,18 @@ from transfgu.errors import UserError
 from transfgu.store import storage
 
 FILE = "run.lock"
-_BEAT_SECONDS = 10.0
-_PATIENCE_SECONDS = 90.0  # a holder whose storage fails for a minute still lives
-_SETTLE_SECONDS = 1.0  # after which, of two that took a dead run's lock at once, both see the last one's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How long a lock waits, s."""
+
+    beat: int | float = 10.0
+    """Between two beats of the holder."""
+    patience: int | float = 90.0
+    """For a beat of a holder that may be dead; one whose storage fails for a minute still lives."""
+    settle: int | float = 1.0
+    """After taking over a dead run's lock: of two that took it at once, both then see the last one's."""
 
 
 _held: set["Lock"] = set()
@@ -35,9 +45,10 @@ def release_held() -> None:
 
 
 class Lock:
-    """A run's lock, held."""
+    """The lock of a run folder."""
 
-    def __init__(self, uri: str, flag: str = "--run") -> None:
+    def __init__(self, uri: str, flag: str = "--run", timing: Timing | None = None) -> None:
+        self._timing = timing or Timing()
         self.uri = storage.join(uri, FILE)
         self._flag = flag
         self._run = uri
@@ -48,24 +59,27 @@ class Lock:
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
 
     def take(self, say: Callable[[str], None]) -> None:
-        """Take it, from a dead run if need be; `say` is told what is waited for.
+        """Take the lock, from a dead run if necessary; `say` is called with what the wait is for.
 
         Raises:
             UserError: another run holds it.
         """
         # Read first: a server that does not know the condition would replace a living run's lock.
-        found, made = self._read(), False
+        found, made = self.read(), False
         if found is None:
             made = storage.create(self.uri, self._content())
             # A request that was repeated because its answer got lost may find what it made itself.
-            found = None if made else self._read()
+            found = None if made else self.read()
         if not made and not self._is_mine(found):
-            self._take_over(found, say)
+            self.take_over(found, say)
         _held.add(self)
         self._thread.start()
 
     def check(self) -> None:
-        """Raises UserError where another run took the lock, which it does only from one that seemed dead."""
+        """Read the lock; raises UserError if another run took it, which it does only from one that seemed dead."""
+        if not self._lost.is_set():
+            with suppress(UserError):  # out of reach for now: others can't reach it either
+                self._look()
         if self._lost.is_set():
             raise UserError(
                 f"another run took over {storage.shown(self._run)} while this one could not reach it: let that one end",
@@ -73,25 +87,34 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Let go."""
+        """Release the lock."""
         _held.discard(self)
         self._end.set()
         self._thread.join()
         if not self._lost.is_set():
             with suppress(UserError):  # the folder may be gone, or out of reach: the next run sees that this one is
-                if self._is_mine(self._read()):  # it may have been taken over since the last beat
+                if self._is_mine(self.read()):  # it may have been taken over since the last beat
                     storage.delete(self.uri)
 
-    def _take_over(self, found: bytes | None, say: Callable[[str], None]) -> None:
+    def take_over(self, found: bytes | None, say: Callable[[str], None]) -> None:
+        """Replace the lock of a holder that is dead, or does not beat.
+
+        Args:
+            found: the lock as it was read.
+            say: is told what is waited for.
+
+        Raises:
+            UserError: the holder lives, or another run took the lock over at the same time.
+        """
         holder = _holder(found)
         if holder and not _is_dead(holder):
             if _is_here(holder):
                 raise self._refused(holder)
-            say(f"the run on {holder.get('host')} may be dead: watching its lock for {_PATIENCE_SECONDS:g} s")
-            deadline = time.monotonic() + _PATIENCE_SECONDS
+            say(f"the run on {holder.get('host')} may be dead: watching its lock for {self._timing.patience:g} s")
+            deadline = time.monotonic() + self._timing.patience
             while time.monotonic() < deadline:
-                time.sleep(min(1.0, _PATIENCE_SECONDS / 10))
-                now = self._read()
+                time.sleep(min(1.0, self._timing.patience / 10))
+                now = self.read()
                 if now is None:
                     found = None
                     break
@@ -101,8 +124,8 @@ class Lock:
             storage.create(self.uri, self._content())
         else:
             storage.replace(self.uri, found, self._content())
-        time.sleep(_SETTLE_SECONDS)
-        now = self._read()
+        time.sleep(self._timing.settle)
+        now = self.read()
         if not self._is_mine(now):
             raise self._refused(_holder(now))
         say("took over the lock of a run that died")
@@ -121,27 +144,32 @@ class Lock:
     def _content(self) -> bytes:
         return json.dumps({**self._me, "beats": self._beats}, indent=1).encode()
 
-    def _read(self) -> bytes | None:
+    def read(self) -> bytes | None:
+        """Return the content of the lock file; None without one."""
         return storage.read_bytes_or_none(self.uri)
 
+    def _look(self) -> None:
+        if not self._is_mine(self.read()):
+            self._lost.set()
+
     def _beat(self) -> None:
-        while not self._end.wait(_BEAT_SECONDS):
+        while not self._end.wait(self._timing.beat):
             with suppress(UserError):  # out of reach for now: others can't reach it either
-                if not self._is_mine(self._read()):
-                    self._lost.set()
+                self._look()
+                if self._lost.is_set():
                     return
                 self._beats += 1
                 storage.write_bytes(self.uri, self._content())
 
 
 @contextmanager
-def hold(uri: str, say: Callable[[str], None], flag: str = "--run") -> Iterator[Lock]:
+def hold(uri: str, say: Callable[[str], None], flag: str = "--run", timing: Timing | None = None) -> Iterator[Lock]:
     """Hold the lock of the run folder `uri`, which `flag` names, while the body runs.
 
     Raises:
         UserError: another run holds it.
     """
-    lock = Lock(uri, flag)
+    lock = Lock(uri, flag, timing)
     lock.take(say)
     try:
         yield lock
@@ -150,9 +178,9 @@ def hold(uri: str, say: Callable[[str], None], flag: str = "--run") -> Iterator[
 
 
 def holder_of(uri: str) -> str | None:
-    """Return who works on the run folder `uri`, such as `process 12 on host`; None where nobody is known to.
+    """Return who holds the run folder `uri`, such as `process 12 on host`; None if no process does.
 
-    A process of another machine counts as living, as only its heartbeat could tell.
+    A process on another machine counts as alive, because only its heartbeat could show that it is not.
     """
     found = _holder(storage.read_bytes_or_none(storage.join(uri, FILE)))
     return None if not found or _is_dead(found) else _named(found)
@@ -163,20 +191,20 @@ def _named(holder: dict[str, Any]) -> str:
 
 
 def _process_table() -> str:
-    """Where process numbers mean what they mean here: this boot of this machine, in this container."""
+    """Return what identifies the process table: the boot of this machine, and the container."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 - it is no path
 
 
 def _process(pid: int) -> str:
-    """A process, told from a later one of the same number by its start, in ticks since boot."""
+    """Return what identifies a process: its number, and its start in ticks since boot."""
     state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     started = "" if state == "Z" else fields[18]  # what is left of a process until its parent has seen it end
     return f"{_process_table()}/{pid}@{started}"
 
 
 def _holder(found: bytes | None) -> dict[str, Any]:
-    """Who holds a lock of this content; empty where nobody does, or whoever did died writing it."""
+    """Return the holder in a lock's content; empty if there is none, or if it died while writing."""
     try:
         tree = json.loads(found or b"")
     except ValueError:
@@ -189,7 +217,7 @@ def _is_here(holder: dict[str, Any]) -> bool:
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether the holder is known to be dead."""
+    """Return True if the holder is known to be dead."""
     process = str(holder.get("process"))
     if "id" not in holder:
         return True

@@ -1,8 +1,8 @@
-"""A Parquet file may name a type that is read by unpickling: one of plain types alone runs no code.
+"""Read and write Parquet files; files with extension types are refused, because reading them may run code.
 
-Arrow lets a file name extension types for its columns, and asks whoever registered such a name for the values. Ray Data
-registers one whose values are unpickled, which is to run whatever the file's author wrote. No file of ours has an
-extension type, so one that has counts as damaged, and no value of it is looked at.
+Arrow lets a file name extension types for its columns, and calls the library that registered the name. Ray Data
+registers a type whose values are unpickled, which runs whatever code the file's author put there. No file of this
+package has an extension type, so a file with one counts as damaged and none of its values is read.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ _REMEDY = "delete it and its folder's manifest.json, and run again"
 
 
 def read(uri: str, columns: Sequence[str] | None = None, *, remedy: str = _REMEDY) -> pa.Table:
-    """A whole file, fetched in one piece.
+    """Read a whole file in one request.
 
     Args:
         uri: of the file.
-        columns: the names of those that are wanted; None: all.
-        remedy: what the user is told to do about a damaged file.
+        columns: names of the columns to read; None: all.
+        remedy: what the error tells the user to do about a damaged file.
 
     Raises:
         UserError: there is no such file, it can't be read, or it is damaged.
@@ -36,12 +36,12 @@ def read(uri: str, columns: Sequence[str] | None = None, *, remedy: str = _REMED
 
 
 def parsed(data: bytes, name: str, *, remedy: str = _REMEDY) -> pq.ParquetFile:
-    """A file whose bytes are at hand.
+    """Open a file from its bytes.
 
     Args:
         data: the file's bytes.
         name: what an error calls the file.
-        remedy: what the user is told to do about a damaged file.
+        remedy: what the error tells the user to do about a damaged file.
 
     Raises:
         UserError: the file is damaged.
@@ -51,11 +51,11 @@ def parsed(data: bytes, name: str, *, remedy: str = _REMEDY) -> pq.ParquetFile:
 
 
 def opened(uri: str, *, remedy: str = _REMEDY) -> pq.ParquetFile:
-    """A file to take pieces from, of which the footer alone is fetched.
+    """Open a file to read parts of it; only the footer is fetched.
 
     Args:
         uri: of the file.
-        remedy: what the user is told to do about a damaged file.
+        remedy: what the error tells the user to do about a damaged file.
 
     Raises:
         UserError: the file is damaged.
@@ -67,7 +67,7 @@ def opened(uri: str, *, remedy: str = _REMEDY) -> pq.ParquetFile:
 
 
 def _plain(source: Any) -> pq.ParquetFile:
-    """The file opened; raises ValueError where it has an extension type, and whatever Arrow finds damaged."""
+    """Open the file; raises ValueError if it has an extension type, and Arrow's errors if it is damaged."""
     file = pq.ParquetFile(source)
     if any(_is_extended(field.type) for field in file.schema_arrow):
         raise ValueError("an extension type")
@@ -75,7 +75,7 @@ def _plain(source: Any) -> pq.ParquetFile:
 
 
 def _is_extended(kind: pa.DataType) -> bool:
-    """Whether a type, or one within it, is an extension type."""
+    """Return True if a type, or a type within it, is an extension type."""
     if isinstance(kind, pa.BaseExtensionType):
         return True
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):  # which count no fields
@@ -93,8 +93,19 @@ def _damage(uri: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{storage.shown(uri)} is damaged: {remedy}", code="file-damaged") from None
 
 
-def write_table(uri: str, table: pa.Table) -> None:
-    """Write a small Parquet file in one piece."""
+def encoded(table: pa.Table, **options: Any) -> bytes:
+    """Return the bytes of a Parquet file.
+
+    Args:
+        table: the file's rows and metadata.
+        options: those of `pyarrow.parquet.write_table`.
+    """
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+    pq.write_table(table, sink, **options)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def write_table(uri: str, table: pa.Table, **options: Any) -> None:
+    """Write a Parquet file in one piece; arguments as of :func:`encoded`."""
+    storage.write_bytes(uri, encoded(table, **options))

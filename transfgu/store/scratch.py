@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Float32
 from numpy import ndarray
 
-_SPARE = 1 << 30  # bytes of the disk that are left free
+SPARE = 1 << 30
+"""Bytes of the disk that are left free."""
 
 
 class Scratch:
@@ -35,7 +36,7 @@ class Scratch:
         """
         root = Path(folder).expanduser()
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._folder = root
+        self._folder, self.spare = root, SPARE
         self._check(size)
         self._file = tempfile.TemporaryFile(dir=root, buffering=0)  # noqa: SIM115 - open as long as its arrays
         self._end = 0
@@ -44,7 +45,7 @@ class Scratch:
         self._maps: list[Any] = []
 
     def _check(self, size: int) -> None:
-        if shutil.disk_usage(self._folder).free < size + _SPARE:
+        if shutil.disk_usage(self._folder).free < size + self.spare:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
 
     def empty(self, shape: tuple[int, int]) -> Float32[ndarray, "n d"]:

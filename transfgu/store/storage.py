@@ -1,8 +1,8 @@
-"""Everything is named by a URI that any process can open for itself: no credential ever travels.
+"""Read and write files by URI; each process finds its own credentials, and none is sent to another process.
 
-A path, `file://`, `s3://`, `gs://`, or any scheme that an installed fsspec knows. pyarrow does the reading and
-writing; where S3 is and who may enter is what boto3 finds (environment, profile, configuration file, instance role),
-looked up in each process when it is first needed, and again when temporary credentials have expired.
+A URI is a path, `file://`, `s3://`, `gs://`, or any scheme that an installed fsspec knows. pyarrow reads and writes.
+For S3, credentials, region and endpoint come from boto3's default chain (environment, profile, configuration file,
+instance role), once per process and again when temporary credentials have expired.
 """
 
 import contextlib
@@ -32,7 +32,6 @@ _PARTIAL = ".partial"
 
 IN_FLIGHT = 8
 """Requests of one task or thread pool that wait for a remote storage at the same time."""
-_FEW = 100  # files of a folder that are asked for one by one
 
 _lock = threading.Lock()
 _reads = 0
@@ -41,7 +40,7 @@ _filesystems: dict[tuple[Any, ...], Any] = {}
 
 
 class Version(NamedTuple):
-    """What tells that a file has changed, without reading it."""
+    """Size and time of change of a file, which show that it has changed without reading it."""
 
     size: int
     """Bytes."""
@@ -50,9 +49,9 @@ class Version(NamedTuple):
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
-    """The pyarrow filesystem that holds `uri`, and the path of `uri` within it.
+    """Return the pyarrow file system of `uri`, and the path of `uri` in it.
 
-    The filesystem must not be pickled (it may hold credentials): hand URIs to other processes.
+    Do not pickle the file system, because it may hold credentials: pass URIs to other processes.
 
     Raises:
         UserError: unknown scheme, or no credentials.
@@ -61,26 +60,26 @@ def filesystem(uri: str) -> tuple[Any, str]:
 
 
 def travelling(uri: str) -> tuple[Any, str]:
-    """As :func:`filesystem`, but one that may be pickled: it holds the scheme, and no credential.
+    """Return the same as :func:`filesystem`, with a file system that can be pickled: it holds no credentials.
 
-    Each process that it arrives in finds access for itself, and repeats what fails as often as all else here does.
+    Each process that unpickles it finds its own credentials, and repeats failed requests as this module does.
     """
     return pafs.PyFileSystem(_Handler(scheme(uri))), filesystem(uri)[1]
 
 
 def scheme(uri: str) -> str:
-    """`file` for local paths, else what stands before `://`."""
+    """Return `file` for local paths, else the part before `://`."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
     return match[1].lower() if match else "file"
 
 
 def is_local(uri: str) -> bool:
-    """Whether `uri` is a path on this machine's own file tree (which may be a shared mount)."""
+    """Return True if `uri` is a path in this machine's file tree, which may be a shared mount."""
     return scheme(uri) == "file"
 
 
 def absolute(uri: str) -> str:
-    """`uri` as other processes can use it: local paths absolute, `~` expanded; no slash at the end."""
+    """Return `uri` as other processes can use it: absolute if local, `~` expanded, no slash at the end."""
     if not is_local(uri):
         return uri.rstrip("/")
     path = unquote(urlsplit(uri).path) if "://" in uri else uri
@@ -88,12 +87,12 @@ def absolute(uri: str) -> str:
 
 
 def join(uri: str, *parts: str) -> str:
-    """`uri` with path parts appended."""
+    """Return `uri` with path parts appended."""
     return "/".join([uri.rstrip("/"), *(p.strip("/") for p in parts)])
 
 
 def read_bytes(uri: str) -> bytes:
-    """The file's contents.
+    """Read a file.
 
     Raises:
         UserError: there is no such file, or it can't be read.
@@ -105,7 +104,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_bytes_or_none(uri: str) -> bytes | None:
-    """The file's contents, or None where there is no such file."""
+    """Read a file; returns None if there is no such file."""
     return _read(uri, None)
 
 
@@ -165,7 +164,7 @@ def _read(uri: str, span: tuple[int, int] | None) -> bytes | None:
 
 
 def read_chunks(uri: str, size: int) -> Iterator[bytes]:
-    """The file's contents in pieces of at most `size` bytes, for files too large to hold.
+    """Yield a file in pieces of at most `size` bytes, for files that do not fit in memory.
 
     Raises:
         UserError: there is no such file, or it can't be read.
@@ -184,19 +183,19 @@ def read_chunks(uri: str, size: int) -> Iterator[bytes]:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Make or replace a file in one piece: whoever reads it sees the old contents or the new, never a part.
+    """Create or replace a file in one piece: a reader sees either the old or the new contents.
 
-    Parent folders are made.
+    Parent folders are created.
     """
     with _one_line(uri, "write"):
         _write(uri, data)
 
 
 def create(uri: str, data: bytes) -> bool:
-    """Make a file in one piece unless there is one; whether it was made.
+    """Create a file in one piece unless it exists; returns True if it was created.
 
-    Of several that try at once one succeeds, on local file systems and on S3. Where a store knows no such request,
-    they may all; an S3 server that does not know it, and does not say so, even replaces what is there.
+    If several processes try at the same time, one succeeds, on local file systems and on S3. Where a store has no such
+    request, all may succeed; an S3 server that ignores the condition even replaces the file.
     """
     with _one_line(uri, "write"):
         if is_local(uri):
@@ -211,9 +210,10 @@ def create(uri: str, data: bytes) -> bool:
 
 
 def replace(uri: str, held: bytes, data: bytes) -> bool:
-    """Replace a file's contents if they still are `held`; whether they were.
+    """Replace a file's contents if they are still `held`; returns True if they were.
 
-    Of several that try at once one succeeds on S3. Elsewhere, and where a server knows no such request, they may all.
+    If several processes try at the same time, one succeeds on S3. Elsewhere, and on servers without such a request,
+    all may succeed.
     """
     with _one_line(uri, "write"):
         if scheme(uri) == "s3" and (replaced := _replace_s3(uri, held, data)) is not None:
@@ -225,25 +225,25 @@ def replace(uri: str, held: bytes, data: bytes) -> bool:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or a folder is there."""
+    """Return True if there is a file or a folder."""
     return _kind(uri) is not pafs.FileType.NotFound
 
 
 def is_file(uri: str) -> bool:
-    """Whether a file is there."""
+    """Return True if there is a file."""
     return _kind(uri) is pafs.FileType.File
 
 
 def list_files(uri: str, recursive: bool = True) -> list[str]:
-    """URIs of the files under a folder, sorted; empty where the folder is missing or empty. Local ones are absolute.
+    """Return the URIs of the files under a folder, sorted; empty if the folder is missing or empty.
 
-    Files that are being written are not listed.
+    Local paths are absolute. Files that are being written are not listed.
     """
     return sorted(list_versions(uri, recursive))
 
 
 def list_versions(uri: str, recursive: bool = True) -> dict[str, "Version"]:
-    """As :func:`list_files`, with the size and the time of change of each file."""
+    """Return the files of :func:`list_files`, with the size and the time of change of each."""
     uri = absolute(uri)
     with _one_line(uri, "list"):
         fs, path = filesystem(uri)
@@ -259,7 +259,7 @@ def list_versions(uri: str, recursive: bool = True) -> dict[str, "Version"]:
         }
 
 
-def versions(uris: Sequence[str]) -> list["Version | None"]:
+def versions(uris: Sequence[str], *, few: int = 100) -> list["Version | None"]:
     """Return size and time of change of each file, None where there is no such file.
 
     Files of one folder are listed by one request per thousand; a few files are asked for one by one.
@@ -273,7 +273,7 @@ def versions(uris: Sequence[str]) -> list["Version | None"]:
 
     def look(item: tuple[str, list[str]]) -> dict[str, Version]:
         folder, files = item
-        if len(files) > _FEW and not is_local(folder):
+        if len(files) > few and not is_local(folder):
             return list_versions(folder, recursive=False)
         with _one_line(folder, "list"):
             fs = filesystem(files[0])[0]
@@ -292,14 +292,14 @@ def _version(info: Any) -> "Version":
 
 
 def is_empty(uri: str) -> bool:
-    """Whether the folder `uri` holds no file at any depth. A missing one is empty."""
+    """Return True if the folder `uri` has no file at any depth, or does not exist."""
     if is_local(uri):
         return not any(files for _, _, files in os.walk(absolute(uri)))
     return not exists(uri)  # an object store has no folders but those of its objects
 
 
 def delete(uri: str) -> None:
-    """Remove a file, or a folder with all it holds; nothing happens where there is neither."""
+    """Delete a file, or a folder and everything in it; nothing happens if there is neither."""
     with _one_line(uri, "delete"):
         fs, path = filesystem(uri)
         kind = fs.get_file_info(path).type
@@ -310,7 +310,7 @@ def delete(uri: str) -> None:
 
 
 def check_readable(uri: str) -> None:
-    """Raises UserError in one line unless `uri` is a file or a folder that this user may read."""
+    """Raise UserError unless `uri` is a file or a folder that this user may read."""
 
     def look(fs: Any, path: str) -> None:
         kind = fs.get_file_info(path).type
@@ -328,7 +328,7 @@ def check_readable(uri: str) -> None:
 
 
 def check_writable(uri: str) -> None:
-    """Raises UserError in one line unless files can be made in the folder `uri`, which need not exist yet."""
+    """Raise UserError unless files can be created in the folder `uri`, which need not exist."""
     with _one_line(uri, "write"):
         if not is_local(uri):
             _check(uri, lambda fs, path: _check_bucket(uri, fs, path))
@@ -349,7 +349,7 @@ def _check(uri: str, look: Callable[[Any, str], None]) -> None:
 
 
 def shown(uri: str) -> str:
-    """`uri` as it may be printed: without a user's name and password."""
+    """Return `uri` as it may be printed, without user name and password."""
     return re.sub(r"(?<=://)[^/]*@", "", uri)
 
 
@@ -417,7 +417,7 @@ def _replace_s3(uri: str, held: bytes, data: bytes) -> bool | None:
 
 
 def _put_s3(uri: str, data: bytes, **condition: str) -> bool | None:
-    """Whether the condition held, and the object was written; None where the server says that it knows none."""
+    """Return True if the condition held and the object was written; None if the server has no conditional writes."""
     answer = _ask_s3(uri, "put_object", Body=data, **condition)
     return None if answer == 501 else not isinstance(answer, int)
 
@@ -457,7 +457,7 @@ def _check_bucket(uri: str, fs: Any, path: str) -> None:
 
 
 def _where(uri: str) -> str:
-    """The endpoint in words, where it is not the provider's own."""
+    """Return the endpoint in words if it is not the provider's default."""
     if scheme(uri) != "s3":
         return ""
     endpoint = _s3_access().endpoint
@@ -465,7 +465,7 @@ def _where(uri: str) -> str:
 
 
 class _Handler(pafs.FileSystemHandler):  # type: ignore[misc]  # pyarrow brings no types
-    """Does what it is asked by the filesystem that this process has for the scheme."""
+    """A file system that passes each call to this process's own file system of the scheme."""
 
     def __init__(self, scheme: str) -> None:
         self._scheme = scheme
@@ -566,7 +566,7 @@ def _gs(attempts: int) -> Any:
 
 
 class _S3Access:
-    """What boto3 resolves: credentials (kept fresh by botocore), region, endpoint. Its `repr` shows no secret."""
+    """Credentials (which botocore renews), region and endpoint from boto3. Its `repr` shows no secret."""
 
     def __init__(self) -> None:
         import boto3
@@ -585,7 +585,7 @@ class _S3Access:
         self.endpoint = "" if re.search(r"(^|\.)amazonaws\.com(\.cn)?$", host) else endpoint
 
     def keys(self) -> tuple[str, str, str | None]:
-        """Access key, secret key and session token, valid now."""
+        """Return access key, secret key and session token, valid now."""
         import botocore.exceptions
 
         if self._credentials is None:
@@ -676,7 +676,7 @@ def _told(uri: str, verb: str) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _one_line(uri: str, verb: str, *, told: bool = True) -> Iterator[None]:
-    """Turn whatever a filesystem raises into one line that names `uri` and the remedy, and no secret.
+    """Turn errors of a file system into a UserError that names `uri` and the remedy, and no secret.
 
     Args:
         uri: of the file or folder.

@@ -1,7 +1,7 @@
-"""Weights are data, never code: only tensors are read, from safetensors or by torch's restricted unpickler.
+"""Read weights as tensors only, from safetensors or by torch's restricted unpickler, so that no code runs.
 
-Checkpoints of self-supervised training wrap the network that is wanted (DINO: the teacher's backbone) beside heads,
-optimisers and arguments; what is read here is that network's tensors under their plain names.
+Checkpoints of self-supervised training hold a backbone (in DINO, the teacher's) with heads, optimisers and arguments.
+The backbone's tensors are returned under their plain names.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _HEADS = ("head.", "fc.", "dino_head.", "ibot_head.")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFile:
-    """Tensors by plain name, and the file's own text metadata."""
+    """Tensors by plain name, and the text metadata of the file."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -59,7 +59,7 @@ def read_weights(uri: str) -> WeightFile:
 
 
 def unwrap(name: str, content: object) -> dict[str, Tensor]:
-    """The network's tensors in a checkpoint, under their plain names.
+    """Return the network's tensors in a checkpoint, under their plain names.
 
     Taken out of DINO's `teacher`, `student`, `state_dict` or `model`, without `module.` and `backbone.` before their
     names, heads left out. `name` is what the UserError calls a content that holds none.

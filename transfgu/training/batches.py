@@ -1,9 +1,9 @@
-"""A training worker reads for itself: CPU tasks decode its rows ahead of it, in its order, wherever there are CPUs.
+"""Read a training worker's batches, from memory, from the node's cache, or from storage by CPU tasks.
 
-Nothing is split or shuffled by Ray Data, which would tie the batches to the number of workers; a stream is told its
-rows in order. In the first epoch a worker's threads decode what its node has not cached yet, and later epochs copy it
-from the cache (`transfgu.datasets.sample_cache`). Without a cache a data set passes by, one stream for several epochs
-where epochs are short, and memory does not grow with it.
+Ray Data neither splits nor shuffles, because batches would then depend on the number of workers: a stream gets its rows
+in order. In the first epoch the worker's threads decode samples that the node has not cached yet; later epochs copy
+them from the cache (`transfgu.datasets.sample_cache`). Without a cache, tasks on any CPU of the cluster decode rows
+ahead of the worker. One stream serves several epochs if epochs are short, and memory does not grow with the data set.
 """
 
 import logging
@@ -35,10 +35,14 @@ from transfgu.training.order import Order
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_ROWS = 32  # rows that one task decodes: 10 MB of 320 x 320
-_STREAM_ROWS = 4096  # a stream takes a second to start: epochs of fewer rows share one
 _AHEAD_BYTES = 1 << 30  # decoded rows that may wait in the object store for one worker
 _BATCHES_AHEAD = 2  # that are read from the cache while one is trained on
+
+BLOCK_ROWS = 32
+"""Rows that one task decodes: 10 MB of 320 x 320."""
+
+STREAM_ROWS = 4096
+"""Rows of a stream at least, where there are as many: a stream takes a second to start."""
 
 VERSIONS = b"transfgu.versions"
 """In the metadata of a table of training images: digest of the versions of all files that it names."""
@@ -46,16 +50,16 @@ VERSIONS = b"transfgu.versions"
 
 @runtime_checkable
 class Source(Protocol):
-    """Where a worker's batches come from."""
+    """A source of a worker's batches."""
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The worker's share of each of an epoch's global batches."""
+        """Yield the worker's share of each global batch of an epoch."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Which rows of an order are this worker's, and what is decoded of each."""
+    """A worker's rows of an order, and how they are decoded."""
 
     order: Order
     rows: pa.Table
@@ -71,52 +75,67 @@ class Share:
     """From rows to columns `image`, `maps` and the others passed on; None: `read_training_rows` at `size`."""
 
     def slots(self, epoch: int) -> Int[np.ndarray, "steps B"]:
-        """The worker's slots of each of an epoch's global batches."""
+        """Return the worker's slots of each global batch of an epoch."""
         return self.order.share(epoch, self.rank, self.world)
 
     @property
     def bytes(self) -> int:
-        """What all images and maps take in memory, once decoded."""
+        """The memory of all decoded images and maps, in bytes."""
         return len(self.rows) * (3 * self.size[0] * self.size[1] + 2 * int(np.prod(self.maps)))
 
-    def read(self, slots: Int[np.ndarray, " n"], batch_size: int) -> Iterator[Batch]:
-        """Decoded slots in their order, a batch at a time."""
+    def read(self, slots: Int[np.ndarray, " n"], batch_size: int, block_rows: int = BLOCK_ROWS) -> Iterator[Batch]:
+        """Decode the samples of slots, in their order, a batch at a time; a task decodes `block_rows`."""
         rows = self.rows.take(slots % self.order.images).append_column("slot", pa.array(slots))
         read = self.read_rows or partial(read_training_rows, size=self.size, orient=self.orient)
-        for columns in stream(rows, read, batch_size, world=self.world):
+        for columns in stream(rows, read, batch_size, world=self.world, block_rows=block_rows):
             # Copied: arrays out of Ray's object store are read-only, which torch warns of.
             yield Batch(columns["slot"], torch.tensor(columns["image"]), torch.tensor(columns["maps"]))
 
 
 def stream(
-    rows: pa.Table, read: Callable[[pa.Table], dict[str, Any]], batch_size: int, *, world: int
+    rows: pa.Table,
+    read: Callable[[pa.Table], dict[str, Any]],
+    batch_size: int,
+    *,
+    world: int,
+    block_rows: int = BLOCK_ROWS,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Rows in their order, `batch_size` at a time, through `read` in CPU tasks; what is one block, in this process.
+    """Yield rows in their order, `batch_size` at a time, read in CPU tasks; a single block is read in this process.
 
     Args:
         rows: what `read` needs, a row each.
         read: from a block of rows to columns of as many.
         batch_size: rows at a time; the last may be fewer.
         world: workers that read at the same time, and share the cluster's memory for objects.
+        block_rows: rows that one task reads.
     """
-    if len(rows) <= _BLOCK_ROWS:  # a plan takes two seconds to start
+    if len(rows) <= block_rows:  # a plan takes two seconds to start
         columns = read(rows)
         for start in range(0, len(rows), batch_size):
             yield {name: values[start : start + batch_size] for name, values in columns.items()}
         return
     store = ray.cluster_resources().get("object_store_memory", _AHEAD_BYTES)
-    blocks = [rows.slice(start, _BLOCK_ROWS) for start in range(0, len(rows), _BLOCK_ROWS)]
+    blocks = [rows.slice(start, block_rows) for start in range(0, len(rows), block_rows)]
     with data_context(preserve_order=True, store_bytes=min(_AHEAD_BYTES, store / (2 * world))):
         data = ray.data.from_arrow(blocks).map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=1)
     yield from data.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2)
 
 
 class Streamed:
-    """Batches of a data set of any size, decoded anew each time they are seen."""
+    """Batches of a data set of any size, decoded again in each epoch."""
 
-    def __init__(self, share: Share, epochs: int) -> None:
-        """`epochs` is how many there are in all, where reading ahead ends."""
-        self._share = share
+    def __init__(
+        self, share: Share, epochs: int, *, stream_rows: int = STREAM_ROWS, block_rows: int = BLOCK_ROWS
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            share: which rows are this worker's.
+            epochs: number of all epochs, where reading ahead ends.
+            stream_rows: rows of a stream at least, where there are as many.
+            block_rows: rows that one task decodes.
+        """
+        self._share, self._stream_rows, self._block_rows = share, stream_rows, block_rows
         self._epochs = epochs
         self._next = -1
         self._batches: Iterator[Batch] = iter(())
@@ -132,17 +151,17 @@ class Streamed:
     def _from(self, epoch: int) -> Iterator[Batch]:
         share = self._share
         steps, rows = share.slots(epoch).shape
-        at_once = -(-_STREAM_ROWS // max(1, steps * rows))
+        at_once = -(-self._stream_rows // max(1, steps * rows))
         for first in range(epoch, self._epochs, at_once):
             slots = [share.slots(e) for e in range(first, min(first + at_once, self._epochs))]
             if rows:
-                yield from share.read(np.concatenate(slots).ravel(), rows)
+                yield from share.read(np.concatenate(slots).ravel(), rows, self._block_rows)
             else:
                 yield from (_nothing(share) for _ in range(steps * len(slots)))
 
 
 class Cached:
-    """Batches out of the node's cache, which takes in what it lacks; the batches ahead are read meanwhile."""
+    """Batches from the node's cache, which adds missing samples; the next batches are read ahead."""
 
     def __init__(self, share: Share, cache: SampleCache, epochs: int, threads: int) -> None:
         """`epochs` is how many there are in all, `threads` how many read and decode."""

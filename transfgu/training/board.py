@@ -1,6 +1,6 @@
-"""What workers have to say goes to a board beside the driver, which reads it twice a second and never waits for them.
+"""Collect the workers' progress and errors in an actor, which the driver reads twice a second.
 
-No torch here, nor what brings it: the board is an actor, whose process should be up in a moment.
+The driver never waits for workers. This module does not import torch, so that the actor's process starts quickly.
 """
 
 import threading
@@ -22,7 +22,7 @@ _WATCH_SECONDS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """What the board says."""
+    """The contents of the board."""
 
     done: int
     total: int
@@ -39,10 +39,10 @@ class Status:
 
 
 class ProgressBoard:
-    """An actor: workers write on it how far they are, and what must not be tried again."""
+    """An actor to which workers report their progress, and errors that must not be retried."""
 
     def __init__(self, attempts: int = ATTEMPTS) -> None:
-        """`attempts` in vain at one epoch end the training."""
+        """Start without reports; `attempts` failures at one epoch end the training."""
         self._limit = attempts
         self._done = self._total = 0
         self._notes: list[str] = []
@@ -56,7 +56,7 @@ class ProgressBoard:
         self._answered, self._goes_on = 0, True
 
     def begin(self, epoch: int, workers: int) -> bool:
-        """Whether `workers` workers should go on from `epoch`; each attempt asks once."""
+        """Return True if `workers` workers should continue from `epoch`; each attempt asks once."""
         key, count = self._attempts
         same = key == (epoch, workers)
         count = count + 1 if same else 1
@@ -67,27 +67,27 @@ class ProgressBoard:
         return not self._failure
 
     def step(self, done: int, total: int) -> None:
-        """So many steps of the whole training are done."""
+        """Report the number of steps done of the whole training."""
         self._done, self._total = done, total
 
     def note(self, text: str) -> None:
-        """A line for the user."""
+        """Report a line for the user."""
         self._notes.append(text)
 
     def epochs(self, rows: list[dict[str, Any]]) -> None:
-        """Rows of the history, each with its `epoch`; an epoch that was begun again counts once."""
+        """Report rows of the history, each with its `epoch`; a repeated epoch counts once."""
         self._rows += [row for row in rows if row["epoch"] > len(self._rows)]
 
     def answer(self, epoch: int, goes_on: bool) -> None:
-        """Whether training goes on after its first `epoch` epochs; once it does not, it never does again."""
+        """Set whether training continues after its first `epoch` epochs; once it does not, this is final."""
         self._answered, self._goes_on = max(self._answered, epoch), self._goes_on and goes_on
 
     def goes_on(self, epoch: int) -> bool | None:
-        """What was answered for the first `epoch` epochs; None where that is yet to come."""
+        """Return the answer for the first `epoch` epochs; None if there is none yet."""
         return self._goes_on if not self._goes_on or self._answered >= epoch else None
 
     def fail(self, error: str, *, is_mistake: bool, may_pass: bool = False, code: str = "") -> None:
-        """An attempt ended in an error.
+        """Report that an attempt ended in an error.
 
         There is no other after a user's mistake, nor after an error that comes a second time at the same epoch, unless
         it `may_pass`.
@@ -103,7 +103,7 @@ class ProgressBoard:
             self._last_error = error
 
     def read(self, notes: int, rows: int = 0) -> Status:
-        """Everything, but for the first `notes` notes and `rows` rows."""
+        """Return the contents without the first `notes` notes and `rows` rows."""
         return Status(
             done=self._done,
             total=self._total,
@@ -116,7 +116,7 @@ class ProgressBoard:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error comes from other processes, machines or the network, and not from what is computed."""
+    """Return True if an error comes from other processes, machines or the network, not from the computation."""
     if isinstance(error, (OSError, RayError)):
         return True
     # What torch's collectives raise when another worker is gone, told without torch.
@@ -125,7 +125,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def put_up(attempts: int = ATTEMPTS) -> Any:
-    """A new board on the driver's own node: the handle of its actor. `attempts` in vain at one epoch are the end."""
+    """Start a board on the driver's node and return its handle; `attempts` failures at one epoch end the training."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=here).remote(attempts)
 

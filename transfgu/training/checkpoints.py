@@ -1,7 +1,7 @@
-"""A checkpoint counts if every file in it is what was written; the newest that counts is gone on from.
+"""Seal checkpoints with digests of their files, and find the newest complete one to resume from.
 
-Which one that is, is seen in the folder itself and not in Ray's own account of it, which is written later, and not in
-one piece. So a file cut short, or a driver killed between the two, costs an epoch at most, and needs nobody.
+The folder itself shows which checkpoint that is. Ray's own account of checkpoints is written later, and not in one
+piece. So a truncated file, or a driver killed between the two, costs at most one epoch and needs no manual repair.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ _RAYS_ACCOUNT = "checkpoint_manager_snapshot.json"
 
 
 class Found(NamedTuple):
-    """A whole checkpoint."""
+    """A complete checkpoint."""
 
     uri: str
     history: list[dict[str, Any]]
@@ -27,13 +27,13 @@ class Found(NamedTuple):
 
 
 def seal(folder: Path) -> None:
-    """Write down what the folder's files are, once they are all there."""
+    """Write the digests of the folder's files, after all of them."""
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
     (folder / DIGESTS).write_text(json.dumps(formats.stamp({"files": digests})))
 
 
 def newest(uri: str, say: Callable[[str], object] = lambda _: None) -> Found | None:
-    """The whole checkpoint with the most epochs in the folder `uri`, or None; `say` is told of damaged ones."""
+    """Return the complete checkpoint with the most epochs in the folder `uri`, or None; `say` reports damaged ones."""
     files: dict[str, set[str]] = {}
     for file in storage.list_files(uri):
         folder, _, name = file.rpartition("/")
@@ -54,9 +54,9 @@ def download(uri: str, folder: Path) -> None:
 
 
 def mend_account(uri: str) -> None:
-    """Remove Ray's account of the checkpoints in `uri` where it was cut short or names one that is gone.
+    """Remove Ray's account of the checkpoints in `uri` if it is truncated or names a missing checkpoint.
 
-    Ray would end the training over it, and does without.
+    Ray would fail on such an account, and does not need one.
     """
     account = storage.join(uri, _RAYS_ACCOUNT)
     data = storage.read_bytes_or_none(account)
@@ -94,5 +94,5 @@ def is_whole(folder: str) -> bool:
 
 
 def merit(row: Mapping[str, Any]) -> float:
-    """What the best epoch of a training's history has most of: mIoU + accuracy; below zero without a score."""
+    """Return the criterion of the best epoch: mIoU + accuracy; below zero without a score."""
     return -1.0 if row["mean_iou"] is None else float(row["mean_iou"] + row["pixel_accuracy"])

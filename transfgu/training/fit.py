@@ -1,8 +1,7 @@
 """Run a training on Ray Train: the driver starts workers, watches a board, and returns the last checkpoint.
 
-A worker that dies, a node that goes or a driver that is killed costs the epoch in hand: whoever comes next goes on
-from the last checkpoint. What no attempt can mend (a user's mistake, a loss that is not a number) goes to the board,
-and ends the training instead of being tried again.
+If a worker, a node or the driver is lost, the current epoch is lost, and training resumes from the last checkpoint.
+Errors that a retry can't fix (a user's mistake, a loss that is not a number) go to the board and end the training.
 """
 
 import os
@@ -47,13 +46,13 @@ def fit(
         name: of all that the weights depend on: another recipe or other images must not go on from these.
         folder: URI under which Ray keeps the training's state.
         compute: what a worker holds of the cluster.
-        workers: how many, or from how many to how many.
-        progress: told of steps and epochs.
+        workers: number of workers, or the smallest and the largest number.
+        progress: reports steps and epochs.
         on_epoch: called with each epoch's row of the history, from another thread; after a restart with those of
             the checkpoint, too.
         goes_on: asked likewise whether training goes on after that epoch; the next one waits for the answer.
-        attempts: in vain, at one epoch, before a fault counts as one that trying again won't mend.
-        beside: trainings, this one included, that share a node's cores.
+        attempts: failed attempts at one epoch after which a fault ends the training.
+        beside: number of trainings, this one included, that share the cores of a node.
 
     Returns:
         The last checkpoint.

@@ -1,4 +1,4 @@
-"""In which order an epoch sees the images: any worker computes it, and asks no other what to read.
+"""Compute the order of images in an epoch, on any worker and without communication.
 
 A worker takes every `world`-th row of each global batch, so any number of workers trains on the same batches.
 """
@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """In which order an epoch sees the images.
+    """The order of images in an epoch.
 
     An epoch is `passes` over the images, shuffled as a whole, cut into global batches of `batch_size`; the rest that
     fills no batch is left for another epoch's shuffle, as published. Fewer images than a batch make one batch.
@@ -26,19 +26,19 @@ class Order:
 
     @property
     def batch(self) -> int:
-        """Images of a global batch."""
+        """The number of images in a global batch."""
         return min(self.batch_size, self.images * self.passes)
 
     @property
     def steps(self) -> int:
-        """Global batches of an epoch."""
+        """The number of global batches in an epoch."""
         return self.images * self.passes // self.batch
 
     def epoch(self, epoch: int) -> Int[np.ndarray, "steps batch"]:
-        """The slots of every global batch of an epoch."""
+        """Return the slots of each global batch of an epoch."""
         slots = np.random.default_rng([self.seed, epoch]).permutation(self.images * self.passes)
         return slots[: self.steps * self.batch].reshape(self.steps, self.batch)
 
     def share(self, epoch: int, rank: int, world: int) -> Int[np.ndarray, "steps rows"]:
-        """What worker `rank` of `world` takes of every global batch; `rows` may be 0 where workers outnumber images."""
+        """Return the slots of worker `rank` of `world` in each global batch; possibly none if images are few."""
         return self.epoch(epoch)[:, rank::world]

@@ -1,4 +1,4 @@
-"""Scores of a model while it trains: each worker scores its share, and the counts are added up."""
+"""Score a model during training: each worker scores its share, and the counts are added up."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -57,7 +57,7 @@ class Validation:
         self._kept = Kept(len(self._rows), recipe.compute.resident_gib)
 
     def score(self) -> Scores:
-        """The scores of the whole validation set; every worker must call it, with the network in evaluation mode."""
+        """Return the scores on all validation images; every worker must call it, with the network in eval mode."""
         classes, size, device = self._recipe.classes, self._recipe.dataset.image_size, self._model.device
         confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
         for seen, labels in self._kept.batches(self._batches()):

@@ -25,7 +25,7 @@ from transfgu.store.artifacts import Run
 
 Picture = UInt8[np.ndarray, "H W 3"]
 
-_PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
+PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
 _NUMBERS = {
     "mean_iou": "score/mean_iou",
     "pixel_accuracy": "score/pixel_accuracy",
@@ -78,13 +78,13 @@ def names(track: str) -> list[str]:
     """
     asked = [name for name in track.replace(",", " ").split() if name != "none"]
     for name in asked:
-        if name not in _PACKAGES:
+        if name not in PACKAGES:
             raise UserError(
-                f"--track knows no {name}: choose of {', '.join(_PACKAGES)}, or none", code="tracker-unknown"
+                f"--track knows no {name}: choose of {', '.join(PACKAGES)}, or none", code="tracker-unknown"
             )
-        if importlib.util.find_spec(_PACKAGES[name]) is None:
+        if importlib.util.find_spec(PACKAGES[name]) is None:
             raise UserError(
-                f"--track {name} needs the package {name}: pip install {_PACKAGES[name]}", code="package-missing"
+                f"--track {name} needs the package {name}: pip install {PACKAGES[name]}", code="package-missing"
             )
     return asked
 

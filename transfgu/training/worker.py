@@ -1,7 +1,7 @@
-"""One worker's training: run, epoch, step. All that is random follows from the seed and a counter.
+"""Train on one worker: run, epoch, step. All random numbers follow from the seed and a counter.
 
-So a state is weights, moments and counters; there is no generator's state to save, and an epoch that is begun again,
-by fewer workers or by more, sees the same images in the same views, the same permutations and the same order.
+So the state is weights, moments and counters, without the state of a generator. An epoch that is restarted, with fewer
+or more workers, has the same images, views, permutations and order.
 """
 
 import errno
@@ -35,7 +35,7 @@ _QUEUED = 1  # steps that a GPU may be behind the host, which prepares the next 
 
 
 def work(job: Job) -> None:
-    """What Ray Train runs on each worker, from the last checkpoint on."""
+    """Train on one worker of Ray Train, from the last checkpoint on."""
     try:
         may_begin, checkpoint = _begin(job)
         if may_begin:
@@ -72,7 +72,7 @@ def _begin(job: Job) -> tuple[bool, str]:
 
 
 class Worker:
-    """One worker and its training."""
+    """The training on one worker."""
 
     def __init__(self, job: Job, checkpoint: str) -> None:
         """`checkpoint` is the URI of the one to go on from; empty: from the beginning."""
@@ -89,7 +89,7 @@ class Worker:
         self._told = 0.0
 
     def run(self) -> None:
-        """Train what epochs are left, or as many of them as the driver wants."""
+        """Train the remaining epochs, or until the driver ends the training."""
         for epoch in range(len(self.training.state.history), self.training.epochs):
             if not self._goes_on(epoch):
                 return
@@ -107,7 +107,7 @@ class Worker:
         return bool(broadcast_from_rank_zero(answer))
 
     def epoch(self, epoch: int) -> None:
-        """One epoch, its score, its checkpoint."""
+        """Train one epoch, score it, and write its checkpoint."""
         started = time.monotonic()
         training = self.training
         training.begin(epoch)
