@@ -30,6 +30,12 @@ gc.set_threshold(200_000, 20, 100)
 Arrays = dict[str, np.ndarray]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the fuzzer in `tests/fuzz`."""
+    parser.addoption("--fuzz-seconds", type=float, default=0.0, help="seconds in all; 0: a few cases of each kind")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="of the cases")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` on a machine without one.
 

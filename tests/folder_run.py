@@ -1,8 +1,11 @@
 """A folder of one's own images, and a recipe that a whole run of takes seconds."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from tests.made_run import write_encoder
@@ -23,6 +26,17 @@ def photographs(folder: Path, labels: bool = True) -> None:
         for name, pixels in (("images", image), *([("labels", disc.astype(np.uint8))] if labels else [])):
             (folder / name).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+def pack(folder: Path) -> None:
+    """Put the photographs also into one tar shard, `shard.tar`, and into Parquet row groups of four, in `rows`."""
+    files = sorted((folder / "images").iterdir())
+    with tarfile.open(folder / "shard.tar", "w") as shard:
+        for file in files:
+            shard.add(file, file.name)
+    rows = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    (folder / "rows").mkdir()
+    pq.write_table(pa.table({"image": rows}), folder / "rows" / "0.parquet", row_group_size=4)
 
 
 def small(folder: Path, **fields: object) -> Recipe:

@@ -5,20 +5,24 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 import safetensors.torch
 from PIL import Image
 
-from tests.folder_run import IMAGES, SIDE, photographs, small
+from tests.folder_run import IMAGES, SIDE, pack, photographs, small
 from tests.refusals import refused
 from transfgu import pipeline
 from transfgu.methods import STAGES
 from transfgu.pipeline import fit_to_patch, fit_to_small_encoder
+from transfgu.planning import dry_run
 from transfgu.pretraining.objective import new_encoder
 from transfgu.pretraining.recipe import PretrainingRecipe
 from transfgu.recipe import preset
 from transfgu.report import page
+from transfgu.segmenter import Segmenter
+from transfgu.stages import samples
 from transfgu.store import lock, storage
 from transfgu.store.artifacts import Run
 from transfgu.verification import verify
@@ -106,6 +110,15 @@ def encoder_file(path: Path, side: int, **metadata: str) -> str:
     recipe = PretrainingRecipe(patch_size=4, width=12, depth=2, heads=3, global_size=side, local_size=8)
     safetensors.torch.save_file(new_encoder(recipe).state_dict(), path, metadata)
     return str(path)
+
+
+def test_a_method_of_comparison_keeps_its_own_training_with_a_small_encoder() -> None:
+    for name in ("token-kmeans", "maskcontrast", "linear-head"):
+        recipe = preset("folder", name).with_fields({"encoder.name": "vit_shapes"})
+        fitted = fit_to_small_encoder(recipe)
+        own = {"epochs", "passes", *({"lr"} if name != "token-kmeans" else set())}
+        assert {f: getattr(fitted.training, f) for f in own} == {f: getattr(recipe.training, f) for f in own}
+        assert fitted.dataset.image_size == (128, 128)
 
 
 def test_a_file_of_a_small_encoder_is_enough(tmp_path: Path) -> None:
@@ -211,29 +224,31 @@ def test_without_labels_there_is_a_report_and_no_score(tmp_path: Path) -> None:
         pipeline.evaluate(recipe, Run(str(tmp_path / "run")), quiet=True)
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_runs_share_stages_and_more_epochs_go_on(tmp_path: Path) -> None:
     photographs(tmp_path, labels=False)
     recipe = small(tmp_path, labels="", stuff=2, dropout=0.0, track="none")
 
-    def train(name: str, shared: str = "", **fields: object) -> tuple[Run, list[str]]:
+    def train(name: str, shared: str = "", until: str = STAGES[-1], **fields: object) -> tuple[Run, list[str]]:
         """The run, and the stages that were computed."""
         run, other = Run(str(tmp_path / name)), Run(str(tmp_path / shared)) if shared else None
-        metrics = pipeline.run_stages(recipe.with_fields(fields), run, shared=other, quiet=True)
+        metrics = pipeline.run_stages(recipe.with_fields(fields), run, until=until, shared=other, quiet=True)
         return run, [stage for stage, found in metrics["stages"].items() if not found["skipped"]]
 
     def state(run: Run) -> dict[str, int]:
         return {str(file): file.stat().st_mtime_ns for file in Path(run.uri).rglob("*") if file.is_file()}
 
-    first, computed = train("first")
-    assert computed == list(STAGES)
+    first, computed = train("first", until="pseudo_labels")
+    assert computed == ["samples", "features", "concepts", "pseudo_labels"]
     before = state(first)
-    other_k, computed = train("other k", "first", stuff=3)
-    assert computed == ["concepts", "pseudo_labels", "training", "evaluation"]
+    other_k, computed = train("other k", "first", until="pseudo_labels", stuff=3)
+    assert computed == ["concepts", "pseudo_labels"]
     assert not Path(other_k.file("features")).exists()
-    alone, _ = train("alone", stuff=3)
-    for name in ("concepts/concepts.safetensors", "pseudo_labels/part-00000000.parquet", "model.safetensors"):
+    alone, _ = train("alone", until="pseudo_labels", stuff=3)
+    for name in ("concepts/concepts.safetensors", "pseudo_labels/part-00000000.parquet"):
         assert Path(other_k.file(name)).read_bytes() == Path(alone.file(name)).read_bytes(), name
     other_omega, computed = train("other omega", "first", omega_1=0.5)
     assert computed == ["training", "evaluation"]
@@ -253,3 +268,32 @@ def test_runs_share_stages_and_more_epochs_go_on(tmp_path: Path) -> None:
     assert not list(Path(straight.file("ray")).rglob("after-epoch-*"))
     verified = verify(other_omega)
     assert (verified.stages, verified.damage) == (STAGES, ())
+
+
+@pytest.mark.long
+@pytest.mark.ci_long
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_images_in_parquet_and_tar_come_to_the_same_masks(tmp_path: Path) -> None:
+    photographs(tmp_path, labels=False)
+    pack(tmp_path)
+    files = sorted((tmp_path / "images").iterdir())
+    made = {}
+    common = small(tmp_path, labels="", epochs=1, dropout=0.0, track="none")  # once: it draws the encoder's weights
+    for kind, data in (("files", "images"), ("tar", "shard.tar"), ("rows", "rows")):
+        run = Run(str(tmp_path / f"run {kind}"))
+        recipe = common.with_fields({"data": str(tmp_path / data)})
+        assert any("6 training images, 6 for validation" in line for line in dry_run.describe(recipe, run))
+        pipeline.run_stages(recipe, run, quiet=True)
+        features = pq.read_table(run.artifact("features").file("part-00000000.parquet"))
+        masks = [Segmenter.load(run.uri).predict(file) for file in files]
+        made[kind] = (features, safetensors.numpy.load_file(run.file("model.safetensors")), np.stack(masks))
+        assert verify(run).damage == ()
+    for kind in ("tar", "rows"):
+        assert made[kind][0].equals(made["files"][0])
+        for name, tensor in made["files"][1].items():  # the files' metadata differ: they hold the recipes' digests
+            np.testing.assert_array_equal(made[kind][1][name], tensor)
+        np.testing.assert_array_equal(made[kind][2], made["files"][2])
+    moved = Run(str(tmp_path / "moved"))
+    (tmp_path / "run tar").rename(moved.uri)
+    assert all(Path(uri).exists() for uri in samples.load(moved, "train")["image"].to_pylist())

@@ -2,9 +2,11 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,12 +202,15 @@ def test_the_first_of_equals_wins() -> None:
 def test_no_ray_in_a_fresh_process(labelled: MadeRun) -> None:
     program = """
 import sys
+sys.modules["ray"] = None  # an import of it fails, as where it is not installed
 import transfgu
 assert not {"torch", "numpy"} & set(sys.modules), "importing the package must be cheap"
 import numpy as np
 prediction = transfgu.Segmenter.load(sys.argv[1]).predict(np.zeros((20, 30, 3), np.uint8))
 assert prediction.shape == (20, 30)
-assert "ray" not in sys.modules
+from transfgu.cli.main import command_module
+for name in ("status", "runs", "name", "export", "serve", "compare", "schema"):
+    command_module(name).parser([])
 print("done", transfgu.__version__)
 """
     ended = subprocess.run([sys.executable, "-c", program, labelled.run.uri], capture_output=True, text=True)
@@ -293,3 +298,24 @@ def test_mistakes_are_answered_in_one_line(tmp_path: Path) -> None:
     Path(made.run.file("model.safetensors")).unlink()
     with refused("model-missing"):
         Segmenter.load(made.run.uri)
+
+
+@pytest.mark.parametrize("shape", [(0, 0, 3), (0, 5, 3), (5, 0, 3), (1, 5, 3), (), (3,), (2, 3, 4, 5), (4, 4, 2)])
+def test_arrays_that_are_no_images_are_one_line(labelled: MadeRun, shape: tuple[int, ...]) -> None:
+    segmenter = Segmenter.load(labelled.run.uri)
+    for tile in (None, 128):
+        with refused("image-unreadable"):
+            segmenter.predict(np.zeros(shape, np.uint8), tile=tile)
+    with refused("image-unreadable"):
+        segmenter.predict(np.zeros((4, 4, 3), np.float32))
+    assert segmenter.predict([]) == []
+
+
+@pytest.mark.parametrize("assignment", [[0, 0], [0, 99], [-1, 0], "ab", [0.5, 1], [None, 1]])
+def test_an_assignment_that_is_no_permutation_is_damage(labelled: MadeRun, tmp_path: Path, assignment: Any) -> None:
+    shutil.copytree(labelled.run.uri, tmp_path / "run")
+    file = tmp_path / "run" / "evaluation" / "scores.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({**told, "assignment": [*assignment, *told["assignment"][2:]]}))
+    with refused("file-damaged scores.json"):
+        Segmenter.load(str(tmp_path / "run"))

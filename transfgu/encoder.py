@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from transfgu.errors import UserError
 from transfgu.store import storage
-from transfgu.store.weights import PACKAGE, read_weights, unwrap
+from transfgu.store.weights import PACKAGE, read_metadata, read_weights, unwrap
 from transfgu.transfer import constant
 
 PositionResize = Literal["dino", "timm"]
@@ -463,26 +463,43 @@ def _from_file(name: str, uri: str) -> Encoder:
     vit = _create(name)
     _check_supported(vit)
     what = f"weights {storage.shown(uri)} for encoder {name}"
+    patch_size, heads = vit.patch_embed.patch_size[0], vit.blocks[-1].attn.num_heads
+    for said, own in (("patch_size", patch_size), ("num_heads", heads)):
+        if file.metadata.get(said, str(own)) != str(own):
+            raise UserError(
+                f"{what} don't fit: they say {said}={file.metadata[said]}, and it has {own}; give --encoder.name a "
+                "name that timm does not have, and the file describes its encoder",
+                code="weights-misfit",
+            )
     patch = file.tensors.get("patch_embed.proj.weight")
     if patch is not None and patch.ndim == 4 and patch.shape != vit.patch_embed.proj.weight.shape:
         raise _misfit(what, "patch_embed.proj.weight", patch, vit.patch_embed.proj.weight)
     position = file.tensors.get("pos_embed")
+    if position is not None and (position.ndim != 3 or position.shape[0] != 1):
+        raise _misfit(what, "pos_embed", position, vit.pos_embed)
     if position is not None and vit.pos_embed is not None:
         # Keep the file's own grid: resized once, at each image, and never a second time while loading.
         side = math.isqrt(position.shape[1])
         if side**2 + (0 if vit.no_embed_class else vit.num_prefix_tokens) == position.shape[1]:
             vit.set_input_size(img_size=(side * vit.patch_embed.patch_size[0],) * 2)
     module = eva if isinstance(vit, Eva) else vision_transformer
-    _load(vit, module.checkpoint_filter_fn(file.tensors, vit), what)
+    try:
+        tensors = module.checkpoint_filter_fn(file.tensors, vit)
+    except Exception as error:  # timm resizes what has other shapes, and trips over some
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{what} don't fit: {reason}; check the encoder's name, patch size and heads", code="weights-misfit"
+        ) from None
+    _load(vit, tensors, what)
     return _of_timm(vit)
 
 
 def is_self_described(weights: str) -> bool:
     """Tell whether `weights` is a safetensors file whose metadata says its patch and heads, as our pretraining's does.
 
-    Raises UserError where the file is missing or damaged.
+    A file that is missing or damaged does not: whoever reads its weights says so.
     """
-    return weights.endswith(".safetensors") and {"patch_size", "num_heads"} <= read_weights(weights).metadata.keys()
+    return weights.endswith(".safetensors") and {"patch_size", "num_heads"} <= read_metadata(weights).keys()
 
 
 def _self_described(name: str, weights: str) -> Encoder:
@@ -519,6 +536,15 @@ def _vit_of_shapes(tensors: Mapping[str, Tensor], patch_size: int, num_heads: in
         width = tensors["patch_embed.proj.weight"].shape[0]
         positions = tensors["pos_embed"].shape[1]
         hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
+        registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
+        if positions - 1 - registers < 1:
+            raise IndexError
+    except IndexError:
+        raise UserError(
+            "the state dict's pos_embed, reg_token, patch_embed.proj.weight or blocks.0.mlp.fc1.weight has another "
+            "shape than a vision transformer's: give DINO's or timm's",
+            code="weights-misfit",
+        ) from None
     except KeyError as error:
         raise UserError(
             f"the state dict has no {error.args[0]}, so it isn't a vision transformer's: give DINO's or timm's",
@@ -526,7 +552,6 @@ def _vit_of_shapes(tensors: Mapping[str, Tensor], patch_size: int, num_heads: in
         ) from None
     if width % num_heads:
         raise UserError(f"{num_heads} heads don't divide a width of {width}: check num_heads", code="heads-mismatch")
-    registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
     no_embed_class = math.isqrt(positions) ** 2 == positions
     side = math.isqrt(positions if no_embed_class else positions - 1 - registers)
     return VisionTransformer(
@@ -554,6 +579,10 @@ def _load(vit: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     for name in wanted.keys() | tensors.keys():
         if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
             raise _misfit(what, name, tensors.get(name), wanted.get(name))
+        if wanted[name].is_floating_point() and not tensors[name].is_floating_point():
+            raise UserError(
+                f"{what} hold {name} as {tensors[name].dtype}: save floating-point numbers", code="weights-misfit"
+            )
     vit.load_state_dict(tensors)
 
 

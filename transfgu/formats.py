@@ -94,5 +94,6 @@ def damage(name: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):  # JSON's and UTF-8's are ValueErrors
+    # JSON's and UTF-8's are ValueErrors; a bracket that is opened ten thousand times is a RecursionError.
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError):
         raise UserError(f"{name} is damaged: {remedy}", code="file-damaged") from None

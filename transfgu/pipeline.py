@@ -17,7 +17,7 @@ from transfgu.encoder import SHIPPED, Encoder, is_self_described
 from transfgu.errors import LeftOut, UserError
 from transfgu.methods import STAGES, TRANSFGU, method
 from transfgu.presets import SMALL_ENCODER
-from transfgu.recipe import Recipe, preset
+from transfgu.recipe import Recipe, field_name, preset
 from transfgu.runtime.progress import Progress
 from transfgu.sharing import names as names_of
 from transfgu.sharing.names import ClassTable
@@ -93,6 +93,9 @@ def fit_to_small_encoder(recipe: Recipe) -> Recipe:
         side = max(1, round(encoder.native_side * 8 / 3 / step)) * step
         proposed.update(dict.fromkeys(_SIZES, (side, side)))
         proposed.update(SMALL_ENCODER, **{"windows.size": (encoder.native_side, encoder.native_side)})
+    # A method of comparison keeps the values that it sets for all presets.
+    own = {field_name(name) for name in method(recipe.method).values.get("", {})}
+    proposed = {name: value for name, value in proposed.items() if field_name(name) not in own}
     given = recipe.given()
     wanted = usual.with_fields(proposed).flat()
     return recipe.with_fields({f: v for f, v in wanted.items() if f not in given or f == "encoder.name"})

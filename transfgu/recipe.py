@@ -517,7 +517,10 @@ def from_yaml(text: str | bytes, name: str = "the recipe", *, resolved: bool = F
             values[str(key)] = value
     if resolved:
         values = upgraded(values)
-    return preset(values.get("preset", "shapes"), values.get("method", TRANSFGU)).with_fields(values)
+    which, how = values.get("preset", "shapes"), values.get("method", TRANSFGU)
+    if not isinstance(which, str) or not isinstance(how, str):
+        raise UserError(f"{name} must name its preset and its method in words", code="recipe-damaged")
+    return preset(which, how).with_fields(values)
 
 
 def given_in(text: str | bytes, name: str = "the recipe") -> set[str]:
@@ -541,7 +544,7 @@ def given_in(text: str | bytes, name: str = "the recipe") -> set[str]:
 def _mapping(text: str | bytes, name: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{name} is no YAML in UTF-8: {error}", code="recipe-damaged") from None
     if not isinstance(tree, dict):
         raise UserError(f"{name} must be a YAML mapping of fields", code="recipe-damaged")

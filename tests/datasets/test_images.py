@@ -317,3 +317,20 @@ def test_photographs_are_decoded_alike(samples: Path, monkeypatch: pytest.Monkey
     difference = np.abs(small - np.stack([images.resize(image, (320, 320)) for image in found]))
     assert difference.max() == 1
     assert (difference > 0).mean() < 0.001
+
+
+def test_heic_is_read_and_named_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(Image.fromarray(np.full((16, 24, 3), (200, 40, 90), np.uint8)), "HEIF", quality=100)
+    assert images.is_image(data[: images.HEAD])
+    np.testing.assert_allclose(images.decode_image(data), np.broadcast_to([200, 40, 90], (16, 24, 3)), atol=4)
+    monkeypatch.setattr(images, "pillow_heif", None)
+    monkeypatch.setattr(images, "_FORMATS", tuple(f for f in images._FORMATS if f != "HEIF"))
+    with pytest.raises(BadInput, match=r"image in HEIC, which needs pip install 'transfgu\[heic\]'"):
+        images.decode_image(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "JPEG2000"])
+def test_images_are_known_by_their_first_bytes(kind: str) -> None:
+    data = encode(Image.fromarray(np.zeros((16, 24, 3), np.uint8)), kind)
+    assert images.is_image(data[: images.HEAD])
+    assert not images.is_image(b"P" + data[: images.HEAD])

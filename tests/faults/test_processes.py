@@ -45,7 +45,6 @@ def test_a_process_that_dies(
     row(fault, stage, "goes on by itself", seconds - undisturbed.seconds[stage], "its work in hand")
 
 
-@pytest.mark.ci_long
 @pytest.mark.parametrize("method", ["picie", "maskcontrast"])
 def test_the_worker_of_a_method_of_comparison_that_dies(method: str, tmp_path: Path, ray_cluster: None) -> None:
     photographs(tmp_path)
@@ -122,7 +121,7 @@ def test_the_last_checkpoint_cut_short(
 @pytest.mark.ci_long
 def test_the_state_of_kmeans_cut_short(undisturbed: Undisturbed, tmp_path: Path) -> None:
     run = copy_until(undisturbed.run, tmp_path / "run", "concepts")
-    run.artifact("concepts").begin(undisturbed.recipe)
+    run.artifact("concepts").begin(undisturbed.run.recipe())
     (tmp_path / "run" / "concepts" / "state-concepts.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     seconds = timed_run(undisturbed.recipe, run, "concepts")
     assert_same(run, undisturbed.run, "concepts")

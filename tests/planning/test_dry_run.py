@@ -36,7 +36,7 @@ def test_counts_are_those_of_the_run_that_follows(tmp_path: Path, recipe: Recipe
         "pseudo_labels: 2 maps of 8x8 patches for each of 6 images; 3.1 kB to write",
         "  Input > ReadImages (tasks) > MapConcepts (actors) > WritePseudoLabels (tasks)",
         # Six images, twice each, in batches of four.
-        "training: 2 epochs of 3 steps of 4 images, 6 steps in all; a score of 6 images every epoch; 125 kB to write",
+        "training: 2 epochs of 3 steps of 4 images, 6 steps in all; a score of 6 images every epoch; 14 kB to write",
         "evaluation: score 6 images (12 scores of images are taken while training)",
     ]
     assert re.match(r"in all \d+ kB to write, and about .* in the encoder, timed on this cpu\.", told[-1])

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from PIL import Image
 from tests.made_run import MadeRun, make_run
 from tests.refusals import refused
 from tests.stages.small_run import BAD, picture, spoil
+from transfgu.datasets.listing import Images, find_images
 from transfgu.errors import UserError
 from transfgu.recipe import ComputeRecipe
 from transfgu.runtime import capacity
@@ -67,7 +69,9 @@ def job(made: MadeRun, folder: Path, **more: object) -> PredictionJob:
 
 
 def samples(*names: str) -> pa.Table:
-    return prediction.named_samples({name: f"/x/{name}" for name in names})
+    files = {name: f"/x/{name}" for name in names}
+    versions = {name: storage.Version(size=9, changed=1) for name in names}
+    return prediction.named_samples(Images(files=files, versions=versions, passed={}))
 
 
 def test_masks_are_named_after_images_and_never_share_a_file() -> None:
@@ -80,7 +84,7 @@ def test_a_mask_lies_on_what_a_viewer_shows(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
-    rows = pa.table({"name": ["a.jpg"], "image": [str(tmp_path / "a.jpg")], "mask": ["a"]})
+    rows = prediction.named_samples(find_images(str(tmp_path)))
     for orient, shape in ((True, [8, 4]), (False, [4, 8])):
         read = prediction.ReadPhotos(size=(2, 2), interpolation="bilinear", orient=orient, keep_files=True)(rows)
         assert [read["height"][0].as_py(), read["width"][0].as_py()] == shape
@@ -279,6 +283,64 @@ def test_masks_are_the_segmenters_and_only_what_lacks_is_made(made: MadeRun, tmp
     assert set(made_again) - set(made_first) == {"masks/a/003.png", "overlays/a/003.jpg"}
     same = [name for name in made_first if name.startswith(("masks/", "overlays/"))]
     assert all(made_again[name] == made_first[name] for name in same)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("kind", ["png", "parquet"])
+def test_masks_of_other_versions_are_made_again(made: MadeRun, tmp_path: Path, kind: prediction.Format) -> None:
+    folder = write_images(tmp_path / "images", ["a/004.jpg", "photo.jpg", "same.jpg", "gone.jpg", "spoilt.jpg"])
+    asked = job(made, tmp_path, format=kind)
+    assert predict(asked, COMPUTE, QUIET).made == 5
+    assert predict(asked, COMPUTE, QUIET).found == 5
+    before = (folder / "a" / "004.jpg").stat()
+    other = picture(9)[:21]
+    Image.fromarray(other).save(folder / "a" / "004.jpg")  # another picture, and older than its mask
+    os.utime(folder / "a" / "004.jpg", ns=(before.st_atime_ns, before.st_mtime_ns - 10**9))
+    (folder / "gone.jpg").unlink()
+    (folder / "spoilt.jpg").write_bytes(b"no picture any more")
+    Image.fromarray(picture(10)).save(folder / "photo.png")  # beside photo.jpg
+    done = predict(asked, COMPUTE, QUIET)
+    assert (done.images, [x.name for x in done.left_out]) == (5, ["spoilt.jpg"])
+    assert done.orphans == 1
+    masks = tmp_path / "out" / "masks"
+    if kind == "png":
+        shapes = {str(p.relative_to(masks)): np.asarray(Image.open(p)).shape for p in masks.rglob("*.png")}
+        assert sorted(shapes) == ["a/004.png", "gone.png", "photo.jpg.png", "photo.png.png", "same.png"]
+        assert shapes["a/004.png"] == other.shape[:2]
+        (masks / "same.png").write_bytes(b"")
+        assert predict(asked, COMPUTE, QUIET).made >= 1
+        assert (masks / "same.png").stat().st_size > 67
+    else:
+        rows = [row for p in sorted(masks.iterdir()) for row in pq.read_table(p).to_pylist()]
+        assert sorted(row["name"] for row in rows) == ["a/004.jpg", "photo.jpg", "photo.png", "same.jpg"]
+        assert {row["name"]: row["height"] for row in rows}["a/004.jpg"] == 21
+    assert predict(asked, COMPUTE, QUIET).found == 4
+
+
+def test_masks_without_records_are_done_if_they_are_younger(made: MadeRun, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", ["old.jpg", "new.jpg", "empty.jpg"])
+    masks = tmp_path / "out" / "masks"
+    masks.mkdir(parents=True)
+    for name in ("old", "new", "empty", "other"):
+        (masks / f"{name}.png").write_bytes(bytes(100 if name != "empty" else 0))
+    os.utime(tmp_path / "images" / "new.jpg", (4e9, 4e9))  # changed after its mask was made
+    asked = job(made, tmp_path)
+    table = prediction.named_samples(find_images(asked.images, recursive=True))
+    there = prediction._there(asked, table)
+    assert (there.done, there.orphans) == ({"old.jpg"}, 1)
+
+
+def test_a_link_from_images_to_masks_is_refused(made: MadeRun, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", ["a.jpg"])
+    (tmp_path / "out" / "masks").mkdir(parents=True)
+    Image.fromarray(picture(1)).save(tmp_path / "out" / "masks" / "a.png")
+    (tmp_path / "link").symlink_to("images")
+    with refused("folders-nested"):
+        prediction.preflight(job(made, tmp_path, out=str(tmp_path / "link" / "masks")))
+    (tmp_path / "images" / "results").symlink_to("../out")
+    with refused("folders-nested"):
+        prediction.preflight(job(made, tmp_path))
 
 
 @pytest.mark.ray

@@ -100,8 +100,8 @@ def test_a_cache_gives_what_a_stream_gives(made: MadeRun, tmp_path: Path) -> Non
 
 
 def test_workers_and_trials_of_a_node_read_each_file_once(made: MadeRun, tmp_path: Path) -> None:
-    before = storage.reads()
     sources = [cached(made, tmp_path, 0, 2), cached(made, tmp_path, 1, 2), cached(made, tmp_path, 0, 1)]
+    before = storage.reads()
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda source: list(source.epoch(0)), sources))
     for source in sources:

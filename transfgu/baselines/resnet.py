@@ -10,8 +10,6 @@ from transfgu.errors import UserError
 from transfgu.store import storage
 from transfgu.store.weights import read_weights
 
-_MOCO = "encoder_q."  # before the names of the network that MoCo's checkpoints hold
-
 
 def residual_network(name: str, weights: str, *, stages: tuple[int, ...], stride: int = 32) -> nn.Module:
     """A network that maps (B, 3, H, W) to a list of features, one tensor for each of `stages`.
@@ -54,8 +52,6 @@ def widths(network: Any) -> list[int]:
 
 def _load(network: nn.Module, name: str, weights: str) -> None:
     tensors = read_weights(weights).tensors
-    if any(key.startswith(_MOCO) for key in tensors):
-        tensors = {key.removeprefix(_MOCO): value for key, value in tensors.items() if key.startswith(_MOCO)}
     wanted = network.state_dict()
     missing = [key for key in wanted if key not in tensors and not key.endswith("num_batches_tracked")]
     other = [key for key in wanted if key in tensors and tensors[key].shape != wanted[key].shape]

@@ -101,7 +101,7 @@ class Rehearsal:
             "| stage | seconds | ms per image beyond arithmetic | S3 requests per image | files | MB |",
             "| --- | --- | --- | --- | --- | --- |",
             *(
-                f"| {name} | {s.seconds:.1f} | {_number(s.beyond_arithmetic, 1000)} | {_number(s.requests)} | "
+                f"| {name} | {s.seconds:.1f} | {_number(s.beyond_arithmetic, 1000.0)} | {_number(s.requests)} | "
                 f"{s.files} | {s.bytes / 1e6:.1f} |"
                 for name, s in self.stages.items()
             ),

@@ -91,6 +91,10 @@ def main(words: Sequence[str] | None = None) -> None:
     if bad:
         named = ", ".join(f"{x.name} ({x.reason})" for x in bad[:3])
         print(f"{len(bad)} of {done.images} images left out: {named}{', ...' if len(bad) > 3 else ''}")
+    if done.passed:
+        print(f"not read: {done.passed}")
+    if done.orphans:
+        print(f"{done.orphans} masks are of images that are not in {storage.shown(job.images)}: they stay")
     before = f", {done.found} there already" if done.found else ""
     print(f"{done.made} masks made{before}: {storage.join(storage.shown(job.out), 'masks')}")
     if exported:

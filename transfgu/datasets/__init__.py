@@ -12,6 +12,7 @@ from transfgu.datasets.coco import COCO
 from transfgu.datasets.folder import FOLDER
 from transfgu.datasets.lip import LIP
 from transfgu.datasets.listing import SCHEMA, SPLITS, Layout, Listing
+from transfgu.datasets.packed import is_pack
 from transfgu.datasets.voc import VOC
 from transfgu.errors import UserError
 from transfgu.recipe import Recipe
@@ -96,6 +97,8 @@ def preflight(recipe: Recipe) -> None:
     for uri in (data, labels):
         if uri:
             storage.check_readable(uri)
+            if uri == data and layout == "folder" and is_pack(uri):
+                continue
             if storage.is_file(uri):
                 raise UserError(f"{storage.shown(uri)} is a file, not a folder", code="folder-expected")
             if storage.is_empty(uri):
@@ -103,6 +106,12 @@ def preflight(recipe: Recipe) -> None:
                     f"the folder {storage.shown(uri)} is empty: put the images there, or check the path",
                     code="folder-empty",
                 )
+    if labels and storage.resolved(labels) == storage.resolved(data):
+        raise UserError(
+            f"--labels {storage.shown(labels)} and --data {storage.shown(data)} are one folder: labels would be "
+            "trained on as photographs, so lay them in a folder of their own",
+            code="labels-among-images",
+        )
     if missing := LAYOUTS[layout].missing(data):
         raise UserError(
             f"{storage.shown(data)} has no {' and no '.join(missing)}: preset {recipe.preset} expects "

@@ -1,6 +1,7 @@
 """List Cityscapes: a sample's name, city_sequence_frame, is the common part of the names of its image and label."""
 
-from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, stems
+from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair
+from transfgu.datasets.names import stems
 from transfgu.recipe import Recipe
 from transfgu.store import storage
 

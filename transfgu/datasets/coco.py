@@ -9,7 +9,8 @@ import lzma
 import re
 from importlib import resources
 
-from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, stems
+from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair
+from transfgu.datasets.names import stems
 from transfgu.errors import UserError
 from transfgu.recipe import Recipe
 from transfgu.store import storage

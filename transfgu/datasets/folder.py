@@ -1,44 +1,79 @@
 """List the images of any folder: each image file is a sample, named by its relative path.
 
-If the folder has the sub-folders `train` and `val` (or `validation`), these are the splits. Otherwise all images are in
-both splits, because labels are not used for training and training images can be scored. Labels are PNGs of class
-indices (255: ignored) in a folder of their own, under the same relative names. With splits, validation images without a
-label are left out and reported; otherwise the images with labels are scored.
+Where the folder has sub-folders for training and validation, as exporters name them (`train`, `training`; `val`,
+`valid`, `validation`, `dev`; in any case, and in a folder `images` or not), these are the splits, and other folders,
+such as `test`, are counted. Else all images are both: nothing is learned from labels, so what was trained on can be
+scored too, and everybody's images get a prediction.
+
+Labels, if any, lie in a tree of their own under the same relative names (`names.labels_of`), as PNGs of class indices
+(255: ignored). With splits, a validation image without its label is left out, and named; in a single tree those with
+labels are scored.
 """
 
-from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, stem
+from collections.abc import Iterable, Mapping
+from functools import cache
+
+from transfgu.datasets.listing import Images, Layout, Listing, find_images, pair
+from transfgu.datasets.names import labels_of
 from transfgu.errors import UserError
 from transfgu.recipe import Recipe
 from transfgu.store import storage
 
-_FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+}
+_IMAGES = "images/"  # a folder that holds the splits, beside one of labels
 
 
 def _list(recipe: Recipe, split: str) -> Listing:
     data, label_root = storage.absolute(recipe.data), recipe.labels and storage.absolute(recipe.labels)
-    images, label_files = in_parallel(
-        lambda: images_in(data, recursive=True),
-        lambda: images_in(label_root, recursive=True) if label_root else {},
-    )
-    if label_root.startswith(data + "/"):
-        inside = label_root[len(data) + 1 :] + "/"
-        images = {n: uri for n, uri in images.items() if not n.startswith(inside)}
-    by_stem = {stem(n): uri for n, uri in label_files.items()}
-    labels = {n: by_stem[stem(n)] for n in images if stem(n) in by_stem} if label_root else None
-    if labels is not None and images and not labels:
+    found = find_images(data, recursive=True)
+    images = _without(found, label_root, data) if label_root else dict(found.files)
+    labels = _labels(images, label_root, data) if label_root else None
+    notes = {f"files not read ({kind})": count for kind, count in found.passed.items()} if split == "train" else {}
+    splits = _splits(images)
+    if splits:
+        if split == "train":
+            notes["images in no split"] = len(images) - sum(map(len, splits.values()))
+        return pair(recipe, split, splits[split], images, labels, notes=notes)
+    if labels is None or split == "train":
+        return pair(recipe, split, images, images, labels, notes=notes)
+    return pair(recipe, split, labels, images, labels, notes={"unlabelled": len(images) - len(labels)})
+
+
+def _splits(images: Iterable[str]) -> dict[str, list[str]]:
+    """The images of each split; empty where there are not both."""
+    inner = _IMAGES if images and all(name.startswith(_IMAGES) for name in images) else ""
+    splits: dict[str, list[str]] = {}
+    for name in images:
+        top, slash, _ = name[len(inner) :].partition("/")
+        if slash and top.lower() in _SPLITS:
+            splits.setdefault(_SPLITS[top.lower()], []).append(name)
+    return splits if len(splits) == 2 else {}
+
+
+def _without(found: Images, label_root: str, data: str) -> dict[str, str]:
+    """The images that are no labels: those that do not lie in the labels' folder, whatever links lead there."""
+    if storage.within(data, label_root):  # labels lie around the images
+        return dict(found.files)
+    inside = cache(lambda folder: storage.within(folder, label_root))
+    return {name: uri for name, uri in found.files.items() if not inside(uri.rpartition("/")[0])}
+
+
+def _labels(images: Mapping[str, str], label_root: str, data: str) -> dict[str, str]:
+    files = find_images(label_root, recursive=True).files
+    labels = labels_of(images, files)
+    if not labels and images and all(name.startswith(_IMAGES) for name in images):
+        short = labels_of([name.removeprefix(_IMAGES) for name in images], files)
+        labels = {_IMAGES + name: label for name, label in short.items()}
+    if images and not labels:
         raise UserError(
             f"no label below {storage.shown(label_root)} has the relative name of an image "
             f"below {storage.shown(data)}: name them alike, as in birds/1.jpg and birds/1.png",
             code="labels-missing",
         )
-    tops = {n.partition("/")[0] for n in images if "/" in n}
-    validation = next((f for f in _FOLDERS["validation"] if f in tops), None)
-    if "train" in tops and validation:
-        top = "train" if split == "train" else validation
-        return pair(recipe, split, (n for n in images if n.startswith(top + "/")), images, labels)
-    if labels is None or split == "train":
-        return pair(recipe, split, images, images, labels)
-    return pair(recipe, split, labels, images, labels, notes={"unlabelled": len(images) - len(labels)})
+    return labels
 
 
 FOLDER = Layout(

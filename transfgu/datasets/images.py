@@ -21,6 +21,10 @@ try:
     import cv2
 except ImportError:  # Pillow and NumPy then do the same, in more than twice the time
     cv2 = None  # type: ignore[assignment]
+try:
+    import pillow_heif
+except ImportError:  # the extra `heic`
+    pillow_heif = None  # type: ignore[assignment]
 
 from transfgu.datasets.class_lists import Classes
 from transfgu.errors import BadInput
@@ -38,7 +42,18 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Formats that are decoded by a library, never by a program that runs what the file says (as PostScript would be).
 Image.init()
-_FORMATS = tuple(f for f in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000") if f in Image.OPEN)
+if pillow_heif is not None:
+    pillow_heif.register_heif_opener(thumbnails=False)
+_FORMATS = tuple(
+    f for f in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "HEIF") if f in Image.OPEN
+)
+HEAD = 32
+"""Bytes at the start of a file that tell whether it is an image."""
+_STARTS = (
+    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    *(b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),
+)
+_HEIF = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.DOTALL)
 _LOSSY = ("jpeg", "tiff_jpeg", "webp")  # compressions of a TIFF
 _PGM = re.compile(rb"P[25]\s(?:\s|#[^\n]*\n)*\d+(?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]*\n)+(\d+)")
 _WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")
@@ -68,6 +83,16 @@ def pixels_of(source: Picture, *, orient: bool = False) -> UInt8[np.ndarray, "H 
         orientation = _orientation(source) if orient else 1
         return _turned(_picture_pixels(source), orientation)
     return decode_image(source if isinstance(source, bytes) else _read(str(source), "image"), orient=orient)
+
+
+def is_image(head: bytes) -> bool:
+    """Return True if a file's first :data:`HEAD` bytes are those of an image format."""
+    return (
+        head.startswith(_STARTS)
+        or (head.startswith(b"RIFF") and head[8:12] == b"WEBP")
+        or head[4:12] in (b"ftypavif", b"ftypavis")
+        or _HEIF.match(head) is not None
+    )
 
 
 def read_image(uri: str, *, orient: bool = False) -> UInt8[np.ndarray, "H W 3"]:
@@ -307,6 +332,8 @@ def _decode(data: bytes, what: str) -> tuple[Image.Image, int]:
         picture.load()
         return picture, turned if turned in _BACK else 1
     except UnidentifiedImageError:
+        if pillow_heif is None and _HEIF.match(data):
+            raise BadInput(f"{what} in HEIC, which needs pip install 'transfgu[heic]'") from None
         raise BadInput(f"unreadable {what}") from None
     except Image.DecompressionBombError:
         raise BadInput(f"{what} of more than {MAX_PIXELS // 10**6} million pixels") from None

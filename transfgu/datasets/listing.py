@@ -5,12 +5,16 @@ training, which needs none, and left out of the score.
 """
 
 import bisect
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from transfgu.datasets import images
+from transfgu.datasets.names import composed, stem
 from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import Recipe
 from transfgu.store import storage
@@ -27,7 +31,13 @@ SCHEMA = pa.schema(
     ]
 )
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2"),
+)
+
+
+_KINDS = 8  # suffixes that are counted one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,27 +76,69 @@ class Layout:
             return [n for n, found in zip(self.needed, there, strict=True) if not found]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """The images below a folder."""
+
+    files: Mapping[str, str]
+    """URI by path relative to the folder, sorted."""
+    versions: Mapping[str, storage.Version]
+    """Size and time of change by the same paths; links that lead nowhere have none."""
+    passed: Mapping[str, int]
+    """How many other files there are, by suffix or reason, most first."""
+
+    @property
+    def passed_text(self) -> str:
+        """Return in words what is not read, as `3 .mp4, 1 hidden`; empty for nothing."""
+        return ", ".join(f"{count} {kind}" for kind, count in self.passed.items())
+
+
 def images_in(folder: str, *, recursive: bool = False) -> dict[str, str]:
-    """Image files below `folder`: URI by path relative to it. Hidden files and folders are skipped."""
+    """Return the image files below `folder`: URI by path relative to it; see :func:`find_images`."""
+    return dict(find_images(folder, recursive=recursive).files)
+
+
+def find_images(folder: str, *, recursive: bool = False) -> Images:
+    """Find the image files below `folder`: by suffix, and files without a suffix by their first bytes.
+
+    Hidden files and folders are passed over. A link that leads nowhere counts as an image if it is named as one, so
+    that it is named as missing.
+
+    Raises:
+        UserError: the storage can't be read.
+    """
     folder = storage.absolute(folder)
-    found = {}
-    for uri in storage.list_files(folder, recursive):
+    listed = storage.list_folder(folder, recursive)
+    files: dict[str, str] = {}
+    unnamed: list[str] = []
+    passed: Counter[str] = Counter({"unusable name": len(listed.unnamed)} if listed.unnamed else {})
+    for uri in [*listed.files, *listed.dangling]:
         relative = uri[len(folder) :].lstrip("/")
-        hidden = any(part.startswith((".", "__MACOSX")) for part in relative.split("/"))
-        if not hidden and relative.lower().endswith(IMAGE_SUFFIXES):
-            found[relative] = uri
-    return found
-
-
-def stems(files: Mapping[str, str], suffix: str = "") -> dict[str, str]:
-    """`files` by file name alone, without its extension and `suffix`; files that do not end in `suffix` are dropped."""
-    named = ((stem(relative).rpartition("/")[2], uri) for relative, uri in files.items())
-    return {name.removesuffix(suffix): uri for name, uri in named if name.endswith(suffix)}
-
-
-def stem(relative: str) -> str:
-    """A path without its extension."""
-    return relative.rpartition(".")[0]
+        file = relative.rpartition("/")[2]
+        if any(part.startswith((".", "__MACOSX")) for part in relative.split("/")):
+            passed["hidden"] += 1
+        elif file.lower().endswith(IMAGE_SUFFIXES):
+            files[relative] = uri
+        elif "." not in file and uri in listed.files:
+            unnamed.append(relative)
+        else:
+            passed["." + file.lower().rpartition(".")[2] if "." in file else "link to nothing"] += 1
+    with ThreadPoolExecutor(storage.IN_FLIGHT) as pool:
+        heads = pool.map(lambda name: storage.read_range(storage.join(folder, name), 0, images.HEAD), unnamed)
+        for relative, head in zip(unnamed, heads, strict=True):
+            if images.is_image(head or b""):
+                files[relative] = storage.join(folder, relative)
+            else:
+                passed["without a suffix"] += 1
+    most = passed.most_common()
+    kinds = dict(most[:_KINDS])
+    if rest := sum(count for _, count in most[_KINDS:]):
+        kinds["of other kinds"] = rest
+    return Images(
+        files=dict(sorted(files.items())),
+        versions={name: listed.files[uri] for name, uri in files.items() if uri in listed.files},
+        passed=kinds,
+    )
 
 
 def in_parallel(*tasks: Callable[[], dict[str, str]]) -> list[dict[str, str]]:
@@ -158,18 +210,45 @@ def table(
     )
 
 
-def read_names(uri: str) -> list[str]:
-    """The lines of a list file, without blanks.
+def read_names(uri: str, known: Mapping[str, str]) -> list[str]:
+    """Read the samples of a list file: one per line, in any of the ways that such lists are written.
+
+    A line is a sample's name, or a path to its image, with or without its suffix, and may have further columns. The
+    whole line is tried first, as names may hold spaces, then its first column.
+
+    Args:
+        uri: of the list, in UTF-8 or UTF-16, with or without a byte order mark.
+        known: images by name.
+
+    Returns:
+        The names; of a line that fits no image, its first column without folders and suffix.
 
     Raises:
         UserError: it is not there, is no text, or names nothing.
     """
+    data = storage.read_bytes(uri)
     try:
-        names = storage.read_bytes(uri).decode().split()
-    except UnicodeDecodeError:
+        text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError
+    except ValueError:
         raise UserError(
-            f"{storage.shown(uri)} is not a text file of names: fetch it again", code="list-damaged"
+            f"{storage.shown(uri)} is not a text file of names: fetch it again, or save it as UTF-8",
+            code="list-damaged",
         ) from None
+    names = [name for line in text.splitlines() if (name := _named(composed(line.strip()), known))]
     if not names:
         raise UserError(f"{storage.shown(uri)} names no image: fetch it again", code="list-damaged")
     return names
+
+
+def _named(line: str, known: Mapping[str, str]) -> str:
+    """The sample that a line of a list names; empty for none."""
+    first = re.split(r"[\t,;]|\s+", line)[0]
+    for text in dict.fromkeys((line, first)):
+        file = text.replace("\\", "/").rpartition("/")[2]
+        plain = stem(file) if file.lower().endswith(IMAGE_SUFFIXES) else file
+        for name in (text, file, plain):
+            if name in known:
+                return name
+    return plain

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
-from transfgu.datasets.listing import images_in, stem
+from transfgu.datasets.listing import images_in
+from transfgu.datasets.names import composed, stem
 from transfgu.errors import UserError
 from transfgu.store import storage
 
@@ -48,9 +49,11 @@ def find_masks(rows: pa.Table, uri: str) -> dict[str, str]:
     by_path: dict[str, list[str]] = {}
     by_name: dict[str, list[str]] = {}
     for relative, mask in files.items():
-        by_path.setdefault(stem(relative), []).append(mask)
-        by_name.setdefault(stem(relative).rpartition("/")[2], []).append(mask)
-    found = {}
+        key = composed(stem(relative))
+        by_path.setdefault(key, []).append(mask)
+        by_name.setdefault(key.rpartition("/")[2], []).append(mask)
+    found: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for name, image in zip(rows["name"].to_pylist(), rows["image"].to_pylist(), strict=True):
         candidates = _candidates(name, image, by_path, by_name)
         if len(candidates) > 1:
@@ -61,11 +64,18 @@ def find_masks(rows: pa.Table, uri: str) -> dict[str, str]:
             )
         if candidates:
             found[name] = candidates[0]
+            other = owners.setdefault(candidates[0], name)
+            if other != name:
+                raise UserError(
+                    f"{storage.shown(candidates[0])} could be the mask of {other} and of {name}: lay the masks in the "
+                    "images' folders, or name them after whole names, as photo.jpg.png",
+                    code="masks-ambiguous",
+                )
     return found
 
 
 def _candidates(name: str, image: str, by_path: Mapping[str, list[str]], by_name: Mapping[str, list[str]]) -> list[str]:
-    pieces = image.split("/")
+    name, pieces = composed(name), composed(image).split("/")
     for start in range(len(pieces)):
         tail = "/".join(pieces[start:])
         # The mask of photo.jpg is photo.jpg.png where there is a photo.png as well.

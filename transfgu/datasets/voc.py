@@ -1,6 +1,7 @@
 """Pascal VOC 2012: the lists of ImageSets/Segmentation say which images have a segmentation (1,464 and 1,449)."""
 
-from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, read_names, stems
+from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, read_names
+from transfgu.datasets.names import stems
 from transfgu.recipe import Recipe
 from transfgu.store import storage
 
@@ -8,11 +9,11 @@ _LISTS = {"train": "train.txt", "validation": "val.txt"}
 
 
 def _list(recipe: Recipe, split: str) -> Listing:
-    names = read_names(storage.join(recipe.data, "ImageSets", "Segmentation", _LISTS[split]))
     images, labels = in_parallel(
         lambda: stems(images_in(storage.join(recipe.data, "JPEGImages"))),
         lambda: stems(images_in(storage.join(recipe.data, "SegmentationClass"))),
     )
+    names = read_names(storage.join(recipe.data, "ImageSets", "Segmentation", _LISTS[split]), images)
     return pair(recipe, split, names, images, labels)
 
 

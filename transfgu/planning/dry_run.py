@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from transfgu import datasets, pipeline
+from transfgu.datasets import packed
 from transfgu.datasets.packed_maps import packed_planes
 from transfgu.encoder import normalise, patch_grid
 from transfgu.errors import LeftOut
@@ -134,7 +135,9 @@ def _counts(recipe: Recipe, run: Run | None) -> Counts:
         drawn = {split: min(n, recipe.limit or n) for split, n in samples.SCENES.items()}
         return Counts(train=drawn["train"], validation=drawn["validation"], labelled=drawn["validation"], left_out=())
     else:
-        listings = {split: datasets.listing(recipe, split) for split in datasets.SPLITS}
+        listings, units = samples.listed(recipe)
+        if units:
+            return _packed_counts(recipe, units)
         tables = {split: listing.table for split, listing in listings.items()}
         left_out = tuple(x for listing in listings.values() for x in listing.left_out)
     labels = tables["validation"]["label"]
@@ -144,6 +147,15 @@ def _counts(recipe: Recipe, run: Run | None) -> Counts:
         labelled=len(labels) - labels.null_count,
         left_out=left_out,
     )
+
+
+def _packed_counts(recipe: Recipe, units: Sequence[packed.Unit]) -> Counts:
+    """Counts of images that are to be unpacked; labels are matched to their names later."""
+    of = {split: sum(unit.count for unit in units if unit.pack.split == split) for split in ("train", "val", "")}
+    apart = of["train"] and of["val"]
+    train, validation = (of["train"], of["val"]) if apart else (sum(of.values()), sum(of.values()))
+    train, validation = (min(count, recipe.limit or count) for count in (train, validation))
+    return Counts(train=train, validation=validation, labelled=validation if recipe.labels else 0, left_out=())
 
 
 def _works(recipe: Recipe, counts: Counts, encode: PatchTokens, timed: bool) -> Mapping[str, Work]:

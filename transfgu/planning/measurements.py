@@ -65,7 +65,7 @@ class Ingest:
             if found.samples_per_second_per_core <= 0:
                 raise ValueError
             return found
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise UserError(
                 f"{where} is no file of the ingest's measurement: transfgu benchmark ingest --out writes one",
                 code="measurements-damaged",
@@ -106,7 +106,7 @@ class Measurements:
                 values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
                 timings.append(Timing(**{k: v for k, v in values.items() if k in names}))
             return cls(**{**tree, "timings": tuple(timings)})
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise UserError(
                 "this is no file of measurements: transfgu benchmark writes them", code="measurements-damaged"
             ) from None

@@ -46,13 +46,13 @@ def install() -> None:
         _stderr = os.dup(2)
     receive, send = os.pipe()
     os.set_blocking(send, False)
-    for number in _SIGNALS:
-        signal.signal(number, _interrupt)
-    signal.set_wakeup_fd(send, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(receive,), name="signals", daemon=True).start()
     sys.excepthook = _end_or_print
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ray Tune's own returns as if the search were over
     _installed = True
+    signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+    for number in _SIGNALS:  # last: a signal may come at once, and finds all of the above
+        signal.signal(number, _interrupt)
 
 
 def requested() -> bool:

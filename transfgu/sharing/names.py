@@ -89,10 +89,10 @@ def parse(text: str | bytes, names: Sequence[str], file: str) -> dict[int, str]:
     """
     try:
         tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is no YAML in UTF-8: {error}", code="names-unreadable") from None
     if isinstance(tree, str):
-        tree = [line.strip() for line in (text.decode() if isinstance(text, bytes) else text).splitlines()]
+        tree = [line.strip() for line in (text.decode("utf-8-sig") if isinstance(text, bytes) else text).splitlines()]
         tree = [line for line in tree if line]
     if isinstance(tree, list):
         if len(tree) != len(names):

@@ -1,4 +1,6 @@
-"""Predict the masks of a folder of images, in parts; images with a mask are skipped, so a stopped prediction resumes.
+"""Predict the masks of a folder of images, in parts; images whose mask is up to date are skipped.
+
+A stopped prediction resumes, and images that were added or replaced get their masks.
 
 Tasks decode, a pool of actors holds the model and grows to its limit while images wait, and tasks write. Masks are
 compressed in the actor, so little data is sent even for large photographs; the driver gets one small row per part.
@@ -9,9 +11,9 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -23,12 +25,13 @@ from ray.data import Dataset
 from transfgu import formats
 from transfgu.datasets import images
 from transfgu.datasets.class_lists import index_type
-from transfgu.datasets.listing import images_in, stem
+from transfgu.datasets.listing import Images, find_images
+from transfgu.datasets.names import output_names
 from transfgu.errors import BadInput, LeftOut, UserError
 from transfgu.recipe import ComputeRecipe, Size
 from transfgu.runtime import parts
 from transfgu.runtime.progress import Progress
-from transfgu.store import parquet, storage
+from transfgu.store import parquet, predicted, storage
 from transfgu.store.artifacts import Run
 
 Format = Literal["png", "parquet"]
@@ -43,6 +46,10 @@ _TILES = "tiles"  # in the claim: how images were cut
 _AVERAGED = "averaged"  # in the claim: what logits are averaged over
 _ORIENT = "orient"  # in the claim: whether masks lie on turned pixels
 _WRITERS = 8  # files that one task writes at a time
+_LEAST = 67  # bytes of the smallest PNG
+_SAMPLES = pa.schema(
+    [(name, pa.string()) for name in ("name", "image", "mask")] + [(name, pa.int64()) for name in ("size", "changed")]
+)
 _SCHEMA = pa.schema([("name", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("mask", pa.large_binary())])
 
 
@@ -89,6 +96,10 @@ class Prediction:
     made: int
     """Masks made now."""
     left_out: tuple[LeftOut, ...]
+    passed: str = field(default="", repr=False)
+    """Other files in the folder that are not read, in words, such as `3 .mp4`."""
+    orphans: int = field(default=0, repr=False)
+    """Masks in `out` of images that are not in the folder; they stay."""
 
 
 def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, verbose: bool = False) -> Prediction:
@@ -131,7 +142,7 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
         >>> sorted(path.name for path in (home / "masks" / "masks").iterdir())
         ['0.png', '1.png']
     """
-    names = preflight(job)
+    images = preflight(job)
     job = replace(job, orient=resolved_orient(job))
     # What costs seconds to import, only now.
     from transfgu.runtime import capacity, connect
@@ -140,8 +151,11 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     for uri, flag in ((job.out, "--out"), (job.images, "--images")):
         capacity.check_shared(uri, flag)
     capacity.check_satisfiable(replace(compute, workers=0))  # nothing is trained
-    samples = named_samples(names)
-    done, bad = _done(job, samples), _known_bad(job)
+    samples = named_samples(images)
+    there, bad = _there(job, samples), _known_bad(job)
+    done = there.done
+    for uri in there.stale:
+        storage.delete(uri)
     size = model_size(job)
     todo = parts_to_make(samples, 1 if job.tile else parts.part_size(size), done, bad, whole=job.format == "png")
     asked = {name for table in todo for name in table["name"].to_pylist()}
@@ -153,19 +167,29 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
         made += row["made"]
         left_out += [LeftOut(**x) for x in json.loads(row["left_out"])]
         progress.update(found + made + len(left_out), len(samples), "images")
+    _record(job, samples, {x.name for x in left_out})
     result = Prediction(
-        images=len(samples), found=found, made=made, left_out=tuple(sorted(left_out, key=lambda x: x.name))
+        images=len(samples),
+        found=found,
+        made=made,
+        left_out=tuple(sorted(left_out, key=lambda x: x.name)),
+        passed=images.passed_text,
+        orphans=there.orphans,
     )
-    summary = {"images": result.images, "found": found, "made": made, "left_out": [vars(x) for x in result.left_out]}
+    summary = {
+        **{"images": result.images, "found": found, "made": made, "orphans": result.orphans},
+        "files not read": dict(images.passed),
+        "left_out": [vars(x) for x in result.left_out],
+    }
     storage.write_bytes(storage.join(job.out, SUMMARY), json.dumps(formats.stamp(summary), indent=1).encode())
     return result
 
 
-def preflight(job: PredictionJob) -> dict[str, str]:
+def preflight(job: PredictionJob) -> Images:
     """Find what would fail later, without Ray, and claim the folder of masks for this model.
 
     Returns:
-        The images: URI by path relative to `job.images`.
+        The images.
 
     Raises:
         UserError: the first thing found wrong.
@@ -173,8 +197,7 @@ def preflight(job: PredictionJob) -> dict[str, str]:
     from transfgu.inference.tiles import Tiling
     from transfgu.segmenter import Segmenter
 
-    folder, out = (storage.absolute(uri) + "/" for uri in (job.images, job.out))
-    if out.startswith(folder) or folder.startswith(out):
+    if storage.within(job.out, job.images) or storage.within(job.images, job.out):
         raise UserError(
             f"--images {storage.shown(job.images)} and --out {storage.shown(job.out)} lie in each other: masks would "
             "be read as images, so choose two folders beside each other",
@@ -193,11 +216,18 @@ def preflight(job: PredictionJob) -> dict[str, str]:
             f"an indexed PNG holds 256 classes, and this run has {len(segmenter.classes)}: set --format parquet",
             code="png-classes",
         )
-    names = images_in(job.images, recursive=True)
-    if not names:
+    found = find_images(job.images, recursive=True)
+    if not found.files:
+        but = f", but {found.passed_text}" if found.passed else ""
         raise UserError(
-            f"{storage.shown(job.images)} holds no image (.jpg, .png, .webp, ...): check --images",
+            f"{storage.shown(job.images)} holds no image (.jpg, .png, .webp, ...){but}: check --images",
             code="images-missing",
+        )
+    if any(storage.within(folder, job.out) for folder in {uri.rpartition("/")[0] for uri in found.files.values()}):
+        raise UserError(
+            f"a link in --images {storage.shown(job.images)} leads to --out {storage.shown(job.out)}: masks would be "
+            "read as images, so remove the link",
+            code="folders-nested",
         )
     storage.check_writable(job.out)
     claim = {
@@ -216,7 +246,7 @@ def preflight(job: PredictionJob) -> dict[str, str]:
         ],
     }
     take_folder(job, claim)
-    return names
+    return found
 
 
 def resolved_orient(job: PredictionJob) -> bool:
@@ -273,7 +303,7 @@ def read_claim(out: str) -> dict[str, Any]:
 
 def mask_names(images: str) -> dict[str, str]:
     """Return the name of the mask of each image in a folder, without an extension, by the image's relative path."""
-    table = named_samples(images_in(images, recursive=True))
+    table = named_samples(find_images(images, recursive=True))
     return dict(zip(table["name"].to_pylist(), table["mask"].to_pylist(), strict=True))
 
 
@@ -295,14 +325,18 @@ def _parsed_claim(out: str, text: bytes) -> dict[str, Any]:
     return held
 
 
-def named_samples(names: Mapping[str, str]) -> pa.Table:
-    """Return rows `name`, `image` (URI) and `mask`, the name of its mask without an extension."""
-    ordered = sorted(names)
-    stems = [stem(name) for name in ordered]
-    twice = {s for s in stems if stems.count(s) > 1} if len(set(stems)) < len(stems) else set()
-    # Of photo.jpg and photo.png the masks are photo.jpg.png and photo.png.png: neither takes the other's place.
-    masks = [name if s in twice else s for name, s in zip(ordered, stems, strict=True)]
-    return pa.table({"name": ordered, "image": [names[n] for n in ordered], "mask": masks})
+def named_samples(found: Images) -> pa.Table:
+    """Return rows of `_SAMPLES`; `mask` is the name of the image's mask without an extension."""
+    names = sorted(found.files)
+    versions = [found.versions.get(name) for name in names]
+    columns = {
+        "name": names,
+        "image": [found.files[name] for name in names],
+        "mask": output_names(names),
+        "size": [version and version.size for version in versions],
+        "changed": [version and version.changed for version in versions],
+    }
+    return pa.table(columns, schema=_SAMPLES)
 
 
 def model_size(job: PredictionJob) -> Size:
@@ -310,30 +344,80 @@ def model_size(job: PredictionJob) -> Size:
     return Run(job.run).recipe().dataset.image_size
 
 
-def _done(job: PredictionJob, samples: pa.Table) -> set[str]:
+@dataclass(frozen=True, kw_only=True)
+class _There:
+    """What an earlier prediction left."""
+
+    done: set[str]
     """Names of the images whose masks, and overlays if asked for, are there."""
+    stale: list[str]
+    """Files to remove before work: tables of masks that hold one of another version of its image."""
+    orphans: int
+    """Masks of images that are not there."""
+
+
+def _there(job: PredictionJob, samples: pa.Table) -> _There:
+    records, recorded = predicted.read(job.out)
     masks = storage.join(job.out, "masks")
-    files = storage.list_files(masks)
+    files = storage.list_versions(masks)
+    current = {row["name"]: row for row in samples.to_pylist()}
+
+    def fresh(name: str, written: storage.Version | None) -> bool:
+        """Whether a file that was written so is of the image's present version."""
+        row, record = current[name], records.get(name)
+        if written is None or row["size"] is None:
+            return False
+        if record is None:  # of a version that kept no records
+            return written.changed >= row["changed"] or not written.changed
+        moved = job.format == "png" and record.mask != row["mask"]
+        return not moved and record.image == (row["size"], row["changed"])
+
     if job.format == "parquet":
         with ThreadPoolExecutor(16) as pool:
-            done = {name for names in pool.map(names_in, files) for name in names}
-    else:
-        done = _named(samples, masks, files, ".png")
+            held = dict(zip(files, pool.map(names_in, files), strict=True))
+        stale = [uri for uri, names in held.items() if any(n in current and not fresh(n, files[uri]) for n in names)]
+        kept = [name for uri, names in held.items() if uri not in stale for name in names]
+        gone = sum(name not in current for names in held.values() for name in names)
+        return _There(done=current.keys() & kept, stale=stale, orphans=gone)
+    here = _relative(masks, files)
+    done = {name for name, row in current.items() if fresh(name, here.get(f"{row['mask']}.png"))}
     if job.overlays:
         overlays = storage.join(job.out, "overlays")
-        done &= _named(samples, overlays, storage.list_files(overlays), ".jpg")
-    return done
+        lit = _relative(overlays, storage.list_versions(overlays))
+        done = {name for name in done if f"{current[name]['mask']}.jpg" in lit}
+    # A mask that has another name by now is removed at the end.
+    elsewhere = {record.mask for name, record in records.items() if name not in current}
+    known = {row["mask"] for row in current.values()} | (recorded - elsewhere)
+    return _There(done=done, stale=[], orphans=sum(name.removesuffix(".png") not in known for name in here))
 
 
-def _named(samples: pa.Table, folder: str, files: Sequence[str], suffix: str) -> set[str]:
-    there = {uri.removeprefix(storage.absolute(folder) + "/") for uri in files}
-    pairs = zip(samples["name"].to_pylist(), samples["mask"].to_pylist(), strict=True)
-    return {name for name, mask in pairs if mask + suffix in there}
+def _relative(folder: str, files: Mapping[str, storage.Version]) -> dict[str, storage.Version]:
+    """Those files that can be pictures, by path below the folder."""
+    below = len(storage.absolute(folder)) + 1
+    return {uri[below:]: version for uri, version in files.items() if version.size >= _LEAST}
+
+
+def _record(job: PredictionJob, samples: pa.Table, bad: Collection[str]) -> None:
+    """Record what masks were made of; remove those that have another name now, or whose image became a bad one."""
+    records, gone = predicted.read(job.out)
+    for row in samples.to_pylist():
+        if row["name"] in bad:
+            records.pop(row["name"], None)
+            gone.add(row["mask"])
+        else:
+            image = storage.Version(size=row["size"], changed=row["changed"])
+            records[row["name"]] = predicted.Made(mask=row["mask"], image=image)
+    if job.format == "png":
+        for mask in gone - {made.mask for made in records.values()}:
+            for kind, suffix in (("masks", ".png"), ("overlays", ".jpg")):
+                storage.delete(storage.join(job.out, kind, mask + suffix))
+    predicted.write(job.out, records)
 
 
 def names_in(uri: str) -> list[str]:
     """Return the names of the images whose masks a Parquet file holds."""
-    with parquet.opened(uri, remedy="delete it, and run again") as file:
+    remedy = "delete it, and run again"
+    with parquet.opened(uri, remedy=remedy) as file, parquet.damage(uri, remedy):
         names: list[str] = file.read(columns=["name"])["name"].to_pylist()
     return names
 
@@ -397,8 +481,8 @@ def _rows(data: Dataset) -> Iterator[dict[str, Any]]:
 class ReadPhotos(parts.ReadImages):
     """A task: a part of the image list to decoded, resized images.
 
-    Out come rows name, mask, image (3, H, W) uint8, height and width (pixels), file (its bytes, or null),
-    reason (null, or why the image can't be used).
+    Out come rows name, mask, size and changed (of the image's file), image (3, H, W) uint8, height and width (pixels),
+    file (its bytes, or null), reason (null, or why the image can't be used).
     """
 
     keep_files: bool
@@ -422,8 +506,7 @@ class ReadPhotos(parts.ReadImages):
         kinds = {"height": pa.int32(), "width": pa.int32(), "file": pa.large_binary(), "reason": pa.string()}
         return pa.table(
             {
-                "name": samples["name"],
-                "mask": samples["mask"],
+                **{name: samples[name] for name in ("name", "mask", "size", "changed")},
                 "image": pa.FixedShapeTensorArray.from_numpy_ndarray(pixels),
                 **{name: pa.array([row[name] for row in rows], kind) for name, kind in kinds.items()},
             }
@@ -480,11 +563,15 @@ class PredictTiles:
         """See the class. Raises UserError where the storage fails."""
         left_out = []
         rows = block.select(["name", "image", "mask"]).to_pylist()
+        good = []
         for row in rows:
             try:
                 self._write(row["name"], row["image"], row["mask"])
+                good.append(True)
             except BadInput as error:
                 left_out.append({"name": row["name"], "reason": str(error)})
+                good.append(False)
+        predicted.write_part(self._job.out, block.filter(pa.array(good, pa.bool_())))
         return pa.table({"made": [len(rows) - len(left_out)], "left_out": [json.dumps(left_out)]})
 
     def _write(self, name: str, uri: str, mask: str) -> None:
@@ -540,6 +627,7 @@ class WriteMasks:
         if self.job.format == "parquet" and masks:
             sizes = list(zip(rows["height"].to_pylist(), rows["width"].to_pylist(), strict=True))
             _write_rows(self.job, rows["name"].to_pylist(), sizes, [mask.tobytes() for mask in masks], block["name"])
+        predicted.write_part(self.job.out, rows)
         left_out = [vars(x) for x in parts.left_out(block)]
         return pa.table({"made": [len(masks)], "left_out": [json.dumps(left_out)]})
 

@@ -2,9 +2,12 @@
 
 The scenes of the embedded demonstration are drawn here into the run's folder, by tasks of a few scenes each. A scene
 depends on its number only, so existing scenes are not drawn again.
+Images inside Parquet files and tar shards are unpacked there, too.
 """
 
+import dataclasses
 import io
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,9 +19,11 @@ import ray
 from jaxtyping import UInt8
 from PIL import Image
 
-from transfgu import datasets
+from transfgu import datasets, formats
+from transfgu.datasets import packed
 from transfgu.datasets.listing import Listing, table
 from transfgu.datasets.shapes import scene
+from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import Recipe
 from transfgu.runtime.failures import raises_user_errors
 from transfgu.runtime.progress import Progress
@@ -27,6 +32,7 @@ from transfgu.store.artifacts import Artifact, Outcome, Run
 
 SCENES = {"train": 200, "validation": 100}
 _STREAMS = {"train": "train", "validation": "val"}
+_IMAGES = "images"  # the folder of unpacked images, in the artefact
 _TASK_SIZE = 10  # scenes; a task takes about a second
 
 
@@ -43,9 +49,9 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     if recipe.dataset.layout == "shapes":
         listings = _drawn(recipe, artifact, progress)
     else:
-        with ThreadPoolExecutor(len(datasets.SPLITS)) as pool:
-            waiting = {s: pool.submit(datasets.listing, recipe, s) for s in datasets.SPLITS}
-            listings = {split: future.result() for split, future in waiting.items()}
+        listings, units = listed(recipe)
+        if units:
+            listings = _unpacked(recipe, units, artifact, progress)
     details: dict[str, Any] = {}
     for split, listing in listings.items():
         bad = listing.left_out
@@ -61,6 +67,64 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         left_out=tuple(x for listing in listings.values() for x in listing.left_out),
         details=details,
     )
+
+
+def listed(recipe: Recipe) -> tuple[dict[str, Listing], list[packed.Unit]]:
+    """List both splits; or what is to be unpacked before there is a folder of images to list.
+
+    Image files win: Parquet files and tar shards beside them are not looked at.
+
+    Raises:
+        UserError: no usable image; a damaged file of images, or one without an image column.
+    """
+    try:
+        return _both(recipe), []
+    except UserError as error:
+        if recipe.dataset.layout != "folder" or error.code != "images-missing":
+            raise
+        units = packed.units(recipe.data, recipe.limit)
+        if not units:
+            raise
+        return {}, units
+
+
+def _both(recipe: Recipe) -> dict[str, Listing]:
+    with ThreadPoolExecutor(len(datasets.SPLITS)) as pool:
+        waiting = {s: pool.submit(datasets.listing, recipe, s) for s in datasets.SPLITS}
+        return {split: future.result() for split, future in waiting.items()}
+
+
+def _unpacked(
+    recipe: Recipe, units: Sequence[packed.Unit], artifact: Artifact, progress: Progress
+) -> dict[str, Listing]:
+    """Unpack images into files of the artefact, several units at a time, and list them.
+
+    Units that an interrupted attempt has recorded are not unpacked again.
+    """
+    folder, records = artifact.file(_IMAGES), artifact.file("unpacked")
+    there = set(storage.list_files(records))
+    record_of = {unit.name: storage.absolute(storage.join(records, f"{unit.name}.json")) for unit in units}
+    done = sum(unit.count for unit in units if record_of[unit.name] in there)
+    total = sum(unit.count for unit in units)
+    missing = [unit for unit in units if record_of[unit.name] not in there]
+    # Bytes are copied and nothing is decoded: threads of one process keep the storage busy.
+    with ThreadPoolExecutor(storage.IN_FLIGHT) as pool:
+        for count in pool.map(lambda unit: _unpack(unit, folder, record_of[unit.name]), missing):
+            done += count
+            progress.update(done, total, "images")
+    left_out = [
+        LeftOut(**row) for unit in units for row in json.loads(storage.read_bytes(record_of[unit.name]))["left_out"]
+    ]
+    listings = _both(recipe.with_fields({"data": folder}))
+    first = listings["train"]
+    return {**listings, "train": dataclasses.replace(first, left_out=(*first.left_out, *left_out))}
+
+
+def _unpack(unit: packed.Unit, folder: str, record: str) -> int:
+    """Unpack a unit, keep a record of it, and return how many images it had."""
+    left_out = packed.unpack(unit, folder)
+    storage.write_bytes(record, json.dumps(formats.stamp({"left_out": [vars(x) for x in left_out]})).encode())
+    return unit.count
 
 
 def labelled(recipe: Recipe, run: Run) -> pa.Table:
@@ -81,18 +145,24 @@ def training(recipe: Recipe, run: Run) -> pa.Table:
 def load(run: Run, split: str) -> pa.Table:
     """Read the samples of a split ("train" or "validation") of a run: rows of `datasets.SCHEMA`.
 
-    Scenes lie in the run's own folder, so they are found there when the folder has been copied or moved.
+    Scenes, and unpacked images, lie in the run's own folder, so they are found there when it has been copied or moved.
     """
     artifact = run.artifact("samples")
     found = parquet.read(artifact.file(f"{split}.parquet"))
-    here = storage.absolute(artifact.file("scenes")) + "/"
+    manifest = artifact.manifest()
+    fields = manifest.fields if manifest else {}
+    drawn = fields.get("dataset.layout") == "shapes"
+    own = "scenes" if drawn else _IMAGES
+    here = storage.absolute(artifact.file(own)) + "/"
     if not len(found) or found["image"][0].as_py().startswith(here):
         return found
-    manifest = artifact.manifest()
-    if manifest is None or manifest.fields.get("dataset.layout") != "shapes":
+    inside = f"/samples/{own}/"
+    if not drawn and (inside not in found["image"][0].as_py() or not storage.exists(here)):
         return found
-    for column in ("image", "label"):
-        moved = pc.replace_substring_regex(found[column], r"^.*/samples/scenes/", here)
+    if manifest is None:
+        return found
+    for column in ("image", "label") if drawn else ("image",):
+        moved = pc.replace_substring_regex(found[column], f"^.*{inside}", here)
         found = found.set_column(found.schema.get_field_index(column), found.schema.field(column), moved)
     return found
 

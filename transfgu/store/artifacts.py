@@ -310,6 +310,9 @@ class Run:
         with formats.damage(storage.shown(uri), remedy):
             _ = scores["mean_iou"], scores["pixel_accuracy"], scores["iou"], scores["assignment"]
             dict(scores.get("last", {}))
+            clusters = scores["assignment"]
+            if clusters is not None and sorted(clusters) != list(range(len(scores["iou"]))):
+                raise ValueError("each class has a cluster of its own")
         return scores
 
     def history(self) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ package has an extension type, so a file with one counts as damaged and none of 
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from transfgu.errors import UserError
 from transfgu.store import storage
 
+_REQUEST = "AWS|HTTP|GCS|[Cc]url|[Tt]ime"  # in errors of a remote store
 _REMEDY = "delete it and its folder's manifest.json, and run again"
 
 
@@ -30,7 +32,7 @@ def read(uri: str, columns: Sequence[str] | None = None, *, remedy: str = _REMED
         UserError: there is no such file, it can't be read, or it is damaged.
     """
     data = storage.read_bytes(uri)
-    with _damage(uri, remedy):
+    with damage(uri, remedy):
         table = _plain(pa.BufferReader(data)).read(columns)
         return table if columns is None else table.select(columns)
 
@@ -46,7 +48,7 @@ def parsed(data: bytes, name: str, *, remedy: str = _REMEDY) -> pq.ParquetFile:
     Raises:
         UserError: the file is damaged.
     """
-    with _damage(name, remedy):
+    with damage(name, remedy):
         return _plain(pa.BufferReader(data))
 
 
@@ -60,9 +62,8 @@ def opened(uri: str, *, remedy: str = _REMEDY) -> pq.ParquetFile:
     Raises:
         UserError: the file is damaged.
     """
-    fs, path = storage.filesystem(uri)
-    file = fs.open_input_file(path)
-    with _damage(uri, remedy):
+    file = storage.opened(uri)
+    with damage(uri, remedy):
         return _plain(file)
 
 
@@ -84,11 +85,25 @@ def _is_extended(kind: pa.DataType) -> bool:
 
 
 @contextlib.contextmanager
-def _damage(uri: str, remedy: str) -> Iterator[None]:
+def damage(uri: str, remedy: str = _REMEDY) -> Iterator[None]:
+    """Turn whatever Arrow stumbles over in a file's bytes into one line; errors of the machine or the store pass.
+
+    Args:
+        uri: of the file.
+        remedy: what the user is told to do about a damaged file.
+
+    Raises:
+        UserError: the body found the file damaged.
+    """
     try:
         yield
-    except (OSError, MemoryError):
-        raise  # the machine's or the store's
+    except UserError:
+        raise
+    except (OSError, MemoryError) as error:
+        # Of a header that it can't read Arrow says so by an OSError, too: without a number, and of no request.
+        if isinstance(error, MemoryError) or error.errno is not None or re.search(_REQUEST, str(error)):
+            raise
+        raise UserError(f"{storage.shown(uri)} is damaged: {remedy}", code="file-damaged") from None
     except Exception:  # Arrow's, or whatever an extension type makes of a description that it did not write
         raise UserError(f"{storage.shown(uri)} is damaged: {remedy}", code="file-damaged") from None
 

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from transfgu.errors import UserError
 from transfgu.store import s3_get, waits
+from transfgu.store.walk import walk
 
 _ATTEMPTS = s3_get.ATTEMPTS
 _BOTO_ATTEMPTS = 9  # its pauses double from half a second to 20, on average: as long
@@ -46,6 +48,17 @@ class Version(NamedTuple):
     """Bytes."""
     changed: int
     """Time of the last change, ns since 1970; 0 where the storage does not say."""
+
+
+class Folder(NamedTuple):
+    """What lies below a folder."""
+
+    files: dict[str, Version]
+    """By URI."""
+    dangling: Sequence[str] = ()
+    """URIs of links that lead nowhere."""
+    unnamed: Sequence[str] = ()
+    """What has a name that can't be used: not UTF-8, or a key with an empty part."""
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
@@ -84,6 +97,19 @@ def absolute(uri: str) -> str:
         return uri.rstrip("/")
     path = unquote(urlsplit(uri).path) if "://" in uri else uri
     return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - does not resolve links, as intended
+
+
+def resolved(uri: str) -> str:
+    """Return what is equal for two names of one folder or file: links are followed, slashes count once."""
+    if is_local(uri):
+        return os.path.realpath(absolute(uri))
+    kind, _, rest = uri.partition("://")
+    return f"{kind.lower()}://" + re.sub("/+", "/", rest).strip("/")
+
+
+def within(uri: str, folder: str) -> bool:
+    """Return True if `uri` is `folder` or lies in it, whatever links lead there."""
+    return (resolved(uri) + "/").startswith(resolved(folder).rstrip("/") + "/")
 
 
 def join(uri: str, *parts: str) -> str:
@@ -161,6 +187,17 @@ def _read(uri: str, span: tuple[int, int] | None) -> bytes | None:
                 return data
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+
+def opened(uri: str) -> Any:
+    """Open a file to take pieces from it.
+
+    Raises:
+        UserError: there is no such file, or it can't be read.
+    """
+    with _one_line(uri, "read"):
+        fs, path = filesystem(uri)
+        return fs.open_input_file(path)
 
 
 def read_chunks(uri: str, size: int) -> Iterator[bytes]:
@@ -244,19 +281,35 @@ def list_files(uri: str, recursive: bool = True) -> list[str]:
 
 def list_versions(uri: str, recursive: bool = True) -> dict[str, "Version"]:
     """Return the files of :func:`list_files`, with the size and the time of change of each."""
+    return list_folder(uri, recursive).files
+
+
+def list_folder(uri: str, recursive: bool = True) -> "Folder":
+    """As :func:`list_versions`, with what can't be read. Local links to folders are followed, each folder once."""
     uri = absolute(uri)
     with _one_line(uri, "list"):
+        if is_local(uri):
+            found = walk(uri, recursive=recursive)
+            files = {
+                path: Version(size=about.st_size, changed=about.st_mtime_ns)
+                for path, about in found.files.items()
+                if not path.endswith(_PARTIAL)
+            }
+            return Folder(files=files, dangling=sorted(found.dangling), unnamed=sorted(found.unnamed))
         fs, path = filesystem(uri)
         try:
             infos = fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
         except NotADirectoryError:
-            return {}
+            return Folder(files={})
         prefix = uri[: len(uri) - len(path)] if uri.endswith(path) else f"{scheme(uri)}://"
-        return {
+        files = {
             prefix + i.path: _version(i)
             for i in infos
             if i.type == pafs.FileType.File and not i.path.endswith(_PARTIAL)
         }
+        # pyarrow lists keys with //, and refuses each other request for them.
+        unnamed = sorted(name for name in files if not {"", ".", ".."}.isdisjoint(name[len(uri) + 1 :].split("/")))
+        return Folder(files={name: files[name] for name in files.keys() - set(unnamed)}, unnamed=unnamed)
 
 
 def versions(uris: Sequence[str], *, few: int = 100) -> list["Version | None"]:
@@ -294,7 +347,10 @@ def _version(info: Any) -> "Version":
 def is_empty(uri: str) -> bool:
     """Return True if the folder `uri` has no file at any depth, or does not exist."""
     if is_local(uri):
-        return not any(files for _, _, files in os.walk(absolute(uri)))
+        if any(files for _, _, files in os.walk(absolute(uri))):
+            return False
+        with _one_line(uri, "list"):
+            return not walk(absolute(uri)).files  # where links lead, too
     return not exists(uri)  # an object store has no folders but those of its objects
 
 
@@ -690,6 +746,11 @@ def _one_line(uri: str, verb: str, *, told: bool = True) -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and verb == "read":
             raise UserError(f"there is no file {shown(uri)}: check the path", code="file-missing") from None
         raise UserError(f"can't {verb} {shown(uri)}{_where(uri)}: {_reason(error)}", code="storage-failed") from None
+    except (pa.ArrowException, UnicodeError, ValueError) as error:  # of a name, such as a key with // or a zero byte
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"can't {verb} {shown(uri)}: {shown(reason)}; give it another name", code="storage-failed"
+        ) from None
 
 
 def _reason(error: OSError) -> str:

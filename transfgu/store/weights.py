@@ -23,7 +23,14 @@ from transfgu.store import storage
 
 PACKAGE = "package:"
 _WRAPPERS = ("teacher", "student", "state_dict", "model")
-_PREFIXES = ("module.", "backbone.")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.")
+_ANCHORS = ("patch_embed.proj.weight", "layer1.0.conv1.weight")  # of a vision transformer, of a ResNet
+_DECODER = "cls_emb"
+# Which of the networks in a checkpoint of self-supervised training is used, as those that trained it do.
+_WANTED = ("teacher", "base_encoder", "encoder_q", "encoder.")
+_UNWANTED = ("student", "momentum", "encoder_k", "ema")
+_LEARNED = ("weight", "bias", "pos_embed", "cls_token", "reg_token", _DECODER)  # ends of names of what is learned
+_HEADER_BYTES = 100_000_000  # as many as safetensors itself reads
 _HEADS = ("head.", "fc.", "dino_head.", "ibot_head.")
 
 
@@ -36,33 +43,64 @@ class WeightFile:
 
 
 def read_weights(uri: str) -> WeightFile:
-    """Read a `.safetensors` file, or a `.pth` of tensors, from a path or URI, or `package:NAME` for a shipped one.
+    """Read a safetensors file, or a `.pth` of tensors, from a path or URI, or `package:NAME` for a shipped one.
 
-    Raises UserError where there is no such file, where it holds anything but tensors and plain values, and where a
-    later version wrote it in a format of its own.
+    Raises:
+        UserError: there is no such file; it holds anything but tensors and plain values; numbers that are not finite,
+            or whole numbers as weights; or a later version wrote it in a format of its own.
     """
     data = _read(uri)
     metadata: dict[str, str] = {}
-    if uri.endswith(".safetensors"):
+    _check_kind(uri, data)
+    if uri.endswith(".safetensors") or data[8:9] == b"{":
         try:
-            content: object = safetensors.torch.load(data)
+            loaded = safetensors.torch.load(data)
             metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        except (safetensors.SafetensorError, ValueError) as error:
+        except Exception as error:  # safetensors', and torch's of sizes that can't be
             raise UserError(
                 f"weights {storage.shown(uri)} aren't a safetensors file ({error}): fetch them again",
                 code="weights-damaged",
             ) from None
+        formats.check(metadata.get(formats.WEIGHTS_KEY), f"weights {storage.shown(uri)}")
+        # A file of ours holds plain names already, of networks that may lie within others (PiCIE's ResNet).
+        tensors = loaded if formats.WEIGHTS_KEY in metadata else unwrap(storage.shown(uri), loaded)
     else:
-        content = _unpickle(uri, data)
-    formats.check(metadata.get(formats.WEIGHTS_KEY), f"weights {storage.shown(uri)}")
-    return WeightFile(tensors=unwrap(storage.shown(uri), content), metadata=metadata)
+        tensors = unwrap(storage.shown(uri), _unpickle(uri, data))
+    _check_numbers(uri, tensors)
+    return WeightFile(tensors=tensors, metadata=metadata)
+
+
+def read_metadata(uri: str) -> dict[str, str]:
+    """Read the text metadata of a `.safetensors` file from its header alone: the tensors may be large, and far away.
+
+    Returns:
+        The metadata; empty where the file is missing or damaged, which :func:`read_weights` explains.
+    """
+    length = int.from_bytes(storage.read_range(uri, 0, 8) or b"", "little")
+    if not 0 < length <= _HEADER_BYTES:
+        return {}
+    try:
+        header = json.loads(storage.read_range(uri, 8, length) or b"")
+    except ValueError:
+        return {}
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def unwrap(name: str, content: object) -> dict[str, Tensor]:
     """Return the network's tensors in a checkpoint, under their plain names.
 
-    Taken out of DINO's `teacher`, `student`, `state_dict` or `model`, without `module.` and `backbone.` before their
-    names, heads left out. `name` is what the UserError calls a content that holds none.
+    Taken out of DINO's `teacher`, `student`, `state_dict` or `model`, without `module.`, `_orig_mod.`, `backbone.` or
+    whatever else stands before the names of a vision transformer or a ResNet (`net.model.`, lightly's
+    `student_backbone.vit.`, MoCo's `base_encoder.`), heads left out. Of several networks the teacher counts, or MoCo's
+    base encoder.
+
+    Args:
+        name: what an error calls the content.
+        content: of a checkpoint.
+
+    Raises:
+        UserError: it holds no tensors, or two networks of which none is the one to use.
     """
     while isinstance(content, Mapping):
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
@@ -74,15 +112,71 @@ def unwrap(name: str, content: object) -> dict[str, Tensor]:
         for key, value in (content.items() if isinstance(content, Mapping) else ())
         if isinstance(key, str) and isinstance(value, Tensor)
     }
-    for prefix in _PREFIXES:
-        if any(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    while prefix := next((p for p in _PREFIXES if any(key.startswith(p) for key in tensors)), ""):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    if prefix := _prefix(name, tensors):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     tensors = {key: value for key, value in tensors.items() if not key.startswith(_HEADS)}
     if not tensors:
         raise UserError(
             f"{name} holds no network's weights: give a state dict, such as DINO's or timm's", code="weights-misfit"
         )
     return tensors
+
+
+def _prefix(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """What stands before the names of the network to use."""
+    if any(key.endswith(_DECODER) for key in tensors):
+        return ""
+    for anchor in _ANCHORS:
+        prefixes = sorted(key.removesuffix(anchor) for key in tensors if key.endswith(anchor))
+        ranks = [
+            next((i for i, word in enumerate(_WANTED) if word in prefix), len(_WANTED))
+            + len(_WANTED) * any(word in prefix for word in _UNWANTED)
+            for prefix in prefixes
+        ]
+        best = [prefix for prefix, rank in zip(prefixes, ranks, strict=True) if rank == min(ranks)]
+        if "" in prefixes:
+            return ""
+        if len(best) > 1:
+            raise UserError(
+                f"{name} holds several networks ({', '.join(best)}): save the state dict of one of them",
+                code="weights-ambiguous",
+            )
+        if best:
+            return best[0]
+    return ""
+
+
+def _check_kind(uri: str, data: bytes) -> None:
+    """Name what lies in place of weights where a download went wrong."""
+    start, remedy = data[:512].lstrip().lower(), ""
+    if not data:
+        found, remedy = "are empty", "fetch them again"
+    elif start.startswith(b"version https://git-lfs"):
+        found, remedy = "are a git-lfs pointer, not the file it stands for", "run git lfs pull"
+    elif start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        found, remedy = "are a web page, not a file", "give the address of the file itself, and sign in where it asks"
+    elif start.startswith(b"{") and b'"weight_map"' in data:
+        found, remedy = "are an index of several files", "join the files in one state dict, and give that"
+    if remedy:
+        raise UserError(f"weights {storage.shown(uri)} {found}: {remedy}", code="weights-damaged")
+
+
+def _check_numbers(uri: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            if name.endswith(_LEARNED):
+                raise UserError(
+                    f"weights {storage.shown(uri)} hold {name} as {str(tensor.dtype).removeprefix('torch.')}: save "
+                    "floating-point numbers, not quantised ones",
+                    code="weights-misfit",
+                )
+        elif not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"weights {storage.shown(uri)} hold numbers in {name} that are not finite: take an earlier checkpoint",
+                code="weights-not-finite",
+            )
 
 
 def _read(uri: str) -> bytes:
@@ -107,7 +201,7 @@ def _unpickle(uri: str, data: bytes) -> object:
             "save the state dict alone, best as .safetensors",
             code="weights-unsafe",
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # of a damaged file torch and pickle raise whatever comes first
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"weights {storage.shown(uri)} can't be read ({reason}): fetch them again", code="weights-damaged"

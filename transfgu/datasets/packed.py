@@ -1,0 +1,244 @@
+"""Images inside larger files, image columns of Parquet and tar shards (WebDataset), become files of their own, once.
+
+Training reads images in random order, and a row of Parquet can't be read without its whole row group. So the samples
+stage writes every image's bytes, as they are, to a file, a row group or a stretch of a shard at a time; from there on
+they are a folder like any other.
+"""
+
+import re
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from transfgu.datasets.listing import IMAGE_SUFFIXES
+from transfgu.errors import LeftOut, UserError
+from transfgu.store import parquet, storage
+
+SUFFIXES = (".parquet", ".tar")
+COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
+"""Names of an image column, the preferred one first."""
+
+_REMEDY = "fetch it again"
+_STRETCH = 64 * 2**20  # bytes of a tar shard that are read at once
+_SPLIT = re.compile(r"(train|validation|valid|val|test)(?![A-Za-z])")
+_MAGIC = (
+    (b"\xff\xd8\xff", ".jpg"),
+    (b"\x89PNG", ".png"),
+    (b"RIFF", ".webp"),
+    (b"GIF8", ".gif"),
+    (b"BM", ".bmp"),
+    (b"II*\x00", ".tif"),
+    (b"MM\x00*", ".tif"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """One file of several images.
+
+    Args:
+        uri: of the file.
+        stem: its path below the data, without its ending.
+        split: "train", "val", or "" where its name tells none.
+    """
+
+    uri: str
+    stem: str
+    split: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """What is unpacked at a time: a row group, or a stretch of a tar shard.
+
+    Args:
+        pack: the file.
+        number: of the unit in the file.
+        first: number of its first image in the file.
+        count: of its images.
+        members: of a tar shard: name, offset and size in bytes of each image.
+    """
+
+    pack: Pack
+    number: int
+    first: int
+    count: int
+    members: tuple[tuple[str, int, int], ...] = field(default=(), repr=False)
+
+    @property
+    def name(self) -> str:
+        """A name for its record: no other unit's."""
+        return f"{self.pack.stem}-{self.number:06d}"
+
+
+def is_pack(uri: str) -> bool:
+    """Return True if this is the URI of a file of images rather than of a folder."""
+    return uri.lower().endswith(SUFFIXES)
+
+
+def packs(data: str) -> list[Pack]:
+    """List the files of images that are, or lie below, `data`, by name.
+
+    Files named after a split, or in a folder of its name (`train-00000.parquet`, `val/0.tar`), belong to it. Those of
+    `test` are the validation split where there is no other, and are left out where there is.
+
+    Args:
+        data: URI of a file or a folder.
+    """
+    root = storage.absolute(data)
+    files = [root] if is_pack(root) else [uri for uri in storage.list_files(root) if is_pack(uri)]
+    found = []
+    for uri in files:
+        relative = uri.rpartition("/")[2] if is_pack(root) else uri[len(root) :].lstrip("/")
+        if any(part.startswith(".") for part in relative.split("/")):
+            continue
+        named = [m[1] for part in reversed(relative.split("/")) if (m := _SPLIT.match(part))]
+        found.append((uri, relative.rpartition(".")[0], named[0] if named else ""))
+    names = {split for _, _, split in found}
+    has_validation = bool(names & {"validation", "valid", "val"})
+    of = {"train": "train", "validation": "val", "valid": "val", "val": "val", "": ""}
+    of |= {} if has_validation else {"test": "val"}
+    return [Pack(uri=uri, stem=stem, split=of[split]) for uri, stem, split in found if split in of]
+
+
+def units(data: str, limit: int = 0) -> list[Unit]:
+    """List what is to be unpacked; of the files, footers and headers alone are read.
+
+    Args:
+        data: URI of a file or a folder.
+        limit: images of each split that are enough; 0: all.
+
+    Raises:
+        UserError: a damaged file, or one without an image column.
+    """
+    found = packs(data)
+    with ThreadPoolExecutor(storage.IN_FLIGHT) as pool:
+        each = list(pool.map(_units, found))
+    kept: list[Unit] = []
+    counted: dict[str, int] = {}
+    for of_pack in each:
+        for unit in of_pack:
+            split = unit.pack.split
+            if not limit or counted.get(split, 0) < limit:
+                counted[split] = counted.get(split, 0) + unit.count
+                kept.append(unit)
+    return kept
+
+
+def _units(pack: Pack) -> list[Unit]:
+    return _stretches(pack) if pack.uri.lower().endswith(".tar") else _row_groups(pack)
+
+
+def _row_groups(pack: Pack) -> list[Unit]:
+    with parquet.opened(pack.uri, remedy=_REMEDY) as file:
+        image_column(file.schema_arrow, pack.uri)
+        counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    return [Unit(pack=pack, number=i, first=sum(counts[:i]), count=count) for i, count in enumerate(counts) if count]
+
+
+def _stretches(pack: Pack) -> list[Unit]:
+    fs, path = storage.filesystem(pack.uri)
+    try:
+        with fs.open_input_file(path) as file, tarfile.open(fileobj=file, mode="r:") as shard:
+            members = [
+                (name, member.offset_data, member.size)
+                for member in shard
+                if member.isreg() and (name := _safe(member.name)).lower().endswith(IMAGE_SUFFIXES)
+            ]
+    except (tarfile.TarError, EOFError):
+        raise UserError(
+            f"{storage.shown(pack.uri)} is no tar file, or cut short: fetch it again", code="file-damaged"
+        ) from None
+    found: list[Unit] = []
+    start = 0
+    for end in range(1, len(members) + 1):
+        stretch = members[end][1] + members[end][2] - members[start][1] if end < len(members) else _STRETCH + 1
+        if stretch > _STRETCH:
+            taken = tuple(members[start:end])
+            found.append(Unit(pack=pack, number=len(found), first=start, count=len(taken), members=taken))
+            start = end
+    return found
+
+
+def _safe(name: str) -> str:
+    """A member's path below the shard's own folder; empty where it would lead out of it, or is hidden."""
+    parts = [part for part in PurePosixPath(name).parts if part not in ("/", ".")]
+    return "" if any(part.startswith((".", "__MACOSX")) for part in parts) else "/".join(parts)
+
+
+def image_column(schema: pa.Schema, uri: str) -> str:
+    """Return the name of the column that holds encoded images: bytes, or a struct with `bytes`.
+
+    Raises:
+        UserError: there is none, or several of which none has a known name.
+    """
+    fitting = [name for name, kind in zip(schema.names, schema.types, strict=True) if _holds_bytes(kind)]
+    named = [name for name in COLUMNS if name in fitting]
+    if named or len(fitting) == 1:
+        return named[0] if named else fitting[0]
+    raise UserError(
+        f"{storage.shown(uri)} has {'several columns' if fitting else 'no column'} of encoded images among "
+        f"{', '.join(schema.names)}: name one {COLUMNS[0]}",
+        code="image-column-missing",
+    )
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and _holds_bytes(kind.field(index).type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def unpack(unit: Unit, folder: str) -> list[LeftOut]:
+    """Write the images of a unit to files; returns the rows without an image.
+
+    Args:
+        unit: what to unpack.
+        folder: URI of the folder; an image's path below it is split, file and name, or number, within the file.
+
+    Raises:
+        UserError: the file is no longer what it was, or can't be read.
+    """
+    left_out = []
+    for name, data in _images(unit):
+        path = "/".join(filter(None, [unit.pack.split, unit.pack.stem, name]))
+        if data is None:
+            left_out.append(LeftOut(name=path, reason="missing image"))
+        else:
+            suffix = "" if name.lower().endswith(IMAGE_SUFFIXES) else _suffix(data)
+            storage.write_bytes(storage.join(folder, path + suffix), data)
+    return left_out
+
+
+def _images(unit: Unit) -> Iterator[tuple[str, bytes | None]]:
+    """Name and bytes of each image; None for a row without one."""
+    if unit.members:
+        start = unit.members[0][1]
+        last = unit.members[-1]
+        data = storage.read_range(unit.pack.uri, start, last[1] + last[2] - start) or b""
+        for name, offset, size in unit.members:
+            yield name, data[offset - start : offset - start + size]
+        return
+    with parquet.opened(unit.pack.uri, remedy=_REMEDY) as file:
+        name = image_column(file.schema_arrow, unit.pack.uri)
+        column: Any = file.read_row_group(unit.number, columns=[name])[name].combine_chunks()
+    if pa.types.is_struct(column.type):
+        column = (
+            column.field("bytes")
+            if not column.null_count
+            else pa.array([None if row is None else row["bytes"] for row in column.to_pylist()], pa.large_binary())
+        )
+    for row, value in enumerate(column):
+        data = value.as_py()
+        yield f"{unit.first + row:08d}", data or None
+
+
+def _suffix(data: bytes) -> str:
+    """The ending that fits an image's first bytes; whether they are one is seen when it is decoded."""
+    return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), ".jpg")

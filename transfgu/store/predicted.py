@@ -1,0 +1,77 @@
+"""Which version of an image each predicted mask was made of, so that a mask of another version is not taken for done.
+
+Each task leaves a record beside its masks, after them; the driver joins the records in one file at the end.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from transfgu.store import parquet, storage
+
+RECORD = "images.parquet"
+"""In a folder of predicted masks: rows `name` and `mask` (paths), `size` (bytes) and `changed` (ns) of the images."""
+PARTS = "images"
+"""Folder of the same rows, by part, while a prediction has not come to its end."""
+SCHEMA = pa.schema(
+    [("name", pa.string()), ("mask", pa.string()), ("size", pa.int64()), ("changed", pa.int64())],
+)
+_REMEDY = "delete it, and run again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a mask was made of."""
+
+    mask: str
+    """The mask's path in its folder, without an extension."""
+    image: storage.Version
+
+
+def read(out: str) -> tuple[dict[str, Made], set[str]]:
+    """Read the records in a folder of predicted masks.
+
+    Returns:
+        What each mask was made of, by the image's name, and the paths of all masks that were ever recorded: an image
+        whose mask has another name by now has two.
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    whole = storage.join(out, RECORD)
+    parts = storage.list_files(storage.join(out, PARTS), recursive=False)
+    files = [whole] * storage.is_file(whole) + [uri for uri in parts if uri.endswith(".parquet")]
+    with ThreadPoolExecutor(storage.IN_FLIGHT) as pool:
+        tables = list(pool.map(lambda uri: parquet.read(uri, SCHEMA.names, remedy=_REMEDY), files))
+    rows = [row for table in tables for row in table.to_pylist()]
+    made = {
+        row["name"]: Made(mask=row["mask"], image=storage.Version(size=row["size"], changed=row["changed"]))
+        for row in rows
+    }
+    return made, {row["mask"] for row in rows}
+
+
+def write_part(out: str, rows: pa.Table) -> None:
+    """Record the masks of a part.
+
+    Args:
+        out: URI of the folder of predicted masks.
+        rows: columns of :data:`SCHEMA`; further ones are dropped.
+    """
+    if len(rows):
+        digest = hashlib.sha256("\n".join(rows["name"].to_pylist()).encode()).hexdigest()[:16]
+        table = rows.select(SCHEMA.names).cast(SCHEMA)
+        parquet.write_table(storage.join(out, PARTS, f"part-{digest}.parquet"), table)
+
+
+def write(out: str, made: Mapping[str, Made]) -> None:
+    """Write the record of a folder of predicted masks, in place of those of the parts."""
+    rows = [
+        {"name": name, "mask": found.mask, "size": found.image.size, "changed": found.image.changed}
+        for name, found in sorted(made.items())
+    ]
+    parquet.write_table(storage.join(out, RECORD), pa.Table.from_pylist(rows, schema=SCHEMA))
+    storage.delete(storage.join(out, PARTS))
