@@ -1,6 +1,7 @@
 """Run several methods with several seeds on the same images, each run in a process and a folder of its own.
 
-Complete runs are skipped and stopped ones continue, as by the command of a single run.
+Complete runs are skipped and stopped ones continue, as by the command of a single run. The processes of runs end with
+the comparison, also where it is killed.
 """
 
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 from transfgu import formats
 from transfgu.errors import UserError
 from transfgu.methods import METHODS
-from transfgu.runtime import connect
+from transfgu.runtime import connect, stopping
 from transfgu.runtime.progress import Progress
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
@@ -108,11 +109,10 @@ def _run(
     own = ("--method", method, "--seed", str(seed), "--run", uri)
     command = [sys.executable, "-m", "transfgu", "train", *comparison.flags[method], *own]
     clone = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
+    process = stopping.start_tied(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         env=os.environ | {"PYTHONPATH": clone, "PYTHONUNBUFFERED": "1"},
     )
     processes.append(process)

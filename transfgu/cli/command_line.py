@@ -21,7 +21,7 @@ from transfgu.pretraining.recipe import PRETRAINING_FIELDS, VIEWS, PretrainingRe
 from transfgu.recipe import FIELDS, SHORT_NAMES, ComputeRecipe, Recipe, from_yaml, preset
 from transfgu.runtime import stopping
 from transfgu.runtime.failures import find_user_error
-from transfgu.store import storage
+from transfgu.store import storage, waits
 
 if TYPE_CHECKING:
     from transfgu.store.artifacts import Run
@@ -358,6 +358,7 @@ def run_job(job: Callable[[], None]) -> NoReturn:
         # A thread of Ray's prints what its core tells of lost processes, past all loggers; read when Ray is imported.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     stopping.install()
+    waits.tell(_say)
     status = 0
     try:
         job()
@@ -370,7 +371,7 @@ def run_job(job: Callable[[], None]) -> NoReturn:
         cause = find_user_error(error)
         if cause is None:
             raise
-        print(f"\n{cause.line}" if sys.stderr.isatty() else cause.line, file=sys.stderr, flush=True)
+        _say(cause.line)
         status = 2
     try:
         if stopping.requested():  # what caught the interrupt went on
@@ -383,3 +384,8 @@ def run_job(job: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         stopping.end()
     sys.exit(status)
+
+
+def _say(line: str) -> None:
+    """Print a line on standard error, below a line of progress if there is one."""
+    print(f"\n{line}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)

@@ -38,7 +38,7 @@ from transfgu.store import storage
 from transfgu.store.artifacts import LAST, MODEL, Outcome, Run
 from transfgu.store.weights import read_weights
 
-_BLOCK_ROWS = 32  # images that one task reads at most: fewer where a batch has fewer, so that each batch is one task
+BLOCK_ROWS = 32  # images that one task reads at most: fewer where a batch has fewer, so that each batch is one task
 _NO_SCORES = {"mean_iou": None, "pixel_accuracy": None, "iou": None, "assignment": None}
 
 
@@ -120,7 +120,7 @@ def evaluate(
         "processes": capacity.actors_per_node(recipe.compute),
     }
     data: Dataset | None = None
-    if len(rows) <= _BLOCK_ROWS and not on_ray and connect.works_here():
+    if len(rows) <= BLOCK_ROWS and not on_ray and connect.works_here():
         counted: Iterator[Mapping[str, Any]] = _counted_here(
             read(rows), Count(**arguments), recipe.evaluation.batch_size
         )
@@ -153,7 +153,7 @@ def plan(
     arguments: dict[str, Any],
 ) -> Dataset:
     """Return the plan from images to rows of `Count`."""
-    size = min(_BLOCK_ROWS, recipe.evaluation.batch_size)
+    size = min(BLOCK_ROWS, recipe.evaluation.batch_size)
     blocks = [rows.slice(start, size) for start in range(0, len(rows), size)]
     with ray_internals.data_context():
         return (

@@ -5,6 +5,7 @@ artefact only after `manifest.json` has been written. The manifest holds the fie
 depends on, so a run with other fields is refused, and the error names the fields that differ.
 """
 
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -335,11 +336,15 @@ class Run:
     def reused(self) -> Mapping[str, str]:
         """Return the URIs of the artefacts that the run takes from other runs, by stage.
 
+        The file that lists them is read once per `Run`.
+
         Raises:
             UserError: the file is damaged, or of a format to come.
         """
-        if self.links is not None:
-            return self.links
+        return self._read_reused if self.links is None else self.links
+
+    @functools.cached_property
+    def _read_reused(self) -> Mapping[str, str]:
         uri = self.file(REUSED)
         data = storage.read_bytes_or_none(uri)
         if data is None:
