@@ -86,7 +86,7 @@ def measure(
         raise UserError(f"{rows} rows are too few: give --rows {max(k, 1000)} or more", code="flag-range")
     with tempfile.TemporaryDirectory(dir=folder or None, ignore_cleanup_errors=True) as here:
         say(f"{rows} x {WIDTH} features in {here} ...")
-        sample = _write_parts(Path(here) / "features", rows)
+        sample = write_parts(Path(here) / "features", rows)
         say(f"FAISS, {len(sample)} rows, {iterations} iterations ...")
         start = kmeans_start(sample, k)
         faiss_seconds, _ = faiss_kmeans(sample, start, iterations)
@@ -102,8 +102,13 @@ def measure(
     return ManyRows(k=k, faiss_rows=faiss_rows, faiss_seconds=faiss_seconds, device=device_name(own_device()), **found)
 
 
-def _write_parts(folder: Path, rows: int) -> np.ndarray:
-    """Write part files of generated features; returns as many of the first rows as FAISS can have."""
+def write_parts(folder: Path, rows: int) -> np.ndarray:
+    """Write part files of generated features; returns as many of the first rows as FAISS can have.
+
+    Args:
+        folder: folder for the files; it is created.
+        rows: number of rows of `WIDTH` values.
+    """
     folder.mkdir()
     wanted = min(rows, int(_SHARE * available_memory() / (4 * WIDTH)))
     kept, count = [], 0

@@ -309,7 +309,7 @@ class _Rehearsing:
                 code="rehearsal-failed",
             )
         metrics = json.loads(storage.read_bytes(self._run.file("metrics.json")))["stages"]
-        began = _ended(first.lines, "samples")
+        began = ended_at(first.lines, "samples")
         at_kill = there * parts.part_size(self._recipe.dataset.feature_size)
         history = self._run.history()
         steps, scores = ([row[name] for row in history] for name in ("seconds", "score_seconds"))
@@ -323,7 +323,7 @@ class _Rehearsing:
             device=device_name(own_device()),
             date=datetime.date.today().isoformat(),
             wall_seconds=killed_after + second.seconds,
-            resume_seconds=_worked(second.lines, at_kill),
+            resume_seconds=worked_at(second.lines, at_kill),
             parts_at_kill=there,
             stages=stages,
             epoch_start_seconds=[row["start_seconds"] for row in history],
@@ -394,13 +394,13 @@ class _Rehearsing:
         return found
 
 
-def _ended(lines: Iterable[Line], stage: str) -> float:
-    """Return when a stage ended, in seconds from the command's start; 0 if it did not end."""
+def ended_at(lines: Iterable[Line], stage: str) -> float:
+    """Return when a stage ended, in seconds since the command's start; 0 if it did not end."""
     return next((x.seconds for x in lines if (found := _DONE.match(x.text)) and found[1] == stage), 0.0)
 
 
-def _worked(lines: Iterable[Line], already: int) -> float:
-    """Return when more than `already` images of the killed stage were done, in seconds from the command's start."""
+def worked_at(lines: Iterable[Line], already: int) -> float:
+    """Return when the killed stage had done more than `already` images, in seconds since the command's start."""
     for line in lines:
         found = _PROGRESS.match(line.text)
         if (found and found[1] == _KILLED and int(found[2]) > already) or _DONE.match(line.text):

@@ -144,6 +144,8 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     """
     images = preflight(job)
     job = replace(job, orient=resolved_orient(job))
+    samples = named_samples(images)
+    there, bad = _there(job, samples), _known_bad(job)
     # What costs seconds to import, only now.
     from transfgu.runtime import capacity, connect
 
@@ -151,8 +153,6 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     for uri, flag in ((job.out, "--out"), (job.images, "--images")):
         capacity.check_shared(uri, flag)
     capacity.check_satisfiable(replace(compute, workers=0))  # nothing is trained
-    samples = named_samples(images)
-    there, bad = _there(job, samples), _known_bad(job)
     done = there.done
     for uri in there.stale:
         storage.delete(uri)
