@@ -58,7 +58,7 @@ def fit_to_patch(recipe: Recipe, patch_size: int) -> Recipe:
             continue
         if flat[name] != published[name]:
             raise UserError(
-                f"{name} {'x'.join(map(str, flat[name]))} is no multiple of "
+                f"{name} {'x'.join(map(str, flat[name]))} is not a multiple of "
                 f"{'twice ' if step > patch_size else ''}the encoder's patch, {patch_size}: "
                 f"use {'x'.join(map(str, near))}",
                 code="image-size",
@@ -431,7 +431,7 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
     if method(recipe.method).encoder:
         encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
         recipe = fit_to_patch(recipe, encoder.patch_size)
-    connect.connect(verbose=verbose)
+    connect.connect(verbose=verbose, little=lambda: len(rows) <= evaluation.BLOCK_ROWS)
     check_shared(recipe, run)
     capacity.check_satisfiable(dataclasses.replace(recipe.compute, workers=0))  # a run's own are those that trained
     counted = evaluation.evaluate(recipe, {"model": decoder}, rows, Progress("evaluation", quiet=quiet))

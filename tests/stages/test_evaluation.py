@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import safetensors.numpy
 import safetensors.torch
 import torch
@@ -11,12 +12,14 @@ from PIL import Image
 
 from tests.made_run import SIDE, MadeRun, make_run
 from tests.refusals import refused
+from transfgu import pipeline
 from transfgu.datasets import images
 from transfgu.datasets.rows import read_labelled_rows
 from transfgu.decoder import MaskDecoder
 from transfgu.encoder import Encoder, normalise
 from transfgu.metrics import scores
 from transfgu.recipe import Recipe
+from transfgu.runtime import capacity
 from transfgu.runtime import connect as runtime
 from transfgu.runtime.progress import Progress
 from transfgu.stages import evaluation, samples
@@ -105,6 +108,24 @@ def test_one_block_is_counted_here_as_by_ray(made: MadeRun, ray_cluster: None, m
     found = safetensors.numpy.load(file.read_bytes())
     for name, confusion in wanted.items():
         np.testing.assert_array_equal(found[name], confusion)
+
+
+def test_few_images_are_scored_without_ray(made: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(runtime, "_embedded", False)
+    monkeypatch.setattr(capacity, "_only", None)
+    shown = pipeline.evaluate(made.recipe, made.run, quiet=True)
+    names = [f"scene <{i}>" for i in range(5)]
+    model = counted(made.recipe, made, made.run.file("model.safetensors"), names, own_size=False)
+    assert shown["images"] == 5
+    assert shown["mean_iou"] == pytest.approx(scores(model).mean_iou)
+    # Two images more than a task reads are Ray's.
+    monkeypatch.setattr(evaluation, "BLOCK_ROWS", 3)
+    with pytest.raises(pytest.fail.Exception):
+        pipeline.evaluate(made.recipe, made.run, quiet=True)
 
 
 def test_labels_own_resolution(made: MadeRun) -> None:

@@ -9,8 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,40 @@ def files(folder: Path) -> dict[str, bytes]:
 def job(made: MadeRun, folder: Path, **more: object) -> PredictionJob:
     asked = {"run": made.run.uri, "images": str(folder / "images"), "out": str(folder / "out")}
     return PredictionJob(**{**asked, **more})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["png", "parquet"])
+def test_masks_are_written_one_images_arrays_at_a_time(how: str, made: MadeRun, tmp_path: Path) -> None:
+    side, count = 1500, 12
+    rows = {
+        "name": [f"{i}.png" for i in range(count)],
+        "mask": [str(i) for i in range(count)],
+        "size": [9] * count,
+        "changed": [1] * count,
+        "height": pa.array([side] * count, pa.int32()),
+        "width": pa.array([side] * count, pa.int32()),
+        "file": pa.nulls(count, pa.large_binary()),
+        "reason": pa.nulls(count, pa.string()),
+        "indices": pa.array([zlib.compress(bytes([i % 3]) * side**2) for i in range(count)], pa.large_binary()),
+    }
+    asked = job(made, write_images(tmp_path, ["a.png"]), images=str(tmp_path), format=how)
+    asked = replace(asked, out=str(tmp_path.parent / f"{how}-masks"))
+    prediction.preflight(asked)
+    tracemalloc.start()
+    held = pa.total_allocated_bytes()
+    told = prediction.WriteMasks(job=asked)(pa.table(rows))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert told["made"].to_pylist() == [count]
+    assert side**2 < peak < 7 * side**2  # an image at hand, one before it, and their buffers: not all twelve
+    assert pa.total_allocated_bytes() - held < side**2
+    if how == "png":
+        found = [np.asarray(Image.open(Path(asked.out) / "masks" / f"{i}.png")) for i in range(count)]
+    else:
+        (file,) = (Path(asked.out) / "masks").glob("*.parquet")
+        assert pq.ParquetFile(file).num_row_groups == count
+        found = [np.frombuffer(mask, np.uint8).reshape(side, side) for mask in pq.read_table(file)["mask"].to_pylist()]
+    assert [(int(mask.min()), int(mask.max())) for mask in found] == [(i % 3, i % 3) for i in range(count)]
 
 
 def samples(*names: str) -> pa.Table:
@@ -235,21 +272,6 @@ def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path
     winner = json.loads((tmp_path / "out" / "prediction.json").read_text())["model"]
     refusal = f"{tmp_path}/out holds masks of /{winner}: choose another --out, or delete what is there"
     assert told == [winner if winner == str(model) else refusal for model in range(8)]
-
-
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        (["--run", "x", "--images", "y"], "flag-missing"),
-        (["--run", "x", "--images", "y", "--out", "z", "--format", "jpg"], "flag-invalid"),
-        (["--run", "x", "--images", "y", "--out", "z", "--actors", "two"], "field-type"),
-    ],
-)
-def test_mistakes_on_the_command_line(words: list[str], code: str) -> None:
-    ended = subprocess.run([sys.executable, "jobs/predict.py", *words], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert ended.stderr.endswith(f" [{code}]\n")
-    assert ended.stderr.count("\n") == 1
 
 
 @pytest.mark.ray

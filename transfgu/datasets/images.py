@@ -248,7 +248,7 @@ def read_label(
         raise BadInput(f"label of {_by(values.shape)} pixels for an image of {_by(image_shape)}")
     low, high = int(values.min()), int(values.max())
     if not 0 <= low <= high <= 255:
-        raise BadInput(f"label value {low if low < 0 else high}, which is no class")
+        raise BadInput(f"label value {low if low < 0 else high}, which is not a class")
     present = np.zeros(256, bool)
     label = np.empty(values.shape, np.int16)
     for rows in _bands(*values.shape):  # NumPy makes eight bytes of each index
@@ -256,7 +256,7 @@ def read_label(
         label[rows] = classes.label_map[values[rows]]
     unknown = np.flatnonzero(present & ~classes.known)
     if len(unknown):
-        raise BadInput(f"label value {unknown[0]}, which is no class")
+        raise BadInput(f"label value {unknown[0]}, which is not a class")
     return label
 
 

@@ -63,7 +63,7 @@ class RasterRows:
         head, tail = _ends(uri) if storage.is_local(uri) else (data[:4], data[-_TAIL:])
         driver = next((name for first, name in _DRIVERS.items() if head.startswith(first)), None)
         if driver is None:
-            raise BadInput(f"{larger} that is no PNG, JPEG or TIFF")
+            raise BadInput(f"{larger} that is not PNG, JPEG or TIFF")
         if (driver == "PNG" and b"IEND" not in tail) or (driver == "JPEG" and b"\xff\xd9" not in tail):
             raise BadInput("truncated image")  # GDAL fills what is missing with black
         try:

@@ -49,7 +49,18 @@ def every_possible_node() -> list[Mapping[str, float]]:
     return [nodes.resources for nodes in possible_nodes() for _ in range(nodes.count)]
 
 
+_only: Nodes | None = None
+
+
+def assume(node: Nodes | None) -> None:
+    """Answer every question as on a cluster of this node alone, without asking Ray; None: ask Ray again."""
+    global _only
+    _only = node
+
+
 def _nodes_there() -> list[Nodes]:
+    if _only is not None:
+        return [_only]
     living = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Nodes({r: float(node.get(r, 0)) for r in ("CPU", "GPU")}, 1) for node in living]
 
@@ -120,7 +131,7 @@ def actor_resources(compute: ComputeRecipe) -> dict[str, float]:
     gpus = compute.gpus_per_actor if cluster_gpus() else 0.0
     if not any(_fit(nodes, compute.cpus_per_actor, gpus) for nodes in possible_nodes()):
         raise UserError(
-            f"no node of the cluster has {compute.cpus_per_actor:g} CPUs and {gpus:g} GPUs, which an actor asks for: "
+            f"no node of the cluster has {compute.cpus_per_actor:g} CPUs and {gpus:g} GPUs, which an actor requires: "
             "lower --cpus_per_actor or --gpus_per_actor",
             code="cluster-too-small",
         )
@@ -139,8 +150,8 @@ def check_satisfiable(compute: ComputeRecipe) -> None:
     room = sum(kind.count * _fit(kind, cpus, gpus) for kind in nodes)
     if compute.workers > room:
         raise UserError(
-            f"the cluster has room for {room} training workers of {cpus:g} CPUs and {gpus:g} GPUs, and "
-            f"{compute.workers} are asked for: lower --workers",
+            f"the cluster has room for {room} training workers of {cpus:g} CPUs and {gpus:g} GPUs, "
+            f"but {compute.workers} are requested: lower --workers",
             code="cluster-too-small",
         )
     # An actor is of no use without the task of one CPU that feeds it.

@@ -22,7 +22,7 @@ import psutil
 import ray
 
 from transfgu.errors import UserError
-from transfgu.runtime import ray_internals, stopping
+from transfgu.runtime import capacity, ray_internals, stopping
 from transfgu.runtime.capacity import NODES, cluster_gpus
 
 # Threads that spin while they wait burn what other processes of a small machine need: four times the CPU for a step.
@@ -50,12 +50,16 @@ _folders: list[Path] = []
 _owned: list[int] = []
 
 
-def connect(*, verbose: bool = False, setup_hook: Callable[[], None] | None = None) -> None:
+def connect(
+    *, verbose: bool = False, setup_hook: Callable[[], None] | None = None, little: Callable[[], bool] | None = None
+) -> None:
     """Join the cluster that `RAY_ADDRESS` names (as under `ray job submit`), or start an embedded one on this machine.
 
     Args:
         verbose: let Ray's own messages through, and keep its logs until the next start.
         setup_hook: called in every worker process before its first task.
+        little: asked where an embedded cluster would be started on a machine without GPUs. Where it returns True, none
+            is: the work is a single block, which this process does itself (:func:`works_here`).
 
     Raises:
         UserError: `RAY_ADDRESS` names no cluster that answers, or Ray does not start on this machine.
@@ -74,7 +78,10 @@ def connect(*, verbose: bool = False, setup_hook: Callable[[], None] | None = No
     environment: dict[str, Any] = {"worker_process_setup_hook": setup_hook} if setup_hook else {}
     global _embedded
     _embedded = address in ("", "local")
-    if _embedded:
+    capacity.assume(None)
+    if _embedded and little and little() and not _has_gpu():
+        capacity.assume(capacity.Nodes({"CPU": float(_cpus()), "GPU": 0.0}, 1))
+    elif _embedded:
         _start({**settings, "runtime_env": environment or None}, verbose=verbose)
     else:
         # A process on any node must find the same nodes possible as this one does.
@@ -176,9 +183,7 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
                 ray.init(
                     # Left to itself Ray joins whatever cluster this machine has a trace of.
                     address="local",
-                    # Twice the cores: decoding tasks are short, and a stage's actors must fit beside them on the
-                    # smallest laptop.
-                    num_cpus=max(4, 2 * (os.cpu_count() or 1)),
+                    num_cpus=_cpus(),
                     include_dashboard=False,
                     _temp_dir=str(folder / "r"),  # Ray opens this one to all users, but not the one around it
                     object_spilling_directory=spill,
@@ -201,6 +206,17 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
         f"{os.cpu_count()} cores: end other work, make memory free, or set RAY_ADDRESS to a cluster that runs",
         code="ray-start",
     ) from None
+
+
+def _has_gpu() -> bool:
+    import torch  # as whoever has little to do here has done already
+
+    return torch.cuda.is_available()
+
+
+def _cpus() -> int:
+    """Twice the cores: decoding tasks are short, and a stage's actors must fit beside them on the smallest laptop."""
+    return max(4, 2 * (os.cpu_count() or 1))
 
 
 def _first_line(error: BaseException) -> str:

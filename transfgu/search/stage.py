@@ -15,14 +15,11 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray import tune
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
 
 from transfgu import formats, pipeline
 from transfgu.errors import UserError, in_words
@@ -31,7 +28,8 @@ from transfgu.runtime import capacity, connect
 from transfgu.runtime.failures import find_user_error
 from transfgu.runtime.progress import Progress
 from transfgu.search import space, trials
-from transfgu.search.trials import Ledger, Search, Trial, stop_reason, suggest
+from transfgu.search.trials import Ledger, Search, Trial
+from transfgu.search.tuning import EPOCH, VALUE, Proposals, Recorder, reported
 from transfgu.stages import samples, training
 from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Artifact, Run
@@ -157,7 +155,7 @@ def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     if search.gpus_per_trial and not gpus:
         raise UserError(
-            f"--gpus-per-trial {search.gpus_per_trial:g} asks for GPUs, and the cluster has none: leave it out",
+            f"--gpus-per-trial {search.gpus_per_trial:g} asks for GPUs, but the cluster has none: leave it out",
             code="gpu-missing",
         )
     share = search.gpus_per_trial / workers if search.gpus_per_trial else wanted.gpus_per_actor
@@ -166,7 +164,7 @@ def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
         most = sum(slots) // workers
         if not most:
             raise UserError(
-                f"a trial asks for {workers} x {share:g} GPUs, and the cluster has {gpus:g}: lower --gpus-per-trial",
+                f"a trial asks for {workers} x {share:g} GPUs, but the cluster has {gpus:g}: lower --gpus-per-trial",
                 code="cluster-too-small",
             )
     else:
@@ -235,6 +233,7 @@ def run(search: Search, progress: Progress, *, quiet: bool = False, verbose: boo
         plan = _Plan(
             recipe=replace(search.recipe, compute=allotment.compute),
             uri=search.uri,
+            objective=search.objective,
             beside=allotment.beside,
             tables=tabulate(search.recipe, search.uri) if whole else None,
             preparer=ray.remote(Preparer).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
@@ -257,7 +256,7 @@ def _claim(search: Search) -> None:
     if held is None:
         storage.write_bytes(uri, json.dumps(formats.stamp(wanted), indent=1).encode())
         return
-    remedy = "delete the folder to search anew, or choose another --run"
+    remedy = "delete the folder to start again, or choose another --run"
     found = upgraded(formats.read_json(held, storage.shown(uri), remedy))
     differing = [f"{n} ({found.get(n)} there, {wanted.get(n)} asked)" for n in wanted if found.get(n) != wanted[n]]
     if differing:
@@ -278,6 +277,7 @@ class _Plan:
 
     recipe: Recipe
     uri: str
+    objective: str
     beside: int
     """Trials that share a node's cores."""
     tables: Tables | None
@@ -297,11 +297,9 @@ def _tune(
     *,
     verbose: bool,
 ) -> None:
-    # The records are all that is read again: Tune need not write tables of its own, nor its state but seldom.
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "600")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one speaks at any verbosity
-    # Ctrl-C ends the search; the records are whole at any instant.
+    # Tune has no argument for either: its output prints even with `verbose=0`, and its handler of Ctrl-C takes the
+    # place of the command's own, which stops the search in the same way as every other job.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     budget = None
     if search.hours:
@@ -314,8 +312,8 @@ def _tune(
         tune.with_resources(tune.with_parameters(run_trial, plan=plan), {"CPU": _TRIAL_CPUS}),
         tune_config=tune.TuneConfig(
             num_samples=left,
-            search_alg=_Proposals(search, ledger),
-            scheduler=_Recorder(search, ledger, progress),
+            search_alg=Proposals(search, ledger),
+            scheduler=Recorder(search, ledger, progress),
             max_concurrent_trials=concurrent,
             time_budget_s=budget,
             trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}",
@@ -347,10 +345,13 @@ def run_trial(config: Mapping[str, Any], plan: _Plan) -> None:
     """
     number: int = config["number"]
     stages: list[str] = []
+    record = Ledger.read(plan.uri, number)
 
     def goes_on(row: dict[str, Any]) -> bool:
-        tune.report({"row": json.dumps(row)})  # returns when the record is written
-        return Ledger.read(plan.uri, number).status == "running"
+        record.add(row)
+        epochs = len(record.history)
+        tune.report({"row": json.dumps(row), EPOCH: epochs, VALUE: reported(record, plan.objective)})
+        return Ledger.read(plan.uri, number).status == "running"  # it was written before `report` returned
 
     try:
         recipe = space.apply(plan.recipe, config["parameters"])
@@ -375,97 +376,8 @@ def run_trial(config: Mapping[str, Any], plan: _Plan) -> None:
         reason = in_words(find_user_error(error) or error)
         if isinstance(error, RuntimeError) and str(error).startswith("training failed"):
             reason = str(error)
-    tune.report({"end": json.dumps({"reason": reason, "stages": stages})})
-
-
-class _Proposals(Searcher):
-    """Ray Tune's searcher: trials that were begun and not ended, then new ones; the records are its state."""
-
-    def __init__(self, search: Search, ledger: Ledger) -> None:
-        super().__init__()
-        self._search, self._ledger = search, ledger
-        self._unfinished = ledger.unfinished()
-
-    def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
-        """Tune's hook: what it could set is set."""
-        return True
-
-    def suggest(self, trial_id: str) -> Any:
-        """Tune's hook: the next trial."""
-        if self._unfinished:
-            trial = self._unfinished.pop(0)
-        elif len(self._ledger.trials) >= self._search.count:
-            return self.FINISHED
-        else:
-            parameters = suggest(self._search, list(self._ledger.trials.values()))
-            try:
-                epochs = space.apply(self._search.recipe, parameters).training.epochs
-            except UserError:  # which the trial will tell
-                epochs = self._search.recipe.training.epochs
-            trial = Trial(number=len(self._ledger.trials), parameters=parameters, epochs=epochs)
-            self._ledger.save(trial)
-        return {"number": trial.number, "parameters": trial.parameters}
-
-    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Tune's hook; `_Recorder` writes the records."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Tune's hook: there is nothing but the records."""
-        Path(checkpoint_path).touch()
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Tune's hook."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-
-class _Recorder(FIFOScheduler):
-    """Ray Tune's scheduler: writes every epoch into the trial's record, and whether ASHA ends it there."""
-
-    def __init__(self, search: Search, ledger: Ledger, progress: Progress) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._search, self._ledger, self._progress = search, ledger, progress
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Tune's hook: an epoch's row, or the end."""
-        record = self._ledger.trials[trial.config["number"]]
-        if "end" in result:
-            end = json.loads(result["end"])
-            record.stages = record.stages or end["stages"]
-            self._end(record, "failed" if end["reason"] else "finished", end["reason"])
-        elif record.add(json.loads(result["row"])):
-            asha = self._search.scheduler == "asha"
-            if asha and (reason := stop_reason(self._search, self._ledger.trials.values(), record)):
-                self._end(record, "stopped", reason)
-            else:
-                self._ledger.save(record)
-        return str(TrialScheduler.CONTINUE)
-
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Tune's hook: the trial's own process was lost once too often."""
-        record = self._ledger.trials[trial.config["number"]]
-        self._end(record, "failed", in_words(trial.get_error() or RuntimeError("its process was lost")))
-
-    def _end(self, record: Trial, status: str, reason: str) -> None:
-        """The trial's end in its record; what ended it first stays."""
-        if record.status != "running":
-            self._ledger.save(record)
-            return
-        record.status, record.reason = status, reason
-        self._ledger.save(record)
-        value = record.value(self._search.objective)
-        score = "" if value is None else f", {self._search.objective} {value:.2f}"
-        values = " ".join(f"{name.rpartition('.')[2]}={value:.4g}" for name, value in record.parameters.items())
-        reason = f" ({record.reason})" if record.reason else ""
-        self._progress.note(
-            f"trial {record.number} {record.status}{reason}: {len(record.history)} epochs{score}; {values}"
-        )
-        done = sum(t.status != "running" for t in self._ledger.trials.values())
-        self._progress.update(done, self._search.count, "trials")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
+    value = math.nan if reason else reported(record, plan.objective)
+    tune.report({"end": json.dumps({"reason": reason, "stages": stages}), VALUE: value})
 
 
 def run_search(
@@ -511,5 +423,5 @@ def run_search(
     if metrics["best"]:
         say(f"best recipe: {search.file('best.yaml')}")
     if left := search.count - sum(trial.status != "running" for trial in found.trials):
-        say(f"{left} trials are left: the same command goes on")
+        say(f"{left} trials are left: the same command continues")
     return metrics

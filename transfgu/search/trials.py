@@ -1,7 +1,7 @@
-"""A search is the list of its trials' records: which to stop, what to try next and who won all follow from it.
+"""Keep the records of a search's trials, and say from them which trial won.
 
-No searcher and no scheduler has a state of its own. So a search that was killed goes on from its records as if nothing
-had happened, whatever was in memory.
+`transfgu.search.tuning` tells Ray Tune's searcher and scheduler what the records hold, so a search that was killed
+continues from them.
 """
 
 import json
@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
-
-import numpy as np
 
 from transfgu import formats
 from transfgu.errors import UserError
@@ -206,111 +204,6 @@ class Ledger:
     def unfinished(self) -> list[Trial]:
         """Return the trials that an earlier attempt began and did not end."""
         return [trial for trial in self.trials.values() if trial.status == "running"]
-
-
-def rungs(grace: int, reduction: int, epochs: int) -> list[int]:
-    """Epochs after which trials are compared: `grace`, and each next `reduction` times the last, short of the end."""
-    found = []
-    rung = grace
-    while rung < epochs:
-        found.append(rung)
-        rung *= reduction
-    return found
-
-
-def is_stopped(value: float | None, others: Iterable[float | None], reduction: int) -> bool:
-    """Whether a trial ends at a rung: it does unless it is among the best 1/`reduction` that have come so far.
-
-    Trials are compared as they come, none waits for another: asynchronous successive halving (Li et al., *A System for
-    Massively Parallel Hyperparameter Tuning*, MLSys 2020), in the variant that stops trials in place of pausing them.
-
-    Args:
-        value: the trial's; None, where nothing was scored, never ends one.
-        others: of the trials that came to this rung before.
-        reduction: of `n` trials, this one included, the best n / reduction (at least one) go on.
-    """
-    if value is None:
-        return False
-    known = [other for other in others if other is not None]
-    better = sum(other >= value for other in known)
-    return better >= max(1, (len(known) + 1) // reduction)
-
-
-def stop_reason(search: Search, trials: Iterable[Trial], trial: Trial) -> str:
-    """Why ASHA ends a trial now that an epoch was added; empty where it goes on."""
-    epoch = len(trial.history)
-    if epoch not in rungs(search.grace, search.reduction, trial.epochs):
-        return ""
-    others = [
-        other.value(search.objective, epoch)
-        for other in trials
-        if other.number != trial.number and len(other.history) >= epoch
-    ]
-    if not is_stopped(trial.value(search.objective, epoch), others, search.reduction):
-        return ""
-    return f"not among the best 1/{search.reduction} of {len(others) + 1} trials after epoch {epoch}"
-
-
-def suggest(search: Search, trials: Sequence[Trial]) -> Parameters:
-    """The next trial's values, from the records of all before it.
-
-    Args:
-        search: its recipe's seed is the searcher's, too.
-        trials: every trial so far, running ones too; the new one's number is their count.
-    """
-    number, seed = len(trials), search.recipe.seed
-    if search.searcher == "grid":
-        return search.space.grid()[number]
-    if search.searcher == "random":
-        return search.space.draw(seed, number)
-    own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    return _suggest_tpe(search.space, trials, search.objective, own)
-
-
-def _suggest_tpe(space: Space, trials: Sequence[Trial], objective: str, seed: int) -> Parameters:
-    """By a tree-structured Parzen estimator over all fields jointly; the first ten are random."""
-    import warnings
-
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    axes: dict[str, optuna.distributions.BaseDistribution] = {}
-    for r in space.ranges:
-        low, high = r.values[0], r.values[-1]
-        if r.kind == "randint":
-            axes[r.name] = optuna.distributions.IntDistribution(int(low), int(high))
-        elif r.listed:
-            axes[r.name] = optuna.distributions.CategoricalDistribution(r.listed)
-        else:
-            axes[r.name] = optuna.distributions.FloatDistribution(low, high, log=r.log)
-    states = {
-        "finished": optuna.trial.TrialState.COMPLETE,
-        "stopped": optuna.trial.TrialState.PRUNED,
-        "failed": optuna.trial.TrialState.FAIL,
-        "running": optuna.trial.TrialState.RUNNING,
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # Running trials count as bad ones, so that those side by side differ.
-        sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed)
-        study = optuna.create_study(direction="maximize", sampler=sampler)
-        for trial in trials:
-            value = trial.value(objective)
-            values = {epoch: trial.value(objective, epoch) for epoch in range(1, len(trial.history) + 1)}
-            state = states[trial.status]
-            if trial.status == "finished" and value is None:
-                state = optuna.trial.TrialState.FAIL
-            study.add_trial(
-                optuna.trial.create_trial(
-                    state=state,
-                    value=value if state == optuna.trial.TrialState.COMPLETE else None,
-                    params=trial.parameters,
-                    distributions=axes,
-                    intermediate_values={epoch: v for epoch, v in values.items() if v is not None},
-                )
-            )
-        asked: Mapping[str, Any] = study.ask(axes).params
-    return dict(asked)
 
 
 def best(trials: Iterable[Trial], objective: str) -> Trial | None:

@@ -38,7 +38,7 @@ from transfgu.store import storage
 from transfgu.store.artifacts import LAST, MODEL, Outcome, Run
 from transfgu.store.weights import read_weights
 
-_BLOCK_ROWS = 32  # images that one task reads at most: fewer where a batch has fewer, so that each batch is one task
+BLOCK_ROWS = 32  # images that one task reads at most: fewer where a batch has fewer, so that each batch is one task
 _NO_SCORES = {"mean_iou": None, "pixel_accuracy": None, "iou": None, "assignment": None}
 
 
@@ -120,7 +120,7 @@ def evaluate(
         "processes": capacity.actors_per_node(recipe.compute),
     }
     data: Dataset | None = None
-    if len(rows) <= _BLOCK_ROWS and not on_ray and connect.works_here():
+    if len(rows) <= BLOCK_ROWS and not on_ray and connect.works_here():
         counted: Iterator[Mapping[str, Any]] = _counted_here(
             read(rows), Count(**arguments), recipe.evaluation.batch_size
         )
@@ -153,7 +153,7 @@ def plan(
     arguments: dict[str, Any],
 ) -> Dataset:
     """Return the plan from images to rows of `Count`."""
-    size = min(_BLOCK_ROWS, recipe.evaluation.batch_size)
+    size = min(BLOCK_ROWS, recipe.evaluation.batch_size)
     blocks = [rows.slice(start, size) for start in range(0, len(rows), size)]
     with ray_internals.data_context():
         return (
@@ -245,12 +245,12 @@ def check_decoder(recipe: Recipe, uri: str) -> None:
     found = next((t.shape[1] for n, t in tensors.items() if n.endswith("cls_emb") and t.ndim == 3), None)
     if found is None:
         raise UserError(
-            f"{storage.shown(uri)} holds no mask decoder (no tensor cls_emb): give a decoder's weights",
+            f"{storage.shown(uri)} has no mask decoder (no tensor cls_emb): give weights of a decoder",
             code="decoder-missing",
         )
     if found != recipe.classes:
         raise UserError(
-            f"{storage.shown(uri)} tells {found} classes apart, and the recipe {recipe.preset} has {recipe.classes}: "
+            f"{storage.shown(uri)} has {found} classes, but the recipe {recipe.preset} has {recipe.classes}: "
             "choose the preset that it was trained for",
             code="classes-mismatch",
         )

@@ -11,6 +11,11 @@ import time
 from typing import Any
 
 ATTEMPTS = 11  # the pauses double from 50 ms, as Arrow's do: most of a minute before an endpoint is given up
+CONNECT_SECONDS = 5
+SILENT_SECONDS = 20  # after which a request that gets no byte is given up
+_DEADLINE_SECONDS = 180.0  # after which no request is repeated
+_LOWEST_SPEED = 1024  # bytes per second, on average since an answer's begin, ...
+_SLOW_SECONDS = 20.0  # ... looked at from here on
 _PAUSE = 0.05  # seconds
 _CONNECTIONS = 64
 
@@ -40,29 +45,61 @@ def get(bucket: str, key: str, span: tuple[int, int] | None = None) -> bytes | N
         OSError: the object can't be read; the text names the cause as Arrow does (`AWS Error ACCESS_DENIED`).
     """
     import botocore.exceptions
+    import urllib3.exceptions
 
+    begun = time.monotonic()
     wanted = {} if span is None else {"Range": f"bytes={span[0]}-{span[0] + span[1] - 1}"}
     client = _client()
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            data: bytes = client.get_object(Bucket=bucket, Key=key, **wanted)["Body"].read()
-            return data
+            return _body(client.get_object(Bucket=bucket, Key=key, **wanted))
         except botocore.exceptions.ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
             status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
             if code in ("NoSuchKey", "NoSuchBucket", "404"):
                 return None
             failed = OSError(f"AWS Error {_NAMES.get(code, code)}: HTTP status {status}")
-            if attempt == ATTEMPTS or not (status >= 500 or status == 429 or code in _PASSING):
+            last = attempt == ATTEMPTS or time.monotonic() - begun > _DEADLINE_SECONDS
+            if last or not (status >= 500 or status == 429 or code in _PASSING):
                 raise failed from None
         # Dropped connections, also while the answer comes in.
-        except (botocore.exceptions.HTTPClientError, botocore.exceptions.IncompleteReadError) as error:
-            if attempt == ATTEMPTS:
+        except (botocore.exceptions.HTTPClientError, urllib3.exceptions.HTTPError, _BadBodyError) as error:
+            if attempt == ATTEMPTS or time.monotonic() - begun > _DEADLINE_SECONDS:
                 raise OSError(f"AWS Error NETWORK_CONNECTION: {error}") from None
         except botocore.exceptions.BotoCoreError as error:
             raise OSError(str(error)) from None
         time.sleep(_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
     raise AssertionError("the last attempt returns or raises")
+
+
+class _BadBodyError(Exception):
+    """An answer's body ended too early, or came in too slowly."""
+
+
+def _body(answer: dict[str, Any]) -> bytes:
+    """Return the whole body of an answer.
+
+    botocore's own `read` waits for the last byte, however slowly they come.
+
+    Raises:
+        _BadBodyError: it is shorter than the answer says, or slower than `_LOWEST_SPEED`.
+        urllib3.exceptions.HTTPError: the connection broke.
+    """
+    stream, begun = answer["Body"]._raw_stream, time.monotonic()
+    pieces, length = [], 0
+    try:
+        while piece := stream.read1(1 << 20):
+            pieces.append(piece)
+            length += len(piece)
+            spent = time.monotonic() - begun
+            if spent > _SLOW_SECONDS and length < _LOWEST_SPEED * spent:
+                raise _BadBodyError(f"{length} bytes in {spent:.0f} s")
+        if length != answer["ContentLength"]:
+            raise _BadBodyError(f"{length} of {answer['ContentLength']} bytes")
+    except BaseException:
+        answer["Body"].close()  # its connection is of no use any more
+        raise
+    return b"".join(pieces)
 
 
 def _client() -> Any:
@@ -76,8 +113,8 @@ def _client() -> Any:
             config = botocore.config.Config(
                 retries={"total_max_attempts": 1},  # botocore would not repeat what fails while the answer comes in
                 max_pool_connections=_CONNECTIONS,
-                connect_timeout=5,
-                read_timeout=60,
+                connect_timeout=CONNECT_SECONDS,
+                read_timeout=SILENT_SECONDS,
             )
             _clients[key] = boto3.Session().client("s3", config=config)
         return _clients[key]

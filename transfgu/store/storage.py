@@ -23,14 +23,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from transfgu.errors import UserError
-from transfgu.store import s3_get
+from transfgu.store import s3_get, waits
 from transfgu.store.walk import walk
 
 _ATTEMPTS = s3_get.ATTEMPTS
 _BOTO_ATTEMPTS = 9  # its pauses double from half a second to 20, on average: as long
 _CHECK_ATTEMPTS = 2  # a check before work starts should fail while the user still looks
-_CONNECT_SECONDS = 5
-_SILENT_SECONDS = 60  # after which a request that gets no byte is given up
 _CHECK_SILENT_SECONDS = 5  # the same of a check, which has at most three tries
 _PARTIAL = ".partial"
 
@@ -208,10 +206,16 @@ def read_chunks(uri: str, size: int) -> Iterator[bytes]:
     Raises:
         UserError: there is no such file, or it can't be read.
     """
-    with _one_line(uri, "read"):
+    with _one_line(uri, "read", told=False):
         fs, path = filesystem(uri)
-        with fs.open_input_stream(path) as stream:
-            while piece := stream.read(size):
+        with _told(uri, "read"):
+            opened = fs.open_input_stream(path)
+        with opened as stream:
+            while True:
+                with _told(uri, "read"):
+                    piece = stream.read(size)
+                if not piece:
+                    return
                 yield piece
 
 
@@ -484,8 +488,8 @@ def _ask_s3(uri: str, operation: str, **fields: Any) -> Any:
     bucket, _, key = uri.partition("://")[2].partition("/")
     config = botocore.config.Config(
         retries={"max_attempts": _BOTO_ATTEMPTS, "mode": "standard"},
-        connect_timeout=_CONNECT_SECONDS,
-        read_timeout=_SILENT_SECONDS,
+        connect_timeout=s3_get.CONNECT_SECONDS,
+        read_timeout=s3_get.SILENT_SECONDS,
     )
     try:
         return getattr(boto3.client("s3", config=config), operation)(Bucket=bucket, Key=key, **fields)
@@ -503,7 +507,7 @@ def _check_bucket(uri: str, fs: Any, path: str) -> None:
     bucket = path.partition("/")[0]
     if scheme(uri) in ("s3", "gs") and fs.get_file_info(bucket).type == pafs.FileType.NotFound:
         raise UserError(
-            f"there is no bucket {bucket} for {shown(uri)}{_where(uri)}: check the name, or make the bucket",
+            f"there is no bucket {bucket} for {shown(uri)}{_where(uri)}: check the name, or create the bucket",
             code="bucket-missing",
         )
 
@@ -689,8 +693,8 @@ def _s3(bucket: str, attempts: int) -> Any:
             # The "standard" strategy has one budget for all requests of a process: many at once would soon spend it.
             retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=attempts),
             allow_delayed_open=True,  # small objects go by one request, not by an upload of parts
-            connect_timeout=_CONNECT_SECONDS,
-            request_timeout=_SILENT_SECONDS if attempts == _ATTEMPTS else _CHECK_SILENT_SECONDS,
+            connect_timeout=s3_get.CONNECT_SECONDS,
+            request_timeout=s3_get.SILENT_SECONDS if attempts == _ATTEMPTS else _CHECK_SILENT_SECONDS,
             **where,
         )
 
@@ -703,14 +707,14 @@ _CODES = {
     "SIGNATURE_DOES_NOT_MATCH": "the secret key does not fit: check AWS_SECRET_ACCESS_KEY, or the profile",
     "EXPIRED_TOKEN": "the credentials have expired: fetch new ones",
     "INVALID_TOKEN": "the session token is not valid: fetch new credentials",
-    "NO_SUCH_BUCKET": "there is no such bucket: check the name, or make the bucket",
+    "NO_SUCH_BUCKET": "there is no such bucket: check the name, or create the bucket",
     "NETWORK_CONNECTION": "the endpoint does not answer: check AWS_ENDPOINT_URL_S3 and the network",
     "SLOW_DOWN": "the endpoint throttles and did not relent: run again, with fewer actors",
 }
 
 _REMEDIES = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room",
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
     errno.EROFS: "choose another folder",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
@@ -719,11 +723,25 @@ _REMEDIES = {
 _BUSY = "AWS Error SLOW_DOWN|HTTP status 503"  # the latter where a request has no answer's body to tell by
 
 
+def _told(uri: str, verb: str) -> contextlib.AbstractContextManager[None]:
+    """Let the user know if the body, which does something with a remote file, takes long."""
+    if is_local(uri) or not waits.are_told():
+        return contextlib.nullcontext()
+    return waits.waiting(f"to {verb} {shown(uri)}{_where(uri)}")
+
+
 @contextlib.contextmanager
-def _one_line(uri: str, verb: str) -> Iterator[None]:
-    """Turn errors of a file system into a UserError that names `uri` and the remedy, and no secret."""
+def _one_line(uri: str, verb: str, *, told: bool = True) -> Iterator[None]:
+    """Turn errors of a file system into a UserError that names `uri` and the remedy, and no secret.
+
+    Args:
+        uri: of the file or folder.
+        verb: what is done with it.
+        told: let the user know if it takes long.
+    """
     try:
-        yield
+        with _told(uri, verb) if told else contextlib.nullcontext():
+            yield
     except OSError as error:
         if isinstance(error, FileNotFoundError) and verb == "read":
             raise UserError(f"there is no file {shown(uri)}: check the path", code="file-missing") from None
