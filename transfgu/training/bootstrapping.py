@@ -46,7 +46,7 @@ class Bootstrapping:
             )
         self.initial = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
         self.network: nn.Module = decoder.to(self.device)
-        self.optimiser: Optimizer = make_optimiser(self.network, training.lr, training.weight_decay)
+        self.optimiser: Optimizer = make_optimiser(self.network, training.scaled_lr, training.weight_decay)
         self.teacher: nn.Module | None = None
         self.model: Model = MaskModel(self.encode, decoder)
         self.whole = not training.views

@@ -63,7 +63,7 @@ class ImageTraining:
             seed=recipe.seed,
         )
         self.steps = self.epochs * self.order.steps
-        self.remedy = f"now {recipe.training.lr:g}, set --training.lr"
+        self.remedy = f"now {recipe.training.scaled_lr:g}, set --training.lr"
         allow_tf32(recipe.training, place.device)
         setting = Setting(
             recipe=recipe,
