@@ -189,6 +189,9 @@ def test_lists_survive_the_way_through_text(scales: list[float]) -> None:
         ("concepts.whiten", "foreground", "concepts"),
         ("pseudo_labels.refine", 2, "pseudo_labels"),
         ("training.certain_share", 0.5, "training"),
+        ("concepts.start", "faiss", "concepts"),
+        ("training.sampler", "published", "training"),
+        ("training.colours", "batch", "training"),
     ],
 )
 def test_options_change_digests_from_their_stage_on(field: str, value: object, first: str) -> None:

@@ -67,7 +67,7 @@ SHARED = (
 OPTIMISED = tuple(
     f"training.{name}"
     for name in (
-        *("epochs", "passes", "lr", "batch_size", "lr_scaling", "lr_batch_size"),
+        *("epochs", "passes", "lr", "batch_size", "lr_scaling", "lr_batch_size", "sampler"),
         *("weight_decay", "evaluate_every"),
     )
 )

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
@@ -122,6 +123,12 @@ class ConceptsRecipe:
     things: int = field(0, "number of concepts clustered from foreground windows", "concepts")
     stuff: int = field(0, "number of concepts clustered from background windows", "concepts")
     iterations: int = field(100, "maximum number of K-Means iterations", "iterations")
+    start: Literal["best", "faiss"] = field(
+        "best",
+        "what K-Means starts from: best of several k-means++ starts on a sample, or, as published, the rows that FAISS "
+        "draws with seed 1",
+        before="best",
+    )
     whiten: Literal["none", "foreground", "background", "both"] = field(
         "none",
         "windows whose features are whitened (no feature varies more than another, none follows another) and brought "
@@ -223,6 +230,17 @@ class TrainingRecipe:
     teacher_every: tuple[int, ...] = field(
         (2,), "epochs between teacher updates; each value holds for ten epochs", "epochs"
     )
+    sampler: Literal["shuffle", "published"] = field(
+        "shuffle",
+        "order of the images: new in each epoch, or, as published, by torch's DistributedSampler with seed 0, "
+        "alike in each epoch",
+        before="shuffle",
+    )
+    colours: Literal["image", "batch"] = field(
+        "image",
+        "what jitter, greyscale and blur of the training views are drawn for: each image, or, as published, each batch",
+        before="image",
+    )
     views: bool = field(True, "random views (jitter, greyscale, blur, crop, flip); off: the resized image itself")
     evaluate_every: int = field(1, "number of epochs between two evaluations on the validation set", "epochs")
     precision: Literal["auto", "float32", "bfloat16"] = field(
@@ -258,7 +276,7 @@ class TrainingRecipe:
         (arXiv:2205.10287), derived for Adam.
         """
         ratio = self.batch_size / self.lr_batch_size if self.lr_batch_size else 1.0
-        return self.lr * {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[self.lr_scaling]
+        return self.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.lr_scaling]
 
 
 @dataclass(frozen=True, kw_only=True)
