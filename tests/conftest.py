@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import socket
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -51,6 +52,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in marked:
             if not (tried and item.path.parent.name == "gpu"):
                 item.add_marker(pytest.mark.skip(reason="torch finds no GPU"))
+
+
+_ray_is_expected = False
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Remember whether a test so far was marked `ray`."""
+    global _ray_is_expected
+    _ray_is_expected |= item.get_closest_marker("ray") is not None
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Fail a test that starts Ray without the mark: a cluster takes ten seconds."""
+    ray = sys.modules.get("ray")
+    if not _ray_is_expected and ray is not None and ray.is_initialized():
+        pytest.fail(f"{item.nodeid} started Ray: mark it `ray`")
 
 
 @pytest.fixture(scope="session")

@@ -588,7 +588,7 @@ def _mapping(text: str | bytes, name: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{name} is no YAML in UTF-8: {error}", code="recipe-damaged") from None
+        raise UserError(f"{name} is not YAML in UTF-8: {error}", code="recipe-damaged") from None
     if not isinstance(tree, dict):
         raise UserError(f"{name} must be a YAML mapping of fields", code="recipe-damaged")
     return tree
@@ -647,7 +647,7 @@ def field_name(name: str) -> str:
     if full not in FIELDS:
         near = difflib.get_close_matches(name, [*FIELDS, *SHORT_NAMES], n=4, cutoff=0.4)
         raise UserError(
-            f"the recipe has no field {name}; near ones: {', '.join(near) or ', '.join(FIELDS)}", code="field-unknown"
+            f"the recipe has no field {name}; similar: {', '.join(near) or ', '.join(FIELDS)}", code="field-unknown"
         )
     return full
 

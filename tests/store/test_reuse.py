@@ -10,7 +10,7 @@ from tests.refusals import refused
 from transfgu.methods import STAGES
 from transfgu.recipe import Recipe, preset
 from transfgu.store import reuse
-from transfgu.store.artifacts import Outcome, Run
+from transfgu.store.artifacts import REUSED, Outcome, Run
 
 RECIPE = preset("shapes")
 
@@ -60,6 +60,16 @@ def test_a_run_leads_on_to_the_run_that_it_takes_from(tmp_path: Path) -> None:
     third, why = reuse.linked(RECIPE, Run(str(tmp_path / "third")), second)
     assert dict(third.reused()) == {stage: str(tmp_path / "first" / stage) for stage in STAGES[:2]}
     assert why == "concepts is not complete there"
+
+
+def test_the_list_of_reused_stages_is_read_once(tmp_path: Path) -> None:
+    made, _ = reuse.linked(RECIPE, Run(str(tmp_path / "run")), complete(tmp_path / "other"))
+    reuse.write(made)
+    run = Run(made.uri)
+    before = run.artifact("features").uri
+    Path(run.file(REUSED)).unlink()
+    assert run.artifact("features").uri == before == made.artifact("features").uri
+    assert Run(run.uri).artifact("features").uri == run.file("features")
 
 
 def test_a_runs_own_stages_stay_its_own(tmp_path: Path) -> None:

@@ -160,8 +160,8 @@ def start_actors(
         yield actors
     except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
         raise UserError(
-            f"concepts: one of {len(sources)} actors that hold the features was lost {restarts + 1} times, as happens "
-            "where memory runs out: use more nodes, nodes of more memory, or fewer images (a lower limit)",
+            f"concepts: one of {len(sources)} actors that hold the features was lost {restarts + 1} times, probably "
+            "because memory ran out: use more nodes, nodes of more memory, or fewer images (a lower limit)",
             code="actor-lost",
         ) from None
     finally:

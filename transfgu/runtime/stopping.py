@@ -10,21 +10,23 @@ import ctypes
 import os
 import select
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-LINE = "stopped; the same command goes on from what is done"
+LINE = "stopped; the same command continues where it stopped"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _GRACE_SECONDS = 7.0  # for the work in hand to be given up in order; a second signal ends this time
 _AGAIN_SECONDS = 1.0  # some programs send a signal to a process and to its group: both within this time are one
 _CLEANUP_SECONDS = 3.0
 _CHECK_SECONDS = 0.005
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux's prctl
+_TIED = "TRANSFGU_END_WITH_STDIN"
 
 _installed = False
 _stderr = 2  # a file descriptor of its own, once installed: the other one may lead nowhere while Ray starts
@@ -37,7 +39,8 @@ _cleanups: list[Callable[[], None]] = []
 def install() -> None:
     """Handle SIGINT and SIGTERM in this process, also where it inherited them as ignored. Call it in the main thread.
 
-    The first signal raises KeyboardInterrupt in the main thread, and whoever catches it calls :func:`end`.
+    The first signal raises KeyboardInterrupt in the main thread, and whoever catches it calls :func:`end`. A process
+    of :func:`start_tied` gets SIGTERM when its parent ends.
     """
     global _installed, _stderr
     if _installed:
@@ -53,6 +56,22 @@ def install() -> None:
     signal.set_wakeup_fd(send, warn_on_full_buffer=False)
     for number in _SIGNALS:  # last: a signal may come at once, and finds all of the above
         signal.signal(number, _interrupt)
+    if os.environ.pop(_TIED, ""):  # not left to processes that this one starts, whose standard input is another
+        threading.Thread(target=_end_with_stdin, name="parent", daemon=True).start()
+
+
+def start_tied(command: Sequence[str], **how: Any) -> subprocess.Popen[str]:
+    """Start a command that calls :func:`install`, and that ends when this process ends, however it ends.
+
+    Its standard input is a pipe whose other end this process alone holds. The operating system closes that end with
+    this process, after SIGKILL too, and the command then ends as after SIGTERM.
+
+    Args:
+        command: the program and its arguments.
+        how: further arguments of `subprocess.Popen`, but `stdin` and `text`.
+    """
+    environment = {**(how.pop("env", None) or os.environ), _TIED: "1"}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment, **how)
 
 
 def requested() -> bool:
@@ -132,6 +151,13 @@ def end_processes(processes: Iterable[Any], seconds: float = 2.0) -> None:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(found, timeout=seconds)
+
+
+def _end_with_stdin() -> None:
+    with contextlib.suppress(OSError):
+        while os.read(0, 64):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

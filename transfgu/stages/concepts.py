@@ -359,8 +359,8 @@ def kept_rows(rows: Float32[ndarray, "n d"], scratch: Scratch | None) -> Float32
         return scratch.keep(rows)
     except OSError as error:
         raise UserError(
-            f"concepts: can't keep features in {error.filename or 'the cache folder'}: {error.strerror}: make room, or "
-            "set --compute.cache_folder to a larger disk",
+            f"concepts: can't keep features in {error.filename or 'the cache folder'}: {error.strerror}: free space, "
+            "or set --compute.cache_folder to a larger disk",
             code="disk-full",
         ) from None
 
