@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
 from transfgu.errors import UserError
+from transfgu.sharing import exports
 from transfgu.sharing.exports import FORMATS, check_format
 from transfgu.store import storage
 
@@ -56,7 +57,6 @@ def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance:
     Raises:
         UserError: there are no masks as PNGs, no such format or class.
     """
-    from transfgu.sharing import exports
     from transfgu.stages.prediction import mask_names, read_claim
 
     claim = read_claim(masks)

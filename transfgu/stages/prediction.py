@@ -30,7 +30,7 @@ from transfgu.datasets.listing import Images, find_images
 from transfgu.datasets.names import output_names
 from transfgu.errors import BadInput, LeftOut, UserError
 from transfgu.recipe import MAX_PIXELS, ComputeRecipe, Size, check_pixels
-from transfgu.runtime import parts
+from transfgu.runtime import capacity, connect, parts
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, predicted, storage
 from transfgu.store.artifacts import Run
@@ -150,10 +150,7 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     most = job.max_pixels or Run(job.run).recipe().dataset.max_pixels
     job = replace(job, orient=resolved_orient(job), max_pixels=most)
     samples = named_samples(images)
-    there, bad = _there(job, samples), _known_bad(job)
-    # What costs seconds to import, only now.
-    from transfgu.runtime import capacity, connect
-
+    there, bad = earlier_masks(job, samples), known_bad(job)
     connect.connect(verbose=verbose)
     for uri, flag in ((job.out, "--out"), (job.images, "--images")):
         capacity.check_shared(uri, flag)
@@ -350,8 +347,8 @@ def model_size(job: PredictionJob) -> Size:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _There:
-    """What an earlier prediction left."""
+class EarlierMasks:
+    """What an earlier prediction left in the output folder."""
 
     done: set[str]
     """Names of the images whose masks, and overlays if asked for, are there."""
@@ -361,7 +358,13 @@ class _There:
     """Masks of images that are not there."""
 
 
-def _there(job: PredictionJob, samples: pa.Table) -> _There:
+def earlier_masks(job: PredictionJob, samples: pa.Table) -> EarlierMasks:
+    """Return what an earlier prediction left, by the versions of the images that its masks were made of.
+
+    Args:
+        job: says the output folder and the kind of files.
+        samples: rows of the images that are there now, as `named_samples` returns them.
+    """
     records, recorded = predicted.read(job.out)
     masks = storage.join(job.out, "masks")
     files = storage.list_versions(masks)
@@ -383,7 +386,7 @@ def _there(job: PredictionJob, samples: pa.Table) -> _There:
         stale = [uri for uri, names in held.items() if any(n in current and not fresh(n, files[uri]) for n in names)]
         kept = [name for uri, names in held.items() if uri not in stale for name in names]
         gone = sum(name not in current for names in held.values() for name in names)
-        return _There(done=current.keys() & kept, stale=stale, orphans=gone)
+        return EarlierMasks(done=current.keys() & kept, stale=stale, orphans=gone)
     here = _relative(masks, files)
     done = {name for name, row in current.items() if fresh(name, here.get(f"{row['mask']}.png"))}
     if job.overlays:
@@ -393,7 +396,7 @@ def _there(job: PredictionJob, samples: pa.Table) -> _There:
     # A mask that has another name by now is removed at the end.
     elsewhere = {record.mask for name, record in records.items() if name not in current}
     known = {row["mask"] for row in current.values()} | (recorded - elsewhere)
-    return _There(done=done, stale=[], orphans=sum(name.removesuffix(".png") not in known for name in here))
+    return EarlierMasks(done=done, stale=[], orphans=sum(name.removesuffix(".png") not in known for name in here))
 
 
 def _relative(folder: str, files: Mapping[str, storage.Version]) -> dict[str, storage.Version]:
@@ -427,8 +430,8 @@ def names_in(uri: str) -> list[str]:
     return names
 
 
-def _known_bad(job: PredictionJob) -> dict[str, str]:
-    """Images that an earlier prediction could not use, with the reason."""
+def known_bad(job: PredictionJob) -> dict[str, str]:
+    """Return the images that an earlier prediction could not use, with the reason."""
     uri = storage.join(job.out, SUMMARY)
     text = storage.read_bytes_or_none(uri)
     if text is None:
@@ -461,8 +464,6 @@ def parts_to_make(
 
 def plan(job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: ComputeRecipe) -> Dataset:
     """Parts of the image list to masks in `job.out`, a row of counts for each."""
-    from transfgu.runtime import capacity
-
     if job.tile:
         arguments = {"job": job, "processes": capacity.actors_per_node(compute)}
         return parts.handled(tables, PredictTiles, arguments, capacity.encoder_pool(compute))
