@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transfgu.cluster_numbers import Measures, adjusted_rand, assign, elbow, measure, silhouette, suggested
+from transfgu.cluster_numbers import Measures, adjusted_rand, as_stable, assign, elbow, measure, silhouette, suggested
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,12 @@ def test_the_elbow_of_a_straight_line_or_of_two_points() -> None:
 
     assert elbow(of(4.0, 3.0)) == 2
     assert elbow(of(10.0, 4.0, 3.0, 2.0)) == 3
+
+
+def test_the_smallest_of_the_most_stable_numbers_is_suggested() -> None:
+    def of(*stable: tuple[float, float]) -> list[Measures]:
+        return [Measures(k=k, stability=s, spread=d, silhouette=0.0, inertia=1.0) for k, (s, d) in enumerate(stable, 2)]
+
+    assert suggested(of((0.3, 0.3), (0.5, 0.1), (0.7, 0.1), (0.75, 0.05), (0.72, 0.2))) == 4  # 0.75 - 0.05
+    assert as_stable(of((0.3, 0.3), (0.5, 0.1), (0.7, 0.1), (0.75, 0.05), (0.72, 0.2))) == [4, 5, 6]
+    assert suggested(of((0.9, 0.0), (1.0, 0.0))) == 3

@@ -1,7 +1,8 @@
-"""Measures of how well features fall into K clusters, for a range of K, without labels.
+"""Measure how well features fall into K clusters, for a range of K, without labels.
 
-Stability asks whether two halves of the images find the same clusters: a K that is too high cuts clusters where
-there is no gap, each half elsewhere. Windows of one image overlap, so images are divided, not windows.
+Stability is high if two halves of the images lead to the same clusters. With too many, K-Means cuts clusters where
+there is no gap, elsewhere in each half; with too few, it joins others in each half. Windows of one image overlap, so
+images are divided into halves, not windows.
 """
 
 import math
@@ -55,7 +56,7 @@ def adjusted_rand(a: Int[ndarray, " n"], b: Int[ndarray, " n"]) -> float:
 
 
 def silhouette(rows: Float32[ndarray, "n d"], labels: Int[ndarray, " n"]) -> float:
-    """Return the mean silhouette of rows, by Euclidean distance; a row alone in its cluster counts 0.
+    """Return the mean silhouette of rows, by Euclidean distance; 0 for a row alone in its cluster, and for one cluster.
 
     Source: Rousseeuw, Silhouettes, Journal of Computational and Applied Mathematics 20 (1987).
     """
@@ -92,10 +93,13 @@ def measure(
     *,
     whiten: bool,
     seed: int = 0,
-    divisions: int = 5,
+    divisions: int = 6,
     after: Callable[[int], None] | None = None,
 ) -> list[Measures]:
     """Measure each K on features.
+
+    Each half of the images is clustered, and all rows are assigned to the centroids of either half. The stability is
+    the adjusted Rand index of these two assignments, averaged over the divisions.
 
     Args:
         rows: the features.
@@ -137,6 +141,20 @@ def measure(
     return found
 
 
+def drawn_images(images: Int[ndarray, " n"], rows: int, seed: int = 0) -> Int[ndarray, " m"]:
+    """Draw images that have at most so many rows together; returns their numbers, ascending.
+
+    Args:
+        images: number of the image of each row.
+        rows: how many.
+        seed: of the draw.
+    """
+    numbers, counts = np.unique(images, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(numbers))
+    kept = int(np.searchsorted(np.cumsum(counts[order]), rows, side="right"))
+    return np.sort(numbers[order[:kept]])
+
+
 def _halves(images: Int[ndarray, " n"], generator: np.random.Generator) -> ndarray:
     """A random half of the images: True for their rows."""
     names = generator.permutation(np.unique(images))
@@ -156,6 +174,19 @@ def elbow(measures: Sequence[Measures]) -> int:
     return measures[int(height.argmax())].k
 
 
+def as_stable(measures: Sequence[Measures]) -> list[int]:
+    """Return the numbers K whose stability is at most one standard deviation below the highest, ascending."""
+    best = max(measures, key=lambda m: m.stability)
+    return [m.k for m in measures if m.stability >= best.stability - best.spread]
+
+
 def suggested(measures: Sequence[Measures]) -> int:
-    """Return the K of the highest silhouette."""
-    return max(measures, key=lambda m: m.silhouette).k
+    """Return the smallest K of those that are as stable as the most stable one.
+
+    Of several that differ by less than the divisions into halves do, the smallest is the simplest, as in the
+    one-standard-error rule of Breiman et al., Classification and Regression Trees (1984), section 3.4.3.
+
+    Source: stability as a criterion: Ben-Hur, Elisseeff and Guyon, A stability based method for discovering structure
+    in clustered data (2002); Lange et al., Stability-based validation of clustering solutions (2004).
+    """
+    return as_stable(measures)[0]

@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "name": "give names to a run's classes, and merge those of one name; nothing is trained again",
         "serve": "serve a page to try a run with: photographs, masks, names of concepts",
         "export": "write masks as COCO, CVAT, Label Studio or GeoJSON files",
+        "suggest": "suggest how many concepts a run's features hold, without labels",
         "tune": "search for a better recipe by many short trainings",
         "compare": "compare methods on the same images, over several seeds; or show runs side by side",
         "pretrain": "train a small self-supervised encoder on a folder of images",

@@ -1,9 +1,10 @@
 """Suggest how many concepts to ask for, from a run's features alone.
 
-`transfgu suggest RUN` clusters the features into each number of a range, and measures without labels: whether two
-halves of the images find the same clusters (stability), how far clusters lie apart (silhouette), and how much closer
-windows come to their centroids (inertia). It writes `suggestion.svg` and `suggestion.json` into the run's folder, and
-trains nothing. The features are all that it needs: `transfgu train ... --until features` is enough.
+`transfgu suggest RUN` clusters the features into each number K of a range and measures, without labels, whether two
+halves of the images lead to the same clusters (stability), how far clusters lie apart (silhouette), and how near
+windows lie to their centroids (inertia). It suggests the smallest of the most stable K, and writes `suggestion.svg` and
+`suggestion.json` into the run's folder. The features are all that it reads: `transfgu train ... --until features`
+computes them.
 """
 
 import sys
@@ -19,23 +20,24 @@ def parser(words: Sequence[str] = ()) -> Parser:
     """Return the parser."""
     made = Parser(__doc__ or "", "suggest", "RUN")
     made.add_argument("run", metavar="RUN", help="a run with features: the --run of `transfgu train`")
-    made.add_argument("--least", metavar="N", type=int, default=2, help="fewest concepts of a kind (default: 2)")
-    made.add_argument(
+    add = made.add_argument
+    add("--least", metavar="N", type=int, default=2, help="fewest things, and fewest stuff, to try (default: 2)")
+    add(
         "--most",
         metavar="N",
         type=int,
         default=0,
-        help="most concepts of a kind (default: twice as many as in the run)",
+        help="most things, and most stuff, to try (default: twice those of the run, 12 at least)",
     )
-    made.add_argument(
+    add(
         "--windows",
         metavar="N",
         type=int,
-        default=10_000,
-        help="windows of a kind to measure, at most (default: 10000)",
+        default=4000,
+        help="foreground windows, and background windows, to measure at most (default: 4000)",
     )
-    made.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws and of K-Means (default: 0)")
-    made.add_argument("--quiet", action="store_true", help="print the measures alone")
+    add("--seed", metavar="N", type=int, default=0, help="of the draws and of K-Means (default: 0)")
+    add("--quiet", action="store_true", help="print the measures alone")
     return made
 
 
@@ -50,10 +52,10 @@ def main(words: Sequence[str] | None = None) -> None:
             f"method {recipe.method} has no concepts to count: give a run of method transfgu",
             code="option-of-another-method",
         )
-    most = given.most or max(8, 2 * max(recipe.concepts.things, recipe.concepts.stuff))
-    if not 2 <= given.least <= most:
+    if not 2 <= given.least <= (given.most or 12):
         raise UserError(
-            f"--least and --most must be 2 or more and rise, not {given.least} and {most}", code="flag-range"
+            f"--least and --most must be 2 or more and rise, not {given.least} and {given.most or 12}",
+            code="flag-range",
         )
     if given.windows < 100:
         raise UserError(f"--windows must be 100 or more, not {given.windows}", code="flag-range")
@@ -65,7 +67,8 @@ def main(words: Sequence[str] | None = None) -> None:
     found = suggestion.find(
         recipe,
         run,
-        range(given.least, most + 1),
+        least=given.least,
+        most=given.most,
         windows=given.windows,
         seed=given.seed,
         after=lambda done, total: progress.update(done, total, "numbers of concepts"),

@@ -1,18 +1,23 @@
-"""How many concepts do a run's features hold? Measures for a range of K, a picture of them, and a suggestion."""
+"""Suggest a number of concepts from a run's features: measures for a range of K, a picture, a table.
+
+The measures are those of `transfgu.cluster_numbers`, of foreground and background windows each, as they are clustered.
+"""
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float32, Int
 from markupsafe import Markup
 from numpy import ndarray
 
 from transfgu import formats
-from transfgu.cluster_numbers import Measures, elbow, measure, suggested
+from transfgu.cluster_numbers import Measures, as_stable, drawn_images, elbow, measure, suggested
 from transfgu.errors import UserError
+from transfgu.inference.shards import matrix
 from transfgu.recipe import Recipe
 from transfgu.report import charts
 from transfgu.store import parquet, storage
@@ -21,7 +26,11 @@ from transfgu.store.artifacts import Run
 PICTURE = "suggestion.svg"
 TABLE = "suggestion.json"
 
+WINDOWS = 4000
+"""Windows of each group that are measured at most, unless asked for otherwise."""
+
 _FEW = 10  # windows per cluster at least, in half of the images
+_CLEAR = 0.8  # stability from which a suggestion is not called a guess
 _WIDTH, _HEIGHT, _HEAD = 440, 240, 34
 _STYLE = (
     "svg{background:#fff}.chart .grid,.chart .mark{stroke:#d5dae0}.chart .mark{stroke-dasharray:1 4;stroke:#57606a}"
@@ -53,17 +62,36 @@ class Found:
         return suggested(self.measures)
 
     @property
+    def chosen(self) -> Measures:
+        """The measures of that K."""
+        return next(m for m in self.measures if m.k == self.suggestion)
+
+    @property
+    def as_stable(self) -> list[int]:
+        """All K that are as stable as the most stable one."""
+        return as_stable(self.measures)
+
+    @property
     def flag(self) -> str:
         """The flag of `transfgu train` that sets this K."""
         return "--things" if self.name == "concepts" else f"--{self.name}"
 
 
+def numbers(least: int, most: int) -> list[int]:
+    """Return the numbers from `least` to `most` that are measured: all up to 32, then ever fewer, 16 per doubling."""
+    found = [least]
+    while (following := found[-1] + max(1, found[-1] // 16)) <= most:
+        found.append(following)
+    return found
+
+
 def find(
     recipe: Recipe,
     run: Run,
-    ks: Sequence[int],
     *,
-    windows: int,
+    least: int = 2,
+    most: int = 0,
+    windows: int = WINDOWS,
     seed: int = 0,
     after: Callable[[int, int], None] | None = None,
 ) -> list[Found]:
@@ -72,10 +100,11 @@ def find(
     Args:
         recipe: the run's.
         run: with features.
-        ks: numbers of clusters, ascending, each 2 at least.
-        windows: of each group at most; of larger runs whole images are drawn.
+        least: the smallest K, 2 at least.
+        most: the largest K; 0: twice the run's own, and 12 at least.
+        windows: measured of each group, at most; of more windows whole images are drawn.
         seed: of the draw, the divisions and K-Means.
-        after: called with the number of K that are done, and of those in all.
+        after: called with the number of K that are measured, and of those in all.
 
     Raises:
         UserError: the run has no features, or too few windows for these K.
@@ -89,49 +118,49 @@ def find(
     groups = [("things", "foreground", things), ("stuff", "background", stuff)]
     if recipe.windows.groups == "all":
         groups = [("concepts", "all", things + stuff)]
-    groups = [group for group in groups if group[2]]
-    found = []
-    for name, kind, present in groups:
-        rows, images = _features(run, kind, windows, seed)
-        most = len(rows) // (2 * _FEW)
-        fitting = [k for k in ks if k <= most]
-        if not fitting:
+    drawn = [
+        (name, present, kind, *_features(run, kind, windows, seed), numbers(least, most or max(12, 2 * present)))
+        for name, kind, present in groups
+        if present
+    ]
+    for *_, kind, rows, _, ks in drawn:
+        if ks[-1] > len(rows) // (2 * _FEW):
             raise UserError(
-                f"{len(rows)} {kind} windows are too few to compare {ks[0]} to {ks[-1]} clusters: use more images",
+                f"{len(rows)} {kind} windows are too few to compare up to {ks[-1]} clusters: use more images, or "
+                f"--most {max(least, len(rows) // (2 * _FEW))}",
                 code="windows-few",
             )
-        before, whiten = len(found) * len(ks), recipe.concepts.whitens(kind)
-        tell = after and (lambda done, b=before: after(b + done, len(groups) * len(ks)))
-        measures = measure(rows, images, fitting, whiten=whiten, seed=seed, after=tell)
+    total, done, found = sum(len(ks) for *_, ks in drawn), 0, []
+    for name, present, kind, rows, images, ks in drawn:
+        whiten = recipe.concepts.whitens(kind)
+        measures = measure(
+            rows, images, ks, whiten=whiten, seed=seed, after=after and (lambda n, d=done: after(d + n, total))
+        )
         found.append(Found(name=name, windows=len(rows), present=present, measures=tuple(measures)))
+        done += len(ks)
     return found
 
 
 def _features(run: Run, kind: str, windows: int, seed: int) -> tuple[Float32[ndarray, "n d"], Int[ndarray, " n"]]:
     """Features of one kind of windows, and their images' numbers: all, or those of images drawn at random."""
     parts = [uri for uri in storage.list_files(run.artifact("features").uri) if uri.endswith(".parquet")]
-    counted: dict[int, int] = {}
+    indices = []
     for part in parts:
         table = parquet.read(part, ["index", "group"])
-        table = table if kind == "all" else table.filter(pc.equal(table["group"].cast("string"), kind))
-        for pair in table["index"].value_counts():
-            counted[pair["values"].as_py()] = pair["counts"].as_py()
-    order = np.random.default_rng(seed).permutation(np.array(sorted(counted), np.int64))
-    reach = np.cumsum([counted[int(image)] for image in order])
-    drawn = np.sort(order[: int(np.searchsorted(reach, windows, side="right"))]) if len(order) else order
-    features, images = [np.empty((0, 1), np.float32)], [np.empty(0, np.int64)]
+        indices.append(table["index"].to_numpy()[_of_kind(table, kind)])
+    drawn = drawn_images(np.concatenate(indices), windows, seed)
+    features, images = [], []
     for part in parts:
         table = parquet.read(part, ["index", "group", "feature"])
-        kept = np.isin(table["index"].to_numpy(), drawn)
-        if kind != "all":
-            kept &= pc.equal(table["group"].cast("string"), kind).to_numpy()
-        if not kept.any():
-            continue
-        column = table["feature"].combine_chunks()
-        width = column.type.list_size
-        features.append(column.flatten().to_numpy().reshape(-1, width)[kept])
+        kept = _of_kind(table, kind) & np.isin(table["index"].to_numpy(), drawn)
+        features.append(matrix(table["feature"])[kept])
         images.append(table["index"].to_numpy()[kept].astype(np.int64))
-    return np.concatenate(features[1:] or features), np.concatenate(images)
+    return np.concatenate(features), np.concatenate(images)
+
+
+def _of_kind(table: pa.Table, kind: str) -> Bool[ndarray, " n"]:
+    found: ndarray = pc.equal(table["group"].cast("string"), kind).to_numpy()
+    return found
 
 
 def write(run: Run, found: Sequence[Found]) -> str:
@@ -141,6 +170,7 @@ def write(run: Run, found: Sequence[Found]) -> str:
             "windows": group.windows,
             "present": group.present,
             "suggestion": group.suggestion,
+            "as_stable": group.as_stable,
             "elbow": elbow(group.measures),
             "measures": [asdict(m) for m in group.measures],
         }
@@ -162,7 +192,7 @@ def picture(found: Sequence[Found]) -> str:
     ]
     for row, group in enumerate(found):
         top, ks = row * (_HEIGHT + _HEAD), [m.k for m in group.measures]
-        head = f"{group.name}: {group.suggestion} suggested, {group.present} in the run"
+        head = f"{group.name}: {group.suggestion} suggested (solid line), {group.present} in the run (dotted)"
         for column, (name, title) in enumerate(columns.items()):
             points = [(float(m.k), float(getattr(m, name))) for m in group.measures]
             chart = charts.line_chart(
@@ -188,4 +218,16 @@ def table(found: Sequence[Found]) -> str:
         for m in group.measures:
             note = "  <- suggested" if m.k == group.suggestion else ""
             lines.append(f"{m.k:4}  {m.stability:.3f} +- {m.spread:.3f}  {m.silhouette:10.3f}  {m.inertia:7.4f}{note}")
+        lines.append(verdict(group))
     return "\n".join(lines)
+
+
+def verdict(group: Found) -> str:
+    """Return in one line how clearly the features speak for the suggestion."""
+    stable, chosen = group.as_stable, group.chosen
+    if chosen.stability >= _CLEAR:
+        how = "halves of the images find the same clusters"
+    else:
+        how = "halves of the images agree in part: take it for a first guess"
+    others = ", ".join(str(k) for k in stable[1:])
+    return f"{group.name}: {group.suggestion} suggested; {how}{f'; as stable: {others}' if others else ''}"
