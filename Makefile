@@ -1,20 +1,20 @@
-# Everything below sets itself up: python3 (3.11 or later) and pip are all that must be there.
+# Every target sets up what it needs; python3 (3.11 or later) with pip is required.
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
-# FAISS comes for one kind of device or the other.
+# FAISS is packaged for GPUs or for CPUs.
 EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 RUN ?= $(HOME)/transfgu/shapes
-# The clone on Python's path: by pip's other way the folder of runs would be taken for the package in one's home.
+# Put the clone on Python's path: with pip's default, Python would import the folder of runs in the home folder instead.
 EDITABLE := --config-settings editable_mode=compat
-# Two processes, each with whole files: what a file sets up once is set up once. The longest of them are not the last.
+# Two processes, each with whole files, so that fixtures of a file are set up once. The slowest files don't run last.
 PURE := -n 2 --dist loadfile --no-loadscope-reorder -m "not ray and not long and not s3_server and not trackers"
 ON_RAY := -m "ray and not long"
 
-# The package is imported by many short processes, and compiled for the first of them alone.
+# Many short processes import the package; only the first one compiles it.
 unexport PYTHONDONTWRITEBYTECODE
 
-# The GPU report: its folder, and cpu in place of cuda to try it. WHEELS is a folder of wheels for hosts without a network.
+# The GPU report: its folder, and cpu instead of cuda to try it. WHEELS is a folder of wheels for hosts without a network.
 OUT ?= gpu-report
 DEVICE ?= cuda
 WHEELS ?=
@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),dev]' $(EDITABLE)
 	@touch $@
 
-demo: setup  ## the embedded demonstration, from scenes to report
+demo: setup  ## run the embedded demonstration, from scenes to report
 	$(PY) jobs/train.py shapes --run $(RUN)
 
 lint: setup
@@ -41,25 +41,25 @@ lint: setup
 types: setup
 	$(VENV)/bin/mypy
 
-test-pure: setup  ## the part that needs no Ray
+test-pure: setup  ## run the tests without Ray
 	$(PY) -m pytest -q $(PURE)
 
-test-ray: setup  ## the part that needs Ray
+test-ray: setup  ## run the tests on Ray
 	$(PY) -m pytest -q $(ON_RAY)
 
-test: lint types test-pure test-ray  ## lint, types, and the whole suite
+test: lint types test-pure test-ray  ## check lint and types, and run all tests except the long ones
 
-coverage: setup  ## the whole suite, which lines it runs, in Ray's workers too
+coverage: setup  ## measure the coverage of the same tests, including Ray's workers
 	$(PY) -m coverage erase
 	$(PY) -m coverage run -m pytest -q $(PURE)
 	$(PY) -m coverage run -m pytest -q $(ON_RAY)
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report --fail-under=90
 
-faults: setup  ## what takes long: machines, servers and disks that fail in mid-run
+faults: setup  ## run the long tests: machines, servers and disks that fail during a run
 	$(PY) -m pytest -q -m "long and not s3_server"
 
-gpu:  ## what a GPU shows, in twelve minutes at most, without a network: gpu.json and gpu.md in OUT
+gpu:  ## test and time a GPU in at most twelve minutes, without a network; writes gpu.json and gpu.md to OUT
 	@if $(PYTHON) -c '$(NEEDED)' 2>/dev/null; then exec $(PYTHON) jobs/gpu.py --out $(OUT) --device $(DEVICE); fi; \
 	if [ -n "$(WHEELS)" ]; then \
 	  $(PYTHON) -m venv --system-site-packages $(VENV) && \
@@ -67,18 +67,18 @@ gpu:  ## what a GPU shows, in twelve minutes at most, without a network: gpu.jso
 	else $(MAKE) --no-print-directory setup || exit 1; fi; \
 	exec $(PY) jobs/gpu.py --out $(OUT) --device $(DEVICE)
 
-docs: setup  ## the pages that are written from the code
+docs: setup  ## write the pages that are generated from the code
 	$(PY) -m transfgu.cli.reference_page docs/recipe.md
 	$(PY) -m transfgu.cli.error_page docs/errors.md
 
-site: $(VENV)/.docs  ## the documentation site, in site/; a broken link or reference is an error
+site: $(VENV)/.docs  ## build the documentation site in site/; broken links and references are errors
 	$(VENV)/bin/mkdocs build --quiet --strict
 
 $(VENV)/.docs: $(VENV)/.installed mkdocs.yml
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]' $(EDITABLE)
 	@touch $@
 
-hooks: setup  ## lint and types before each commit
+hooks: setup  ## check lint, spelling and types before each commit
 	$(VENV)/bin/pre-commit install
 
 clean:

@@ -1,9 +1,10 @@
-"""Make what `ray_cluster.yaml` needs in an AWS account: two instance profiles and a security group. No keys.
+"""Create what `ray_cluster.yaml` needs in an AWS account: two instance profiles and a security group, without keys.
 
 `python cluster/aws_roles.py BUCKET [BUCKET ...] --ssh-from CIDR`, once per account, with your own credentials. A worker
-may read and write those buckets and no more; the head may also start machines of this cluster's types, image and
-region, tag and end this cluster's machines, and give them the worker's profile. SSH is open to CIDR alone. Spot's own
-role is made, too: an account that never asked for a spot machine has none, and the head could not make it.
+may only read and write those buckets; the head may also start machines of this cluster's types, image and region, tag
+and terminate this cluster's machines, and give them the worker's profile. SSH is open to CIDR only. The role of the
+spot service is created, too, because an account that has never requested a spot machine has none, and the head could
+not create it.
 """
 
 import argparse
@@ -24,7 +25,7 @@ _TRUST = {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Act
 
 
 def buckets_policy(buckets: list[str]) -> list[dict[str, Any]]:
-    """Statements by which a machine may use the buckets."""
+    """Return the statements that let a machine use the buckets."""
     arns = [f"arn:aws:s3:::{bucket}" for bucket in buckets]
     return [
         {"Effect": "Allow", "Action": ["s3:ListBucket", "s3:GetBucketLocation"], "Resource": arns},
@@ -37,7 +38,7 @@ def buckets_policy(buckets: list[str]) -> list[dict[str, Any]]:
 
 
 def autoscaler_policy(account: str, cluster: dict[str, Any]) -> list[dict[str, Any]]:
-    """Statements by which the head may start, tag and end machines of this cluster, and no others.
+    """Return the statements that let the head start, tag and terminate machines of this cluster, and no others.
 
     Args:
         account: number of the AWS account.
@@ -54,7 +55,7 @@ def autoscaler_policy(account: str, cluster: dict[str, Any]) -> list[dict[str, A
         {"Effect": "Allow", "Action": "ec2:Describe*", "Resource": "*", "Condition": here},
         {
             "Effect": "Allow",
-            "Action": "ssm:GetParameters",  # in which AWS publishes the number of its newest image
+            "Action": "ssm:GetParameters",  # AWS publishes the id of its newest image there
             "Resource": f"arn:aws:ssm:{region}::parameter/aws/service/deeplearning/*",
         },
         {
@@ -101,9 +102,9 @@ def autoscaler_policy(account: str, cluster: dict[str, Any]) -> list[dict[str, A
 
 
 def make_security_group(cluster: dict[str, Any], ssh_from: str) -> None:
-    """Make the group of the cluster's machines, open to each other and, for SSH, to `ssh_from`.
+    """Create the security group of the cluster's machines, open to each other and, for SSH, to `ssh_from`.
 
-    It has the name that Ray looks for. Ray makes one that is open to the world for SSH where it finds none.
+    It has the name that Ray expects. Without it, Ray would create one with SSH open to the world.
 
     Raises:
         SystemExit: the region has no default network.
@@ -111,7 +112,7 @@ def make_security_group(cluster: dict[str, Any], ssh_from: str) -> None:
     ec2 = boto3.client("ec2", region_name=cluster["provider"]["region"])
     networks = ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
     if not networks:
-        sys.exit(f"{cluster['provider']['region']} has no default network: make one by aws ec2 create-default-vpc")
+        sys.exit(f"{cluster['provider']['region']} has no default network: create one with aws ec2 create-default-vpc")
     name, network = f"ray-autoscaler-{cluster['cluster_name']}", networks[0]["VpcId"]
     same = [{"Name": "group-name", "Values": [name]}, {"Name": "vpc-id", "Values": [network]}]
     found = ec2.describe_security_groups(Filters=same)["SecurityGroups"]
@@ -129,13 +130,13 @@ def make_security_group(cluster: dict[str, Any], ssh_from: str) -> None:
 
 
 def make(buckets: list[str], ssh_from: str, file: Path = CLUSTER) -> None:
-    """Make the profiles and the group for the cluster of `file`, or bring those that are there up to date."""
+    """Create the profiles and the group for the cluster of `file`, or update existing ones."""
     cluster = yaml.safe_load(file.read_text())
     iam, account = boto3.client("iam"), boto3.client("sts").get_caller_identity()["Account"]
     own = buckets_policy(buckets)
     _unless_there(iam.create_service_linked_role, AWSServiceName="spot.amazonaws.com")
     for name, statements in ((WORKER, own), (HEAD, own + autoscaler_policy(account, cluster))):
-        # Each by itself: an attempt that was stopped between them is gone on with.
+        # # Create each on its own, so that an interrupted attempt can be continued.
         _unless_there(iam.create_role, RoleName=name, AssumeRolePolicyDocument=_document([_TRUST]))
         _unless_there(iam.create_instance_profile, InstanceProfileName=name)
         if not iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]["Roles"]:
@@ -149,7 +150,7 @@ def _unless_there(make: Callable[..., Any], **what: str) -> None:
     try:
         make(**what)
     except ClientError as error:
-        # The latter is what is said of a service's own role.
+        # # The second message is that for the role of a service.
         if error.response["Error"]["Code"] != "EntityAlreadyExists" and "has been taken" not in str(error):
             raise
 
@@ -159,10 +160,10 @@ def _document(statements: list[dict[str, Any]]) -> str:
 
 
 def network(text: str) -> str:
-    """Return a network in CIDR notation, of which a single address is one.
+    """Return a network in CIDR notation; a single address is one, too.
 
     Raises:
-        argparse.ArgumentTypeError: it is none, or the whole internet.
+        argparse.ArgumentTypeError: not a network, or the whole internet.
     """
     try:
         found = ipaddress.ip_network(text)
@@ -175,8 +176,10 @@ def network(text: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("buckets", metavar="BUCKET", nargs="+", help="bucket that the machines may use")
+    parser.add_argument("buckets", metavar="BUCKET", nargs="+", help="bucket for the machines")
     parser.add_argument("--ssh-from", metavar="CIDR", type=network, required=True, help="who may use SSH")
-    parser.add_argument("--cluster", metavar="FILE", type=Path, default=CLUSTER, help="of `ray up` (ray_cluster.yaml)")
+    parser.add_argument(
+        "--cluster", metavar="FILE", type=Path, default=CLUSTER, help="file for `ray up` (ray_cluster.yaml)"
+    )
     given = parser.parse_args()
     make(given.buckets, given.ssh_from, given.cluster)

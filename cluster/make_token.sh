@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the token of a cluster, unless there is one: 64 random digits in ~/.ray/auth_token, which its owner alone reads.
+# Create the token of a cluster, unless it exists: 64 random digits in ~/.ray/auth_token, readable by its owner only.
 set -euo pipefail
 umask 077
 mkdir -p ~/.ray

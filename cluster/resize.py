@@ -1,8 +1,8 @@
-"""Bring the cluster files in step with `cluster/size.yaml`, the one place that holds the cluster's size.
+"""Update the cluster files to the size in `cluster/size.yaml`, the only file with the size of the cluster.
 
 `python cluster/resize.py` rewrites the numbers of machines in `ray_cluster.yaml`, `ray_cluster_8gpu.yaml` and
-`cluster/kuberay/raycluster.yaml`, and what they tell the jobs in `TRANSFGU_NODES`; the rest of the files stays.
-`--check` writes nothing and ends with status 1 if a file is out of step.
+`cluster/kuberay/raycluster.yaml`, and their `TRANSFGU_NODES`, and nothing else. `--check` writes nothing and exits with
+status 1 if a file needs an update.
 """
 
 import argparse
@@ -23,10 +23,10 @@ _NODES = re.compile(r"'(?P<nodes>\[\{\"count\": .*?\}\])'")
 
 
 def sizes() -> dict[str, int]:
-    """Return the numbers of machines by the name that the files' comments give them.
+    """Return the numbers of machines, by the names in the files' comments.
 
     Raises:
-        SystemExit: `size.yaml` holds no positive number of GPUs.
+        SystemExit: `size.yaml` has no positive number of GPUs.
     """
     gpus = yaml.safe_load((ROOT / "cluster" / "size.yaml").read_text())["gpus"]
     if not isinstance(gpus, int) or gpus < 1:
@@ -41,7 +41,7 @@ def sizes() -> dict[str, int]:
 
 
 def resized(text: str, numbers: dict[str, int]) -> str:
-    """Return a cluster file's text with the numbers of machines set."""
+    """Return the text of a cluster file with the numbers of machines set."""
 
     def nodes(match: re.Match[str]) -> str:
         rows = json.loads(match["nodes"])
@@ -58,7 +58,9 @@ def resized(text: str, numbers: dict[str, int]) -> str:
 def main() -> None:
     """Parse the command line; write or check the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a file is out of step")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with status 1 if a file needs an update"
+    )
     check = parser.parse_args().check
     numbers, stale = sizes(), []
     for name in FILES:
@@ -68,7 +70,7 @@ def main() -> None:
             stale.append(name)
             if not check:
                 (ROOT / name).write_text(after)
-    print(f"{'out of step' if check else 'changed'}: {', '.join(stale) or 'none'}")
+    print(f"{'outdated' if check else 'changed'}: {', '.join(stale) or 'none'}")
     sys.exit(int(check and bool(stale)))
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Prepares one machine: a disk to spill to, and the project's packages in a virtual environment. May be run again.
+# Prepare one machine: a disk for spilled objects, and the project's packages in a virtual environment. Can be run again.
 set -euo pipefail
 
-# The first local NVMe disk, where the machine has one: /mnt/spill is a folder of the root disk otherwise.
+# Mount the first local NVMe disk at /mnt/spill; without one, /mnt/spill is a folder of the root disk.
 disk=$(lsblk --noheadings --nodeps --output PATH,MODEL | awk '/Instance Storage/ { print $1; exit }')
 sudo mkdir -p /mnt/spill
 if [ -n "$disk" ]; then
@@ -12,7 +12,7 @@ sudo chown "$USER" /mnt/spill
 
 cd ~/transfgu
 if ! cmp --silent constraints.txt ~/venv/constraints.txt; then
-  cloud-init status --wait >/dev/null || true # a new machine installs things of its own at first, and locks apt
+  cloud-init status --wait >/dev/null || true # a new machine first runs installations of its own, which lock apt
   sudo apt-get update --quiet=2
   sudo DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --no-install-recommends python3-venv
   python3 -m venv ~/venv
@@ -21,5 +21,5 @@ if ! cmp --silent constraints.txt ~/venv/constraints.txt; then
   ~/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt ".[$kind]"
   cp constraints.txt ~/venv/
 fi
-# A login shell, which Ray's commands run in, finds `ray` there.
+# Ray runs commands in a login shell, which must find `ray`.
 grep --quiet venv/bin ~/.bashrc || sed -i '1i export PATH="$HOME/venv/bin:$PATH"' ~/.bashrc

@@ -1,6 +1,6 @@
-"""Copy a folder of logs to a URI again and again: a machine that is taken away leaves what it had to say.
+"""Copy a folder of logs to a URI repeatedly, so that the logs of a lost machine survive.
 
-`python cluster/ship_logs.py FOLDER URI [SECONDS]`; a file that grew is copied whole, so what is there can be read.
+`python cluster/ship_logs.py FOLDER URI [SECONDS]`; a file that has grown is copied as a whole, so the copy is readable.
 """
 
 import sys
@@ -18,10 +18,10 @@ LARGEST = 256 << 20  # bytes
 def ship(folder: Path, uri: str, seen: dict[str, tuple[int, int]], *, largest: int = LARGEST) -> int:
     """Copy files that changed since `seen` (size and time by name), and update `seen`.
 
-    Of a file of more than `largest` bytes only the end is copied, because it shows what went wrong.
+    Only the end of a file of more than `largest` bytes is copied, because it shows the error.
 
     Returns:
-        How many files were copied.
+        Number of copied files.
     """
     copied = 0
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -42,13 +42,13 @@ def ship(folder: Path, uri: str, seen: dict[str, tuple[int, int]], *, largest: i
 
 
 def main(folder: str, uri: str, seconds: str = "30") -> None:
-    """Ship for as long as the machine lives."""
+    """Copy as long as the machine runs."""
     seen: dict[str, tuple[int, int]] = {}
     while True:
         try:
             ship(Path(folder), uri, seen)
         except UserError as error:
-            print(error.line, flush=True)  # the storage may be back the next time
+            print(error.line, flush=True)  # the storage may work again next time
         time.sleep(float(seconds))
 
 

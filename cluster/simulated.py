@@ -1,11 +1,11 @@
-"""A cluster that scales, on one machine: real Ray nodes and Ray's own autoscaler; only the machines are not there.
+"""Run a scaling cluster on one machine, with real Ray nodes and Ray's own autoscaler; only the machines are simulated.
 
 `python cluster/simulated.py -- python jobs/train.py shapes --run s3://bucket/run` starts a head of two CPUs, runs the
-command on it, and ends the cluster. GPU nodes come when work waits for them and go when they are idle, which is told on
-standard error. Their GPUs don't exist: the work is done on CPUs.
+command on it, and stops the cluster. GPU nodes start when work waits for them and stop when they are idle; their number
+is printed on standard error. Their GPUs don't exist: the work is done on CPUs.
 
-A simulated node's processes belong to the autoscaler, and outlive it. So the cluster is given a process table of its
-own, whose end is the end of them all.
+The processes of a simulated node belong to the autoscaler, and outlive it. So the cluster has its own process
+namespace, and all its processes end with it.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-INSIDE = "TRANSFGU_SIMULATED"  # set where the process table is the cluster's own
+INSIDE = "TRANSFGU_SIMULATED"  # set inside the cluster's own process namespace
 NODE = {"CPU": 2, "GPU": 1}
-OBJECTS = 512 << 20  # bytes of a node's object store: the machine's memory is all of theirs
+OBJECTS = 512 << 20  # bytes of a node's object store, because all nodes share the machine's memory
 START_SECONDS = 120
 SHRINK_SECONDS = 60
 HEAD = "ray.head.default"
 
 
 def configuration(nodes: int, port: int) -> dict[str, Any]:
-    """What `ray start --autoscaling-config` reads: as `ray_cluster.yaml`, of a provider that pretends."""
+    """Return the content for `ray start --autoscaling-config`: like `ray_cluster.yaml`, with a simulated provider."""
     empty_lists = (
         *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
         *("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files"),
@@ -50,7 +50,7 @@ def configuration(nodes: int, port: int) -> dict[str, Any]:
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
-            "head_node_id": "f" * 51 + "00000",  # Ray's own for it
+            "head_node_id": "f" * 51 + "00000",  # the id that Ray itself uses
             "gcs_address": f"127.0.0.1:{port}",
         },
         **{name: {} for name in ("auth", "docker", "file_mounts")},
@@ -70,27 +70,27 @@ def configuration(nodes: int, port: int) -> dict[str, Any]:
 
 
 def environment(nodes: int, port: int) -> dict[str, str]:
-    """What the head and the jobs on it are told, besides what this process was."""
+    """Return environment variables for the head and its jobs, in addition to those of this process."""
     return {
         "RAY_ADDRESS": f"127.0.0.1:{port}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # there nodes are on the loopback device, as these should be
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # nodes of such clusters use the loopback device, as these do
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_FAKE_CLUSTER": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "TRANSFGU_NODES": json.dumps([{"count": nodes, **NODE}]),
-        "TRANSFGU_DEVICE": "cpu",  # the GPUs are declared, not there
-        # Workers find the package of this clone.
+        "TRANSFGU_DEVICE": "cpu",  # the GPUs are declared but don't exist
+        # # Workers import the package from this clone.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
     }
 
 
 def run(command: list[str], nodes: int) -> int:
-    """Start the cluster, run `command` on it, and wait for it to shrink; the command's exit status."""
+    """Start the cluster, run `command` on it, and wait until it has shrunk; returns the command's exit status."""
     port, client_port = _free_port(), _free_port()
     os.environ.update(environment(nodes, port))
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets lie in it: their paths must be short
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # it contains sockets, whose paths must be short
     file, log = folder / "cluster.json", folder / "head.log"
     file.write_text(json.dumps(configuration(nodes, port)))
     start = [
@@ -101,7 +101,7 @@ def run(command: list[str], nodes: int) -> int:
     ]
     try:
         with log.open("w") as output:
-            # Ctrl-C is for the command, which then ends as it would elsewhere.
+            # # Ctrl-C is handled by the command, which stops as it does elsewhere.
             head = subprocess.Popen(start, stdout=output, stderr=output, start_new_session=True)
         signal.signal(signal.SIGINT, lambda *_: None)
         _join(port, head, log)
@@ -110,7 +110,7 @@ def run(command: list[str], nodes: int) -> int:
         teller.start()
         try:
             status = subprocess.run(command, check=False).returncode
-            return status if status >= 0 else 128 - status  # ended by a signal: as a shell says it
+            return status if status >= 0 else 128 - status  # stopped by a signal: the status that a shell returns
         except OSError as error:
             sys.exit(f"can't run {command[0]}: {error.strerror}")
         finally:
@@ -130,7 +130,7 @@ def _free_port() -> int:
 
 
 def _join(port: int, head: subprocess.Popen[bytes], log: Path) -> None:
-    """Connect this process to the head, to see its nodes."""
+    """Connect this process to the head, to list its nodes."""
     import ray
 
     deadline = time.monotonic() + START_SECONDS
@@ -151,7 +151,7 @@ def _gpu_nodes() -> int:
 
 
 def _tell_nodes(ended: threading.Event) -> None:
-    """Say how many GPU nodes there are, whenever that changes."""
+    """Print the number of GPU nodes whenever it changes."""
     started, before = time.monotonic(), -1
     while not ended.wait(0.2):
         now = _gpu_nodes()
@@ -164,20 +164,20 @@ def _wait_until_shrunk() -> None:
     deadline = time.monotonic() + SHRINK_SECONDS
     while _gpu_nodes() and time.monotonic() < deadline:
         time.sleep(0.5)
-    time.sleep(0.5)  # it is told, too
+    time.sleep(0.5)  # so that the last change is printed
 
 
 def _enter() -> None:
-    """Begin again where no process but the cluster's can be seen."""
+    """Start this program again in a namespace with only the cluster's processes."""
     unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
     if os.geteuid():
         unshare += ["--user", "--map-root-user"]
     try:
         subprocess.run([*unshare, "true"], check=True, capture_output=True, text=True)
     except FileNotFoundError:
-        sys.exit("a simulated cluster needs Linux and its command `unshare` (package util-linux)")
+        sys.exit("a simulated cluster requires Linux and its command `unshare` (package util-linux)")
     except subprocess.CalledProcessError as error:
-        sys.exit(f"a simulated cluster needs a process table of its own, and {error.stderr.strip()}: run it as root")
+        sys.exit(f"a simulated cluster needs its own process namespace, but {error.stderr.strip()}: run it as root")
     os.environ[INSIDE] = "1"
     os.execvp("unshare", [*unshare, sys.executable, *sys.argv])
 
@@ -185,8 +185,8 @@ def _enter() -> None:
 def main() -> None:
     """Parse the command line, and run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, default=2, help="GPU nodes at most (default: 2)")
-    parser.add_argument("command", nargs="+", help="what runs on the cluster, after --")
+    parser.add_argument("--nodes", type=int, default=2, help="maximum number of GPU nodes (default: 2)")
+    parser.add_argument("command", nargs="+", help="command to run on the cluster, after --")
     arguments = parser.parse_args()
     if arguments.nodes < 1:
         parser.error(f"--nodes must be positive, not {arguments.nodes}")

@@ -1,6 +1,6 @@
-"""Time each stage beside the bare bound that it can't beat, or plan a full data set from such measurements.
+"""Time each stage and compare it with a lower bound, or plan a full data set from such measurements.
 
-`python jobs/benchmark.py` is `transfgu benchmark` from a clone that need not be installed.
+`python jobs/benchmark.py` is `transfgu benchmark` in a clone that is not installed.
 """
 
 import sys

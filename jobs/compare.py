@@ -1,6 +1,6 @@
-"""Compare methods on the same images: each is trained with each seed and scored by one evaluator.
+"""Compare methods on the same images: train each with each seed, and score all with one evaluator.
 
-`python jobs/compare.py` is `transfgu compare` from a clone that need not be installed.
+`python jobs/compare.py` is `transfgu compare` in a clone that is not installed.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Score a decoder or a folder of masks on labelled images: a run's own, or another's on a benchmark's validation set.
+"""Score a decoder or a folder of masks on labelled images.
 
-`python jobs/evaluate.py` is `transfgu evaluate` from a clone that need not be installed.
+`python jobs/evaluate.py` is `transfgu evaluate` in a clone that is not installed.
 """
 
 import sys

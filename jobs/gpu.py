@@ -1,7 +1,7 @@
-"""Report what a GPU does to results and pace: tests against the CPU, a table of timings, the demonstration end to end.
+"""Report results and speed of a GPU: tests against the CPU, a table of timings, the demonstration from end to end.
 
-`make gpu OUT=DIR` calls it. It takes at most twelve minutes, needs no network, and keeps `gpu.json` and `gpu.md` in the
-folder up to date as it goes. Without a GPU it ends with status 2, unless `--device cpu` asks for small sizes.
+`make gpu OUT=DIR` calls it. It takes at most twelve minutes, needs no network, and updates `gpu.json` and `gpu.md` in
+the folder as it runs. Without a GPU it exits with status 2, unless `--device cpu` selects small sizes.
 """
 
 import os
@@ -19,17 +19,17 @@ from transfgu.cli.command_line import Parser, run_job
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {"tests": 150.0, "arithmetic": 150.0, "stages": 230.0, "shapes": 150.0}
-"""Seconds of each part: under twelve minutes in all."""
+"""Time limit of each part in seconds: less than twelve minutes together."""
 
 
 def main() -> None:
-    """Parse the command line and run the parts, or be one of them."""
+    """Parse the command line and run all parts, or one of them."""
     parser = Parser(__doc__ or "")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of gpu.json, gpu.md and logs")
     parser.add_argument(
         "--device", default="cuda", help="cuda, or cpu to try the command at small sizes (default: cuda)"
     )
-    parser.add_argument("--part", choices=("arithmetic",), help="what this command calls itself for")
+    parser.add_argument("--part", choices=("arithmetic",), help="run this part only; used by the command itself")
     arguments = parser.parse()
     from transfgu.benchmarks import gpu  # torch takes seconds to import
 
@@ -71,7 +71,7 @@ def _parts(device: str, folder: Path) -> list["gpu.Part"]:  # type: ignore[name-
         "stages": (stages, lambda: gpu.read_measurements(folder / "stages.json")),
         "shapes": (shapes, lambda: gpu.read_run(run)),
     }
-    patience = 4 if small else 1  # a CPU that is tried may be a small one
+    patience = 4 if small else 1  # the CPU may be slow
     return [
         gpu.Part(name=name, command=command, limit=patience * LIMITS[name], read=read)
         for name, (command, read) in commands.items()

@@ -1,6 +1,6 @@
-"""Segment a folder of images with a trained run: a mask for each image, in the same folders, under the same names.
+"""Predict masks for a folder of images with a trained run, in the same subfolders and with the same names.
 
-`python jobs/predict.py` is `transfgu predict` from a clone that need not be installed.
+`python jobs/predict.py` is `transfgu predict` in a clone that is not installed.
 """
 
 import sys

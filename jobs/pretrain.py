@@ -1,6 +1,6 @@
-"""Teach a small ViT by self-supervision alone, on any folder of images: for a domain that has no DINO.
+"""Train a small ViT by self-supervision on a folder of images, for domains without a pretrained encoder.
 
-`python jobs/pretrain.py` is `transfgu pretrain` from a clone that need not be installed.
+`python jobs/pretrain.py` is `transfgu pretrain` in a clone that is not installed.
 """
 
 import sys

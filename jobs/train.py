@@ -1,6 +1,6 @@
 """Segment a data set without labels: features, concepts, pseudo labels, training, evaluation, report.
 
-`python jobs/train.py` is `transfgu train` from a clone that need not be installed.
+`python jobs/train.py` is `transfgu train` in a clone that is not installed.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Search for a better recipe: many short trainings on the same pseudo labels, on as much of a cluster as there is.
+"""Search for a better recipe in many short trainings on the same pseudo labels, on all resources of a cluster.
 
-`python jobs/tune.py` is `transfgu tune` from a clone that need not be installed.
+`python jobs/tune.py` is `transfgu tune` in a clone that is not installed.
 """
 
 import sys

@@ -18,11 +18,12 @@ def test_a_share_is_exceeded_above_its_limit() -> None:
         tenth.check(BAD, 16, "validation images", at_least=True)
     assert raised.value.line == (
         "at least 4 of 16 validation images (25%) can't be used, such as 0.png (truncated image), 1.png (truncated "
-        "image), 2.png (truncated image): mend or remove them, or raise --dataset.max_bad_share from 0.1 [images-bad]"
+        "image), 2.png (truncated image): correct or remove them, or raise --dataset.max_bad_share from 0.1 "
+        "[images-bad]"
     )
 
 
 def test_a_share_without_a_flag_has_one_remedy() -> None:
     with pytest.raises(UserError) as raised:
         BadShare(limit=0.1, flag="").check(BAD[:1], 2, "images")
-    assert str(raised.value).endswith("0.png (truncated image): mend or remove them")
+    assert str(raised.value).endswith("0.png (truncated image): correct or remove them")

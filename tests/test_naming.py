@@ -188,7 +188,7 @@ def test_segmenter_card_and_report_follow(bare: MadeRun, tmp_path: Path) -> None
 def test_a_labelled_runs_card_and_report_after_a_merge(labelled: MadeRun, tmp_path: Path) -> None:
     naming.name_classes(labelled.run, {0: "both", 1: "both"}, page.write, say=lambda _: None)
     report = Path(labelled.run.file("report.html")).read_text()
-    assert "Its predictions are in 9 classes" in report
+    assert "Its predictions have 9 classes" in report
     Segmenter.load(labelled.run.uri).save_pretrained(tmp_path / "shared")
     card = ModelCard.load(tmp_path / "shared" / "README.md").text
     assert "| 0 | target |" in card

@@ -209,6 +209,9 @@ assert not {"torch", "numpy"} & set(sys.modules), "importing the package must be
 import numpy as np
 prediction = transfgu.Segmenter.load(sys.argv[1]).predict(np.zeros((20, 30, 3), np.uint8))
 assert prediction.shape == (20, 30)
+from transfgu.methods import METHODS
+for method in METHODS.values():
+    method.load("model")
 from transfgu.cli.main import command_module
 for name in ("status", "runs", "name", "export", "serve", "compare", "schema"):
     command_module(name).parser([])

@@ -52,7 +52,7 @@ class MaskDecoder(nn.Module):
         if width % num_heads:
             raise ValueError(f"a decoder of width {width} cannot have {num_heads} heads: choose a divisor")
         if classes < 2:
-            raise ValueError(f"a decoder of {classes} class has nothing to tell apart: it needs two")
+            raise ValueError(f"a decoder needs at least two classes, not {classes}")
         self.width = width
         self.classes = classes
         self.blocks = nn.ModuleList(_block(width, num_heads, dropout) for _ in range(depth))

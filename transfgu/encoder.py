@@ -435,7 +435,7 @@ def _create(name: str, *, pretrained: bool = False) -> Any:
             remedy = f"{fetch_command(name)} give --encoder.weights another path or URI, or random"
         else:
             remedy = "use a timm vision transformer, such as vit_small_patch8_224.dino"
-        raise UserError(f"encoder {name} can't be had ({reason}): {remedy}", code="encoder-unavailable") from error
+        raise UserError(f"encoder {name} is not available ({reason}): {remedy}", code="encoder-unavailable") from error
 
 
 def fetch_command(name: str) -> str:

@@ -78,7 +78,7 @@ class BadShare:
         first = ", ".join(f"{x.name} ({x.reason})" for x in bad[:3])
         such = f", such as {first}" if bad else ""
         return UserError(
-            f"{count} of {total} {what} ({share}) can't be used{such}: mend or remove them{self.or_raise}",
+            f"{count} of {total} {what} ({share}) can't be used{such}: correct or remove them{self.or_raise}",
             code="images-bad",
         )
 

@@ -48,7 +48,7 @@ def check(number: object, name: str) -> int:
         found = 0
     if found < 1:
         raise UserError(
-            f"{name} is damaged: {number!r} is no format number; restore the file, or delete it", code="file-damaged"
+            f"{name} is damaged: {number!r} is not a format number; restore the file, or delete it", code="file-damaged"
         )
     if found > FORMAT:
         raise UserError(

@@ -64,7 +64,7 @@ def name_classes(
     recipe = run.recipe()
     if not storage.exists(run.model()):
         raise UserError(
-            f"{storage.shown(run.uri)} holds no model yet: finish its training, by the command that began it",
+            f"{storage.shown(run.uri)} has no model yet: finish its training with the same command",
             code="model-missing",
         )
     with hold(run.uri, say):
@@ -74,7 +74,7 @@ def name_classes(
         manifests = {stage: run.artifact(stage).manifest() for stage in recipe.stages}
         complete = {stage: manifest for stage, manifest in manifests.items() if manifest is not None}
         if text is not None and len(complete) == len(recipe.stages):
-            metrics = formats.read_json(text, storage.shown(uri), "delete it, and train again to write it anew")
+            metrics = formats.read_json(text, storage.shown(uri), "delete it, and train again to restore it")
             metrics = formats.stamp({**metrics, **pipeline.scores_of(recipe, run)})
             storage.write_bytes(uri, json.dumps(metrics, indent=1).encode())
             if report:

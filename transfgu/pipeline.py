@@ -58,7 +58,7 @@ def fit_to_patch(recipe: Recipe, patch_size: int) -> Recipe:
             continue
         if flat[name] != published[name]:
             raise UserError(
-                f"{name} {'x'.join(map(str, flat[name]))} is no multiple of "
+                f"{name} {'x'.join(map(str, flat[name]))} is not a multiple of "
                 f"{'twice ' if step > patch_size else ''}the encoder's patch, {patch_size}: "
                 f"use {'x'.join(map(str, near))}",
                 code="image-size",

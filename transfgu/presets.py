@@ -63,6 +63,11 @@ PRESET_FIELDS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
     }
 )  # fmt: skip
 
+PUBLISHED: Mapping[str, Any] = types.MappingProxyType(
+    {"concepts.start": "faiss", "training.sampler": "published", "training.colours": "batch"}
+)
+"""Fields in which a run follows the published code where this project does otherwise; see :func:`published`."""
+
 PRESETS: tuple[str, ...] = tuple(PRESET_FIELDS)
 """The benchmarks of the paper (Table 1), `folder` for one's own images, and `shapes`, the embedded demonstration."""
 
@@ -75,3 +80,11 @@ FIRST_FORMAT: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
     }
 )  # fmt: skip
 """Values that presets had in the first file format, where they changed: its recipes do not say what their user gave."""
+
+
+def published(layout: str) -> Mapping[str, Any]:
+    """Return the fields of :data:`PUBLISHED`, and for COCO's layout that images are shrunk by nearest neighbour.
+
+    Source: damo-cv/TransFGU (utils/kmeans.py, cocostuff_trainval.py, dataloaders, models/segmenter).
+    """
+    return {**PUBLISHED, **({"dataset.interpolation": "nearest"} if layout == "coco" else {})}

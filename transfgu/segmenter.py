@@ -131,7 +131,7 @@ class Segmenter(ModelHubMixin):
         model = recipe.decoder.weights or run.file(MODEL)
         if not storage.exists(model):
             raise UserError(
-                f"{run.uri} holds no model yet: finish its training, by the command that began it", code="model-missing"
+                f"{run.uri} has no model yet: finish its training with the same command", code="model-missing"
             )
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         (loaded,) = load_models(recipe, [model], where)
@@ -139,9 +139,9 @@ class Segmenter(ModelHubMixin):
             decoder, width = loaded.decoder, loaded.encode.encoder.width
             if (decoder.classes, decoder.proj_dec.in_features) != (recipe.classes, width):
                 raise UserError(
-                    f"{model} tells {decoder.classes} classes apart from tokens of width "
-                    f"{decoder.proj_dec.in_features}, and its recipe wants {recipe.classes} from width {width}: it is "
-                    "another run's",
+                    f"{model} has {decoder.classes} classes and tokens of width "
+                    f"{decoder.proj_dec.in_features}, but its recipe has {recipe.classes} and width {width}: it "
+                    "belongs to another run",
                     code="model-mismatch",
                 )
         names = names_of.read(run) if named else {}

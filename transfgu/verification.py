@@ -106,7 +106,7 @@ def verify(run: Run) -> Verified:
                 Damage(
                     file=folder,
                     reason="a checkpoint whose files are not those that were written",
-                    remedy=f"delete that folder; training goes on from the one before, by {again}",
+                    remedy=f"delete that folder; training continues from the one before with {again}",
                 )
             )
     return Verified(files=len(files), stages=tuple(complete), damage=tuple(_first_of_each(damage)))
@@ -147,7 +147,7 @@ def _read(file: str) -> None:
     elif kind == "safetensors":
         read_weights(file)  # which looks at the numbers, too
     elif kind == "json":
-        with formats.damage(storage.shown(file), "make it anew"):
+        with formats.damage(storage.shown(file), "compute it again"):
             json.loads(storage.read_bytes(file))
     elif kind == "png":
         images.read_image(file)

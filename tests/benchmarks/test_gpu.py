@@ -32,7 +32,7 @@ def test_each_part_leaves_its_results_whatever_becomes_of_it(tmp_path: Path) -> 
     parts = [
         part("good", "print('hello')", found={"tests": {"passed": 2}, "not passed": []}),
         part("bad", "raise SystemExit(3)"),
-        part("slow", "import time; print('begun', flush=True); time.sleep(600)", limit=3.0),
+        part("slow", "import time; print('begun', flush=True); time.sleep(600)", limit=1.0),
     ]
     started = time.monotonic()
     found = gpu.report(parts, CPU, tmp_path, said.append)
@@ -93,8 +93,14 @@ def test_a_device_that_is_not_there_or_unknown_is_refused() -> None:
         gpu.choose_device("tpu")
     assert error.value.code == "device-unknown"
     assert gpu.choose_device("cpu") == CPU
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError) as error:
+            gpu.choose_device("cuda")
+        assert error.value.code == "gpu-missing"
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_the_command_says_so_and_ends_with_status_2(tmp_path: Path) -> None:
     command = ["make", "gpu", f"PYTHON={sys.executable}", f"OUT={tmp_path / 'out'}"]

@@ -1,7 +1,5 @@
 """The real stages are timed, at sizes where the figures mean nothing: what is tested is what they are figures of."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -63,10 +61,3 @@ def test_from_measurements_to_a_plan(tmp_path: Path, ray_cluster: None) -> None:
 def test_a_stage_that_there_is_not_is_refused(tmp_path: Path) -> None:
     with refused("stage-unknown speed features"):
         stages.measure(tiny_recipe(tmp_path), ["speed"], images=1, repeats=1, rows=1)
-
-
-def test_a_plan_without_measurements_says_what_to_run(tmp_path: Path) -> None:
-    words = ["plan", "lip-5", "--images", "9", "--gpus", "2", "--measured", str(tmp_path / "none.json")]
-    done = subprocess.run([sys.executable, "jobs/benchmark.py", *words], cwd=ROOT, capture_output=True, check=False)
-    assert done.returncode == 2
-    assert b"run transfgu benchmark all --preset lip-5" in done.stderr

@@ -53,13 +53,14 @@ def test_an_unknown_command_is_answered_in_one_line() -> None:
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "folder", "--help"]])
 def test_it_answers_without_torch_and_ray(words: list[str]) -> None:
     command = [sys.executable, "-m", "transfgu", *words]
-    taken = []
-    for _ in range(3):
+
+    def seconds_of_a_core() -> float:
         before = os.times()
         subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
         after = os.times()
-        taken.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert min(taken) < 0.5  # seconds of a core
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    assert any(seconds_of_a_core() < 0.5 for _ in range(3))
     listed = subprocess.run([*command[:1], "-X", "importtime", *command[1:]], capture_output=True, text=True, cwd=ROOT)
     loaded = {line.rpartition("|")[2].strip() for line in listed.stderr.splitlines()}
     assert not loaded & {"torch", "ray", "timm", "pandas"}
@@ -83,7 +84,7 @@ def test_help_is_short_and_shows_the_defaults_of_the_preset_that_is_named() -> N
     hidden = int(shown.split("--help-all shows ")[1].split()[0])
     assert of_fields == len(COMMON)
     of_others = sum(bool(preset("lip-5").ignores(name)) for name in FIELDS)
-    assert of_fields + hidden == len(FIELDS) - 1 - of_others  # the preset is no flag
+    assert of_fields + hidden == len(FIELDS) - of_others  # the preset is no flag, and --published no field
 
 
 def test_a_command_shows_its_own_settings_and_takes_the_recipes_others() -> None:
@@ -137,6 +138,14 @@ echo "${{COMPREPLY[@]}}"
 """
 
 
+@pytest.fixture(scope="module")
+def bash(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The completion script for bash."""
+    script = tmp_path_factory.mktemp("completion") / "transfgu.bash"
+    script.write_text(completion.script("bash"))
+    return script
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -148,10 +157,8 @@ echo "${{COMPREPLY[@]}}"
         ("transfgu completion z", {"zsh"}),
     ],
 )
-def test_bash_completes(words: str, expected: set[str], tmp_path: Path) -> None:
-    script = tmp_path / "transfgu.bash"
-    script.write_text(completion.script("bash"))
-    program = _COMPLETE.format(script=script, words=words, place=len(words.split()) - 1)
+def test_bash_completes(words: str, expected: set[str], bash: Path) -> None:
+    program = _COMPLETE.format(script=bash, words=words, place=len(words.split()) - 1)
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == expected
 

@@ -45,6 +45,16 @@ MISTAKES = {
         "--run RUN --images /nowhere/photos --out OUT": "file-missing /nowhere/photos",
         "--run RUN --images EMPTY --out OUT": "images-missing --images",
         "--run RUN --images IMAGES --out IMAGES/masks": "folders-nested --images --out",
+        "--run RUN --images IMAGES --out OUT --format jpg": "flag-invalid",
+        "--run RUN --images IMAGES --out OUT --actors two": "field-type compute.actors two",
+    },
+    "tune": {
+        "shapes": "flag-invalid --trials",
+        "shapes --trials 0": "flag-range --trials",
+        "--trials 2 --search omega_9=uniform(0,1)": "field-unknown omega_9",
+    },
+    "benchmark": {
+        "plan lip-5 --images 9 --gpus 2 --measured /nowhere/n.json": "measurements-missing n.json lip-5",
     },
     "pretrain": {
         "": "flag-invalid --out",

@@ -38,7 +38,7 @@ def told_nodes(text: str) -> list[dict[str, Any]]:
 
 def test_the_files_are_in_step_with_the_one_number() -> None:
     done = subprocess.run([sys.executable, "cluster/resize.py", "--check"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "out of step: none\n")
+    assert (done.returncode, done.stdout) == (0, "outdated: none\n")
 
 
 def test_every_number_of_machines_follows(resize: ModuleType) -> None:

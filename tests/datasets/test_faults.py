@@ -84,8 +84,8 @@ LABELS: dict[str, tuple[bytes | None, str]] = {
     "cut off": (PNG[: len(PNG) // 2], "truncated label"),
     "too small": (encode(GREY[:1]), "label of 1 x 3 pixels for an image of 2 x 3"),
     "on its side": (encode(np.ascontiguousarray(GREY.T)), "label of 3 x 2 pixels for an image of 2 x 3"),
-    "out of range": (encode(GREY + 1), "label value 21, which is no class"),
-    "16 bits out of range": (encode(GREY.astype(np.uint16) * 200), "label value 51000, which is no class"),
+    "out of range": (encode(GREY + 1), "label value 21, which is not a class"),
+    "16 bits out of range": (encode(GREY.astype(np.uint16) * 200), "label value 51000, which is not a class"),
     "colours": (encode(np.repeat(GREY[..., None], 3, 2)), "label of mode RGB, not one channel of class indices"),
 }
 
@@ -328,7 +328,7 @@ def test_every_layout_names_what_is_bad_and_keeps_the_rest(layout: str, tmp_path
     unknown = 77 if layout != "coco" else None  # of COCO's values, 77 is the microwave
     assert found["reason"].tolist() == [
         "truncated image",
-        "" if unknown is None else "label value 77, which is no class",
+        "" if unknown is None else "label value 77, which is not a class",
         "",
     ]
 

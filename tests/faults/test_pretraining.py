@@ -117,7 +117,7 @@ def test_the_last_checkpoint_cut_short(pretrained: Undisturbed, tmp_path: Path) 
     account = newest.parent / "checkpoint_manager_snapshot.json"  # Ray's own
     account.write_text(account.read_text()[:-100])
     stage.pretrain(cut, ONE, listener)
-    assert f"checkpoint {newest.name} is damaged: going on from the one before" in listener.notes
+    assert f"checkpoint {newest.name} is damaged: continuing from the previous one" in listener.notes
     assert [note for note in listener.notes if note.startswith("step")] == [listener.notes[-1]]
     assert listener.notes[-1].startswith("step 20 of 20")
     assert_same(cut.out, pretrained.folder)

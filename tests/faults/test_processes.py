@@ -108,7 +108,7 @@ def test_the_last_checkpoint_cut_short(
     started = time.monotonic()
     pipeline.run_stages(undisturbed.recipe, run, until="training")
     told = "".join(capsys.readouterr())
-    assert told.count(" is damaged: going on from the one before") == 1
+    assert told.count(" is damaged: continuing from the previous one") == 1
     assert f"checkpoint {newest.name} is damaged" in told
     assert "epoch 3 of" not in told
     assert "epoch 4 of 4" in told

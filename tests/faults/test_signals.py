@@ -1,11 +1,12 @@
 """SIGINT and SIGTERM to every job, at any moment: one line, exit code 130 or 143, soon, and nothing is left behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -36,23 +37,26 @@ JOBS = {
 }
 
 
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """Paths that stand in the command lines of the jobs: a recipe, its images, and a made run."""
+    folder = tmp_path_factory.mktemp("jobs")
+    recipe = folder / "recipe.yaml"
+    (folder / "data").mkdir()
+    recipe.write_text(write_data(folder / "data", images=40).to_yaml())
+    (folder / "made").mkdir()
+    made = make_run(folder / "made")
+    return {"RECIPE": str(recipe), "MADE": made.run.uri, "IMAGES": str(folder / "data" / "images")}
+
+
 @pytest.fixture
-def words(tmp_path: Path, ray_folder: Path) -> Iterator[dict[str, list[str]]]:
-    """The command line of each job, on data of its own."""
-    (tmp_path / "data").mkdir()
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(write_data(tmp_path / "data", images=40).to_yaml())
-    (tmp_path / "made").mkdir()
-    made = make_run(tmp_path / "made")
-    places = {
-        "RECIPE": str(recipe),
-        "OUT": str(tmp_path / "out"),
-        "MADE": made.run.uri,
-        "IMAGES": str(tmp_path / "data" / "images"),
-    }
+def words(places: Mapping[str, str], tmp_path: Path, ray_folder: Path) -> Iterator[dict[str, list[str]]]:
+    """The command line of each job, whose output goes to a folder of the test."""
+    shutil.copytree(places["MADE"], tmp_path / "made")
+    own = {"MADE": str(tmp_path / "made"), "OUT": str(tmp_path / "out")}
     found = {}
     for job, text in JOBS.items():
-        for name, path in places.items():
+        for name, path in {**places, **own}.items():
             text = text.replace(name, path)
         found[job] = [str(ROOT / "jobs" / f"{job}.py"), *text.split()]
     yield found
@@ -121,8 +125,15 @@ def check(job: str, kind: str, moment: str, words: list[str], folder: Path) -> N
     row(f"{kind}: exit code {running.returncode}, {len(others)} processes ended", f"{job}, {moment}", LINE, seconds, "")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    ("job", "kind"),
+    [
+        # All jobs install the same handlers: one of them is sent every kind here.
+        pytest.param(job, kind, marks=() if job == "train" or kind == "TERM" else pytest.mark.long)
+        for job in JOBS
+        for kind in KINDS
+    ],
+)
 def test_a_job_that_has_not_started_ray(job: str, kind: str, words: dict[str, list[str]], ray_folder: Path) -> None:
     check(job, kind, "before Ray", words[job], ray_folder)
 

@@ -41,7 +41,7 @@ from transfgu.store import parquet, predicted
 from transfgu.store.artifacts import Manifest, Run
 from transfgu.store.weights import read_weights
 
-CASES = 40
+CASES = 15
 """Cases of each kind where no time is given."""
 SLOWEST = 20.0
 """Seconds that a case may take; a busy machine is allowed for."""

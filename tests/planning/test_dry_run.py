@@ -36,10 +36,10 @@ def test_counts_are_those_of_the_run_that_follows(tmp_path: Path, recipe: Recipe
         "pseudo_labels: 2 maps of 8x8 patches for each of 6 images; 3.1 kB to write",
         "  Input > ReadImages (tasks) > MapConcepts (actors) > WritePseudoLabels (tasks)",
         # Six images, twice each, in batches of four.
-        "training: 2 epochs of 3 steps of 4 images, 6 steps in all; a score of 6 images every epoch; 14 kB to write",
+        "training: 2 epochs of 3 steps of 4 images, 6 steps in total; 6 images are scored every epoch; 14 kB to write",
         "evaluation: score 6 images (12 scores of images are taken while training)",
     ]
-    assert re.match(r"in all \d+ kB to write, and about .* in the encoder, timed on this cpu\.", told[-1])
+    assert re.match(r"in total \d+ kB to write, about .* in the encoder, timed on this cpu\.", told[-1])
     assert list(Path(run.uri).iterdir()) == []
 
     metrics = pipeline.run_stages(recipe, run, until="features", quiet=True)
@@ -62,7 +62,7 @@ def test_scenes_are_counted_before_they_are_drawn(tmp_path: Path) -> None:
     told = list(dry_run.describe(recipe, Run(str(tmp_path / "run")), until="samples"))
     assert told[2] == "data     10 training images, 10 for validation, 10 of them labelled"
     assert told[4] == "samples: list 10 and 10 images"
-    assert told[5].startswith("in all 0 bytes to write")
+    assert told[5].startswith("in total 0 bytes to write")
 
 
 @pytest.mark.ray

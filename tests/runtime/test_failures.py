@@ -35,6 +35,7 @@ def in_actor() -> None:
     ray.get(actor.ready.remote())
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(
     "go", [in_task, in_actor, lambda: ray.get(in_actor_of_task.remote())], ids=["task", "actor", "actor of a task"]
 )

@@ -108,7 +108,7 @@ def test_too_many_bad_images_end_the_run_in_one_line(tmp_path: Path, listed: pa.
         parts.complete(recipe_of(tmp_path, max_bad_share=0.39), listed, str(tmp_path), 5, no_plan, PROGRESS)
     assert str(caught.value) == (
         "at least 2 of 5 images (40%) can't be used, such as picture 003 (truncated image), picture 040 (missing "
-        "image): mend or remove them, or raise --dataset.max_bad_share from 0.39"
+        "image): correct or remove them, or raise --dataset.max_bad_share from 0.39"
     )
     at_the_limit = recipe_of(tmp_path, max_bad_share=0.4)
     assert len(parts.complete(at_the_limit, listed, str(tmp_path), 5, no_plan, PROGRESS)[0]) == 1

@@ -169,18 +169,10 @@ def test_bad_requests_are_one_line(fields: dict[str, Any], refusal: str) -> None
         search(**fields)
 
 
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        (["shapes", "--trials", "0"], "flag-range"),
-        (["shapes"], "flag-invalid"),
-        (["--trials", "2", "--search", "omega_9=uniform(0,1)"], "field-unknown"),
-    ],
-)
-def test_the_command_answers_mistakes_before_ray_starts(words: list[str], code: str) -> None:
+def test_the_command_answers_mistakes_without_ray_and_torch() -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "jobs/tune.py", *words],
+        [sys.executable, "-X", "importtime", "jobs/tune.py", "--trials", "2", "--search", "omega_9=uniform(0,1)"],
         cwd=root,
         capture_output=True,
         text=True,
@@ -192,4 +184,4 @@ def test_the_command_answers_mistakes_before_ray_starts(words: list[str], code: 
     assert imported.isdisjoint({"ray", "torch"})
     said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert len(said) == 1
-    assert said[0].endswith(f" [{code}]")
+    assert said[0].endswith(" [field-unknown]")

@@ -1,8 +1,6 @@
 """The methods of comparison as whole runs: their stages, files, prediction, report, and what is refused before Ray."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -202,12 +200,6 @@ def test_the_help_shows_the_flags_of_the_method(capsys: pytest.CaptureFixture[st
     assert "--training.omega_1" not in iic
     assert "--iic.half_side" in iic
     assert "--picie.width" not in iic
-
-
-def test_models_are_loaded_without_ray() -> None:
-    modules = ", ".join({how.model.partition(":")[0] for how in METHODS.values()})
-    code = f"import sys, {modules}, transfgu.segmenter; sys.exit('ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_model_of_another_method_is_named(tmp_path: Path) -> None:

@@ -237,21 +237,6 @@ def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path
     assert told == [winner if winner == str(model) else refusal for model in range(8)]
 
 
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        (["--run", "x", "--images", "y"], "flag-missing"),
-        (["--run", "x", "--images", "y", "--out", "z", "--format", "jpg"], "flag-invalid"),
-        (["--run", "x", "--images", "y", "--out", "z", "--actors", "two"], "field-type"),
-    ],
-)
-def test_mistakes_on_the_command_line(words: list[str], code: str) -> None:
-    ended = subprocess.run([sys.executable, "jobs/predict.py", *words], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert ended.stderr.endswith(f" [{code}]\n")
-    assert ended.stderr.count("\n") == 1
-
-
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_masks_are_the_segmenters_and_only_what_lacks_is_made(made: MadeRun, tmp_path: Path) -> None:

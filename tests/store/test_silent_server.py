@@ -34,6 +34,8 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         connection.close()
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 @pytest.mark.usefixtures("silent")
 def test_a_check_before_work_gives_up_within_twenty_seconds() -> None:
     started = time.monotonic()

@@ -51,7 +51,7 @@ def test_a_damaged_one_is_passed_over(folder: Path, file: str, damage: str) -> N
     assert found.uri == str(folder / "checkpoint_2")
     assert len(found.history) == 2
     if (file, damage) != ("digests.json", "gone"):  # an upload that was never finished
-        assert said == ["checkpoint checkpoint_3 is damaged: going on from the one before"]
+        assert said == ["checkpoint checkpoint_3 is damaged: continuing from the previous one"]
 
 
 def test_without_a_whole_one_there_is_none(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Run several methods with several seeds on the same images, each run in a process and a folder of its own.
+"""Run several methods with several seeds on the same images, each run in its own process and folder.
 
-Complete runs are skipped and stopped ones continue, as by the command of a single run. The processes of runs end with
-the comparison, also where it is killed.
+Complete runs are skipped and stopped ones continue, as with the command of a single run. The processes of the runs end
+with the comparison, even if it is killed.
 """
 
 import json
@@ -25,9 +25,9 @@ from transfgu.store.artifacts import Run
 from transfgu.store.lock import hold
 
 UNTRAINED = "untrained.json"
-"""File in a run's folder: the scores of the network that its training began with."""
+"""File in a run's folder with the scores of the initial network."""
 
-_PATIENCE = 20.0  # seconds that a run gets to stop
+_PATIENCE = 20.0  # seconds a run has to stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +35,15 @@ class Scored:
     """One run of a comparison.
 
     Args:
-        method: its name, as `--method` takes it.
-        seed: of the run.
+        method: its name, as the value of `--method`.
+        seed: seed of the run.
         run: URI of the run's folder.
-        mean_iou: percent; None where the run has no score.
-        pixel_accuracy: percent; None where the run has no score.
-        seconds: of all stages together.
-        untrained_mean_iou: percent, of the network before training; None where there is none, or no score.
+        mean_iou: percent; None if the run has no score.
+        pixel_accuracy: percent; None if the run has no score.
+        seconds: duration of all stages.
+        untrained_mean_iou: percent, of the network before training; None if there is no network or no score.
         untrained_pixel_accuracy: likewise.
-        failure: why the run did not end, in one line; empty where it did.
+        failure: reason why the run failed, in one line; empty if it succeeded.
     """
 
     method: str
@@ -59,14 +59,15 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What is compared.
+    """Settings of a comparison.
 
     Args:
-        uri: the comparison's folder; a run lies in `METHOD/seed-SEED` below it.
-        methods: names, as `--method` takes them.
-        seeds: of the runs of each method.
-        flags: of each method's `transfgu train`: the preset and fields of the recipe, without method, seed and run.
-        at_once: runs that go side by side.
+        uri: folder of the comparison; a run is in `METHOD/seed-SEED` below it.
+        methods: names, as values of `--method`.
+        seeds: seeds of the runs of each method.
+        flags: flags of `transfgu train` for each method: the preset and fields of the recipe, without method, seed and
+            run.
+        at_once: number of runs in parallel.
     """
 
     uri: str
@@ -79,14 +80,14 @@ class Comparison:
 def compare(comparison: Comparison, say: Callable[[str], None]) -> list[Scored]:
     """Train and score each method with each seed.
 
-    A run that fails is told, and the others go on.
+    If a run fails, the failure is reported and the other runs continue.
 
     Args:
-        comparison: what is compared.
+        comparison: settings of the comparison.
         say: prints a line of a run's progress.
 
     Returns:
-        A row for each run, methods in the order given, then seeds.
+        One row per run, ordered by method as given, then by seed.
     """
     pairs = [(method, seed) for method in comparison.methods for seed in comparison.seeds]
     with _stopped_together() as processes, ThreadPoolExecutor(comparison.at_once) as pool:
@@ -128,7 +129,7 @@ def _run(
 
 
 def read_scores(method: str, seed: int, uri: str) -> Scored:
-    """Read the scores and the time of a run that has ended.
+    """Read the scores and the duration of a finished run.
 
     Raises:
         UserError: its `metrics.json` is missing or damaged.
@@ -152,12 +153,12 @@ def read_scores(method: str, seed: int, uri: str) -> Scored:
 
 
 def score_untrained(rows: Sequence[Scored], say: Callable[[str], None], *, quiet: bool = False) -> list[Scored]:
-    """Score, for each run with a score, the network that its training began with.
+    """Score, for each run with a score, its initial network.
 
-    A run's scores are kept in its folder, and read from there by the next call.
+    The scores are stored in the run's folder and read from there by the next call.
 
     Args:
-        rows: as :func:`compare` returns them.
+        rows: the result of :func:`compare`.
         say: prints a line of progress.
         quiet: show no progress within a run.
 
@@ -165,7 +166,7 @@ def score_untrained(rows: Sequence[Scored], say: Callable[[str], None], *, quiet
         The rows with their `untrained_mean_iou` and `untrained_pixel_accuracy`.
 
     Raises:
-        UserError: a run's files are missing or damaged.
+        UserError: files of a run are missing or damaged.
     """
     return [
         row if row.mean_iou is None or not METHODS[row.method].optimised else _with_untrained(row, say, quiet=quiet)
@@ -199,7 +200,7 @@ def _number(value: float) -> float | None:
 
 @contextmanager
 def _stopped_together() -> Iterator[list[subprocess.Popen[str]]]:
-    """Stop the processes of the list that still run when the body ends, as after Ctrl-C."""
+    """Stop the processes of the list that are still running when the block ends, for example after Ctrl-C."""
     processes: list[subprocess.Popen[str]] = []
     try:
         yield processes

@@ -27,14 +27,14 @@ from transfgu.recipe import Recipe, Size
 from transfgu.views import GREY, Colours, change_colours
 from transfgu.workers import differentiable_sum, worker_count
 
-# To type checkers an int is a float; to the run-time checks of the tests it is not.
+# # Type checkers accept an int as a float; the run-time checks of the tests do not.
 Real = float | int
 
-_SMALLEST = sys.float_info.epsilon  # of a probability in a logarithm, as published
-_ROUNDING = 1e-12  # of sums by Fourier transform, relative to the largest; one pixel of 1e9 is far above it
+_SMALLEST = sys.float_info.epsilon  # smallest probability in a logarithm, as published
+_ROUNDING = 1e-12  # of sums by Fourier transform, relative to the largest; one pixel in 1e9 is far larger
 
 BLOCK_BYTES = 1 << 28
-"""Bytes of cross-spectra that are held at once."""
+"""Maximum size of the cross-spectra in memory at a time, bytes."""
 
 
 def mutual_information_loss(
@@ -48,26 +48,26 @@ def mutual_information_loss(
     collapsed: bool = False,
     block_bytes: int = BLOCK_BYTES,
 ) -> Float[Tensor, ""]:
-    """Negative mutual information between the classes of two views of the same images.
+    """Return the negative mutual information between the classes of two views of the same images.
 
-    A mask without a pixel, or a displacement that leaves no pixel in both views, adds nothing and has no gradient.
+    A mask without pixels, or a displacement without a pixel in both views, contributes nothing and has no gradient.
 
     Args:
         first: class probabilities of the first view.
         second: class probabilities of the second view, in its own frame; same shape.
-        second_to_first: (B, 2, 3), affine map that brings the second view into the first one's frame, as
-            `torch.nn.functional.affine_grid` takes it, corners aligned.
+        second_to_first: (B, 2, 3), affine map from the second view to the frame of the first, as in
+            `torch.nn.functional.affine_grid` with aligned corners.
         mask: (B, h, w), pixels of the first view that count: 0 or 1, or a weight.
         weight: lambda, weight of the marginal entropies; 1 gives the mutual information itself.
         half_side: half the side of the box of displacements, pixels; the box has (2 half_side + 1)^2 of them.
-        collapsed: take one joint distribution over the whole box, instead of the mean over one for each displacement.
-        block_bytes: memory for cross-spectra; it changes no result.
+        collapsed: use one joint distribution for the whole box, instead of the mean over one per displacement.
+        block_bytes: memory for cross-spectra; does not change results.
 
     Returns:
-        The loss, in nats; in single precision where the inputs have half.
+        The loss, in nats; in single precision if the inputs have half precision.
 
     Raises:
-        ValueError: shapes that do not belong together, or a negative `half_side`.
+        ValueError: shapes that do not match, or a negative `half_side`.
     """
     joint = displaced_joint(first, second, second_to_first, mask, half_side=half_side, block_bytes=block_bytes)
     return information_loss(joint, weight=weight, collapsed=collapsed).to(_precision(first))
@@ -82,9 +82,9 @@ def displaced_joint(
     half_side: int,
     block_bytes: int = BLOCK_BYTES,
 ) -> Float64[Tensor, "C C T T"]:
-    """Products of both views' class probabilities, summed over images and pixels, for each of T x T displacements.
+    """Return products of both views' class probabilities, summed over images and pixels, for T x T displacements.
 
-    A batch may be cut: the joints of its parts add up to the joint of the whole, which `information_loss` needs.
+    A batch may be divided: the joints of its parts sum to the joint of the whole, which `information_loss` takes.
     Arguments and errors are those of `mutual_information_loss`.
     """
     batch, _, height, width = first.shape
@@ -100,7 +100,7 @@ def displaced_joint(
     counted = mask.to(precision)[:, None]
     warped = warp(second.to(precision), second_to_first.to(precision))
     joint: Tensor = _CrossCorrelation.apply(first.to(precision) * counted, warped * counted, half_side, block_bytes)
-    # A transform leaves its rounding error where no pixel of one view meets a pixel of the other.
+    # # Where no pixel of one view meets a pixel of the other, the transform leaves only its rounding error.
     total = joint.detach().sum((0, 1))
     return joint * (total > _ROUNDING * total.max())
 
@@ -108,24 +108,24 @@ def displaced_joint(
 def information_loss(
     joint: Float64[Tensor, "C C T T"], *, weight: Real = 1.0, collapsed: bool = False
 ) -> Float64[Tensor, ""]:
-    """The loss of a joint that `displaced_joint` counted; arguments as in `mutual_information_loss`."""
+    """Return the loss for a joint from `displaced_joint`; arguments as in `mutual_information_loss`."""
     if collapsed:
         joint = joint.sum((2, 3), keepdim=True)
     total = joint.sum((0, 1))
     if collapsed:
-        total = total.detach()  # the published gradient takes this one for a constant
+        total = total.detach()  # the published gradient treats this as a constant
     joint = joint / total.masked_fill(total == 0, 1)
     joint = (joint + joint.transpose(0, 1)) / 2
-    # Symmetric, so both marginals are the same numbers.
+    # # The joint is symmetric, so both marginals are equal.
     marginal = joint.sum(0).clamp(min=_SMALLEST).log()
     information = joint.clamp(min=_SMALLEST)
     information = information * (information.log() - weight * (marginal[:, None] + marginal[None]))
-    # A displacement that no pixel has is not a distribution.
+    # # A displacement without pixels has no distribution.
     return -(information * (total > 0)).sum() / total.numel()
 
 
 def warp(images: Float[Tensor, "B C h w"], affine: Float[Tensor, "B 2 3"]) -> Float[Tensor, "B C h w"]:
-    """Resample images at affinely mapped places: bilinear, corners aligned, zeros beyond the edge."""
+    """Resample images at affinely mapped positions: bilinear, corners aligned, zeros beyond the edge."""
     grid = F.affine_grid(affine, list(images.shape), align_corners=True)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
 
@@ -135,9 +135,9 @@ def _precision(probabilities: Tensor) -> torch.dtype:
 
 
 class _CrossCorrelation(torch.autograd.Function):
-    """``out[i, j, T + d] = sum over images and places p of first[i, p + d] second[j, p]``, zeros beyond the edge.
+    """``out[i, j, T + d] = sum over images and positions p of first[i, p + d] second[j, p]``, zeros beyond the edge.
 
-    Spectra are made anew for the backward pass: kept, they would take more than twice the memory of the views.
+    Spectra are computed again in the backward pass, because storing them would take twice the memory of the views.
     """
 
     @staticmethod
@@ -172,19 +172,19 @@ class _CrossCorrelation(torch.autograd.Function):
 
 
 def _padded(images: Tensor, half_side: int) -> tuple[int, int]:
-    """Sides of a period in which no displacement in the box meets the image's other end."""
+    """Return the sides of a period in which no displacement of the box wraps around to the other end of the image."""
     height, width = images.shape[2:]
     return half_side + max(height, half_side + 1), half_side + max(width, half_side + 1)
 
 
 def _places(images: Tensor, half_side: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Where a period holds the displacements -half_side to half_side of rows and of columns."""
+    """Return the positions of the displacements -half_side to half_side in a period, for rows and columns."""
     steps = torch.arange(-half_side, half_side + 1, device=images.device)
     return steps % size[0], steps % size[1]
 
 
 def _spectrum(images: Float[Tensor, "B C h w"], size: tuple[int, int]) -> Tensor:
-    """(F, C, B): frequencies first, so that they are the batch of the matrix product."""
+    """Return the spectrum (F, C, B), with frequencies first as the batch of the matrix product."""
     spectrum: Tensor = torch.fft.rfft2(images.double(), s=size)
     return spectrum.flatten(2).permute(2, 1, 0).contiguous()
 
@@ -194,13 +194,13 @@ def _image(spectrum: Tensor, size: tuple[int, int], like: Tensor) -> Tensor:
 
 
 def _plane(spectra: Tensor, size: tuple[int, int]) -> Tensor:
-    """Real planes (M, N, Y, X) of spectra (M, N, F)."""
+    """Return real planes (M, N, Y, X) of spectra (M, N, F)."""
     plane: Tensor = torch.fft.irfft2(spectra.reshape(*spectra.shape[:2], size[0], -1), s=size)
     return plane
 
 
 def _row_blocks(spectrum: Tensor, block_bytes: int) -> Iterator[slice]:
-    """Classes of the first view, as many at once as their cross-spectra with all of the second view's allow."""
+    """Yield slices of the first view's classes whose cross-spectra with all classes of the second fit in memory."""
     frequencies, classes, _ = spectrum.shape
     step = max(1, block_bytes // (frequencies * classes * spectrum.element_size()))
     return (slice(start, start + step) for start in range(0, classes, step))
@@ -214,21 +214,21 @@ Head = Literal["main", "auxiliary"]
 class SegmentationNetwork(nn.Module):
     """The network of IIC's segmentation experiments: six convolutions like VGG's, then a linear head.
 
-    The auxiliary head has more classes than are wanted: it keeps the trunk from forgetting what the main head does not
-    need yet. Published, the heads are trained in turns, an epoch each.
+    The auxiliary head has more classes than needed: it keeps information in the trunk that the main head does not need
+    yet. As published, the heads are trained in alternating epochs.
 
     Args:
         classes: C of the main head.
         auxiliary_classes: C of the over-clustering head; published, three times as many for COCO-Stuff.
-        sub_heads: copies of each head, each with its own start; the loss is the mean over them.
-        edges: give the trunk Sobel edges of the grey image beside its colours.
+        sub_heads: number of copies of each head, with different initial weights; the loss is the mean over them.
+        edges: add Sobel edges of the grey image to the colours as input of the trunk.
         widths: channels of the six convolutions.
 
     Raises:
-        ValueError: a number of classes, copies or widths that makes no network.
+        ValueError: numbers of classes, copies or widths from which no network can be built.
 
     Source: repository xu-ji/IIC, SegmentationNet10aTwoHead. There a dilated convolution is padded by 1 pixel and a head
-    by 1, so that class maps are stretched by 3 %; here they stay in place.
+    by 1, which stretches class maps by 3 %; here they keep their positions.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class SegmentationNetwork(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
     def forward(self, images: Float[Tensor, "B 3 H W"], head: Head = "main") -> list[Float[Tensor, "B C H W"]]:
-        """Class probabilities at the images' size, from each copy of a head; pixels are 0 to 1."""
+        """Return class probabilities at the images' size, from each copy of a head; pixels are 0 to 1."""
         size = images.shape[2:]
         features = self.trunk(with_edges(images) if self.edges else images)
         copies = self.heads[head]
@@ -278,7 +278,7 @@ class SegmentationNetwork(nn.Module):
 
 
 def with_edges(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 5 H W"]:
-    """Colours, and Sobel's two derivatives of the grey image: to the left, and upwards."""
+    """Return the colours, and Sobel's two derivatives of the grey image: to the left, and upwards."""
     grey = (images * images.new_tensor(GREY).view(3, 1, 1)).sum(1, keepdim=True)
     leftwards = images.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]])
     kernels = torch.stack((leftwards, leftwards.mT))[:, None]
@@ -290,26 +290,26 @@ def with_edges(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 5 H W"]:
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """How the second view of each image of a batch is made of the first one, the image itself."""
+    """Random transforms that make the second view of each image of a batch from the image, which is the first view."""
 
     colours: Colours
     second_to_first: Float[ndarray, "B 2 3"]
-    """Brings the second view's class maps into the image's frame: `mutual_information_loss` takes it."""
+    """Affine map from the second view's class maps to the image's frame, for `mutual_information_loss`."""
     first_to_second: Float[ndarray, "B 2 3"]
-    """Its inverse, which makes the second view."""
+    """Its inverse, which produces the second view."""
 
 
 def draw_pairs(samples: Sequence[int], size: tuple[int, int], *, seed: int, epoch: int, affine: bool = False) -> Pairs:
-    """Parameters of a random second view of each sample, for images of `size` = (H, W) pixels.
+    """Return the parameters of a random second view of each sample, for images of `size` = (H, W) pixels.
 
     Colour jitter of 0.4 (brightness, contrast, saturation) and 0.125 (hue), in random order, and a mirror image with
     probability 0.5. Each image has its own generator, so a pair does not depend on its batch.
 
     Args:
-        samples: the images' places in the epoch.
-        size: sides of the images; rotations are by the angle in pixels, whatever the sides.
-        seed: of the run.
-        epoch: of training.
+        samples: positions of the images in the epoch.
+        size: sides of the images; angles of rotations are measured in pixels, for any ratio of the sides.
+        seed: seed of the run.
+        epoch: epoch of training.
         affine: also rotate by up to 30 degrees, shear by up to 10 and scale by 0.8 to 1.2. The paper describes it; the
             published commands for COCO-Stuff leave it out.
 
@@ -322,7 +322,7 @@ def draw_pairs(samples: Sequence[int], size: tuple[int, int], *, seed: int, epoc
     angle = np.radians(60 * turn - 30) * affine
     sheared = angle + np.radians(20 * shear - 10) * affine
     length = 0.8 + 0.4 * scale if affine else np.ones(batch)
-    # Columns are where the axes go, x before y, in pixels.
+    # # The columns are the images of the axes, x before y, in pixels.
     matrix = np.array([[np.cos(angle), -np.sin(sheared)], [np.sin(angle), np.cos(sheared)]]).transpose(2, 0, 1)
     matrix = matrix * length[:, None, None]
     sides = np.array([max(size[1] - 1, 1), max(size[0] - 1, 1)])
@@ -349,7 +349,7 @@ def _without_shift(matrices: Float[ndarray, "B 2 2"]) -> Float[ndarray, "B 2 3"]
 def apply_pairs(
     images: UInt8[Tensor, "B 3 H W"], pairs: Pairs
 ) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, "B 3 H W"]]:
-    """Both views, pixels 0 to 1; beyond the image's edge the second one is black."""
+    """Return both views, with pixels from 0 to 1; the second one is black beyond the image's edge."""
     first = images.float() / 255
     matrices = torch.from_numpy(pairs.first_to_second).to(images.device)
     return first, warp(change_colours(first.clone(), pairs.colours), matrices)
@@ -359,7 +359,7 @@ def apply_pairs(
 
 
 class IIC:
-    """IIC's training; see `transfgu.learner.Learner`. Epochs train the main head and the auxiliary one in turns."""
+    """IIC's training; see `transfgu.learner.Learner`. Epochs alternate between the main and the auxiliary head."""
 
     def __init__(self, setting: Setting) -> None:
         self.recipe, self.device = setting.recipe, setting.device
@@ -367,17 +367,17 @@ class IIC:
         self.network: nn.Module = self._network
         training = self.recipe.training
         self.optimiser: Optimizer | None = Adam(
-            self._network.parameters(), training.lr, weight_decay=training.weight_decay
+            self._network.parameters(), training.scaled_lr, weight_decay=training.weight_decay
         )
         self.teacher: nn.Module | None = None
         self.model: Model = IICModel(self.recipe, self._network, self.device)
         self.whole = False
 
     def begin(self, epoch: int, batches: Batches) -> None:
-        """See `Learner`; there is nothing to prepare."""
+        """See `Learner`; does nothing."""
 
     def step(self, batch: Batch, epoch: int, index: int) -> Pending:
-        """One step on pairs of views; the epoch's head gives its loss."""
+        """Take one step on pairs of views; the loss is that of the epoch's head."""
         how, head = self.recipe.iic, head_of(epoch)
         images = batch.inputs.to(self.device)
         size = (images.shape[2], images.shape[3])
@@ -393,23 +393,23 @@ class IIC:
             )
             for one, other in seen
         ]
-        # All workers have the whole batch's loss: each answers for its share of it.
+        # # All workers compute the loss of the whole batch, and each contributes its share.
         share = torch.stack(losses).mean() / worker_count()
         assert self.optimiser
         return optimise(self._network, self.optimiser, {"total": share})[1]
 
     def end(self, epoch: int, batches: Batches, *, scored: bool) -> Mapping[str, Any]:
-        """The head that was trained, as a column of the history."""
+        """Return the trained head, as a column of the history."""
         return {"head": head_of(epoch)}
 
 
 def head_of(epoch: int) -> Head:
-    """Return which head an epoch, counted from 0, trains."""
+    """Return the head that an epoch, counted from 0, trains."""
     return "auxiliary" if epoch % 2 else "main"
 
 
 class IICModel:
-    """The network's main head on images of the training's size; see `transfgu.learner.Model`."""
+    """The network's main head on images of the training size; see `transfgu.learner.Model`."""
 
     def __init__(self, recipe: Recipe, network: SegmentationNetwork, device: torch.device) -> None:
         self.device, self.patch_size = device, 1
@@ -420,17 +420,17 @@ class IICModel:
         return images.to(self.device).float() / 255
 
     def frozen(self, images: Shaped[Tensor, "B 3 H W"]) -> Shaped[Tensor, "B 3 H W"]:
-        """The images: everything is trained."""
+        """Return the images: all layers are trained."""
         return images
 
     def logits(self, seen: Shaped[Tensor, "B 3 H W"], size: Size) -> Float[Tensor, "B C h w"]:
-        """Logarithms of the class probabilities, at the training's size."""
+        """Return logarithms of the class probabilities, at the training size."""
         pixels = seen if seen.is_floating_point() else self.normalise(seen)
         copies = self._network(resized(pixels, self._size))
         return torch.stack(copies).mean(0).clamp(min=_SMALLEST).log()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The network's weights, of both heads."""
+        """Return the network's weights, including both heads."""
         weights: dict[str, Tensor] = self._network.state_dict()
         return weights
 

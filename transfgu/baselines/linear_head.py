@@ -1,4 +1,4 @@
-"""Softmax regression from the frozen encoder's patch tokens to the pseudo labels: TransFGU without its decoder."""
+"""Train softmax regression from the frozen encoder's patch tokens to pseudo labels: TransFGU without a decoder."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ class LinearHead:
         encode = PatchTokens(self.recipe.encoder, setting.device)
         self.network: nn.Module = _layer(self.recipe, encode).to(setting.device)
         self.optimiser: Optimizer | None = Adam(
-            self.network.parameters(), training.lr, weight_decay=training.weight_decay
+            self.network.parameters(), training.scaled_lr, weight_decay=training.weight_decay
         )
         self.teacher: nn.Module | None = None
         self.model: Model = TokenModel(encode, self.network)
@@ -35,10 +35,10 @@ class LinearHead:
         self._grid = patch_grid(self.recipe.dataset.training_size, encode.encoder.patch_size)
 
     def begin(self, epoch: int, batches: Batches) -> None:
-        """See `Learner`; there is nothing to prepare."""
+        """See `Learner`; does nothing."""
 
     def step(self, batch: Batch, epoch: int, index: int) -> Pending:
-        """One step of Adam on the mean cross-entropy of the patches."""
+        """Take one step of Adam on the mean cross-entropy of the patches."""
         tokens = batch.inputs.to(self.model.device)
         planes = F.interpolate(unpack_planes(batch.maps.to(tokens.device)), self._grid, mode="bilinear")
         evidence = scale_maps(maps_of_planes(planes))
@@ -50,7 +50,7 @@ class LinearHead:
         return optimise(self.network, self.optimiser, {"total": loss / patches})[1]
 
     def end(self, epoch: int, batches: Batches, *, scored: bool) -> Mapping[str, Any]:
-        """See `Learner`; there is nothing to conclude."""
+        """See `Learner`; does nothing."""
         return {}
 
 

@@ -1,7 +1,8 @@
 """MaskContrast: contrast each pixel of an object with the means of objects in other views.
 
-A pixel is pulled to the mean of its object in another view, and pushed from the means of other objects in the batch and
-in a queue of earlier batches. The only supervision is a mask of the object in each image; labels are not used.
+A pixel is attracted to the mean of its object in another view, and repelled from the means of other objects in the
+batch and in a queue of earlier batches. The only supervision is a mask of the object in each image; labels are not
+used.
 
 Source: Van Gansbeke, Vandenhende, Georgoulis and Van Gool, "Unsupervised Semantic Segmentation by Contrasting Object
 Mask Proposals", ICCV 2021. Written from the formulae.
@@ -36,24 +37,24 @@ from transfgu.recipe import Recipe, Size
 from transfgu.views import Colours, change_colours
 from transfgu.workers import gather_rows, sum_over_workers, worker_count
 
-# To type checkers an int is a float; to the run-time checks of the tests it is not.
+# # Type checkers accept an int as a float; the run-time checks of the tests do not.
 Real = float | int
 
-_ENET = 1.02  # bounds a class weight by 1 / log 1.02 = 50
+_ENET = 1.02  # limits class weights to 1 / log 1.02 = 50
 
 
 @dataclass(frozen=True)
 class ContrastiveLoss:
-    """The loss over the N object pixels of the queries, and what it was computed from."""
+    """The loss over the N object pixels of the queries, with its inputs."""
 
     loss: Float[Tensor, ""]
     logits: Float[Tensor, "N P"]
-    """Cosines over the temperature: with the prototypes of the B keys, then with those of the queue; P = B + Q."""
+    """Cosines divided by the temperature: with the prototypes of the B keys, then of the queue; P = B + Q."""
     targets: Int64[Tensor, " N"]
-    """The image that each pixel is from, which is the number of its prototype."""
+    """The image of each pixel, which is the index of its prototype."""
     class_weights: Float[Tensor, " P"]
     prototypes: Float[Tensor, "B d"]
-    """Mean of each key's object, of unit length; zeros where its mask is empty. They have no gradient."""
+    """Mean of each key's object, of unit length; zeros if its mask is empty. They have no gradient."""
 
 
 def contrastive_loss(
@@ -65,22 +66,22 @@ def contrastive_loss(
     *,
     temperature: Real = 0.5,
 ) -> ContrastiveLoss:
-    """Cross-entropy of each object pixel between its own object's prototype and all others, classes balanced.
+    """Return the cross-entropy of object pixels: own object's prototype against all others, with balanced classes.
 
     Args:
-        query: pixel embeddings of one view, of any length; brought to unit length here.
-        key: pixel embeddings of the other view, from the momentum encoder; may be of another resolution.
+        query: pixel embeddings of one view, of any length; they are normalised here.
+        key: pixel embeddings of the other view, from the momentum encoder; may have another resolution.
         query_mask: 1 at the pixels of the query's object, 0 elsewhere.
         key_mask: the same for the key.
         queue: prototypes of earlier batches in its columns, of unit length.
         temperature: divides the cosines.
 
     Returns:
-        The loss is 0 where no query has an object. An image without one in the query has no pixel in the loss. Of
-        several workers each gets its share of the loss, and the prototypes of all; the shares add up.
+        The loss, which is 0 if no query has an object. A query without an object has no pixels in the loss. With
+            several workers, each gets its share of the loss, and the prototypes of all; the shares sum to the loss.
 
     Raises:
-        ValueError: shapes that do not belong together, or a temperature that is not positive.
+        ValueError: shapes that do not match, or a temperature that is not positive.
     """
     batch, width = query.shape[:2]
     if key.shape[:2] != query.shape[:2]:
@@ -109,7 +110,7 @@ def contrastive_loss(
 
 
 def _of_all_workers(prototypes: Float[Tensor, "B d"]) -> tuple[Float[Tensor, "all d"], int]:
-    """Prototypes of all workers' images, one worker's after the other's, and the number of this worker's first."""
+    """Return the prototypes of all workers' images, worker by worker, and the index of this worker's first."""
     if worker_count() == 1:
         return prototypes, 0
     counts = torch.zeros(worker_count(), dtype=torch.int64, device=prototypes.device)
@@ -121,13 +122,13 @@ def _of_all_workers(prototypes: Float[Tensor, "B d"]) -> tuple[Float[Tensor, "al
 
 @torch.no_grad()
 def object_prototypes(embeddings: Float[Tensor, "B d h w"], masks: Shaped[Tensor, "B h w"]) -> Float[Tensor, "B d"]:
-    """Mean direction of each object's pixels, of unit length; zeros where a mask is empty."""
+    """Return the mean direction of each object's pixels, of unit length; zeros if a mask is empty."""
     sums = torch.einsum("bdhw,bhw->bd", F.normalize(embeddings, dim=1), masks.to(embeddings.dtype))
     return F.normalize(sums, dim=1)
 
 
 def enet_class_weights(shares: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
-    """Weights ``1 / log(1.02 + p)`` of classes that have the share p of the pixels.
+    """Return weights ``1 / log(1.02 + p)`` of classes with the share p of the pixels.
 
     Source: Paszke et al., "ENet: A Deep Neural Network Architecture for Real-Time Semantic Segmentation", 2016.
     """
@@ -135,17 +136,17 @@ def enet_class_weights(shares: Float[Tensor, " C"]) -> Float[Tensor, " C"]:
 
 
 def balanced_cross_entropy(logits: Float[Tensor, "*S"], labels: Shaped[Tensor, "*S2"]) -> Float[Tensor, ""]:
-    """Binary cross-entropy in which object and background have the same say, mean over all pixels.
+    """Return binary cross-entropy, mean over all pixels, with equal total weight of object and background.
 
-    An object's pixel weighs the background's share of the batch, and the other way about; so a batch without an
-    object, or of objects alone, has loss 0.
+    An object's pixel has the background's share of the batch as weight, and the reverse; so the loss of a batch with
+    only background or only objects is 0.
 
     Args:
-        logits: of being an object's.
+        logits: logits of being an object's pixel.
         labels: 1 for an object's pixel, 0 elsewhere; same shape.
 
     Returns:
-        The loss; of several workers this one's share of it.
+        The loss; with several workers, the share of this one.
 
     Raises:
         ValueError: shapes differ.
@@ -163,17 +164,17 @@ def balanced_cross_entropy(logits: Float[Tensor, "*S"], labels: Shaped[Tensor, "
 
 
 class PrototypeQueue(nn.Module):
-    """Prototypes of the latest batches; a full queue forgets the oldest.
+    """Prototypes of the latest batches; new ones replace the oldest.
 
-    Its state is part of a checkpoint, since a resumed run must be pushed from the same prototypes.
+    Its state is part of a checkpoint, because a resumed run needs the same prototypes.
 
     Args:
         width: d, channels of an embedding.
-        size: Q, prototypes that it holds; 256 published.
-        generator: draws the random directions that it begins with.
+        size: Q, number of prototypes; 256 published.
+        generator: draws the initial random directions.
 
     Raises:
-        ValueError: a size that holds no prototype.
+        ValueError: a size without room for a prototype.
     """
 
     columns: Float[Tensor, "d Q"]
@@ -188,36 +189,36 @@ class PrototypeQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, prototypes: Float[Tensor, "n d"]) -> None:
-        """Put prototypes in place of the oldest; those of an image without an object, zeros, are left out."""
+        """Replace the oldest prototypes by new ones; prototypes of images without an object, zeros, are left out."""
         size = self.columns.shape[1]
         kept = prototypes[prototypes.any(dim=1)]
         places = (self.position + torch.arange(len(kept), device=kept.device)) % size
-        last = slice(max(0, len(kept) - size), None)  # of more than it holds, the last
+        last = slice(max(0, len(kept) - size), None)  # the last ones, if there are more than the queue holds
         self.columns[:, places[last]] = kept[last].mT.to(self.columns.dtype)
         self.position.copy_((self.position + len(kept)) % size)
 
 
 @torch.no_grad()
 def update_momentum_encoder(momentum_encoder: nn.Module, encoder: nn.Module, momentum: Real = 0.999) -> None:
-    """Move the weights of the keys' encoder towards the queries' one, by 1 - `momentum` of the way.
+    """Move the weights of the keys' encoder towards those of the queries' encoder, by the fraction 1 - `momentum`.
 
-    Buffers, such as the statistics of batch norm, are each encoder's own.
+    Buffers, such as the statistics of batch norm, stay separate.
     """
     for slow, fast in zip(momentum_encoder.parameters(), encoder.parameters(), strict=True):
         slow.lerp_(fast.to(slow.dtype), 1 - momentum)
 
 
 class EmbeddingNetwork(nn.Module):
-    """Pixel embeddings and object logits: a dilated ResNet, DeepLab's pyramid of dilations, and two linear heads.
+    """A network for embeddings and object logits: dilated ResNet, DeepLab's pyramid of dilations, two linear heads.
 
     Args:
-        name: the ResNet, timm's name; resnet50 published.
-        weights: as `residual_network` takes them; published, MoCo v2's after 800 epochs.
+        name: timm's name of the ResNet; resnet50 published.
+        weights: as in `residual_network`; published, MoCo v2's after 800 epochs.
         width: d, channels of an embedding.
         dilations: of the pyramid's three convolutions, in steps of 8 pixels.
 
     Raises:
-        UserError: an unknown network, or weights that are not its own.
+        UserError: an unknown network, or weights of another network.
 
     Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017.
     """
@@ -242,9 +243,9 @@ class EmbeddingNetwork(nn.Module):
         self.saliency = nn.Conv2d(inside, 1, 1, bias=False)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B d H W"], Float[Tensor, "B H W"]]:
-        """Embeddings, not yet of unit length, and logits of being an object's, at the images' size.
+        """Return embeddings, not yet of unit length, and logits of being an object's, at the images' size.
 
-        Pixels are normalised by ImageNet's mean and deviation. In training mode a batch needs two images or more.
+        Pixels are normalised by ImageNet's mean and deviation. In training mode a batch needs at least two images.
         """
         features = self.pyramid(self.backbone(images)[0])
         size = images.shape[2:]
@@ -264,28 +265,28 @@ class CutViews:
 
     colours: Colours
     geometry: Float[ndarray, "B 2 3"]
-    """From places in the view to places in the image, coordinates from -1 to 1 at the outer edges."""
+    """Affine map from positions in the view to positions in the image, coordinates from -1 to 1 at the outer edges."""
 
 
 _TRIES = 10
-_LEAST, _MOST = 0.01, 0.99  # share of a view that its object has
+_LEAST, _MOST = 0.01, 0.99  # share of the object in a view
 
 
 def draw_cuts(
     slots: Sequence[int], masks: Float[Tensor, "B h w"], size: Size, *, seed: int, epoch: int, number: int
 ) -> CutViews:
-    """Random views of images: a cut of 0.2 to 1 of the area, mirrored with probability 0.5, in other colours.
+    """Draw random views of images: a cut of 0.2 to 1 of the area, mirrored with probability 0.5, with changed colours.
 
-    A cut whose object has less than 1 % or more than 99 % of its pixels is drawn again, ten times at most. Each image
-    has its own generator, so a view does not depend on its batch.
+    A cut in which the object has less than 1 % or more than 99 % of the pixels is drawn again, up to ten times. Each
+    image has its own generator, so a view does not depend on its batch.
 
     Args:
-        slots: the images' places in the epoch.
-        masks: of the images, 0 and 1; looked at on the host.
+        slots: positions of the images in the epoch.
+        masks: of the images, 0 and 1; read on the host.
         size: sides of a view, pixels.
-        seed: of the run.
-        epoch: of training.
-        number: of the view, as each image has two.
+        seed: seed of the run.
+        epoch: epoch of training.
+        number: number of the view, because each image has two.
 
     Source: colours and cuts as MoCo v2 draws them (Chen et al. 2020), the condition as MaskContrast's.
     """
@@ -324,7 +325,7 @@ def _cut(generator: np.random.Generator, mask: Float[ndarray, "h w"], size: Size
 def apply_cuts(
     images: UInt8[Tensor, "B 3 H W"], masks: Float[Tensor, "B h w"], cuts: CutViews, size: Size
 ) -> tuple[Float[Tensor, "B 3 H2 W2"], Float[Tensor, "B H2 W2"]]:
-    """The views, normalised by ImageNet's mean and deviation (bilinear), and their masks (nearest), of `size`."""
+    """Return the views, normalised by ImageNet's mean and deviation (bilinear), and masks (nearest), of `size`."""
     matrices = torch.from_numpy(cuts.geometry).to(images.device)
     grid = F.affine_grid(matrices, [len(images), 3, *size], align_corners=False)
     pixels = change_colours(images.float() / 255, cuts.colours)
@@ -335,15 +336,15 @@ def apply_cuts(
 
 # ---- the method ----
 
-_BACKGROUND_PIXELS = 16  # of each image, outside its object, that clusters of stuff are made of
+_BACKGROUND_PIXELS = 16  # per image, outside its object, for clusters of stuff
 
 
 class ClusteredEmbeddings(nn.Module):
     """MaskContrast's network, its queue, and the clusters that classify its embeddings.
 
     Args:
-        recipe: says backbone, width, queue and the numbers of clusters.
-        weights: what the backbone begins with, as `residual_network` takes it.
+        recipe: recipe with backbone, width, queue and numbers of clusters.
+        weights: initial weights of the backbone, as in `residual_network`.
     """
 
     things: Float[Tensor, "T d"]
@@ -358,7 +359,7 @@ class ClusteredEmbeddings(nn.Module):
         self.register_buffer("stuff", torch.zeros(recipe.concepts.stuff, how.width))
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B d H W"], Float[Tensor, "B H W"]]:
-        """Embeddings and object logits; see `EmbeddingNetwork`."""
+        """Return embeddings and object logits; see `EmbeddingNetwork`."""
         embeddings, objects = self.embedding(images)
         return embeddings, objects
 
@@ -371,7 +372,9 @@ class MaskContrast:
         how, training = self.recipe.maskcontrast, self.recipe.training
         self._network = new_network(lambda: ClusteredEmbeddings(self.recipe, how.weights), setting)
         self.network: nn.Module = self._network
-        self._sgd = SGD(self._network.parameters(), training.lr, momentum=0.9, weight_decay=training.weight_decay)
+        self._sgd = SGD(
+            self._network.parameters(), training.scaled_lr, momentum=0.9, weight_decay=training.weight_decay
+        )
         self.optimiser: Optimizer | None = self._sgd
         self.teacher: nn.Module | None = copy.deepcopy(self._network.embedding).requires_grad_(False)
         self.model: Model = MaskContrastModel(self.recipe, self._network, self.device)
@@ -380,14 +383,14 @@ class MaskContrast:
         self._view: Size = (self.recipe.dataset.training_size[0] // 2, self.recipe.dataset.training_size[1] // 2)
 
     def begin(self, epoch: int, batches: Batches) -> None:
-        """See `Learner`; there is nothing to prepare."""
+        """See `Learner`; does nothing."""
 
     def step(self, batch: Batch, epoch: int, index: int) -> Pending:
-        """One step of SGD; then the momentum encoder follows, and the queue takes the batch's prototypes."""
+        """Take one step of SGD; then update the momentum encoder, and add the batch's prototypes to the queue."""
         how, training = self.recipe.maskcontrast, self.recipe.training
         done = (epoch * self._steps + index) / (training.epochs * self._steps)
         for group in self._sgd.param_groups:
-            group["lr"] = training.lr * (1 - done) ** 0.9
+            group["lr"] = training.scaled_lr * (1 - done) ** 0.9
         (query, query_mask), (key, key_mask) = (self._cut(batch, epoch, number) for number in range(2))
         embeddings, objects = self._network(query)
         assert self.teacher
@@ -403,7 +406,7 @@ class MaskContrast:
         )
         if taken:
             update_momentum_encoder(self.teacher, self._network.embedding, how.momentum)
-            # In the order of one worker, which takes every `world`-th image of the batch.
+            # # Use the order of a single worker: each worker has every `world`-th image of the batch.
             mine = object_prototypes(keys.float(), key_mask)
             self._network.queue.push(gather_rows(mine, batch.slots))
         return pending
@@ -414,7 +417,7 @@ class MaskContrast:
         return apply_cuts(batch.inputs.to(self.device), masks, cuts, self._view)
 
     def end(self, epoch: int, batches: Batches, *, scored: bool) -> Mapping[str, Any]:
-        """K-Means of the objects' mean embeddings for things, and of pixels outside objects for stuff."""
+        """Cluster the objects' mean embeddings for things, and pixels outside objects for stuff, by K-Means."""
         if scored:
             self._network.eval()
             self._cluster(epoch, batches)
@@ -437,10 +440,10 @@ class MaskContrast:
             if not len(centroids):
                 continue
             found = gather_rows(torch.cat(rows), np.concatenate(slots))
-            found = found[found.any(dim=1)]  # an image without an object, or without anything outside it, has zeros
+            found = found[found.any(dim=1)]  # images without an object, or without pixels outside it, have zeros
             if len(found) < len(centroids):
                 raise UserError(
-                    f"{len(found)} embeddings can't be grouped into {len(centroids)} clusters of {name}: use more "
+                    f"{len(found)} embeddings are too few for {len(centroids)} clusters of {name}: use more "
                     f"images, or lower --{name}",
                     code="too-few-objects",
                 )
@@ -459,7 +462,7 @@ def _pixels_outside(
     slots: Shaped[ndarray, " B"],
     seed: tuple[int, int],
 ) -> Float[Tensor, "n d"]:
-    """Unit-length embeddings of a few pixels outside each image's object; zeros where there are none."""
+    """Return unit-length embeddings of a few pixels outside each image's object; zeros if there are none."""
     width = embeddings.shape[1]
     found = embeddings.new_zeros(len(slots), _BACKGROUND_PIXELS, width)
     flat = F.normalize(embeddings, dim=1).flatten(2).mT  # (B, hw, d)
@@ -472,10 +475,10 @@ def _pixels_outside(
 
 
 class MaskContrastModel(PixelModel):
-    """Objects by their logits, each image's object of the nearest cluster of things; see `transfgu.learner.Model`.
+    """Finds objects by their logits and assigns each to its nearest cluster of things; see `transfgu.learner.Model`.
 
-    Outside the object a pixel is background, or, where there are clusters of stuff, of the nearest of these. The last
-    is ours: the paper segments objects alone.
+    A pixel outside the object is background or, if there are clusters of stuff, belongs to the nearest of these. Stuff
+    is an addition of ours: the paper segments objects only.
     """
 
     def __init__(self, recipe: Recipe, network: ClusteredEmbeddings, device: torch.device) -> None:
@@ -483,7 +486,7 @@ class MaskContrastModel(PixelModel):
         self.network, self._background = network, recipe.background
 
     def logits(self, seen: Shaped[Tensor, "B 3 H W"], size: Size) -> Float[Tensor, "B C h w"]:
-        """For each cluster the object logit (its negative for stuff) less what the nearest cluster is nearer by."""
+        """Return, per cluster, the object logit (its negative for stuff) minus the lead of the nearest cluster."""
         pixels = seen if seen.is_floating_point() else self.normalise(seen)
         embeddings, objects = self.network(pixels)
         inside: Bool[Tensor, "B h w"] = objects > 0
@@ -514,17 +517,17 @@ def load_models(
     return models
 
 
-_LOOKED_AT = 4  # images whose class attention is looked at before a run
+_LOOKED_AT = 4  # images whose class attention is examined before a run
 
 
 def check(recipe: Recipe) -> None:
-    """Raise UserError where the backbone can't be had, masks are missing, or the attention leaves no object."""
+    """Raise UserError if the backbone is not available, masks are missing, or the attention finds no object."""
     how = recipe.maskcontrast
     residual_network(how.backbone, how.weights, stages=(4,), stride=8)
-    if recipe.dataset.layout not in datasets.LAYOUTS:  # images are yet to be drawn
+    if recipe.dataset.layout not in datasets.LAYOUTS:  # the images will be drawn by the run
         if how.object_masks:
             raise UserError(
-                f"--maskcontrast.object_masks names files, and the images of {recipe.preset} are drawn by the run: "
+                f"--maskcontrast.object_masks names files, but the images of {recipe.preset} are drawn by the run: "
                 "leave it out",
                 code="object-masks-of-drawn-images",
             )

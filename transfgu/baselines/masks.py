@@ -1,6 +1,6 @@
-"""Score a folder of masks that any program wrote, by the evaluator and the protocol of a run.
+"""Score a folder of masks from any program, with the evaluator and the protocol of a run.
 
-The labels decide what is counted, so a method that can't be run here is compared on the same pixels.
+The labels decide which pixels count, so a method that cannot run here is compared on the same pixels.
 """
 
 import json
@@ -23,7 +23,7 @@ from transfgu.runtime.progress import Progress
 from transfgu.sharing.names import IGNORE
 from transfgu.store import storage
 
-_READERS = 8  # images at a time
+_READERS = 8  # images read at a time
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,11 +31,11 @@ class ScoredMasks:
     """Counts of a folder of masks."""
 
     confusion: Int[np.ndarray, "C clusters"]
-    """Pixels, true class by the mask's index."""
+    """Number of pixels by true class and by the mask's index."""
     ignored: int
-    """How many of the last indices stand for nothing: 1 where `transfgu name` ignored a class, else 0."""
+    """Number of ignored classes at the end: 1 if `transfgu name` ignored a class, otherwise 0."""
     images: int
-    """Images that were counted."""
+    """Number of counted images."""
     left_out: tuple[LeftOut, ...]
 
 
@@ -43,15 +43,15 @@ def score_masks(recipe: Recipe, rows: pa.Table, uri: str, progress: Progress | N
     """Count the confusion matrix of a folder of masks.
 
     Args:
-        recipe: says the classes and, by `evaluation.protocol`, the pixels that are counted. By protocol "label" a mask
-            has its label's size; by the others it may have the images' size (`dataset.image_size`) instead.
+        recipe: recipe with the classes and, in `evaluation.protocol`, the pixels that count. With protocol "label" a
+            mask has the size of its label; with the others it may have the images' size (`dataset.image_size`) instead.
         rows: labelled samples: `name`, `image`, `label` (URIs). Images are not read.
         uri: see :func:`find_masks`. Values are indices of classes or clusters, below the recipe's number of classes.
-        progress: reports how many images are counted.
+        progress: reports the number of counted images.
 
     Raises:
         UserError: more masks or labels missing or unreadable than `dataset.max_bad_share`; a mask of another size, or
-            with an index that the recipe has not.
+            with an index that the recipe does not have.
     """
     masks = find_masks(rows, uri)
     samples = rows.select(["name", "label"]).to_pylist()
@@ -100,7 +100,7 @@ def score_masks(recipe: Recipe, rows: pa.Table, uri: str, progress: Progress | N
 
 
 def _classes(uri: str) -> list[str]:
-    """The classes that masks of `transfgu predict` are in; empty for masks of other programs."""
+    """Return the classes of masks of `transfgu predict`; empty for masks of other programs."""
     claim = storage.join(uri, CLAIM)
     text = storage.read_bytes_or_none(claim)
     if text is None:
@@ -115,13 +115,13 @@ def _check(recipe: Recipe, name: str, mask: Int[np.ndarray, "H W"], label: tuple
     if mask.shape not in allowed:
         wanted = " or ".join(" x ".join(map(str, shape)) for shape in dict.fromkeys(allowed))
         raise UserError(
-            f"the mask of {name} has {mask.shape[0]} x {mask.shape[1]} pixels, and protocol {protocol} takes {wanted}: "
+            f"the mask of {name} has {mask.shape[0]} x {mask.shape[1]} pixels, but protocol {protocol} takes {wanted}: "
             "write masks at their label's size",
             code="mask-size",
         )
     if mask.max() >= clusters:
         raise UserError(
-            f"the mask of {name} holds index {mask.max()}, and {recipe.preset} has {clusters} classes, 0 to "
-            f"{clusters - 1}: give the number of concepts that the masks were made with (--things, --stuff)",
+            f"the mask of {name} holds index {mask.max()}, but {recipe.preset} has {clusters} classes, 0 to "
+            f"{clusters - 1}: give the number of concepts of the masks (--things, --stuff)",
             code="mask-class",
         )

@@ -1,4 +1,4 @@
-"""Take an optimiser step whose loss is a sum over workers, and use batch norm over the global batch."""
+"""Take an optimiser step whose loss is a sum over workers, and apply batch norm over the global batch."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -18,10 +18,10 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def new_network(make: Callable[[], N], setting: Setting) -> N:
-    """Make a method's network, on the worker's device.
+    """Create a method's network, on the worker's device.
 
-    Its initial weights follow from the recipe's seed, the same on every worker, and torch's random state is left as it
-    was. Batch norm takes the statistics of the global batch.
+    Its initial weights depend only on the recipe's seed and are the same on every worker; torch's random state is not
+    changed. Batch norm uses the statistics of the global batch.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.recipe.seed)
@@ -34,13 +34,13 @@ def optimise(network: nn.Module, optimiser: Optimizer, losses: Mapping[str, Tens
     """Take one step; every worker must call it.
 
     Args:
-        network: whose gradients are summed over workers.
-        optimiser: over its parameters.
-        losses: this worker's shares, which add up to the global batch's values; `total` is minimised.
+        network: its gradients are summed over workers.
+        optimiser: optimiser of its parameters.
+        losses: shares of this worker, which sum to the global batch's values; `total` is minimised.
 
     Returns:
-        Whether the step was taken, the same on every worker, and the values, which raise FloatingPointError where the
-        total or its gradient was not a number: weights and moments then stayed as they were.
+        True if the step was taken, the same on every worker; and the values, which raise FloatingPointError if the
+            total or its gradient was not a number. In this case weights and moments are unchanged.
     """
     optimiser.zero_grad()
     if losses["total"].requires_grad:
@@ -73,13 +73,13 @@ def _values(found: Mapping[str, float], norm: float) -> Mapping[str, float]:
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose statistics are those of all workers' slices, on any device; a slice may be empty.
+    """Batch norm with statistics of all workers' slices, on any device; a slice may be empty.
 
-    PyTorch's SyncBatchNorm does the same on GPUs alone.
+    PyTorch's SyncBatchNorm does the same, but only on GPUs.
     """
 
     def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Normalise by the global batch's statistics in training, by the running ones in evaluation."""
+        """Normalise by the statistics of the global batch in training, by the running statistics in evaluation."""
         if worker_count() == 1 or not self.training:
             return super().forward(input)
         wide = input.float()
@@ -100,7 +100,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
 
 
 def share_batch_norm(network: nn.Module) -> nn.Module:
-    """Replace each `BatchNorm2d` of a network by a `SharedBatchNorm2d` with its weights; timm's keep what they add."""
+    """Replace each `BatchNorm2d` of a network by a `SharedBatchNorm2d` with its weights; keeps timm's additions."""
     for name, module in network.named_children():
         if isinstance(module, nn.BatchNorm2d) and not isinstance(module, SharedBatchNorm2d):
             if type(module) is not nn.BatchNorm2d:
@@ -114,7 +114,7 @@ def share_batch_norm(network: nn.Module) -> nn.Module:
 
 
 def resized(images: Float[Tensor, "B 3 H W"], size: tuple[int, int]) -> Float[Tensor, "B 3 h w"]:
-    """Images at another size, bilinear with antialias; as they are where they have it."""
+    """Return images in another size, bilinear with antialias; unchanged if they have this size."""
     if (images.shape[2], images.shape[3]) == size:
         return images
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)

@@ -32,8 +32,8 @@ from transfgu.views import Colours, change_colours
 from transfgu.workers import gather_rows, sum_over_workers
 
 CHUNK_ROWS = 1 << 12
-"""Rows of features that are assigned together: 4 MB of 128 channels in double precision stay in cache."""
-_UNIT = 1 << 32  # steps of 1.0 in exact sums: 2^31 rows of unit length cannot overflow 64 bits
+"""Rows of features assigned together: 4 MB of 128 channels in double precision fit in the cache."""
+_UNIT = 1 << 32  # units per 1.0 in exact sums: 2^31 rows of unit length cannot overflow 64 bits
 
 
 @dataclass(frozen=True)
@@ -43,25 +43,25 @@ class ClusteringLoss:
     total: Float[Tensor, ""]
     """Mean of `within` and `across`."""
     within: Float[Tensor, ""]
-    """Each view's features against its own labels and centroids, mean of both views."""
+    """Features of each view against its own labels and centroids, mean of both views."""
     across: Float[Tensor, ""]
-    """Each view's features against the other one's labels and centroids, mean of both views."""
+    """Features of each view against the labels and centroids of the other, mean of both views."""
 
 
 @torch.no_grad()
 def assign(
     features: Float[Tensor, "B d h w"], centroids: Float[Tensor, "K d2"], *, chunk_rows: int = CHUNK_ROWS
 ) -> tuple[Int64[Tensor, "B h w"], Float[Tensor, " K"]]:
-    """The nearest centroid of each pixel, and the share of the pixels that each cluster has.
+    """Return the nearest centroid of each pixel, and the share of pixels in each cluster.
 
     Args:
-        features: of any length; they are brought to unit length here.
-        centroids: compared by Euclidean distance, as they are.
-        chunk_rows: pixels that are assigned together; it changes no result.
+        features: of any length; they are normalised here.
+        centroids: compared by Euclidean distance, without normalisation.
+        chunk_rows: pixels assigned together; does not change results.
 
     Returns:
-        labels, and the clusters' shares, which `clustering_loss` takes as class weights: the published code weights
-        the classes by their frequency. A cluster without pixels has weight 0.
+        Labels, and the shares of the clusters, which `clustering_loss` takes as class weights: the published code
+            weights classes by their frequency. A cluster without pixels has weight 0.
 
     Raises:
         ValueError: features and centroids differ in width.
@@ -86,24 +86,24 @@ def clustering_loss(
     weights_1: Float[Tensor, " K"],
     weights_2: Float[Tensor, " K2"],
 ) -> ClusteringLoss:
-    """Weighted cross-entropy of cosine logits, within each view and across both.
+    """Return the weighted cross-entropy of cosine logits, within each view and across both.
 
     Args:
-        features_1: first view's, in the frame of the geometric transform; brought to unit length here.
-        features_2: second view's, in the same frame.
+        features_1: features of the first view, in the frame of the geometric transform; they are normalised here.
+        features_2: features of the second view, in the same frame.
         labels_1: cluster of each pixel of the first view, among `centroids_1`.
         labels_2: cluster of each pixel of the second view, among `centroids_2`.
-        centroids_1: the first view's classifier; it has no gradient.
-        centroids_2: the second view's.
-        weights_1: class weights for `labels_1`, as `assign` returns them over the whole data set.
+        centroids_1: classifier of the first view; it has no gradient.
+        centroids_2: classifier of the second view.
+        weights_1: class weights for `labels_1`, from `assign` over the whole data set.
         weights_2: class weights for `labels_2`.
 
     Returns:
-        Means weighted by the class of each pixel; 0 where no pixel has a class of positive weight. Of several workers
-        each gets its share: the shares add up to the loss of all workers' images.
+        Means weighted by the class of each pixel; 0 if no pixel has a class of positive weight. With several workers
+            each gets its share: the shares sum to the loss of all workers' images.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not match.
     """
     shape = (features_1.shape[0], *features_1.shape[2:])
     if features_1.shape != features_2.shape:
@@ -127,9 +127,10 @@ def _cross_entropy(features: Tensor, labels: Tensor, centroids: Tensor, weights:
 
 
 def head_balance(clusters: int, auxiliary_clusters: int) -> tuple[float, float]:
-    """Weights of the main loss and of the auxiliary over-clustering's, which sum to 1.
+    """Return the weights of the main loss and of the auxiliary over-clustering's, which sum to 1.
 
-    Chance level is log K for K clusters: each loss is weighted by the other one's, so that both have the same say.
+    The loss at chance level is log K for K clusters: each loss is weighted by that of the other, so that both
+    contribute equally.
 
     Raises:
         ValueError: fewer than two clusters, whose loss is always 0.
@@ -148,7 +149,7 @@ def head_balance(clusters: int, auxiliary_clusters: int) -> tuple[float, float]:
 class FPNDecoder(nn.Module):
     """A feature pyramid over a ResNet's four stages: 1 x 1 convolutions, added from coarse to fine.
 
-    Parameters carry the published names, which count the stages from coarse to fine: `layer1` reads `res5`.
+    Parameters have the published names, which count the stages from coarse to fine: `layer1` reads `res5`.
 
     Args:
         widths: channels of the stages from fine to coarse, `res2` to `res5`.
@@ -161,7 +162,7 @@ class FPNDecoder(nn.Module):
 
     @staticmethod
     def from_state_dict(state_dict: Mapping[str, Tensor]) -> "FPNDecoder":
-        """A decoder with these weights, its sizes read off the tensors, in evaluation mode.
+        """Return a decoder with these weights, in evaluation mode; its sizes are read from the tensors.
 
         Args:
             state_dict: the decoder's own, or a whole published network's (``module.decoder.``).
@@ -190,7 +191,7 @@ class FPNDecoder(nn.Module):
         res4: Float[Tensor, "B _ _ _"],
         res5: Float[Tensor, "B _ _ _"],
     ) -> Float[Tensor, "B d h w"]:
-        """The stages' features joined at the resolution of `res2`."""
+        """Return the sum of the stages' features at the resolution of `res2`."""
         joined: Tensor = self.layer1(res5)
         for layer, stage in ((self.layer2, res4), (self.layer3, res3), (self.layer4, res2)):
             larger = F.interpolate(joined, size=stage.shape[2:], mode="bilinear", align_corners=False)
@@ -199,15 +200,15 @@ class FPNDecoder(nn.Module):
 
 
 class FeatureNetwork(nn.Module):
-    """Pixel features: a ResNet and the pyramid over its four stages, at a quarter of the images' sides.
+    """A network for pixel features: a ResNet and the pyramid over its four stages, at a quarter of the images' sides.
 
     Args:
-        name: the ResNet, timm's name; resnet18 published.
-        weights: as `residual_network` takes them; published, learned from ImageNet's labels.
+        name: timm's name of the ResNet; resnet18 published.
+        weights: as in `residual_network`; published, trained on ImageNet's labels.
         width: d, channels of a feature.
 
     Raises:
-        UserError: an unknown network, or weights that are not its own.
+        UserError: an unknown network, or weights of another network.
     """
 
     def __init__(self, name: str = "resnet18", weights: str = "pretrained", width: int = 128) -> None:
@@ -216,7 +217,7 @@ class FeatureNetwork(nn.Module):
         self.decoder = FPNDecoder(widths(self.backbone), width)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B d h w"]:
-        """Features, not yet of unit length; pixels are normalised by ImageNet's mean and deviation."""
+        """Return features, not yet of unit length; pixels are normalised by ImageNet's mean and deviation."""
         features: Tensor = self.decoder(*self.backbone(images))
         return features
 
@@ -226,24 +227,24 @@ class FeatureNetwork(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Transforms:
-    """What is done to each image of a batch: two changes of colour, and one of geometry."""
+    """Random transforms of each image of a batch: two changes of colour, and one of geometry."""
 
     colours: tuple[Colours, Colours]
     geometry: Float[ndarray, "B 2 3"]
-    """From places in the cut to places in the whole image, coordinates from -1 to 1 at the outer edges."""
+    """Affine map from positions in the cut to positions in the whole image, coordinates -1 to 1 at the outer edges."""
 
 
 def draw_transforms(
     samples: Sequence[int], *, seed: int, epoch: int, smallest: float = 0.5, largest: float = 1.0
 ) -> Transforms:
-    """Random transforms of each sample, the same in clustering and in training of an epoch.
+    """Draw random transforms of each sample, the same for clustering and for training in an epoch.
 
     Brightness, contrast, saturation (0.3) and hue (0.1), in this order, each with probability 0.8; blur 0.5. The cut
     has `smallest` to `largest` of both sides, and is mirrored with probability 0.5. Each image has its own generator.
 
-    Source: repository janghyuncho/PiCIE. There the grey image, asked for by a name that is misspelt, never comes; the
-    blur has up to 2 pixels (here 3 x 3 pixels with that sigma); and a cut is rounded to whole pixels, in the image
-    and in its features apart.
+    Source: repository janghyuncho/PiCIE, with three differences. There the grey image is never applied, because its
+    name is misspelt; the blur has up to 2 pixels (here 3 x 3 pixels with that sigma); and cuts are rounded to whole
+    pixels, separately for the image and its features.
     """
     drawn = np.array([np.random.default_rng((seed, epoch, sample)).random(24) for sample in samples]).reshape(-1, 24)
     scale = smallest + (largest - smallest) * drawn[:, 20]
@@ -273,7 +274,7 @@ def _colours(drawn: Float[ndarray, "B 10"]) -> Colours:
 def transform(
     planes: Float[Tensor, "B c h w"], transforms: Transforms, size: tuple[int, int]
 ) -> Float[Tensor, "B c h2 w2"]:
-    """The geometric transform of images or of features, resampled to `size` (bilinear)."""
+    """Apply the geometric transform to images or features, resampled to `size` (bilinear)."""
     matrices = torch.from_numpy(transforms.geometry).to(planes.device, planes.dtype)
     grid = F.affine_grid(matrices, [*planes.shape[:2], *size], align_corners=False)
     return F.grid_sample(planes, grid, mode="bilinear", padding_mode="border", align_corners=False)
@@ -282,11 +283,11 @@ def transform(
 def make_views(
     images: UInt8[Tensor, "B 3 H W"], transforms: Transforms, size: tuple[int, int]
 ) -> tuple[Float[Tensor, "B 3 h w"], Float[Tensor, "B 3 h w"]]:
-    """The first view, cut from the image; and the second, all of it: its *features* are cut, by `transform`.
+    """Return the first view, cut from the image, and the second, the whole image, whose *features* `transform` cuts.
 
     Args:
-        images: at twice the size of a view, so that a cut of half the side loses nothing.
-        transforms: of each image.
+        images: at twice the size of a view, so that a cut of half the side keeps the full resolution.
+        transforms: transforms of each image.
         size: sides of a view.
 
     Returns:
@@ -304,13 +305,13 @@ def make_views(
 
 @dataclass(frozen=True)
 class ClusterSums:
-    """What some rows add to the clusters they are nearest to; sums over shards of a batch are those of the batch.
+    """Sums of the rows nearest to each cluster; sums of shards of a batch add up to those of the batch.
 
-    Rows are rounded to multiples of 2^-32 and added as integers, so that order and shards do not matter at all.
+    Rows are rounded to multiples of 2^-32 and added as integers, so results do not depend on order or shards.
     """
 
     sums: Int64[Tensor, "K d"]
-    """Of unit-length rows, in units of 2^-32."""
+    """Sums of unit-length rows, in units of 2^-32."""
     counts: Int64[Tensor, " K"]
     inertia: Int64[Tensor, ""]
     """Sum of squared distances to the nearest centroid, in units of 2^-32."""
@@ -325,26 +326,26 @@ class ClusterSums:
 
 
 class MiniBatchKMeans:
-    """Spherical features, clustered as they pass: a cluster's step is its new rows over all its rows so far.
+    """K-Means of unit-length features by mini-batch; a cluster's step is its new rows divided by all its rows so far.
 
     Args:
-        centroids: (K, d), to begin with; the published code takes K-Means of the first batches.
-        counts: (K,), rows that each of them stands for.
+        centroids: (K, d), initial; the published code takes K-Means of the first batches.
+        counts: (K,), number of rows that each of them represents.
 
     Raises:
-        ValueError: not one count for each centroid.
+        ValueError: not one count per centroid.
     """
 
     def __init__(self, centroids: Tensor | ndarray, counts: Tensor | ndarray) -> None:
         self.centroids = torch.as_tensor(centroids).detach().clone()
-        """(K, d); where a cluster has no rows, the centroid that it began with."""
+        """(K, d); a cluster without rows keeps its initial centroid."""
         self.counts = torch.as_tensor(counts).detach().to(self.centroids.device, torch.int64)
-        """(K,), rows worked in so far."""
+        """(K,), number of rows so far."""
         if self.counts.shape != self.centroids.shape[:1]:
             raise ValueError(f"{len(self.centroids)} centroids need as many counts, not {tuple(self.counts.shape)}")
 
     def update(self, features: Tensor | ndarray) -> float:
-        """Work in a batch, (n, d); returns the mean squared distance of its rows to the centroids before.
+        """Update with a batch, (n, d); returns its rows' mean squared distance to the centroids before the update.
 
         Raises:
             ValueError: features of another width.
@@ -354,10 +355,10 @@ class MiniBatchKMeans:
 
     @torch.no_grad()
     def sums(self, features: Float[Tensor, "n d"]) -> ClusterSums:
-        """Sums and counts of the rows nearest to each centroid, rows brought to unit length.
+        """Return sums and counts of the rows nearest to each centroid; rows are normalised.
 
-        Distributed, each worker calls it with its rows, the three tensors are added over workers, and each worker
-        takes the same `step`.
+        In distributed use, each worker calls it with its rows, the three tensors are summed over workers, and each
+        worker takes the same `step`.
 
         Raises:
             ValueError: features of another width.
@@ -375,7 +376,7 @@ class MiniBatchKMeans:
         return ClusterSums(sums, counts, inertia)
 
     def step(self, batch: ClusterSums) -> float:
-        """Work in the added `sums` of a batch, found at these centroids; returns as `update`."""
+        """Update with a batch's `sums`, computed at these centroids and summed over workers; returns as `update`."""
         self.counts = self.counts + batch.counts
         new = batch.counts > 0
         means = batch.sums[new].double() / _UNIT / batch.counts[new, None]
@@ -387,12 +388,12 @@ class MiniBatchKMeans:
 
 
 def _unit_rows(rows: Float[Tensor, "n d"], chunk_rows: int = CHUNK_ROWS) -> Iterator[Tensor]:
-    """Chunks of rows brought to unit length, in double precision: a row's centroid does not depend on its chunk."""
+    """Yield chunks of normalised rows, in double precision, so that a row's centroid does not depend on its chunk."""
     return (F.normalize(chunk.double(), dim=1) for chunk in torch.split(rows, chunk_rows))
 
 
 def _nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of the nearest centroid c of each unit-length row x, and |x - c|^2 = |x|^2 - (2 x c - |c|^2)."""
+    """Return the index of the nearest centroid c of each unit-length row x, and |x - c|^2 = |x|^2 - (2 x c - |c|^2)."""
     wide = centroids.to(rows.device, rows.dtype)
     likeness, labels = torch.addmm(-wide.square().sum(1), rows, wide.mT, alpha=2).max(1)
     return labels, (rows.square().sum(1) - likeness).clamp(min=0)
@@ -405,7 +406,7 @@ def _check_width(features: int, centroids: int) -> None:
 
 # ---- the method ----
 
-_SAMPLED = 256  # pixels of the first batches for each cluster, FAISS's measure for a start
+_SAMPLED = 256  # pixels of the first batches per cluster, as FAISS samples for its training
 _MAIN, _AUXILIARY = "centroids", "auxiliary"
 
 
@@ -413,8 +414,8 @@ class ClusteredNetwork(nn.Module):
     """PiCIE's network and the centroids of both views that classify its features.
 
     Args:
-        recipe: says backbone, width, the number of classes, and whether there are auxiliary clusters.
-        weights: what the backbone begins with, as `residual_network` takes it.
+        recipe: recipe with backbone, width, the number of classes, and whether there are auxiliary clusters.
+        weights: initial weights of the backbone, as in `residual_network`.
     """
 
     centroids: Float[Tensor, "2 K d"]
@@ -429,13 +430,13 @@ class ClusteredNetwork(nn.Module):
             self.register_buffer(_AUXILIARY, torch.zeros(2, how.auxiliary, how.width))
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B d h w"]:
-        """Pixel features; see `FeatureNetwork`."""
+        """Return pixel features; see `FeatureNetwork`."""
         features: Tensor = self.features(images)
         return features
 
 
 class PiCIE:
-    """PiCIE's training; see `transfgu.learner.Learner`. With the method `picie` there is auxiliary clustering."""
+    """PiCIE's training; see `transfgu.learner.Learner`. The method `picie` has auxiliary clustering."""
 
     def __init__(self, setting: Setting) -> None:
         self.recipe, self.device = setting.recipe, setting.device
@@ -443,7 +444,7 @@ class PiCIE:
         self._network = new_network(lambda: ClusteredNetwork(self.recipe, how.weights), setting)
         self.network: nn.Module = self._network
         self.optimiser: Optimizer | None = Adam(
-            self._network.parameters(), training.lr, weight_decay=training.weight_decay
+            self._network.parameters(), training.scaled_lr, weight_decay=training.weight_decay
         )
         self.teacher: nn.Module | None = None
         self.model: Model = PiCIEModel(self._network, self.device)
@@ -452,10 +453,10 @@ class PiCIE:
             training.batch_size, setting.images * training.passes
         )
         self._view = tuple(side // 2 for side in self.recipe.dataset.training_size)
-        # Of each view: labels by batch, on the host, and each cluster's share of the pixels.
+        # # For each view: labels by batch, on the host, and the share of pixels of each cluster.
         self._labels: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         self._weights: dict[str, tuple[Tensor, Tensor]] = {}
-        # The auxiliary loss and the main one have the same value at chance.
+        # # The auxiliary loss and the main one have the same value at chance level.
         main, auxiliary = (
             head_balance(self.recipe.classes, how.auxiliary) if self.recipe.method == "picie" else (1.0, 0.0)
         )
@@ -471,7 +472,7 @@ class PiCIE:
                 for kmeans, some in zip(clusters[name], rows, strict=True):
                     sums = kmeans.sums(some)
                     total = ClusterSums(*(sum_over_workers(x) for x in (sums.sums, sums.counts, sums.inertia)))
-                    if index < self.recipe.picie.init_batches:  # these pixels have made the first centroids
+                    if index < self.recipe.picie.init_batches:  # the initial centroids come from these pixels
                         kmeans.counts = kmeans.counts + total.counts
                     else:
                         kmeans.step(total)
@@ -485,7 +486,7 @@ class PiCIE:
         return self._features(batch, epoch)
 
     def _features(self, batch: Batch, epoch: int) -> tuple[Float[Tensor, "B d h w"], Float[Tensor, "B d h w"]]:
-        """Features of both views, in the frame of the geometric transform."""
+        """Return features of both views, in the frame of the geometric transform."""
         height, width = self._view
         transforms = draw_transforms(batch.slots.tolist(), seed=self.recipe.seed, epoch=epoch)
         first, second = make_views(batch.inputs.to(self.device), transforms, (height, width))
@@ -493,7 +494,7 @@ class PiCIE:
         return of_first, transform(whole, transforms, (of_first.shape[2], of_first.shape[3]))
 
     def _first_centroids(self, epoch: int, batches: Batches) -> dict[str, tuple[MiniBatchKMeans, MiniBatchKMeans]]:
-        """K-Means of a few pixels of each image of the first batches, the same pixels by any number of workers."""
+        """Cluster some pixels of each image of the first batches by K-Means; pixels don't depend on the workers."""
         how, recipe = self.recipe.picie, self.recipe
         largest = max(getattr(self._network, name).shape[1] for name in self._balance)
         each = max(_LEAST, math.ceil(_SAMPLED * largest / self._first_images))
@@ -517,7 +518,7 @@ class PiCIE:
         return clusters
 
     def _label(self, epoch: int, batches: Batches) -> None:
-        """The cluster of each pixel that this worker trains on, and all workers' shares of pixels by cluster."""
+        """Compute the cluster of each pixel of this worker's images, and all workers' shares of pixels by cluster."""
         self._labels = {name: ([], []) for name in self._balance}
         counts = {name: [torch.zeros(0)] * 2 for name in self._balance}
         for name in self._balance:
@@ -537,7 +538,7 @@ class PiCIE:
             )
 
     def step(self, batch: Batch, epoch: int, index: int) -> Pending:
-        """One step of Adam on the loss within and across views."""
+        """Take one step of Adam on the loss within and across views."""
         first, second = self._features(batch, epoch)
         losses: dict[str, Tensor] = {"total": first.new_zeros(())}
         for name, balance in self._balance.items():
@@ -559,7 +560,7 @@ class PiCIE:
         return {}
 
 
-_LEAST = 8  # pixels of an image that are sampled at least
+_LEAST = 8  # minimum number of sampled pixels per image
 
 
 def _rows(features: Float[Tensor, "B d h w"]) -> Float[Tensor, "n d"]:
@@ -569,7 +570,7 @@ def _rows(features: Float[Tensor, "B d h w"]) -> Float[Tensor, "n d"]:
 def _sampled_pixels(
     features: Float[Tensor, "B d h w"], slots: Int[ndarray, " B"], count: int, seed: tuple[int, int]
 ) -> Float[Tensor, "B n d"]:
-    """Unit-length features of `count` pixels of each image, which depend on its slot alone."""
+    """Return unit-length features of `count` pixels of each image, which depend only on its position in the epoch."""
     pixels = features.shape[2] * features.shape[3]
     places = np.array([np.random.default_rng((*seed, slot)).integers(pixels, size=count) for slot in slots], np.int64)
     index = torch.from_numpy(places.reshape(len(slots), 1, count)).to(features.device)
@@ -585,7 +586,7 @@ class PiCIEModel(PixelModel):
         self.network = network
 
     def logits(self, seen: Shaped[Tensor, "B 3 H W"], size: Size) -> Float[Tensor, "B C h w"]:
-        """Products of unit-length features and centroids, at a quarter of the images' sides."""
+        """Return products of unit-length features and centroids, at a quarter of the images' sides."""
         pixels = seen if seen.is_floating_point() else self.normalise(seen)
         features = F.normalize(self.network(pixels), dim=1)
         return torch.einsum("bdhw,kd->bkhw", features, self.network.centroids[0])
@@ -602,5 +603,5 @@ def load_models(recipe: Recipe, weights: Sequence[Mapping[str, Tensor]], device:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise UserError where the backbone or its weights can't be had."""
+    """Raise UserError if the backbone or its weights are not available."""
     residual_network(recipe.picie.backbone, recipe.picie.weights, stages=(1, 2, 3, 4))

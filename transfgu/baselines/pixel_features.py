@@ -1,6 +1,6 @@
 """Compute colour and texture of each patch, for clustering without a network.
 
-Photographs keep sky above road, so a patch's height in the image says much of its class before anything is learned.
+Sky is above road in most photographs, so the height of a patch in the image is informative without any learning.
 """
 
 import torch
@@ -13,14 +13,14 @@ from transfgu.views import GREY
 
 
 class PixelFeatures:
-    """From images to features of their patches, as `transfgu.inference.tokens.PatchTokens` maps images to tokens.
+    """Compute features of patches; used in place of `transfgu.inference.tokens.PatchTokens`.
 
-    A patch has eight numbers: mean and standard deviation of red, green and blue, and the mean size of the grey
-    image's steps to the right and downwards. With `height` a ninth is added, the patch's distance from the top.
+    A patch has eight numbers: mean and standard deviation of red, green and blue, and the mean absolute differences of
+    the grey image to the right and downwards. With `height` a ninth is added, the patch's distance from the top.
 
     Args:
         patch_size: side of a patch, pixels.
-        device: where they are computed.
+        device: device of the computation.
         height: add the distance from the top, 0 to 1.
     """
 
@@ -31,11 +31,11 @@ class PixelFeatures:
 
     @property
     def encoder(self) -> "PixelFeatures":
-        """What says patch size, mean and deviation of the input."""
+        """Patch size, mean and deviation of the input: attributes of this object."""
         return self
 
     def __call__(self, images: UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B hw d"]:
-        """Features of decoded images (uint8), or of pixels that `normalise` made."""
+        """Return features of decoded images (uint8), or of pixels from `normalise`."""
         grid = patch_grid((images.shape[2], images.shape[3]), self.patch_size)
         images = images.to(self.device)
         pixels = images if images.is_floating_point() else normalise(images, self.mean, self.std)

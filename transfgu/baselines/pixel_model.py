@@ -1,4 +1,4 @@
-"""The base class of models whose network reads whole images."""
+"""Define the base class of models whose network reads whole images."""
 
 import torch
 from jaxtyping import Float, Shaped, UInt8
@@ -8,7 +8,7 @@ from transfgu.encoder import normalise
 
 
 class PixelModel:
-    """A network on normalised images, of which nothing is frozen; see `transfgu.learner.Model`."""
+    """A network on normalised images without frozen layers; see `transfgu.learner.Model`."""
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         self.device, self.patch_size = device, 1
@@ -19,10 +19,10 @@ class PixelModel:
         return normalise(images.to(self.device))
 
     def frozen(self, images: Shaped[Tensor, "B 3 H W"]) -> Shaped[Tensor, "B 3 H W"]:
-        """Return the images as they are."""
+        """Return the images unchanged."""
         return images
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the weights of the network, its clusters included."""
+        """Return the weights of the network, including its clusters."""
         weights: dict[str, Tensor] = self._weights.state_dict()
         return weights

@@ -18,11 +18,11 @@ from transfgu.learner import Batch, Batches, Model, Pending, Setting
 from transfgu.recipe import Recipe
 from transfgu.workers import gather_rows
 
-_TOKENS = 1 << 18  # patch tokens of training images that are clustered at most: 100 MB of width 96
+_TOKENS = 1 << 18  # maximum number of clustered patch tokens: 100 MB of width 96
 
 
 class Centroids(nn.Module):
-    """The clusters' centres.
+    """The centres of the clusters.
 
     Args:
         classes: C.
@@ -36,7 +36,7 @@ class Centroids(nn.Module):
         self.register_buffer("centroids", torch.zeros(classes, width))
 
     def forward(self, tokens: Float[Tensor, "B hw d"]) -> Float[Tensor, "B hw C"]:
-        """2 x c - |c|^2 of each token x and centroid c, which is largest for the nearest one."""
+        """Return 2 x c - |c|^2 of each token x and centroid c, which is largest for the nearest one."""
         return 2 * tokens @ self.centroids.mT - self.centroids.square().sum(1)
 
 
@@ -59,11 +59,11 @@ class TokenKMeans:
         self._slots: list[np.ndarray] = []
 
     def begin(self, epoch: int, batches: Batches) -> None:
-        """Forget the tokens of an attempt before."""
+        """Discard the tokens of an earlier attempt."""
         self._rows, self._slots = [], []
 
     def step(self, batch: Batch, epoch: int, index: int) -> Pending:
-        """Keep the same few patches of each image, so that all images together give at most 2^18."""
+        """Keep the same few patches of each image, at most 2^18 of all images together."""
         self._rows.append(batch.inputs[:, self._places].flatten(0, 1).cpu())  # (B, n, d) -> (B n, d)
         self._slots.append(np.repeat(batch.slots, len(self._places)))
         return partial(dict)

@@ -1,8 +1,8 @@
 """Score lower and upper bounds for the method on the same images and tokens.
 
-Bottom-up: K-Means over patch tokens, of the run's encoder and of one that never learned, and over colour and texture.
-The pseudo labels alone: what the decoder adds to them is the worth of training. The ceiling is supervised: one linear
-layer told the true labels.
+Bottom-up: K-Means over patch tokens, of the run's encoder and of an untrained one, and over colour and texture. Pseudo
+labels alone: the difference to the method shows the value of training. Upper bound: one linear layer, trained on the
+true labels.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,30 +34,30 @@ from transfgu.stages import samples
 from transfgu.stages.pseudo_labels import load_centroids
 from transfgu.store.artifacts import Run
 
-_TOKENS = 1 << 18  # patch tokens of training images that K-Means and the probe see at most: 100 MB of width 96
+_TOKENS = 1 << 18  # maximum number of patch tokens for K-Means and the probe: 100 MB of width 96
 ENCODER, PIXELS = "encoder", "colour, texture and height"
-"""What :func:`probe` reads."""
-_AT_ONCE = 16  # images
+"""Inputs of :func:`probe`."""
+_AT_ONCE = 16  # images at a time
 _PROBE_ITERATIONS = 80
 _PROBE_DECAY = 1e-4
 
 Images = UInt8[np.ndarray, "B 3 H W"]
 Predict = Callable[[Images], Tensor]
-"""From decoded images to scores of classes or clusters, (B, C, h, w)."""
+"""Maps decoded images to scores of classes or clusters, (B, C, h, w)."""
 
 
 def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
-    """Scores of each baseline on the run's labelled validation images, counted and matched like the method's own.
+    """Score each baseline on the run's labelled validation images, counted and matched like the method itself.
 
     Predictions from patch tokens are averaged over `evaluation.scales` and, with `evaluation.flip`, mirror images, like
-    the method's. Pseudo labels are made of the images in the sizes of `pseudo_labels.scales`.
+    those of the method. Pseudo labels are computed in the sizes of `pseudo_labels.scales`.
 
-    All is computed in this process, on its GPU if it has one. The linear probe is left out where no training image has
-    a label.
+    Everything is computed in this process, on its GPU if it has one. Without labelled training images there is no
+    linear probe.
 
     Args:
-        recipe: the run's.
-        run: a run whose concepts are there.
+        recipe: recipe of the run.
+        run: a run with complete concepts.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encode = PatchTokens(recipe.encoder, device)
@@ -84,18 +84,18 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, Scores]:
 
 
 def probe(recipe: Recipe) -> tuple[int, dict[str, Scores]]:
-    """Score what a linear layer reads off patch tokens: it learns from half of a few labelled images.
+    """Score a linear layer on patch tokens, trained on half of a few labelled images.
 
     Args:
-        recipe: says data, labels, encoder and sizes; of `limit` labelled training images in an even spread, or of all
-            of them where there are fewer. The number of classes is read off the labels.
+        recipe: recipe with data, labels, encoder and sizes; `limit` evenly spread labelled training images are used, or
+            all if there are fewer. The number of classes is read from the labels.
 
     Returns:
-        The number of images, and the scores on the other half, of the encoder's tokens and of colour, texture and
-        height.
+        The number of images, and the scores on the other half: of the encoder's tokens, and of colour, texture and
+            height.
 
     Raises:
-        UserError: fewer than two labelled images, or labels of one class.
+        UserError: fewer than two labelled images, or labels of one class only.
     """
     rows = datasets.list_samples(recipe.with_fields({"limit": 0}), "train")
     rows = rows.filter(rows["label"].is_valid())
@@ -143,9 +143,9 @@ def bottom_up(
     smoothing: int,
     standardised: bool = False,
 ) -> Predict:
-    """Return the prediction that assigns each patch to the cluster whose centroid is nearest to its token.
+    """Return the prediction that assigns each patch to the cluster with the centroid nearest to its token.
 
-    With `standardised`, each of the token's numbers has mean 0 and deviation 1 over the training images' patches.
+    With `standardised`, each channel of the tokens has mean 0 and deviation 1 over the patches of training images.
     """
     sample = _Sample(recipe, encode, len(train))
     rows = np.concatenate(
@@ -159,14 +159,14 @@ def bottom_up(
 
     def likeness(tokens: Float[Tensor, "B d h w"]) -> Float[Tensor, "B K h w"]:
         seen = (tokens - mean[:, None, None]) / deviation[:, None, None]
-        # The nearest centroid c of a token x has the largest 2 x c - |c|^2, whatever |x| is.
+        # # The nearest centroid c of a token x has the largest 2 x c - |c|^2, because |x| is the same for all c.
         return torch.einsum("bdhw,kd->bkhw", seen, 2 * centroids) - centroids.square().sum(1)[:, None, None]
 
     return lambda images: averaged(recipe.evaluation, encode, images, likeness, smoothing)
 
 
 def pseudo_label_method(recipe: Recipe, run: Run, device: torch.device) -> Predict:
-    """Return the prediction by pseudo labels, which the decoder first learns from, made of validation images."""
+    """Return the prediction by pseudo labels, from which the decoder starts, computed for validation images."""
     encoder, centroids = FrozenEncoder(recipe, device), torch.from_numpy(load_centroids(run))
 
     def predict(images: Images) -> Tensor:
@@ -180,7 +180,7 @@ def pseudo_label_method(recipe: Recipe, run: Run, device: torch.device) -> Predi
 
 
 def _linear_probe(recipe: Recipe, encode: PatchTokens | PixelFeatures, labelled: pa.Table) -> Predict:
-    """Logistic regression from a patch's token to the class of most of its pixels."""
+    """Return logistic regression from a patch's token to the class of most of its pixels."""
     sample = _Sample(recipe, encode, len(labelled))
     rows, truths = [], []
     for images, labels in _labelled(recipe, labelled):
@@ -212,7 +212,7 @@ def _linear_probe(recipe: Recipe, encode: PatchTokens | PixelFeatures, labelled:
 
 
 class _Sample:
-    """The same few patches of each image, spread at random, so that all images together give at most `_TOKENS`."""
+    """The same few patches of each image, chosen at random, at most `_TOKENS` of all images together."""
 
     def __init__(self, recipe: Recipe, encode: PatchTokens | PixelFeatures, images: int) -> None:
         height, width = patch_grid(recipe.dataset.image_size, encode.encoder.patch_size)
@@ -220,7 +220,7 @@ class _Sample:
         self._places = np.sort(np.random.default_rng(recipe.seed).permutation(height * width)[:count])
 
     def take(self, planes: Float[Tensor, "B d h w"] | Int[Tensor, "B d h w"]) -> np.ndarray:
-        """Rows of d numbers, one a patch of the sample."""
+        """Return the sampled patches as rows of d numbers."""
         flat = planes.flatten(2).mT[:, self._places].flatten(0, 1)  # (B, d, h, w) -> (B n, d)
         rows: np.ndarray = flat.cpu().numpy()
         return rows
@@ -271,12 +271,12 @@ def majority(recipe: Recipe, labels: list[Int16[np.ndarray, "_ _"]], patch: int)
 
 
 def _images(recipe: Recipe, rows: pa.Table) -> Iterator[Images]:
-    """Decoded images, a batch at a time; those that can't be read are passed over."""
+    """Yield decoded images in batches; unreadable images are skipped."""
     size = recipe.dataset.image_size
     for start in range(0, len(rows), _AT_ONCE):
         uris = rows["image"].slice(start, _AT_ONCE).to_pylist()
         found = read_rows(uris, lambda uri: resize(read_image(uri, orient=recipe.dataset.orient), size))
-        batch = [image for image, _ in found if image is not None]  # the features stage has counted and named the rest
+        batch = [image for image, _ in found if image is not None]  # the features stage counts and names the others
         if batch:
             yield np.stack(batch)
 
@@ -284,7 +284,7 @@ def _images(recipe: Recipe, rows: pa.Table) -> Iterator[Images]:
 def _labelled(
     recipe: Recipe, rows: pa.Table, protocol: Protocol = "published"
 ) -> Iterator[tuple[Images, list[Int16[np.ndarray, "_ _"]]]]:
-    """Decoded images and their labels, at the images' size where the protocol does not say otherwise."""
+    """Yield decoded images and their labels, at the images' size unless the protocol uses another."""
     for start in range(0, len(rows), _AT_ONCE):
         some = rows.slice(start, _AT_ONCE)
         images, labels = usable(read_labelled_rows(some, recipe=recipe, protocol=protocol))

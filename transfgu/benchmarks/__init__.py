@@ -1,1 +1,1 @@
-"""Measurements of each stage beside its bound."""
+"""Measure each stage and compare it with a lower bound."""

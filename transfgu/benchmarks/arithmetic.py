@@ -1,4 +1,4 @@
-"""Time each stage's arithmetic beside a lower bound: the same work in PyTorch or FAISS alone.
+"""Time the arithmetic of each stage and compare it with a lower bound: the same work in PyTorch or FAISS alone.
 
 Both do the same work on the same pixels in one run and take turns, so that other load of the machine affects both;
 medians are compared. The bound runs in one process on data in memory, without reading, sending or storing.
@@ -36,15 +36,15 @@ from transfgu.recipe import Recipe, Size
 from transfgu.training.step import PendingStep, make_optimiser, start_step
 from transfgu.views import apply_views, draw_views
 
-_MATMUL = {"cpu": 1024, "cuda": 8192}  # sides at which a matrix product is as fast as it gets
-_SALIENT = 0.3  # of the places of a made map
+_MATMUL = {"cpu": 1024, "cuda": 8192}  # side of a matrix product that reaches the full speed
+_SALIENT = 0.3  # share of patches above zero in a generated map
 
 KMEANS_SEED = 1
-"""Of the K-Means that is timed."""
+"""Seed of the timed K-Means."""
 
 
 def device_name(device: torch.device) -> str:
-    """What the device is called, and how many cores there are where it is the CPU."""
+    """Return the name of the device; for a CPU, also the number of cores."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     models = [s for s in _lines("/proc/cpuinfo") if s.startswith("model name")]
@@ -58,13 +58,13 @@ def _lines(file: str) -> list[str]:
 
 
 class Bare:
-    """The encoder and a decoder in one process, on all its cores or its GPU: the bounds, and what needs no Ray.
+    """Encoder and decoder in one process, on all its cores or its GPU: measures the bounds, and whatever needs no Ray.
 
-    Pixels are noise, of which arithmetic takes no notice.
+    Pixels are noise, because the speed of arithmetic does not depend on them.
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        """Raises UserError where the encoder or its weights can't be had."""
+        """Raise UserError if the encoder or its weights are not available."""
         self.recipe = recipe
         self.device = own_device()
         self._use_cores()
@@ -73,14 +73,14 @@ class Bare:
 
     def _use_cores(self) -> None:
         torch.set_float32_matmul_precision("highest")
-        allow_tf32(self.recipe.training, self.device)  # another recipe's may have been measured before
-        # Each call of an actor may find the threads as Ray or another library set them.
+        allow_tf32(self.recipe.training, self.device)  # a recipe with another setting may have been measured before
+        # # Ray or another library may change the number of threads between calls of an actor.
         if self.device.type == "cpu":
             use_cores(1)
             faiss.omp_set_num_threads(cores())
 
     def about(self) -> dict[str, Any]:
-        """The machine: fields of `Measurements`."""
+        """Return the description of the machine: fields of `Measurements`."""
         self._use_cores()
         half = self.frozen.half
         return {
@@ -92,12 +92,12 @@ class Bare:
         }
 
     def shape(self) -> tuple[int, int, int]:
-        """The encoder's width, heads and patch."""
+        """Width, number of heads and patch size of the encoder."""
         encoder = self.frozen.encoder
         return encoder.width, encoder.num_heads, encoder.patch_size
 
     def forwards(self, work: Mapping[Size, int]) -> tuple[float, float]:
-        """Bare forwards of so many images of each size, a batch at a time, on CPUs a batch on each core.
+        """Time bare forwards of so many images of each size, one batch at a time; on CPUs one batch per core.
 
         Returns:
             Seconds, and floating-point operations.
@@ -113,7 +113,7 @@ class Bare:
         def all_of_them() -> None:
             self.frozen.each(lambda start: self._bare_forward(batch[: count - start]), range(0, count, rows))
 
-        flops = _flops(lambda: self._bare_forward(batch[:1])) * count  # which warms it up, too
+        flops = _flops(lambda: self._bare_forward(batch[:1])) * count  # this also warms up
         return self._seconds(all_of_them), flops
 
     @torch.no_grad()
@@ -145,13 +145,13 @@ class Bare:
         )
 
     def counting(self, images: int) -> float:
-        """Return images per second, resized, classified and counted into one confusion matrix on the device."""
+        """Return images per second that are resized, classified and counted into a confusion matrix on the device."""
         return images / self.counting_pace(images, 1).seconds
 
     def counting_pace(self, images: int, repeats: int) -> Timing:
-        """Time the counting of a batch's confusion matrix, beside the same image by image.
+        """Time the counting of a batch's confusion matrix; the bound counts one image at a time.
 
-        Logits and labels lie on the device; resizing the logits and taking the largest is part of both.
+        Logits and labels are on the device; both include resizing the logits and taking the maximum.
         """
         self._use_cores()
         size, classes = self.recipe.dataset.image_size, self.recipe.classes
@@ -171,7 +171,7 @@ class Bare:
             )
         return Timing(
             stage="counting",
-            bound_is="the same image by image, counted on the CPU",
+            bound_is="one image at a time, counted on the CPU",
             items=images,
             unit="images",
             ours=ours,
@@ -180,10 +180,11 @@ class Bare:
         )
 
     def concept_maps(self, repeats: int, *, unfused: bool = False) -> Timing:
-        """Maps of all concepts beside a bare forward of the same batch.
+        """Time the maps of all concepts; the bound is a bare forward of the same batch.
 
-        `unfused` also times the published way on one image: one backward pass a class through a network that keeps its
-        attention matrices. That takes gigabytes; one class is timed, in turns with ours, and stands for the others.
+        `unfused` also times the published method on one image: one backward pass per class through a network that keeps
+        its attention matrices. It takes gigabytes of memory, so one class is timed, alternating with ours, and
+        multiplied by the number of classes.
         """
         self._use_cores()
         size, count = self.recipe.dataset.image_size, self.recipe.concepts.count
@@ -204,7 +205,7 @@ class Bare:
         if unfused:
             published, beside = self._backward_a_class(batch[:1], concepts, lambda: self._seconds(maps), repeats)
             details = {
-                "one backward pass a class through an unfused network [s]": published * rows,
+                "one backward pass per class through an unfused network [s]": published * rows,
                 "times as long as ours": published * rows / beside,
             }
         flops = _flops(lambda: self._bare_forward(batch))
@@ -223,7 +224,7 @@ class Bare:
     def _backward_a_class(
         self, image: Float[Tensor, "1 3 H W"], concepts: Float[Tensor, "K d"], ours: Callable[[], float], repeats: int
     ) -> tuple[float, float]:
-        """Seconds that an image takes so, and those that `ours` says it took in turns with it: medians."""
+        """Return the seconds per image of the published method and of `ours`, timed alternately: medians."""
         vit = copy.deepcopy(self.frozen.encoder.vit).requires_grad_(True)
         for block in vit.blocks:
             block.attn.fused_attn = False
@@ -239,7 +240,7 @@ class Bare:
         return forward + len(concepts) * statistics.median(taken), statistics.median(beside)
 
     def training_step(self, batch: int, repeats: int) -> Timing:
-        """A step with a teacher, its encoder forward included, beside that forward alone; images are in memory."""
+        """Time a step with a teacher, including the encoder's forward, which is the bound. Images are in memory."""
         self._use_cores()
         loop = self._loop(batch)
         images, maps = loop.views(0)
@@ -258,12 +259,13 @@ class Bare:
             ours=ours,
             bound=bound,
             peak_bytes=peak.bytes,
-            # Only this thread's are counted, and on CPUs the encoder has others: the bare forward stands for it.
+            # # FLOPs are counted in this thread only, and on CPUs the encoder uses others, so the bare forward is
+            # counted instead.
             flops=_flops(lambda: self._bare_forward(images)) + _flops(lambda: loop.step(tokens, maps)),
         )
 
     def training_loop(self, batch: int, steps: int) -> float:
-        """Seconds of so many steps with a teacher, as a bare loop over images and maps that lie in memory."""
+        """Return the seconds of so many steps with a teacher, as a bare loop over images and maps in memory."""
         self._use_cores()
         loop = self._loop(batch)
 
@@ -271,10 +273,10 @@ class Bare:
             before: PendingStep | None = None
             for step in range(steps):
                 images, maps = loop.views(step)
-                # Seen whole, an image has the same tokens in every epoch, and those are what lies in memory.
+                # # An image without random crops has the same tokens in every epoch, so its tokens are in memory.
                 queued = loop.step(self._tokens(images) if self.recipe.training.views else known, maps)
                 if before:
-                    before.result()  # as training's worker reads it: one step behind
+                    before.result()  # read one step late, as the training worker does
                 before = queued
 
         images, maps = loop.views(0)
@@ -286,7 +288,7 @@ class Bare:
         return _Loop(self.recipe, self._tokens, batch)
 
     def concepts(self, count: int, iterations: int, repeats: int) -> Timing:
-        """K-Means on one worker, in this process, beside FAISS's."""
+        """Time K-Means on one worker, in this process; the bound is FAISS's K-Means."""
         self._use_cores()
         features, k = made_features(count, self.frozen.encoder.width), self.recipe.concepts.count
         gpu = self.device.type == "cuda"
@@ -310,7 +312,7 @@ class Bare:
     def faiss(
         self, features: Float32[ndarray, "n d"], start: Float32[ndarray, "k d"], iterations: int, *, gpu: bool
     ) -> tuple[float, float]:
-        """As `faiss_kmeans`; `gpu` means nothing where this process has none."""
+        """Call `faiss_kmeans`; `gpu` has no effect if this process has no GPU."""
         self._use_cores()
         return faiss_kmeans(features, start, iterations, gpu=gpu and self.device.type == "cuda")
 
@@ -327,7 +329,7 @@ class Bare:
 
 
 class _Loop:
-    """Student, teacher and a batch, in memory."""
+    """Student, teacher and a batch in memory."""
 
     def __init__(self, recipe: Recipe, tokens: PatchTokens, batch: int) -> None:
         self._recipe, self._patch = recipe, tokens.encoder.patch_size
@@ -337,7 +339,7 @@ class _Loop:
             MaskDecoder(width, recipe.classes, num_heads=heads, depth=how.depth, dropout=how.dropout).to(device)
             for _ in range(2)
         )
-        self._optimiser = make_optimiser(self._student, recipe.training.lr, recipe.training.weight_decay)
+        self._optimiser = make_optimiser(self._student, recipe.training.scaled_lr, recipe.training.weight_decay)
         self._images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, device=device)
         grid = tuple(side // self._patch for side in recipe.dataset.image_size)
         maps = torch.rand(batch, recipe.concepts.count, *grid, device=device)
@@ -346,7 +348,7 @@ class _Loop:
         self._half = in_bfloat16(recipe.training, device)
 
     def views(self, step: int) -> tuple[Tensor, Tensor]:
-        """The encoder's input, and the maps."""
+        """Return the encoder's input, and the maps."""
         size = self._recipe.dataset.training_size
         if self._recipe.training.views:
             views = draw_views(range(len(self._images)), size, seed=0, epoch=step)
@@ -373,7 +375,7 @@ class _Loop:
 
 
 def made_features(rows: int, width: int) -> Float32[ndarray, "n d"]:
-    """Rows about 200 centres that overlap, on which K-Means has something to do in every iteration."""
+    """Return rows around 200 overlapping centres, so that K-Means has work in every iteration."""
     generator = np.random.default_rng(0)
     features = generator.standard_normal((rows, width), np.float32)
     centres = generator.standard_normal((200, width), np.float32)
@@ -382,7 +384,7 @@ def made_features(rows: int, width: int) -> Float32[ndarray, "n d"]:
 
 
 def kmeans_start(features: Float32[ndarray, "n d"], k: int) -> Float32[ndarray, "k d"]:
-    """The centroids that our K-Means of `KMEANS_SEED` starts from."""
+    """Return the initial centroids of our K-Means with `KMEANS_SEED`."""
     return Shard([features]).best_start(sample_rows(len(features), k, KMEANS_SEED), k, KMEANS_SEED)
 
 
@@ -391,13 +393,13 @@ def faiss_kmeans(
 ) -> tuple[float, float]:
     """Return seconds of FAISS's own K-Means in this process, on all rows, and its inertia.
 
-    With `gpu` it runs on the first GPU if this FAISS can. It is given ours' start, which ours takes time to find;
-    another one would end in another local optimum, and the inertias would say nothing.
+    With `gpu` it runs on the first GPU if this FAISS supports it. It starts from our initial centroids, whose search is
+    part of our time; from others it would end in another local optimum, and the inertias could not be compared.
     """
     started = time.perf_counter()
     k, width = start.shape
     clustering = faiss.Kmeans(width, k, niter=iterations, max_points_per_centroid=len(features))
-    if gpu and hasattr(faiss, "StandardGpuResources"):  # FAISS's own argument would take all GPUs, for a 1 too
+    if gpu and hasattr(faiss, "StandardGpuResources"):  # FAISS's own argument uses all GPUs, even with the value 1
         resources = faiss.StandardGpuResources()
         clustering.index = faiss.index_cpu_to_gpu(resources, 0, clustering.index)
     clustering.train(features, init_centroids=start)
@@ -414,10 +416,10 @@ def concepts_timing(
     inertia: Mapping[str, float],
     peak_bytes: int,
 ) -> Timing:
-    """A line of the table for K-Means."""
+    """Return the line of the table for K-Means."""
     return Timing(
         stage=stage,
-        bound_is=f"FAISS in one process, {len(features)} x {features.shape[1]}, its start given",
+        bound_is=f"FAISS in one process, {len(features)} x {features.shape[1]}, from given centroids",
         items=len(features) * iterations,
         unit="rows x iterations",
         ours=turns[0],
@@ -428,7 +430,7 @@ def concepts_timing(
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """Floating-point operations a second of a large matrix product: the best of some tries."""
+    """Return floating-point operations per second of a large matrix product: the best of several tries."""
     side = _MATMUL[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")
@@ -445,14 +447,14 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> 
 
 
 def _flops(work: Callable[[], Any]) -> float:
-    """Floating-point operations of matrix products and attention in some work, which is done for it."""
+    """Return the floating-point operations of matrix products and attention in `work`, which is run once."""
     with FlopCounterMode(display=False) as counter:
         work()
     return float(counter.get_total_flops())
 
 
 class _Peak:
-    """The most memory that this process held within the block: of the device, where that is a GPU."""
+    """Measures the peak memory of this process in the block: of the GPU, if the device is one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -471,14 +473,14 @@ class _Peak:
 
 
 def reset_peak() -> None:
-    """Let this process's peak begin anew, where the system can."""
+    """Reset this process's peak memory, if the system supports it."""
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
 
 
 def peak_of(process: int) -> int:
-    """The most bytes that a process held in memory; 0 where it is gone or the system does not say."""
+    """Return the peak memory of a process in bytes; 0 if it has ended or the system does not report it."""
     try:
         line = next((s for s in _lines(f"/proc/{process}/status") if s.startswith("VmHWM")), "VmHWM 0")
     except OSError:

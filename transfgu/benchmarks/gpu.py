@@ -46,19 +46,19 @@ class Part:
     name: str
     command: Sequence[str]
     limit: float
-    """Seconds after which it is ended."""
+    """Seconds after which it is stopped."""
     read: Callable[[], dict[str, Any]]
-    """Returns what it has found so far, as the report holds it; {} for nothing."""
+    """Return the results so far, as the report stores them; {} if there are none."""
 
 
 def choose_device(asked: str) -> torch.device:
     """Return the device to report on.
 
     Args:
-        asked: `cuda`, or `cpu` to try the command itself, at sizes whose figures mean nothing.
+        asked: `cuda`, or `cpu` to try the command itself at small sizes, whose figures mean nothing.
 
     Raises:
-        UserError: another name, or no GPU is there.
+        UserError: another name, or there is no GPU.
     """
     if asked not in ("cuda", "cpu"):
         raise UserError(f"device {asked} is unknown: choose cuda or cpu", code="device-unknown")
@@ -77,11 +77,11 @@ def benchmark_fields(device: torch.device) -> dict[str, Any]:
 
 
 def report(parts: Sequence[Part], device: torch.device, folder: Path, say: Say = print) -> dict[str, Any]:
-    """Run the parts in turn, and keep `gpu.json` and `gpu.md` in `folder` up to date with what they have found.
+    """Run the parts one after another, and update `gpu.json` and `gpu.md` in `folder` with their results.
 
     Returns:
-        The report. Under `parts`: for each its `name`, `status` ("done", "failed", "ended after its limit"),
-        `seconds`, and what its `read` returned.
+        The report. `parts` holds for each part its `name`, `status` ("done", "failed", "ended after its limit"),
+            `seconds`, and the result of its `read`.
     """
     found: dict[str, Any] = {
         "device": device_name(device),
@@ -114,7 +114,7 @@ def _write(found: dict[str, Any], row: dict[str, Any], part: Part, seconds: floa
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a part and the processes that it started in its session."""
+    """Stop a part and the processes that it started in its session."""
     for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(process.pid, sign)
@@ -176,9 +176,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def measure_arithmetic(device: torch.device, file: Path) -> None:
-    """Time encoder, maps, training step, counting and K-Means in this process, without Ray; written line by line.
+    """Time encoder, maps, training step, counting and K-Means in this process, without Ray; write line by line.
 
-    The most wanted figures come first: a training step of COCO-Stuff's global batch in both precisions.
+    The most important figures come first: a training step of COCO-Stuff's global batch in both precisions.
     """
     small = device.type == "cpu"
     batch, repeats, rows = (4, 2, 3000) if small else (256, 5, 500_000)
@@ -225,7 +225,7 @@ def recipe_flags(device: torch.device) -> list[str]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Return the report for people."""
+    """Return the report as Markdown."""
     lines = [
         f"# {found['device']}",
         "",
@@ -246,10 +246,10 @@ def markdown(found: dict[str, Any]) -> str:
 
 def _table(part: dict[str, Any]) -> list[str]:
     lines = [
-        f"{part['encoder']}, {part['precision']}; a large matrix product runs at {part['matmul TFLOP/s']} TFLOP/s, of "
-        "which model FLOP utilisation is a share.",
+        f"{part['encoder']}, {part['precision']}; a large matrix product reaches {part['matmul TFLOP/s']} TFLOP/s; "
+        "model FLOP utilisation is a share of this.",
         "",
-        "| what | per second | model FLOP utilisation | ours by the bound | peak memory |",
+        "| what | per second | model FLOP utilisation | ours / bound | peak memory |",
         "| --- | --- | --- | --- | --- |",
     ]
     for line in part["lines"]:

@@ -1,8 +1,8 @@
 """Measure how many training samples per second a core reads, from the source that training workers use.
 
-The first epoch fills the node's cache from the files; after a second one, epochs out of the cache are timed. What comes
-out are batches of decoded images (uint8) and packed maps in memory, ready to be copied to a device. No encoder and no
-Ray.
+The first epoch fills the node's cache from the files; after a second one, epochs that read the cache are timed. The
+results are batches of decoded images (uint8) and packed maps in memory, ready to be copied to a device. There is no
+encoder and no Ray.
 """
 
 import json
@@ -27,52 +27,52 @@ from transfgu.store.artifacts import Run
 from transfgu.training.batches import VERSIONS, Cached, Share, open_cache
 from transfgu.training.order import Order
 
-_PHOTOGRAPHS = 32  # different ones; each has many names
-_SIDES = ((480, 640), (640, 480), (427, 640), (375, 500))  # heights and widths, as COCO's
+_PHOTOGRAPHS = 32  # number of different photographs; each has many names
+_SIDES = ((480, 640), (640, 480), (427, 640), (375, 500))  # heights and widths, as in COCO
 _PATCH = 8
-_TIMED_SAMPLES = 4096  # at least, where the images are fewer by several epochs
+_TIMED_SAMPLES = 4096  # at least; with fewer images over several epochs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ingest:
-    """What was measured."""
+    """The measurements."""
 
     preset: str
     images: int
     image_size: tuple[int, int]
     concepts: int
     data: str
-    """URI of the images; empty: made-up photographs."""
+    """URI of the images; empty: generated photographs."""
     samples_per_second_per_core: float
-    """Of the cached epochs: samples by the process's CPU seconds."""
+    """Of the cached epochs: samples per CPU second of the process."""
     samples_per_second: float
-    """Of the cached epochs, by the clock."""
+    """Of the cached epochs: samples per second of wall time."""
     first_epoch_samples_per_second_per_core: float
     first_epoch_requests_per_sample: float
-    """Files and ranges of files that were read, of images and maps, in the epoch that fills the cache."""
+    """Files and ranges of files read per sample (image and maps) in the epoch that fills the cache."""
     requests_per_sample: float
     """The same in the cached epochs."""
     bytes_per_sample: int
-    """Of the image and its maps in the cache."""
+    """Size of an image and its maps in the cache."""
     peak_rss_bytes: int
-    """The most memory of its own (without mapped files) that the process held after a batch of the cached epochs."""
+    """Peak memory of the process without mapped files, measured after each batch of the cached epochs."""
 
     def to_json(self) -> str:
-        """As JSON text."""
+        """Return JSON text."""
         return json.dumps(asdict(self), indent=1)
 
 
 def measure(recipe: Recipe, images: int, batch_size: int | None = None) -> Ingest:
-    """Fill a cache by one epoch and time later ones.
+    """Fill a cache in one epoch and time later ones.
 
     Args:
-        recipe: of the preset: sizes, number of concepts, batch size; where it names data, its training images are
-            read, else made-up photographs. The maps are noise, in parts like the pseudo labels'.
-        images: how many.
-        batch_size: of a worker; None: the recipe's.
+        recipe: of the preset: sizes, number of concepts, batch size. If it names data, its training images are read,
+            otherwise generated photographs. The maps are noise, in parts like those of the pseudo labels.
+        images: number of training images.
+        batch_size: batch size of a worker; None: that of the recipe.
 
     Raises:
-        UserError: fewer training images than that.
+        UserError: fewer training images than `images`.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         rows = made_rows(recipe, images, Path(folder))
@@ -84,7 +84,7 @@ def measure(recipe: Recipe, images: int, batch_size: int | None = None) -> Inges
         cache = recipe.compute.cache_folder or str(Path(folder) / "cache")
         compute = replace(recipe.compute, cache_folder=cache, cache_gib=max(1.0, recipe.compute.cache_gib))
         seen = order.steps * order.batch
-        timed = range(2, 2 + max(1, _TIMED_SAMPLES // seen))  # after one that fills the cache, and one out of it
+        timed = range(2, 2 + max(1, _TIMED_SAMPLES // seen))  # after one that fills the cache, and one that reads it
         source = open_cache(share, compute, epochs=timed.stop + 2 * _TIMED_SAMPLES, threads=1)
         if source is None or source.cache.kept < images:
             raise UserError(f"{cache} has no room for {images} samples: give --compute.cache_folder", code="no-room")
@@ -114,9 +114,9 @@ def measure(recipe: Recipe, images: int, batch_size: int | None = None) -> Inges
 
 
 def _timed(source: Cached, epochs: range) -> tuple[float, int]:
-    """CPU seconds of this process for some epochs, and its highest memory after a batch.
+    """Return CPU seconds of this process for some epochs, and its peak memory after a batch.
 
-    As many batches are ready before as after: those that are read ahead.
+    The number of prefetched batches is the same before and after.
     """
     started, peak = time.process_time(), 0
     for epoch in epochs:
@@ -127,7 +127,7 @@ def _timed(source: Cached, epochs: range) -> tuple[float, int]:
 
 
 def _own_memory() -> int:
-    """Memory of this process without mapped files, bytes; 0 where the system does not say."""
+    """Return the memory of this process without mapped files, in bytes; 0 if the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -136,12 +136,12 @@ def _own_memory() -> int:
 
 
 def made_rows(recipe: Recipe, images: int, folder: Path) -> pa.Table:
-    """The table of training images, with made-up maps."""
+    """Return the table of training images, with generated maps."""
     if recipe.data:
         listed = datasets.list_samples(recipe.with_fields({"limit": images}), "train")["image"].to_pylist()
         if len(listed) < images:
             raise UserError(
-                f"{images} training images are needed, and {len(listed)} are there: lower --images",
+                f"{images} training images are required, and {len(listed)} were found: lower --images",
                 code="too-few-images",
             )
         uris = listed[:images]
@@ -157,7 +157,7 @@ def made_rows(recipe: Recipe, images: int, folder: Path) -> pa.Table:
 
 
 def write_photographs(folder: Path, count: int) -> list[str]:
-    """Photographs of COCO's sizes: smooth colours with some noise, about 100 KB each."""
+    """Write photographs of COCO's sizes: smooth colours with some noise, about 100 KB each."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     found = [folder / f"{i:07d}.jpg" for i in range(count)]

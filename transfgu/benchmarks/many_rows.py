@@ -1,7 +1,7 @@
-"""K-Means of more rows than memory should hold: from part files, by the code of one actor, in a process of its own.
+"""Time K-Means of more rows than fit in memory: from part files, with the code of one actor, in its own process.
 
-`python -m transfgu.benchmarks.many_rows FOLDER K ITERATIONS` is that process. FAISS runs on as many of the rows as fit,
-for as many iterations, and seconds per row are compared.
+`python -m transfgu.benchmarks.many_rows FOLDER K ITERATIONS` is that process. FAISS clusters as many of the rows as
+fit, with the same number of iterations, and seconds per row are compared.
 """
 
 import json
@@ -30,53 +30,53 @@ from transfgu.stages import concepts
 from transfgu.store.scratch import available_memory
 
 WIDTH = 384
-_PART_ROWS = 1440  # windows of a part of 16 images
-_SHARE = 0.2  # of the memory that is free, for the rows that FAISS gets; it copies them
+_PART_ROWS = 1440  # windows in a part of 16 images
+_SHARE = 0.2  # of the free memory, for the rows given to FAISS, which copies them
 
 
 @dataclass(frozen=True, kw_only=True)
 class ManyRows:
-    """What was measured."""
+    """The measurements."""
 
     rows: int
     k: int
     iterations: int
-    """That both made."""
+    """Iterations of both."""
     seconds: float
-    """Of our clustering, its starts included."""
+    """Duration of our clustering, including the choice of initial centroids."""
     reading_seconds: float
-    """Until the rows are there, out of local part files."""
+    """Duration of reading the rows from local part files."""
     peak_bytes: int
-    """The most memory that the process held, mapped files included."""
+    """Peak memory of the process, including mapped files."""
     peak_own_bytes: int
-    """The same without mapped files."""
+    """Peak memory without mapped files."""
     on_disk: bool
-    """Whether the rows lay on disk."""
+    """True if the rows were on disk."""
     faiss_rows: int
     faiss_seconds: float
     device: str
 
     @property
     def ratio(self) -> float:
-        """Seconds per row and iteration, ours by FAISS's."""
+        """Seconds per row and iteration, ours divided by FAISS's."""
         return (self.seconds / self.rows) / (self.faiss_seconds / self.faiss_rows)
 
     def to_json(self) -> str:
-        """As JSON text."""
+        """Return JSON text."""
         return json.dumps({**asdict(self), "ratio": self.ratio}, indent=1)
 
 
 def measure(
     recipe: Recipe, rows: int, folder: str = "", say: Callable[[str], None] = lambda _: None, on_disk: bool = False
 ) -> ManyRows:
-    """Write features of `rows` windows as a features stage does, cluster them in one process, and compare with FAISS.
+    """Write features of `rows` windows as the features stage does, cluster them in one process, and compare with FAISS.
 
     Args:
         recipe: number of concepts, and iterations.
-        rows: how many; they take 1.5 KB each on disk, twice that where they don't fit into memory.
-        folder: for them; empty: a temporary one.
-        say: told what is done.
-        on_disk: whether the rows lie on disk however few they are.
+        rows: number of rows; each takes 1.5 KB on disk, or twice that if they don't fit into memory.
+        folder: folder for the rows; empty: a temporary one.
+        say: called with a line about each step.
+        on_disk: keep the rows on disk, however few they are.
 
     Raises:
         UserError: fewer rows than concepts; the process failed.
@@ -86,7 +86,7 @@ def measure(
         raise UserError(f"{rows} rows are too few: give --rows {max(k, 1000)} or more", code="flag-range")
     with tempfile.TemporaryDirectory(dir=folder or None, ignore_cleanup_errors=True) as here:
         say(f"{rows} x {WIDTH} features in {here} ...")
-        sample = _write_parts(Path(here) / "features", rows)
+        sample = write_parts(Path(here) / "features", rows)
         say(f"FAISS, {len(sample)} rows, {iterations} iterations ...")
         start = kmeans_start(sample, k)
         faiss_seconds, _ = faiss_kmeans(sample, start, iterations)
@@ -102,8 +102,13 @@ def measure(
     return ManyRows(k=k, faiss_rows=faiss_rows, faiss_seconds=faiss_seconds, device=device_name(own_device()), **found)
 
 
-def _write_parts(folder: Path, rows: int) -> np.ndarray:
-    """Part files of made features; returns as many of the first rows as FAISS can have."""
+def write_parts(folder: Path, rows: int) -> np.ndarray:
+    """Write part files of generated features; returns as many of the first rows as FAISS can have.
+
+    Args:
+        folder: folder for the files; it is created.
+        rows: number of rows of `WIDTH` values.
+    """
     folder.mkdir()
     wanted = min(rows, int(_SHARE * available_memory() / (4 * WIDTH)))
     kept, count = [], 0
@@ -111,7 +116,7 @@ def _write_parts(folder: Path, rows: int) -> np.ndarray:
     generator = np.random.default_rng(2)
     for first in range(0, rows, len(block)):
         features = block[: rows - first]
-        if first:  # the same rows again would not be a task: each is moved by a little of another
+        if first:  # repeated rows would be too easy: add a little of another row to each
             features = features + np.float32(0.3) * block[generator.permutation(len(block))[: len(features)]]
         if count < wanted:
             kept.append(features[: wanted - count])
@@ -132,7 +137,7 @@ def _write_part(folder: Path, first: int, features: np.ndarray) -> None:
 
 
 class _Peak(threading.Thread):
-    """The most memory without mapped files that this process held."""
+    """Measures the peak memory of this process without mapped files, in a thread."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -140,13 +145,13 @@ class _Peak(threading.Thread):
         self.ended = threading.Event()
 
     def run(self) -> None:
-        """Look, several times a second."""
+        """Measure several times per second."""
         while not self.ended.wait(0.1):
             self.bytes = max(self.bytes, own_memory(os.getpid()))
 
 
 def main(words: list[str]) -> None:
-    """Cluster the parts of a folder and print what it took, as JSON."""
+    """Cluster the parts of a folder and print the measurements as JSON."""
     folder, k, iterations, on_disk = words[0], int(words[1]), int(words[2]), bool(int(words[3]))
     peak = _Peak()
     peak.start()

@@ -1,7 +1,7 @@
-"""What a command and the processes that it starts hold in memory, and what it prints, with the time of each line.
+"""Measure the memory of a command and of the processes it starts, and the time of each line that it prints.
 
-Only Linux tells this (`/proc`). Memory that processes share with Ray's object store is not theirs: it is that of the
-store, which is counted once.
+Only Linux reports this memory (`/proc`). Memory shared with Ray's object store is not counted for the processes; the
+store is counted once.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ class Memory:
     """Peaks, in bytes."""
 
     by_kind: dict[str, int] = field(default_factory=dict)
-    """Of the largest process of each kind: `driver`, `raylet`, `gcs_server`, the class of an actor, the function of a
-    task; without what is shared."""
+    """Peak of the largest process of each kind (`driver`, `raylet`, `gcs_server`, class of an actor or function of a
+    task), without shared memory."""
     processes: dict[str, int] = field(default_factory=dict)
-    """Most processes of each kind at a time."""
+    """Maximum number of processes of each kind at a time."""
     together: int = 0
-    """Of all processes together."""
+    """Peak of all processes together."""
     object_store: int = 0
-    """Of Ray's object store."""
+    """Peak of Ray's object store."""
 
     def take(self, own: Mapping[str, Sequence[int]], store: int) -> None:
-        """Count one look: bytes of each process by kind, and of the object store."""
+        """Add one measurement: bytes of each process by kind, and of the object store."""
         for kind, sizes in own.items():
             self.by_kind[kind] = max(self.by_kind.get(kind, 0), *sizes)
             self.processes[kind] = max(self.processes.get(kind, 0), len(sizes))
@@ -49,12 +49,12 @@ class Line:
     """A line that a command printed."""
 
     seconds: float
-    """Since the command started."""
+    """Seconds since the command started."""
     text: str
 
 
 class Command:
-    """A command that runs on a terminal of its own, so that it tells its progress at once."""
+    """A command that runs in its own terminal, so that it prints progress at once."""
 
     def __init__(
         self, command: Sequence[str], memory: Memory, said: Callable[[Line], None], environment: Mapping[str, str]
@@ -73,7 +73,7 @@ class Command:
             env={**os.environ, **environment},
         )
         os.close(slave)
-        self._seen: set[tuple[int, str]] = set()  # numbers and starts: a number may be another process's later
+        self._seen: set[tuple[int, str]] = set()  # process ids and start times, because ids are reused
         self._over = threading.Event()
         self._threads = [
             threading.Thread(target=self._listen, args=(master,), daemon=True),
@@ -84,7 +84,7 @@ class Command:
 
     @property
     def ended(self) -> bool:
-        """Whether the command has ended."""
+        """True if the command has ended."""
         return self._process.poll() is not None
 
     def wait(self) -> int:
@@ -95,14 +95,14 @@ class Command:
         return status
 
     def living(self) -> list[int]:
-        """Return those of its processes, as far as they were seen, that live."""
+        """Return the ids of its known processes that are still running."""
         return [process for process, began in self._seen if _began(process) == began]
 
     def kill(self, patience: float = _END_SECONDS) -> float:
-        """Kill the command alone by SIGKILL, and wait until the processes that it started have ended.
+        """Kill the command by SIGKILL, and wait until the processes that it started have ended.
 
         Args:
-            patience: seconds after which those that live are killed, too.
+            patience: seconds after which the remaining processes are killed, too.
 
         Returns:
             Seconds from the command's start to the signal.
@@ -161,7 +161,7 @@ class Command:
 
 
 def descendants(root: int) -> Iterator[int]:
-    """Yield a process and all that it started, directly or not, as far as they live."""
+    """Yield the ids of a running process and of all its running descendants."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError, ValueError):
@@ -175,7 +175,7 @@ def descendants(root: int) -> Iterator[int]:
 
 
 def kind_of(process: int) -> str:
-    """Return what a process is: the class of a Ray actor, the function of a task, else its program; empty if gone."""
+    """Return the kind of a process: class of a Ray actor, function of a task, or its program; empty if it ended."""
     try:
         words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
     except OSError:
@@ -192,7 +192,7 @@ def kind_of_title(title: str) -> str:
 
 
 def own_memory(process: int) -> int:
-    """Return bytes of a process's memory that belong to no file and to no other process; 0 if it is gone."""
+    """Return the bytes of a process's memory that belong to no file and no other process; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -201,7 +201,7 @@ def own_memory(process: int) -> int:
 
 
 def _object_store(raylet: int) -> int:
-    """Return the bytes that the object store of a raylet has ever used: its file in shared memory keeps them."""
+    """Return the peak size of a raylet's object store in bytes; its file in shared memory never shrinks."""
     found = Counter[int]()
     with contextlib.suppress(OSError):
         for handle in Path(f"/proc/{raylet}/fd").iterdir():
@@ -213,7 +213,7 @@ def _object_store(raylet: int) -> int:
 
 
 def _began(process: int) -> str:
-    """Return when a process began, in ticks since boot; empty if it has ended."""
+    """Return the start time of a process, in ticks since boot; empty if it has ended."""
     try:
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

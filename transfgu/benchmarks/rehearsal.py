@@ -1,8 +1,8 @@
-"""Rehearse a full data set: the real numbers of files at small sizes, so that what is measured is the system itself.
+"""Rehearse a full data set: the real number of files at small sizes, to measure the system without the arithmetic.
 
-Thousands of names share a few hundred pictures, and the encoder is one small block. `transfgu train` runs all stages
-as a command of its own, is killed in the middle of the first one, and begins again. Meanwhile the memory of all its
-processes is looked at, and the lines that it prints say when work began and ended.
+Thousands of names share a few hundred pictures, and the encoder is one small block. `transfgu train` runs all stages as
+a separate command, is killed in the middle of the first stage, and starts again. Meanwhile the memory of all its
+processes is measured, and the lines that it prints show when work started and ended.
 """
 
 import datetime
@@ -36,37 +36,37 @@ from transfgu.store import storage
 from transfgu.store.artifacts import Run
 
 PICTURES = 256
-"""Different training images, and different labels; each has many names."""
+"""Number of different training images, and of different labels; each has many names."""
 EPOCHS = 2
 
 _SIDE, _PATCH, _WIDTH, _HEADS = 32, 8, 48, 3
 _PHOTO = (48, 64)  # height and width, pixels
-_AT_ONCE = 1024  # uploads that are handed out at a time
+_AT_ONCE = 1024  # uploads submitted at a time
 _UPLOADS = 16
-_SAMPLE, _STEPS, _TURNS = 128, 2, 3  # of the arithmetic that is timed alone: images, training steps, turns
+_SAMPLE, _STEPS, _TURNS = 128, 2, 3  # of the arithmetic timed alone: images, training steps, turns
 _PROGRESS = re.compile(r"^(\w+): (\d+)/(\d+) \w+")
 _DONE = re.compile(r"^(\w+): \d+ \w+ in [\d.]+ s")
-_KILLED = "features"  # the stage
+_KILLED = "features"  # the stage in which the command is killed
 
 
 @dataclass(kw_only=True)
 class Stage:
-    """What one stage took."""
+    """Measurements of one stage."""
 
     seconds: float
-    """Of both attempts, without the start of Python and Ray."""
+    """Seconds of both attempts, without the start of Python and Ray."""
     images: int
     beyond_arithmetic: float | None
-    """Seconds per image besides the arithmetic alone; None where that was not timed."""
+    """Seconds per image beyond the arithmetic alone; None if that was not timed."""
     requests: float | None
-    """S3 requests per image, as the server counted; None where it was not asked."""
+    """S3 requests per image, counted by the server; None if they were not counted."""
     files: int
     bytes: int
 
 
 @dataclass(kw_only=True)
 class Rehearsal:
-    """What was measured."""
+    """The measurements."""
 
     preset: str
     concepts: int
@@ -76,27 +76,27 @@ class Rehearsal:
     device: str
     date: str
     wall_seconds: float
-    """Of both attempts, start of Python and Ray included."""
+    """Seconds of both attempts, including the start of Python and Ray."""
     resume_seconds: float
-    """From the command that continues after SIGKILL at half of the features until it has made a further part."""
+    """Seconds from the second command, after SIGKILL at half of the features, until it has written another part."""
     parts_at_kill: int
     stages: dict[str, Stage]
     epoch_start_seconds: list[float]
-    """From an epoch's begin until its first batch is there, by epoch."""
+    """Seconds from the start of an epoch until its first batch, by epoch."""
     epoch_seconds: list[float]
-    """Of an epoch's steps."""
+    """Seconds of an epoch's steps."""
     score_share: list[float]
-    """Share of the validation scores in steps and scores, by epoch."""
+    """Duration of the validation scores as a share of steps and scores, by epoch."""
     training_overhead_seconds: float
-    """Of training besides steps and scores: start of workers, checkpoints, the end."""
+    """Seconds of training without steps and scores: start of workers, checkpoints, the end."""
     memory: Memory = field(default_factory=Memory)
 
     def to_json(self) -> str:
-        """As JSON text."""
+        """Return JSON text."""
         return json.dumps(asdict(self), indent=1)
 
     def to_markdown(self) -> str:
-        """As a page with three tables."""
+        """Return a Markdown page with three tables."""
         stages = [
             "| stage | seconds | ms per image beyond arithmetic | S3 requests per image | files | MB |",
             "| --- | --- | --- | --- | --- | --- |",
@@ -109,11 +109,11 @@ class Rehearsal:
         memory = ["| process | peak, MiB | at most |", "| --- | --- | --- |"]
         for kind, size in sorted(self.memory.by_kind.items(), key=lambda item: -item[1]):
             memory.append(f"| {kind} | {size / 2**20:.0f} | {self.memory.processes[kind]} |")
-        memory.append(f"| all together | {self.memory.together / 2**20:.0f} | |")
+        memory.append(f"| all processes | {self.memory.together / 2**20:.0f} | |")
         memory.append(f"| object store | {self.memory.object_store / 2**20:.0f} | |")
         times = ["| | |", "| --- | --- |"]
         for name, text in (
-            ("both attempts, from command to prompt", f"{self.wall_seconds:.0f} s"),
+            ("both attempts, including start", f"{self.wall_seconds:.0f} s"),
             (f"resume after SIGKILL at {self.parts_at_kill} parts", f"{self.resume_seconds:.1f} s"),
             ("start of an epoch", _seconds(self.epoch_start_seconds)),
             ("steps of an epoch", _seconds(self.epoch_seconds)),
@@ -144,24 +144,24 @@ def rehearse(
     requests: str = "",
     say: Callable[[str], None] = lambda _: None,
 ) -> Rehearsal:
-    """Make a data set of small images, and run all stages on it, killed once and begun again.
+    """Generate a data set of small images, and run all stages on it, with one kill and restart.
 
     Args:
-        recipe: of the preset: its concepts, windows' groups and batch size; sizes and encoder are the rehearsal's own.
-        images: training images, at least 128.
-        validation: labelled validation images.
-        root: URI of the folder for data and run, which are left there; data that an earlier rehearsal made there are
-            used again. Empty: a temporary folder.
-        requests: shell command that prints how many requests the S3 server has answered so far; empty: they are not
-            counted.
-        say: told what is done.
+        recipe: of the preset: its concepts, groups of windows and batch size; the rehearsal sets sizes and encoder.
+        images: number of training images, at least 128.
+        validation: number of labelled validation images.
+        root: URI of the folder for data and run, which are kept; data of an earlier rehearsal are used again. Empty: a
+            temporary folder.
+        requests: shell command that prints the number of requests that the S3 server has answered; empty: requests are
+            not counted.
+        say: called with a line about each step.
 
     Raises:
-        UserError: too few images, a run that is there already, a command that fails.
+        UserError: too few images, an existing run, a command that fails.
     """
     if images < 4 * parts.part_size((_SIDE, _SIDE)):
         raise UserError(
-            f"{images} images are too few to stop in the middle of them: give --images 128 or more", code="images-few"
+            f"{images} images are too few for a stop in the middle: give --images 128 or more", code="images-few"
         )
     with tempfile.TemporaryDirectory(prefix="rehearsal-", ignore_cleanup_errors=True) as folder:
         root = storage.absolute(root or folder)
@@ -178,7 +178,7 @@ def rehearse(
 
 
 def _small(recipe: Recipe, root: str, folder: Path) -> Recipe:
-    """The recipe at the rehearsal's sizes, on the data that lie in `root`."""
+    """Return the recipe with the rehearsal's sizes, on the data in `root`."""
     weights = storage.join(root, "encoder.safetensors")
     torch.manual_seed(0)
     vit = VisionTransformer(
@@ -205,13 +205,13 @@ def _small(recipe: Recipe, root: str, folder: Path) -> Recipe:
             "dataset.feature_size": (2 * _SIDE, 2 * _SIDE),
             "windows.size": (_SIDE, _SIDE),
             "windows.scales": (0.5,),
-            # An untrained encoder's attention is even: these leave both kinds of windows.
+            # # An untrained encoder's attention is even: these thresholds leave both kinds of windows.
             "windows.min_foreground": 0.5,
             "windows.min_background": 0.5,
             "training.epochs": EPOCHS,
             "training.teacher_start": 1,
             "training.evaluate_every": 1,
-            "compute.resident_gib": 0.0,  # as with images of full size, nothing stays in a worker's memory
+            "compute.resident_gib": 0.0,  # nothing stays in a worker's memory, as with full-size images
             "compute.cache_folder": str(folder / "cache"),
             "compute.track": "none",
         }
@@ -219,7 +219,7 @@ def _small(recipe: Recipe, root: str, folder: Path) -> Recipe:
 
 
 def make_data(recipe: Recipe, root: str, images: int, validation: int) -> None:
-    """Write training and validation images and labels below `root`, unless a rehearsal of as many has done so."""
+    """Write training and validation images and labels to `root`, unless a rehearsal of this size has written them."""
     marker, content = storage.join(root, "data.json"), json.dumps([images, validation, recipe.classes]).encode()
     if storage.read_bytes_or_none(marker) == content:
         return
@@ -243,7 +243,7 @@ def _file(image: Image.Image, kind: str) -> bytes:
 
 
 def _write_all(folder: str, suffix: str, files: list[bytes], count: int) -> None:
-    """Write `count` files under the names that COCO's have; local ones are links to the first of their content."""
+    """Write `count` files with names like COCO's; local files are links to the first file with the same content."""
     names = (storage.join(folder, f"{i:012d}.{suffix}") for i in range(count))
     if storage.is_local(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -263,7 +263,7 @@ def _write_all(folder: str, suffix: str, files: list[bytes], count: int) -> None
 
 
 def _arithmetic(recipe: Recipe) -> dict[str, float]:
-    """Seconds per image that stages' arithmetic alone takes, the shortest of some turns; for features its two parts."""
+    """Return seconds per image of each stage's arithmetic, the minimum of several turns; for features in two parts."""
     bare, batch = Bare(recipe), recipe.training.batch_size
 
     def forward(size: Size) -> float:
@@ -281,7 +281,7 @@ def _arithmetic(recipe: Recipe) -> dict[str, float]:
 
 
 class _Rehearsing:
-    """One rehearsal, as it goes."""
+    """A rehearsal that is running."""
 
     def __init__(self, recipe: Recipe, run: Run, folder: Path, requests: str, say: Callable[[str], None]) -> None:
         self._recipe, self._run, self._requests, self._say = recipe, run, requests, say
@@ -290,17 +290,17 @@ class _Rehearsing:
         self._command = [sys.executable, "-m", "transfgu", "train", "--recipe", str(file), "--run", run.uri]
         self._environment = {"PYTHONPATH": ":".join(filter(None, sys.path)), "RAY_TMPDIR": str(folder)}
         self._memory = Memory()
-        self._counts: list[tuple[str, float]] = []  # stages that ended, and what the server had answered by then
+        self._counts: list[tuple[str, float]] = []  # finished stages, with the number of requests by then
         self._half = threading.Event()
 
     def measured(self, images: int, validation: int, arithmetic: Mapping[str, float]) -> Rehearsal:
-        """Run, kill, run again, and read what the run's files and the commands' lines say."""
+        """Run, kill, run again, and read the measurements from the run's files and the printed lines."""
         self._count("")
         first = Command(self._command, self._memory, self._heard, self._environment)
         killed_after = self._kill_at_half(first)
         folder = self._run.artifact(_KILLED).uri
         there = sum(uri.endswith(".parquet") for uri in storage.list_files(folder))
-        self._say(f"killed at {there} parts, beginning again ...")
+        self._say(f"killed at {there} parts, starting again ...")
         second = Command(self._command, self._memory, self._heard, self._environment)
         status = second.wait()
         if status:
@@ -309,7 +309,7 @@ class _Rehearsing:
                 code="rehearsal-failed",
             )
         metrics = json.loads(storage.read_bytes(self._run.file("metrics.json")))["stages"]
-        began = _ended(first.lines, "samples")
+        began = ended_at(first.lines, "samples")
         at_kill = there * parts.part_size(self._recipe.dataset.feature_size)
         history = self._run.history()
         steps, scores = ([row[name] for row in history] for name in ("seconds", "score_seconds"))
@@ -323,7 +323,7 @@ class _Rehearsing:
             device=device_name(own_device()),
             date=datetime.date.today().isoformat(),
             wall_seconds=killed_after + second.seconds,
-            resume_seconds=_worked(second.lines, at_kill),
+            resume_seconds=worked_at(second.lines, at_kill),
             parts_at_kill=there,
             stages=stages,
             epoch_start_seconds=[row["start_seconds"] for row in history],
@@ -334,7 +334,7 @@ class _Rehearsing:
         )
 
     def _kill_at_half(self, command: Command) -> float:
-        """Kill the command in the middle of its first stage; returns after how many seconds."""
+        """Kill the command in the middle of its first stage; returns the seconds until then."""
         while not self._half.wait(0.1):
             if command.ended:
                 command.wait()
@@ -394,13 +394,13 @@ class _Rehearsing:
         return found
 
 
-def _ended(lines: Iterable[Line], stage: str) -> float:
-    """When a stage ended, seconds from the command's start; 0 where it did not."""
+def ended_at(lines: Iterable[Line], stage: str) -> float:
+    """Return when a stage ended, in seconds since the command's start; 0 if it did not end."""
     return next((x.seconds for x in lines if (found := _DONE.match(x.text)) and found[1] == stage), 0.0)
 
 
-def _worked(lines: Iterable[Line], already: int) -> float:
-    """When the killed stage had more images done than `already`, seconds from the command's start."""
+def worked_at(lines: Iterable[Line], already: int) -> float:
+    """Return when the killed stage had done more than `already` images, in seconds since the command's start."""
     for line in lines:
         found = _PROGRESS.match(line.text)
         if (found and found[1] == _KILLED and int(found[2]) > already) or _DONE.match(line.text):

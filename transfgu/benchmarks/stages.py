@@ -44,14 +44,14 @@ from transfgu.training.batches import Share, Streamed
 from transfgu.training.order import Order
 
 STAGES = ("features", "concepts", "pseudo-labels", "training", "evaluation")
-"""What can be measured."""
+"""Stages that can be measured."""
 
-_WARM = 2  # images that go through before the clock starts
-_STEPS = 4  # of an epoch of the training
-_PHOTO = (480, 640)  # height and width of the made images
+_WARM = 2  # images processed before the clock starts
+_STEPS = 4  # steps of a training epoch
+_PHOTO = (480, 640)  # height and width of the generated images
 _SAMPLE_SECONDS = 0.1
 _READINGS = 3
-_BATCHES = 5  # of the evaluation; the clock starts when the first is counted
+_BATCHES = 5  # batches of the evaluation; the clock starts after the first
 _INGEST_EPOCHS = 8
 
 
@@ -66,20 +66,20 @@ def measure(
     say: Callable[[str], None] = lambda _: None,
     keep: Callable[[Measurements], None] = lambda _: None,
 ) -> Measurements:
-    """Time stages beside their bounds; Ray must be connected.
+    """Time stages and their bounds; Ray must be connected.
 
     Args:
-        recipe: of the preset; where it names data, those are read, else noise is made.
+        recipe: of the preset; if it names data, they are read, otherwise images are noise.
         stages: some of `STAGES`.
-        images: that a stage works on in one turn, and a training step's batch.
-        repeats: turns of each.
-        rows: features that K-Means gets.
+        images: number of images per turn of a stage, and the batch size of a training step.
+        repeats: number of turns of each.
+        rows: number of features for K-Means.
         unfused: see `Bare.concept_maps`.
         say: called with the name of each stage before it is measured.
         keep: called with all measurements so far after each stage.
 
     Raises:
-        UserError: no such stage; an encoder that can't be had.
+        UserError: no such stage; the encoder is not available.
     """
     for stage in stages:
         if stage not in STAGES:
@@ -100,7 +100,7 @@ def measure(
 
 
 class _Bench:
-    """A run of made images, and the process of the bounds."""
+    """A run on generated images, and the process of the bounds."""
 
     def __init__(self, recipe: Recipe, folder: Path, images: int, repeats: int) -> None:
         self._images, self._repeats = images, repeats
@@ -113,12 +113,12 @@ class _Bench:
         self._listed = samples.load(self._run, "train")
         if len(self._listed) < needed:
             raise UserError(
-                f"{needed} training images are needed, and {len(self._listed)} are there: lower --images",
+                f"{needed} training images are required, and {len(self._listed)} were found: lower --images",
                 code="images-few",
             )
 
     def timings(self, stage: str, *, rows: int, unfused: bool) -> list[Timing]:
-        """The lines of a stage."""
+        """Return the lines of a stage."""
         if stage == "features":
             return [self._features()]
         if stage == "concepts":
@@ -130,7 +130,7 @@ class _Bench:
         return [self._evaluation()]
 
     def costs(self) -> dict[str, float]:
-        """Of an image: core seconds of decoding for each use, bytes of its file."""
+        """Return core seconds of decoding an image for each use, and the bytes of its file."""
         how = self._recipe.dataset
         count = min(16, len(self._listed))
         listed = self._listed.slice(0, count)
@@ -148,9 +148,10 @@ class _Bench:
     def _beside_forwards(
         self, stage: str, actor: str, ours: Callable[[], float], work: Callable[[], Mapping[Size, int]]
     ) -> Timing:
-        """A stage whose actors are of class `actor`, beside the bare forwards in it: so many of each size.
+        """Time a stage with actors of class `actor`; the bound is the bare forwards in it, so many of each size.
 
-        Each turn of ours warms up before it counts; `work` is asked after it, as it may be what decides that.
+        Each turn of the stage warms up first. `work` is called after the turn, because the turn may determine its
+        result.
         """
         flops = 0.0
 
@@ -189,8 +190,8 @@ class _Bench:
 
         timing = self._beside_forwards("features", "EncodeWindows", ours, work)
         details = {
-            "windows an image": sum(counts.values()) / self._images,
-            "bytes an image": self._kept(folder) / self._images,
+            "windows per image": sum(counts.values()) / self._images,
+            "bytes per image": self._kept(folder) / self._images,
         }
         return replace(timing, details=details)
 
@@ -232,13 +233,13 @@ class _Bench:
 
         timing = self._beside_forwards("pseudo-labels", "MapConcepts", ours, lambda: work)
         details = {
-            "bytes an image": self._kept(folder) / self._images,
-            "reading [s an image and core]": self._reading(folder),
+            "bytes per image": self._kept(folder) / self._images,
+            "reading [s per image and core]": self._reading(folder),
         }
         return replace(timing, details=details)
 
     def _training(self) -> Timing:
-        """Epochs with a teacher, as Ray Train's worker sees them, beside a bare loop before and after."""
+        """Time epochs with a teacher in Ray Train's worker; the bound is a bare loop, timed before and after."""
         how = self._recipe.with_fields(
             {
                 "epochs": self._repeats + 1,
@@ -247,7 +248,7 @@ class _Bench:
                 "teacher_start": 1,
                 "teacher_every": (1,),
                 "compute.workers": 1,
-                "compute.resident_gib": 0.0,  # images pass by, as those of a large data set do
+                "compute.resident_gib": 0.0,  # images are not kept, as with a large data set
             }
         )
         folder = self._run.artifact("pseudo_labels").uri
@@ -284,7 +285,7 @@ class _Bench:
         )
 
     def _ingest(self, how: Recipe, table: pa.Table) -> float:
-        """Images a second that reach a worker which does nothing with them, decoded anew, with their maps."""
+        """Return images per second, decoded anew and with maps, that a worker receives if it does nothing else."""
         h, w = patch_grid(how.dataset.image_size, self._patch)
         share = Share(
             order=Order(images=len(table), passes=1, batch_size=self._images, seed=0),
@@ -297,7 +298,7 @@ class _Bench:
         )
         source = Streamed(share, _INGEST_EPOCHS)
         batches = chain.from_iterable(source.epoch(epoch) for epoch in range(_INGEST_EPOCHS))
-        next(batches)  # with it the stream has started
+        next(batches)  # the stream has started now
         started = time.perf_counter()
         count = sum(len(batch.slots) for batch in batches)
         return count / (time.perf_counter() - started)
@@ -310,7 +311,7 @@ class _Bench:
         rows = samples.labelled(how, self._run)
         if not len(rows):
             raise UserError(
-                "evaluation needs labels: leave out --data, or give data that have some", code="labels-missing"
+                "evaluation requires labels: leave out --data, or give data with labels", code="labels-missing"
             )
         rows = rows.take(np.arange(_BATCHES * self._images) % len(rows))
 
@@ -327,7 +328,7 @@ class _Bench:
         return replace(timing, details={"counting [images/s]": counting})
 
     def _tables(self, size: Size) -> list[pa.Table]:
-        """Parts: the warming images one by one, those that count, as the stage parts images of `size`, and more."""
+        """Return tables of parts: warm-up images one by one, counted images as the stage divides them, and more."""
         at_once, end = parts.part_size(size), _WARM + self._images
         index = np.arange(end + at_once * parts.ahead(runtime.encoder_pool(self._recipe.compute)), dtype=np.int32)
         listed = self._listed.take(index % len(self._listed))
@@ -336,9 +337,9 @@ class _Bench:
         return [*parts.split(listed.slice(0, _WARM), 1), *parts.split(counting, at_once), *parts.split(behind, at_once)]
 
     def _timed(self, data: Dataset) -> tuple[float, list[parts.Summary]]:
-        """Seconds from when the last of the warming parts has come out until all that count have; their summaries.
+        """Return the seconds from the end of the warm-up parts to the end of the counted parts, and their summaries.
 
-        What stands behind them is given up then.
+        The parts after them are abandoned.
         """
         started, left, summaries = 0.0, self._images, []
         for row in _rows(data):
@@ -356,16 +357,16 @@ class _Bench:
         return self._run.file(f"timed_{name}")
 
     def _counted(self, folder: str) -> list[str]:
-        """The files of the parts that count."""
+        """Return the files of the counted parts."""
         first, end = parts.part_file(_WARM), parts.part_file(_WARM + self._images)
         return [uri for uri in storage.list_files(folder) if first <= uri.rpartition("/")[2] < end]
 
     def _kept(self, folder: str) -> int:
-        """Their bytes."""
+        """Return the total size of the counted parts, in bytes."""
         return sum(len(storage.read_bytes(uri)) for uri in self._counted(folder))
 
     def _reading(self, folder: str) -> float:
-        """Seconds that a core reads an image's maps for."""
+        """Return the seconds in which a core reads the maps of one image."""
         rows = map_files.index_maps(self._counted(folder))
         return statistics.median(_seconds(lambda: map_files.read_maps(rows)) for _ in range(_READINGS)) / len(rows)
 
@@ -376,7 +377,7 @@ class _Bench:
 
 
 def _beside(recipe: Recipe) -> Any:
-    """The handle of a process for the bounds: it sees the GPU without holding it, and is idle while a stage works."""
+    """Return the handle of the bounds' process, which uses the GPU without reserving it and is idle during a stage."""
     return ray.remote(Bare).options(num_cpus=0).remote(recipe)
 
 
@@ -392,22 +393,22 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 class _Clock(Progress):
-    """When something was told of."""
+    """Records the time of progress reports."""
 
     def __init__(self) -> None:
         super().__init__("clock", quiet=True)
         self.times: list[float] = []
 
     def update(self, done: int, total: int | None, unit: str) -> None:
-        """Note the time."""
+        """Record the time."""
         self.times.append(time.perf_counter())
 
 
 @contextmanager
 def _peaks(name: str) -> Iterator[list[int]]:
-    """The most memory that one of Ray's processes on this machine with this in its title held, in bytes.
+    """Yield the peak memory, in bytes, of the largest local Ray process with `name` in its title.
 
-    Where there is a GPU, the most of its memory that was in use by all.
+    With a GPU it is the peak of the GPU memory in use by all processes.
     """
     import torch
 
@@ -435,7 +436,7 @@ def _processes(name: str) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             title = (folder / "cmdline").read_bytes()
-        except OSError:  # gone meanwhile
+        except OSError:  # it has ended
             continue
         if title.startswith(b"ray::") and name.encode() in title:
             found.append(int(folder.name))
@@ -443,7 +444,7 @@ def _processes(name: str) -> list[int]:
 
 
 def _on_made_images(recipe: Recipe, folder: Path, count: int) -> Recipe:
-    """The recipe on its own data, as many images as are needed, or on made photographs with labels."""
+    """Return the recipe for as many images as needed: its own data, or generated photographs with labels."""
     if recipe.data:
         return recipe.with_fields({"limit": count})
     generator = np.random.default_rng(0)

@@ -1,1 +1,1 @@
-"""The command line that the jobs share."""
+"""Define the command line, one file per command."""

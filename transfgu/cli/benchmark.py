@@ -1,11 +1,11 @@
-"""Time each stage beside the bare bound that it can't beat, or plan a full data set from such measurements.
+"""Time each stage and compare it with a lower bound, or plan a full data set from such measurements.
 
-`transfgu benchmark [features|concepts|pseudo-labels|training|evaluation|all] [--preset P]` measures;
-`transfgu benchmark ingest --preset P --images N` measures how fast a training worker reads its samples;
-`transfgu benchmark rehearse --preset P --images N` runs all stages on N small images, is killed and resumes;
-`transfgu benchmark many-rows --rows N` clusters N x 384 features in one process, on disk where they are too many;
-`transfgu benchmark plan PRESET --images N --gpus G` plans. Arithmetic takes no notice of weights, so the encoder
-is untrained unless --encoder.weights says otherwise; which windows are kept, and so how many, does depend on them.
+`transfgu benchmark [features|concepts|pseudo-labels|training|evaluation|all] [--preset P]` measures; `transfgu
+benchmark ingest --preset P --images N` measures how fast a training worker reads its samples; `transfgu benchmark
+rehearse --preset P --images N` runs all stages on N small images, with one kill and resume; `transfgu benchmark
+many-rows --rows N` clusters N x 384 features in one process, on disk if they don't fit in memory; `transfgu benchmark
+plan PRESET --images N --gpus G` plans. The encoder is untrained unless --encoder.weights is given, because the speed of
+arithmetic does not depend on the weights; the number of windows that are kept does.
 """
 
 import argparse
@@ -35,20 +35,26 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add("--repeats", metavar="N", type=int, default=5, help="number of repeats; the median is reported (default: 5)")
     add("--rows", metavar="N", type=int, default=200_000, help="number of features for K-Means (default: 200000)")
     add(
-        "--unfused", action="store_true", help="also time maps as published: a backward pass per class; takes gigabytes"
+        "--unfused",
+        action="store_true",
+        help="also time maps as published: one backward pass per class; takes gigabytes",
     )
     add("--validation", metavar="N", type=int, default=5000, help="rehearse: validation images (default: 5000)")
-    add("--root", metavar="URI", help="rehearse, many-rows: folder for what is made (default: a temporary one)")
+    add("--root", metavar="URI", help="rehearse, many-rows: folder for generated data (default: a temporary one)")
     add("--on-disk", action="store_true", help="many-rows: keep the rows on disk however few they are")
-    add("--requests", metavar="COMMAND", help="rehearse: shell command that prints the S3 server's count of requests")
-    add("--out", metavar="URI", help="JSON to write (default: ~/transfgu/benchmark-PRESET.json)")
+    add(
+        "--requests",
+        metavar="COMMAND",
+        help="rehearse: shell command that prints the number of requests to the S3 server",
+    )
+    add("--out", metavar="URI", help="JSON file to write (default: ~/transfgu/benchmark-PRESET.json)")
     add("--verbose", action="store_true", help="show Ray's own messages")
     add_recipe(made, words, preset_flag="--preset")
     return made
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Parse the command line, measure, print the table, write JSON; or plan."""
+    """Parse the command line, measure, print the table and write JSON; or plan."""
     words = sys.argv[1:] if words is None else words
     if list(words[:1]) == ["plan"]:
         plan.main(words[1:])
@@ -71,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.stage == "many-rows":
         _many_rows(recipe, arguments)
         return
-    # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
+    # # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu import pipeline
     from transfgu.benchmarks import stages as benchmarks
     from transfgu.encoder import Encoder
@@ -97,7 +103,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _ingest(recipe: Recipe, images: int, out: str | None) -> None:
-    """Measure training's ingest alone, which takes no encoder and no Ray."""
+    """Measure the ingest of training, which uses no encoder and no Ray."""
     from transfgu.benchmarks import ingest
 
     found = ingest.measure(recipe, images)
@@ -128,7 +134,7 @@ def _rehearse(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
 
 def _many_rows(recipe: Recipe, arguments: argparse.Namespace) -> None:
-    """Measure K-Means of more rows than memory should hold."""
+    """Measure K-Means of more rows than fit in memory."""
     from transfgu.benchmarks import many_rows
 
     say = functools.partial(print, file=sys.stderr, flush=True)

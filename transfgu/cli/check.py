@@ -1,7 +1,8 @@
-"""Check data, weights, storage and machine, and show what a training would do, write and cost; nothing is computed.
+"""Check data, weights, storage and machine, and show the work, size and cost of a training; nothing is computed.
 
-`transfgu check folder --data FOLDER` takes the flags of `transfgu train`. `transfgu check RUN`, with a run's folder
-alone, verifies all files in it, says which are damaged and which command mends them, and exits with status 1 if any is.
+`transfgu check folder --data FOLDER` takes the flags of `transfgu train`. `transfgu check RUN`, with only the folder of
+a run, verifies all files in it, names damaged ones and the command that repairs them, and exits with status 1 if there
+are any.
 """
 
 import sys
@@ -37,11 +38,11 @@ def _verify(uri: str) -> None:
     run = Run(storage.absolute(uri))
     if not storage.exists(run.file("recipe.yaml")):
         raise UserError(
-            f"{storage.shown(uri)} is neither a run's folder, as it holds no recipe.yaml, nor one of the presets "
-            f"{', '.join(PRESETS)}: name one of them",
+            f"{storage.shown(uri)} is neither the folder of a run (it has no recipe.yaml) nor one of the presets "
+            f"{', '.join(PRESETS)}: give one of them",
             code="run-missing",
         )
-    # Only now torch, which takes seconds to import.
+    # # Import torch only now, because it takes seconds.
     from transfgu.verification import verify
 
     found = verify(run)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from transfgu.errors import UserError
 from transfgu.fields import FieldInfo, convert, kind_name, written
 from transfgu.methods import METHODS, TRANSFGU
-from transfgu.presets import PRESETS
+from transfgu.presets import PRESETS, published
 from transfgu.pretraining.recipe import PRETRAINING_FIELDS, VIEWS, PretrainingRecipe
 from transfgu.recipe import FIELDS, SHORT_NAMES, ComputeRecipe, Recipe, from_yaml, preset
 from transfgu.runtime import stopping
@@ -39,7 +39,7 @@ GROUPS = {
     "picie": "methods picie and picie-no-aux",
     "maskcontrast": "method maskcontrast",
     "evaluation": "evaluation",
-    "compute": "where it runs, and who is told (changes no result)",
+    "compute": "resources, cache and tracking (do not change results)",
 }
 """Titles of the recipe's components, in the order of the method."""
 
@@ -59,33 +59,33 @@ COMMON = (
     *("training.epochs", "training.lr", "training.batch_size", "evaluation.protocol"),
     *("compute.workers", "compute.actors", "compute.track"),
 )
-"""Fields that `--help` shows; `--help-all` shows every field."""
+"""Fields shown by `--help`; `--help-all` shows every field."""
 
 EVALUATED = ("data", "labels", "limit", "dataset", "encoder", "concepts.things", "concepts.stuff", "decoder.weights")
-"""Fields and components that scoring a decoder depends on, besides `evaluation` and :data:`UNTRAINED`."""
+"""Fields and components on which the score of a decoder depends, besides `evaluation` and :data:`UNTRAINED`."""
 
 _OF_TRAINING = tuple(
     f"compute.{name}" for name in ("workers", "resize_seconds", "resident_gib", "cache_folder", "cache_gib", "track")
 )
 UNTRAINED = tuple(name for name in FIELDS if name.startswith("compute.") and name not in _OF_TRAINING)
-"""Fields of `compute` that count where nothing is trained."""
+"""Fields of `compute` that have an effect without training."""
 
 
 def program(command: str) -> str:
-    """Return how a command was called: `transfgu train`, or `python jobs/train.py` from a clone."""
+    """Return the name by which a command was called: `transfgu train`, or `python jobs/train.py` in a clone."""
     script = Path(sys.argv[0])
     return f"python jobs/{command}.py" if script.parent.name == "jobs" else f"transfgu {command}"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and name near flags for a misspelt one.
+    """An argument parser with errors of one line, which suggests similar flags for a misspelt one.
 
     `--help` shows the flags that most runs need, `--help-all` shows every flag.
 
     Args:
-        description: what the command does.
+        description: description of the command.
         command: its name, for the usage line.
-        words: positional arguments, as the usage line shows them.
+        words: positional arguments, for the usage line.
     """
 
     def __init__(self, description: str, command: str = "", words: str = "") -> None:
@@ -99,15 +99,15 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--help-all", action=_ShowHelp, help="show every flag")
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError in place of printing the usage."""
+        """Raise UserError instead of printing the usage."""
         raise UserError(f"{message} (--help shows the flags)", code="flag-invalid")
 
     def mark_rare(self, action: argparse.Action) -> None:
-        """Leave a flag out of `--help`; `--help-all` shows it."""
+        """Hide a flag from `--help`; `--help-all` shows it."""
         self._rare.append(action)
 
     def short_help(self) -> str:
-        """Return what `--help` prints: all but the rare flags, and how many those are."""
+        """Return the text of `--help`: all flags except the rare ones, and the number of those."""
         texts = [(action, action.help) for action in self._rare]
         for action in self._rare:
             action.help = argparse.SUPPRESS
@@ -118,22 +118,20 @@ class Parser(argparse.ArgumentParser):
         return shown + (f"\n--help-all shows {more} more settings.\n" if more else "")
 
     def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-        """The parsed arguments.
+        """Parse the arguments.
 
         Raises:
-            UserError: an unknown flag, a missing value, or one word too many.
+            UserError: an unknown flag, a missing value, or an extra word.
         """
         known, rest = self.parse_known_args(arguments)
         if rest:
             if not rest[0].startswith("-"):
-                raise UserError(
-                    f"{rest[0]} is one word too many (--help shows how to call this)", code="word-unexpected"
-                )
+                raise UserError(f"{rest[0]} is an extra word (--help shows the usage)", code="word-unexpected")
             flag = rest[0].split("=")[0]
             flags = [f for action in self._actions for f in action.option_strings if action.help != argparse.SUPPRESS]
             near = difflib.get_close_matches(flag, flags, n=3, cutoff=0.5)
             raise UserError(
-                f"there is no flag {flag}; {'near ones: ' + ', '.join(near) if near else '--help-all shows all'}",
+                f"there is no flag {flag}; {'similar: ' + ', '.join(near) if near else '--help-all shows all'}",
                 code="flag-unknown",
             )
         return known
@@ -144,7 +142,7 @@ class _ShowHelp(argparse.Action):
         super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **settings)
 
     def __call__(self, parser: argparse.ArgumentParser, *given: Any, **_: Any) -> NoReturn:
-        """Print the help, and exit."""
+        """Print the help and exit."""
         assert isinstance(parser, Parser)
         print(parser.format_help() if given[-1] == "--help-all" else parser.short_help(), end="")
         parser.exit()
@@ -155,7 +153,7 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, **{**settings, "max_help_position": 34, "width": 120})
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        """The names of a flag, the shortest first, and its value once."""
+        """Return the names of a flag, the shortest first, followed by its value once."""
         if not action.option_strings:
             return super()._format_action_invocation(action)
         names = ", ".join(sorted(action.option_strings, key=len))
@@ -165,12 +163,12 @@ class _Help(argparse.HelpFormatter):
 
 
 def named_preset(words: Sequence[str]) -> str:
-    """Return the preset whose defaults the help shows: the one among the words, else `shapes`."""
+    """Return the preset whose defaults the help shows: the first preset among the words, or `shapes`."""
     return next((word for word in words if word in PRESETS), "shapes")
 
 
 def named_method(words: Sequence[str]) -> str:
-    """Return the method whose flags and defaults the help shows: that of `--method`, else TransFGU."""
+    """Return the method whose flags and defaults the help shows: the value of `--method`, or TransFGU."""
     after = ("--method", "")
     for word, following in zip(words, [*words[1:], ""], strict=False):
         name, _, value = word.partition("=")
@@ -182,26 +180,32 @@ def named_method(words: Sequence[str]) -> str:
 def add_recipe(
     parser: Parser, words: Sequence[str] = (), preset_flag: str = "", shown: Collection[str] | None = None
 ) -> None:
-    """Add the preset, positional or by `preset_flag`, and a flag for every field of the recipe.
+    """Add the preset, positional or as `preset_flag`, and one flag per field of the recipe.
 
     Args:
-        parser: gets the flags.
-        words: the command line; the help shows the defaults of the preset and the method in it, and the method's flags.
-        preset_flag: the preset's flag; empty: the preset is a positional argument.
-        shown: the fields, or whole components, that the command depends on; None: all. Flags of the other fields are
-            accepted, so that one set of flags serves every command on a recipe, but not shown.
+        parser: receives the flags.
+        words: the command line; the help shows the defaults of its preset and method, and the method's flags.
+        preset_flag: name of the flag for the preset; empty: the preset is a positional argument.
+        shown: fields or whole components that the command depends on; None: all. Flags of other fields are accepted, so
+            that all commands take the same flags, but not shown.
     """
     named: dict[str, Any] = {"dest": "preset"} if preset_flag else {"nargs": "?"}
     what = f"one of {', '.join(PRESETS)} (default: shapes)"
     parser.add_argument(preset_flag or "preset", metavar="PRESET", help=what, **named)
     parser.add_argument("--recipe", metavar="URI", help="start from this YAML recipe instead of a preset")
-    parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved recipe as YAML, and do nothing else"
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe as YAML and exit")
+    parser.mark_rare(
+        parser.add_argument(
+            "--published",
+            action="store_true",
+            help="do as the published code where this project does otherwise: K-Means' start, order of images, colours "
+            "per batch, and for COCO nearest-neighbour images",
+        )
     )
     base = named_preset(words)
     usual = preset(base, named_method(words))
     of_method = "" if usual.method == TRANSFGU else f" and method {usual.method}"
-    parser.epilog = f"Defaults are those of preset {base}{of_method}: name another to see its own."
+    parser.epilog = f"Defaults are those of preset {base}{of_method}; give another preset to see its defaults."
     groups = {c: parser.add_argument_group(title) for c, title in GROUPS.items()}
     for name, default in usual.flat().items():
         if name == "preset":
@@ -222,14 +226,14 @@ def add_output(parser: Parser, quiet: str = "print nothing but errors") -> None:
 
 
 def print_config(recipe: Recipe, run: "Run | None" = None) -> None:
-    """Print the resolved recipe as YAML: what `recipe.yaml` in the run's folder would hold."""
+    """Print the resolved recipe as YAML, as it would be written to `recipe.yaml` of the run."""
     given = run.given(recipe) if run else None
     print((run.continued(recipe) if run else recipe).to_yaml(given), end="")
 
 
 def add_compute(parser: Parser) -> None:
-    """Add a flag for every field of `compute` that counts where nothing is trained."""
-    group = parser.add_argument_group("where it runs (changes no result)")
+    """Add one flag per field of `compute` that has an effect without training."""
+    group = parser.add_argument_group("resources (do not change results)")
     flat = preset("shapes").flat()
     for name in FIELDS:
         if name.startswith("compute.") and name not in ("compute.workers", "compute.track"):
@@ -241,7 +245,7 @@ def add_compute(parser: Parser) -> None:
 
 
 def compute_of(arguments: argparse.Namespace) -> ComputeRecipe:
-    """`compute` with the fields that the arguments of :func:`add_compute` set.
+    """Return `compute` with the fields set by the arguments of :func:`add_compute`.
 
     Raises:
         UserError: a bad value.
@@ -258,8 +262,8 @@ def _add_recipe_field(group: argparse._ArgumentGroup, name: str, default: Any) -
 
 
 def add_pretraining_recipe(parser: Parser) -> None:
-    """Add a flag for every field of the pretraining's recipe."""
-    group = parser.add_argument_group("what is learned, and how")
+    """Add one flag per field of the pretraining's recipe."""
+    group = parser.add_argument_group("pretraining")
     for field in dataclasses.fields(PretrainingRecipe):
         action = _add_field(group, [f"--{field.name}"], PRETRAINING_FIELDS[field.name], field.default)
         if field.name not in ("steps", "batch_size", "learning_rate", "patch_size", "width", "depth", "heads", "seed"):
@@ -286,7 +290,7 @@ def _metavar(kind: Any) -> str:
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """The recipe that the arguments ask for.
+    """Return the recipe that the arguments describe.
 
     Raises:
         UserError: unknown preset or method, a bad value, or a field that the method does not have.
@@ -296,12 +300,20 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         if arguments.preset:
             raise UserError("give a PRESET or --recipe, not both", code="flags-conflict")
         recipe = from_yaml(storage.read_bytes(arguments.recipe), storage.shown(arguments.recipe))
-        return with_given(recipe, given)
-    return with_given(preset(arguments.preset or "shapes", given.get("method", TRANSFGU)), given)
+    else:
+        recipe = preset(arguments.preset or "shapes", given.get("method", TRANSFGU))
+    if arguments.published:
+        if given.get("method", recipe.method) != TRANSFGU:
+            raise UserError(
+                f"--published is TransFGU's: leave it out with method {given.get('method', recipe.method)}",
+                code="option-of-another-method",
+            )
+        recipe = recipe.with_fields(published(recipe.dataset.layout))
+    return with_given(recipe, given)
 
 
 def with_given(recipe: Recipe, given: Mapping[str, str]) -> Recipe:
-    """Return a recipe with fields that a command line gave.
+    """Return a recipe with the fields from a command line.
 
     Raises:
         UserError: a bad value, or a field that the method does not have.
@@ -310,18 +322,18 @@ def with_given(recipe: Recipe, given: Mapping[str, str]) -> Recipe:
     for name in given:
         if other := made.ignores(name):
             raise UserError(
-                f"--{name} is no option of method {made.method} (it is one of {other}): leave it out",
+                f"--{name} is not an option of method {made.method} (it is one of {other}): leave it out",
                 code="option-of-another-method",
             )
     return made
 
 
 def pretraining_recipe_of(arguments: argparse.Namespace, views: str = "drawn") -> PretrainingRecipe:
-    """Return the pretraining's recipe that the arguments ask for.
+    """Return the recipe of pretraining that the arguments describe.
 
     Args:
         arguments: of a parser with :func:`add_pretraining_recipe`.
-        views: the entry of `VIEWS` whose values count where the arguments give none.
+        views: the entry of `VIEWS` with the defaults of values that the arguments don't set.
 
     Raises:
         UserError: a bad value.
@@ -331,7 +343,7 @@ def pretraining_recipe_of(arguments: argparse.Namespace, views: str = "drawn") -
 
 
 def given_fields(arguments: argparse.Namespace) -> dict[str, str]:
-    """The recipe's fields that the arguments set, by dotted name, as text."""
+    """Return the recipe's fields set by the arguments, by dotted name, as text."""
     fields = {
         name.removeprefix("field:"): value for name, value in vars(arguments).items() if name.startswith("field:")
     }
@@ -339,7 +351,7 @@ def given_fields(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def preset_table() -> str:
-    """The presets and what sets them apart, a line each."""
+    """Return a table of the presets and their main fields, one line each."""
     rows = [("preset", "things", "stuff", "images (h x w)", "epochs", "batch", "lr", "layout of --data")]
     for name in PRESETS:
         r = preset(name)
@@ -353,9 +365,9 @@ def preset_table() -> str:
 
 
 def run_job(job: Callable[[], None]) -> NoReturn:
-    """Run a job's main function and exit; a user's mistake, SIGINT or SIGTERM end in one line, never a stack trace."""
+    """Run a job's main function and exit; mistakes of users, SIGINT and SIGTERM print one line and no stack trace."""
     if "--verbose" not in sys.argv:
-        # A thread of Ray's prints what its core tells of lost processes, past all loggers; read when Ray is imported.
+        # # A thread of Ray prints messages about lost processes past all loggers; this is read when Ray is imported.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     stopping.install()
     waits.tell(_say)
@@ -367,14 +379,14 @@ def run_job(job: Callable[[], None]) -> NoReturn:
             stopping.end()
         if not isinstance(error, Exception):
             raise
-        # Ray wraps what a task or actor raised in errors of its own.
+        # # Ray wraps exceptions of tasks and actors in its own.
         cause = find_user_error(error)
         if cause is None:
             raise
         _say(cause.line)
         status = 2
     try:
-        if stopping.requested():  # what caught the interrupt went on
+        if stopping.requested():  # code that caught the interrupt continued
             stopping.end()
         if "transfgu.runtime.connect" in sys.modules:
             from transfgu.runtime import connect

@@ -1,8 +1,7 @@
-"""Compare methods on the same images: each is trained with each seed and scored by one evaluator.
+"""Compare methods on the same images: train each with each seed, and score all with one evaluator.
 
 `transfgu compare PRESET --methods transfgu,picie --seeds 1,2,3 --run URI`; `--methods all` takes every method. Flags of
-the recipe apply to all methods that have them. The same command goes on with runs that were stopped, and skips those
-that are complete.
+the recipe apply to all methods that have them. The same command continues stopped runs and skips complete ones.
 `transfgu compare RUN RUN`, with the folders of finished runs, trains nothing: it shows side by side the settings that
 differ, scores, classes and seconds.
 """
@@ -24,11 +23,11 @@ def parser(words: Sequence[str] = ()) -> Parser:
     """Return the parser; its help shows the defaults of the preset among `words`."""
     made = Parser(__doc__ or "", "compare", "[PRESET]")
     add = made.add_argument_group("comparison").add_argument
-    add("--methods", metavar="A,B", default="all", help=f"all (default), or of {', '.join(METHODS)}")
+    add("--methods", metavar="A,B", default="all", help=f"all (default), or some of {', '.join(METHODS)}")
     add("--seeds", metavar="N,N", default="1,2,3", help="seeds of each method (default: 1,2,3)")
     add("--run", metavar="URI", help="folder of the runs and the table (default: ~/transfgu/compare-PRESET)")
     add("--parallel", metavar="N", help="runs at a time (default: 1; on a Ray cluster, all)")
-    add("--quiet", action="store_true", help="print the table alone")
+    add("--quiet", action="store_true", help="print only the table")
     add_recipe(made, words)
     return made
 
@@ -45,7 +44,7 @@ def main(words: Sequence[str] | None = None) -> None:
     given = given_fields(arguments)
     for name in ("method", "seed"):
         if name in given:
-            raise UserError(f"a comparison has several: give --{name}s in place of --{name}", code="flag-invalid")
+            raise UserError(f"a comparison has several values: give --{name}s instead of --{name}", code="flag-invalid")
     recipe = recipe_of(arguments)
     methods, seeds = _methods(arguments.methods), _numbers("--seeds", arguments.seeds, lowest=0)
     flags = _flags(recipe, methods, given)
@@ -59,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> None:
     uri = arguments.run or str(Path.home() / "transfgu" / f"compare-{recipe.preset}")
     storage.check_writable(uri)
     base = ["--recipe", arguments.recipe] if arguments.recipe else [recipe.preset]
-    # Only now torch, which takes seconds to import: a mistake on the command line is answered at once.
+    # # Import torch only now, because it takes seconds: mistakes on the command line are reported at once.
     from transfgu.baselines.comparison import Comparison, compare, score_untrained
     from transfgu.report import comparison as report
 
@@ -82,8 +81,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if failed:
         first = failed[0]
         raise UserError(
-            f"{len(failed)} of {runs} runs did not end, such as {first.method} with seed {first.seed} "
-            f"({first.failure}): mend what it says, and run the same command again",
+            f"{len(failed)} of {runs} runs failed, such as {first.method} with seed {first.seed} "
+            f"({first.failure}): correct the cause, and run the same command again",
             code="comparison-unfinished",
         )
 
@@ -96,7 +95,7 @@ def _methods(text: str) -> tuple[str, ...]:
 
 
 def _flags(recipe: Recipe, methods: Sequence[str], given: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """The recipe's flags that each method has.
+    """Return the recipe's flags that each method has.
 
     Raises:
         UserError: a flag that no method of the comparison has, or a value that does not fit.
@@ -106,7 +105,7 @@ def _flags(recipe: Recipe, methods: Sequence[str], given: Mapping[str, str]) -> 
         others = {name: own.ignores(field) for name, own in of_method.items()}
         if all(others.values()):
             raise UserError(
-                f"--{field} is no option of {', '.join(methods)} (it is one of {next(iter(others.values()))}): "
+                f"--{field} is not an option of {', '.join(methods)} (it is one of {next(iter(others.values()))}): "
                 "leave it out",
                 code="option-of-another-method",
             )
@@ -122,5 +121,5 @@ def _numbers(flag: str, text: str, *, lowest: int) -> tuple[int, ...]:
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < lowest:
-        raise UserError(f"{flag} takes whole numbers from {lowest} on, such as 1,2,3, not {text}", code="flag-invalid")
+        raise UserError(f"{flag} takes whole numbers from {lowest}, such as 1,2,3, not {text}", code="flag-invalid")
     return numbers

@@ -1,4 +1,4 @@
-"""Show two or more runs side by side: the settings that differ, scores, classes, and how long stages took."""
+"""Show two or more runs side by side: the settings that differ, scores, classes, and durations of stages."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,21 +16,21 @@ _ABSENT = "-"
 def parser() -> Parser:
     """Return the parser of `transfgu compare RUN RUN`."""
     made = Parser(__doc__ or "", "compare", "RUN RUN [RUN ...]")
-    made.add_argument("runs", metavar="RUN", nargs="+", help="run folders: each the --run of a `transfgu train`")
+    made.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs: the --run of `transfgu train`")
     made.add_argument("--json", action="store_true", help="print JSON: runs, recipe, scores, classes, seconds")
     return made
 
 
 def compared(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return what runs have and where they differ, a value for each run in their order.
+    """Return the values in which runs differ, and their scores: one value per run, in their order.
 
     Returns:
         `runs` (URIs); `recipe`, the fields that differ, by dotted name; `scores`; `classes`, IoU in percent by name
-        (None where a run has no such class, or no score); `seconds` by stage (None: not complete); `reused`, the stages
-        that a run takes from another.
+            (None if a run does not have the class, or has no score); `seconds` by stage (None: not complete); `reused`,
+            the stages that a run takes from another.
 
     Raises:
-        UserError: a folder holds no run, or a damaged one.
+        UserError: a folder has no run, or a damaged one.
     """
     states = [state_of(run) for run in runs]
     flat = [state.recipe.flat() for state in states]
@@ -60,7 +60,7 @@ def _epoch(state: State) -> int | None:
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
-    """Return :func:`compared` as text: a column for each run, and the difference where there are two."""
+    """Return :func:`compared` as text: one column per run, and the difference if there are two runs."""
     two = len(found["runs"]) == 2
     names = [chr(ord("A") + i) for i in range(len(found["runs"]))]
     rows: list[list[str]] = [["", *names, *(["B - A"] if two else [])]]

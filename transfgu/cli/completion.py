@@ -1,8 +1,7 @@
-"""Print the completion script of a shell: it completes commands, flags, presets, choices and files.
+"""Print the completion script of a shell, which completes commands, flags, presets, choices and files.
 
-bash: `transfgu completion bash > ~/.local/share/bash-completion/completions/transfgu`;
-zsh: `transfgu completion zsh > FOLDER/_transfgu`, a folder of `$fpath`;
-fish: `transfgu completion fish > ~/.config/fish/completions/transfgu.fish`.
+bash: `transfgu completion bash > ~/.local/share/bash-completion/completions/transfgu`; zsh: `transfgu completion zsh >
+FOLDER/_transfgu`, a folder of `$fpath`; fish: `transfgu completion fish > ~/.config/fish/completions/transfgu.fish`.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """List every kind of user's mistake in the documents, as the code raises them.
 
-The package's own source is parsed, so a code that is in the list can be raised, and one that can be raised is in the
-list. `python -m transfgu.cli.error_page docs/errors.md` writes the page (`make docs`).
+The list comes from the package's own source, so it has exactly the codes that can be raised. `python -m
+transfgu.cli.error_page docs/errors.md` writes the page (`make docs`).
 """
 
 import ast
@@ -17,11 +17,11 @@ _RANGE = "field-range"  # the default of transfgu.fields.check
 
 _HEAD = """# Error codes
 
-A mistake in a command, a recipe or a data set ends a job with exit status 2 and one line: what is wrong, what to do,
-and a code in brackets, such as `[run-locked]`. From Python the same mistake is a `transfgu.errors.UserError`, whose
-`code` holds the code. The words of a message may change between versions; codes stay.
+A mistake in a command, a recipe or a data set ends a job with exit status 2 and one line: the problem, the remedy, and
+a code in brackets, such as `[run-locked]`. In Python the same mistake is a `transfgu.errors.UserError` with the code in
+`code`. The text of a message may change between versions; codes do not change.
 
-Words in *italics* stand for what the message names. Modules show where a mistake is found.
+Words in *italics* are placeholders for names and values. The last column shows the modules that raise the error.
 
 *This page is written by `make docs` from the code; do not edit it.*
 
@@ -32,24 +32,24 @@ Words in *italics* stand for what the message names. Modules show where a mistak
 
 @dataclass(frozen=True, order=True)
 class Mistake:
-    """One place in the code that raises a user's mistake."""
+    """A place in the code that raises a user's mistake."""
 
     code: str
-    """Empty where the place gives none, which is an error; the page leaves it out."""
+    """Empty if the place has none, which is an error; the page leaves it out."""
     message: str
-    """In Markdown, with names in italics in place of values."""
+    """In Markdown, with names in italics instead of values."""
     module: str
     line: int
 
 
 def mistakes() -> list[Mistake]:
-    """Return every place that raises a user's mistake with words of its own, by code; errors passed on are left out."""
+    """Return all places that raise a user's mistake with its own text, by code; errors passed on are left out."""
     files = [path for folder in _FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     return sorted(mistake for path in files for mistake in _mistakes_in(path))
 
 
 def page() -> str:
-    """Return the page, as Markdown."""
+    """Return the page as Markdown."""
     rows = []
     for code, found in groupby(mistakes(), key=lambda mistake: mistake.code):
         places = list(found)
@@ -74,14 +74,14 @@ def _mistakes_in(path: Path) -> Iterator[Mistake]:
             continue
         given = [k.value for k in node.keywords if k.arg == "code"] + arguments[1:2]
         if given and not isinstance(given[0], ast.Constant):
-            continue  # passed on from another mistake, or from the caller of `check`
+            continue  # passed on from another error, or from the caller of `check`
         code = str(given[0].value) if given and isinstance(given[0], ast.Constant) else default
         text = _words(arguments[0])
         yield Mistake(code, " ".join(text.split()).replace("|", "\\|"), module, node.lineno)
 
 
 def _words(message: ast.expr) -> str:
-    """The message with names in place of values."""
+    """Return the message with names instead of values."""
     if isinstance(message, ast.Constant):
         return str(message.value).replace("*", "\\*")
     if isinstance(message, ast.JoinedStr):
@@ -92,7 +92,7 @@ def _words(message: ast.expr) -> str:
 
 
 def _name(value: ast.expr) -> str:
-    """The name of what a message shows: that of a variable, a field, or a call's argument."""
+    """Return the name of a value in a message: that of a variable, a field, or a call's argument."""
     match value:
         case ast.Name(id=name) | ast.Attribute(attr=name):
             return name.strip("_").replace("_", " ").lower()

@@ -1,7 +1,7 @@
-"""Score a decoder or a folder of masks on labelled images: a run's own, or another's on a benchmark's validation set.
+"""Score a decoder or a folder of masks on labelled images.
 
-`transfgu evaluate --run URI`, `transfgu evaluate PRESET --data URI --decoder.weights URI`, or either with
-`--masks URI` for masks that any program wrote.
+`transfgu evaluate --run URI` scores a run's own decoder, `transfgu evaluate PRESET --data URI --decoder.weights URI`
+another decoder on a benchmark's validation set; both take `--masks URI` for masks from any program.
 """
 
 import json
@@ -27,12 +27,10 @@ def parser(words: Sequence[str] = ()) -> Parser:
     """Return the parser; its help shows the defaults of the preset among `words`."""
     made = Parser(__doc__ or "", "evaluate", "[PRESET]")
     made.add_argument("--run", metavar="URI", help="score this run's decoder on its validation images")
-    made.add_argument(
-        "--masks", metavar="URI", help="score this folder of masks, one indexed or grey PNG for each image"
-    )
+    made.add_argument("--masks", metavar="URI", help="score this folder of masks, one indexed or grey PNG per image")
     made.add_argument("--out", metavar="URI", help="write the scores to this JSON file")
-    made.add_argument("--baselines", action="store_true", help="also score the baselines that a run is compared with")
-    add_output(made, quiet="print the scores alone")
+    made.add_argument("--baselines", action="store_true", help="also score baselines on the same images")
+    add_output(made, quiet="print only the scores")
     add_recipe(made, words, shown=(*EVALUATED, "evaluation", *UNTRAINED))
     return made
 
@@ -44,17 +42,17 @@ def main(words: Sequence[str] | None = None) -> None:
     run = None
     if arguments.run:
         if arguments.preset or arguments.recipe:
-            raise UserError("--run brings its own recipe: leave out the PRESET and --recipe", code="flags-conflict")
+            raise UserError("--run has its own recipe: leave out the PRESET and --recipe", code="flags-conflict")
         run = Run(arguments.run)
         recipe = run.recipe().with_fields(given_fields(arguments))
     else:
         recipe = recipe_of(arguments)
     if arguments.baselines and run is None:
-        raise UserError("--baselines compares with a run: give --run", code="flag-missing")
+        raise UserError("--baselines requires a run: give --run", code="flag-missing")
     if arguments.print_config:
         print_config(recipe)
         return
-    # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
+    # # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu import pipeline
 
     if arguments.masks:

@@ -1,6 +1,6 @@
-"""Write masks that `transfgu predict` made in the format of a labelling tool or a data set library.
+"""Convert masks of `transfgu predict` to the format of a labelling tool or a data set library.
 
-`transfgu export --masks OUT --images URI --to cvat` writes OUT/cvat.xml: a polygon per connected region of a class.
+`transfgu export --masks OUT --images URI --to cvat` writes OUT/cvat.xml: one polygon per connected region of a class.
 """
 
 import sys
@@ -25,7 +25,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
 
 
 def add_outlines(parser: Parser) -> None:
-    """Add what decides which regions are exported, and how exactly."""
+    """Add the flags that select regions and set their precision."""
     add = parser.add_argument
     add("--classes", metavar="NAME,NAME", default="", help="export these classes (default: all but background, ignore)")
     add(
@@ -39,22 +39,22 @@ def add_outlines(parser: Parser) -> None:
 
 
 def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance: float, least: int) -> str:
-    """Write the masks in a folder that `transfgu predict` filled.
+    """Convert the masks in a folder of `transfgu predict`.
 
     Args:
         masks: URI of that folder.
         images: URI of the folder of images.
         kind: the format.
         out: URI of the folder for the file; empty: that of the masks.
-        classes: names of the classes to export, with commas between; empty: all but background and ignored ones.
-        tolerance: how far outlines are simplified, pixels.
+        classes: names of the classes to export, separated by commas; empty: all except background and ignored ones.
+        tolerance: maximum distance of simplified outlines from the region's edge, in pixels.
         least: regions of fewer pixels are left out.
 
     Returns:
         The file's URI.
 
     Raises:
-        UserError: no masks as PNGs, no such format or class.
+        UserError: there are no masks as PNGs, no such format or class.
     """
     from transfgu.sharing import exports
     from transfgu.stages.prediction import mask_names, read_claim
@@ -62,7 +62,7 @@ def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance:
     claim = read_claim(masks)
     if claim["files"] != "png":
         raise UserError(
-            f"{storage.shown(masks)} holds masks as {claim['files']}, and exports take PNGs: predict with --format png",
+            f"{storage.shown(masks)} has masks as {claim['files']}, but exports take PNGs: predict with --format png",
             code="export-format",
         )
     known = [
@@ -78,7 +78,7 @@ def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Parse the command line, export, say where."""
+    """Parse the command line, export, print the file's name."""
     words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     check_format(given.to)

@@ -1,7 +1,7 @@
-"""The command `transfgu`: its first word names the command that gets the other words.
+"""Run `transfgu`: the first word selects the command, which receives the other words.
 
-Only the module of that command is imported, and torch and Ray not before its command line is read. So `--help` answers
-at once, and so does a mistake on the command line.
+Only the module of that command is imported, and torch and Ray only after its command line has been parsed. So `--help`
+and mistakes on the command line are answered at once.
 """
 
 import difflib
@@ -15,32 +15,32 @@ from typing import NoReturn
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "train": "segment a data set without labels: features, concepts, pseudo labels, training, evaluation, report",
-        "check": "check what a training would read, do and cost; or verify all files of a run",
-        "predict": "make masks of a folder of images with a trained run",
+        "check": "check data and resources and estimate the cost of a training; or verify all files of a run",
+        "predict": "predict masks for a folder of images with a trained run",
         "evaluate": "score a run, a decoder or a folder of masks on labelled images",
-        "name": "give names to a run's classes, and merge those of one name; nothing is trained again",
-        "serve": "serve a page to try a run with: photographs, masks, names of concepts",
+        "name": "name and merge the classes of a run, without training again",
+        "serve": "serve a page to try a run: photographs, masks, names of concepts",
         "export": "write masks as COCO, CVAT, Label Studio or GeoJSON files",
-        "suggest": "suggest how many concepts a run's features hold, without labels",
-        "tune": "search for a better recipe by many short trainings",
+        "suggest": "suggest the number of concepts from the features of a run, without labels",
+        "tune": "search for a better recipe in many short trainings",
         "compare": "compare methods on the same images, over several seeds; or show runs side by side",
         "pretrain": "train a small self-supervised encoder on a folder of images",
         "runs": "list the runs in a folder",
-        "status": "show how far a run is, its scores, and the command to use next",
-        "benchmark": "time each stage beside its lower bound",
-        "plan": "plan a full data set from such timings",
+        "status": "show the state of a run, its scores, and the next command",
+        "benchmark": "time each stage and compare it with its lower bound",
+        "plan": "estimate time and cost of a full data set from measurements",
         "schema": "print the JSON Schema of a recipe",
         "completion": "print the completion script of a shell: bash, zsh or fish",
     }
 )
-"""Each command, and what it does. `transfgu/cli/NAME.py` has its functions `parser(words)` and `main(words)`."""
+"""Commands and their descriptions. `transfgu/cli/NAME.py` has its functions `parser(words)` and `main(words)`."""
 
 
 def command_module(name: str) -> ModuleType:
     """Import the module of a command.
 
     Raises:
-        UserError: there is no such command; the message names near ones.
+        UserError: there is no such command; the message names similar ones.
     """
     if name not in COMMANDS:
         from transfgu.errors import UserError
@@ -54,7 +54,7 @@ def command_module(name: str) -> ModuleType:
 
 
 def help_text() -> str:
-    """Return what `transfgu --help` prints."""
+    """Return the text of `transfgu --help`."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
     return "\n".join(
@@ -74,10 +74,10 @@ def help_text() -> str:
 
 
 def run_command(words: Sequence[str]) -> None:
-    """Run the command that the first word names on the other words.
+    """Run the command named by the first word with the other words.
 
     Raises:
-        UserError: there is no such command, or it ends in a mistake of the user's.
+        UserError: there is no such command, or the user made a mistake in it.
     """
     first = words[0] if words else "--help"
     if first in ("-h", "--help", "help"):
@@ -89,7 +89,7 @@ def run_command(words: Sequence[str]) -> None:
 
 
 def main() -> NoReturn:
-    """Run `transfgu` on the process's arguments, and exit."""
+    """Run `transfgu` with the arguments of the process, and exit."""
     from transfgu.runtime import stopping
 
     stopping.install()

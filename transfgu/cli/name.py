@@ -1,9 +1,8 @@
-"""Give names to the classes of a finished run, and merge classes by giving them one name; nothing is trained again.
+"""Name the classes of a finished run, and merge classes by giving them the same name; nothing is trained again.
 
-`transfgu name RUN > names.yaml` writes the present names, a line each; edit them, and run
-`transfgu name RUN names.yaml`: the report, `Segmenter`, exports and new masks follow. The name `ignore` is for what
-stands for nothing.
-`--masks OUT` brings masks that were made before to the same classes; `--undo` takes the names back.
+`transfgu name RUN > names.yaml` writes the present names, one per line. Edit the file and run `transfgu name RUN
+names.yaml`: the report, `Segmenter`, exports and new masks use the names. Name concepts that are no class `ignore`.
+`--masks OUT` updates earlier masks to the same classes; `--undo` removes the names.
 """
 
 import sys
@@ -19,9 +18,11 @@ def parser(words: Sequence[str] = ()) -> Parser:
     """Return the parser."""
     made = Parser(__doc__ or "", "name", "RUN [FILE]")
     made.add_argument("run", metavar="RUN", help="a finished run: the --run of `transfgu train`")
-    made.add_argument("file", metavar="FILE", nargs="?", help="YAML: names by class, as in {3: cow, 7: cow, 9: ignore}")
+    made.add_argument(
+        "file", metavar="FILE", nargs="?", help="YAML file of names by class, such as {3: cow, 7: cow, 9: ignore}"
+    )
     made.add_argument("--masks", metavar="URI", help="also re-index these masks: the --out of `transfgu predict`")
-    made.add_argument("--undo", action="store_true", help="take back the names and merges of the run")
+    made.add_argument("--undo", action="store_true", help="remove the names and merges of the run")
     return made
 
 
@@ -30,10 +31,10 @@ def main(words: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     if given.undo and given.file:
-        raise UserError("--undo takes names back: leave out FILE", code="flags-conflict")
+        raise UserError("--undo removes names: leave out FILE", code="flags-conflict")
     run = Run(given.run)
     text = storage.read_bytes(given.file) if given.file else b""
-    # Only now torch, which takes seconds to import: a mistake on the command line is answered at once.
+    # # Import torch only now, because it takes seconds: mistakes on the command line are reported at once.
     from transfgu import naming, pipeline
     from transfgu.report.page import write
     from transfgu.sharing.names import parse
@@ -50,12 +51,10 @@ def main(words: Sequence[str] | None = None) -> None:
             print(f"{index:4}  {name}" + ("" if members == [name] else f"  ({', '.join(members)})"))
     if given.masks:
         done = naming.reindex(given.masks, run)
-        print(f"{done.files} files of masks re-indexed in {storage.join(storage.shown(given.masks), 'masks')}")
+        print(f"{done.files} mask files re-indexed in {storage.join(storage.shown(given.masks), 'masks')}")
         if done.removed:
-            print(f"{done.removed} that were made under other names removed: run the same transfgu predict again")
+            print(f"{done.removed} masks made with other names removed: run the same transfgu predict again")
         if storage.exists(storage.join(given.masks, "overlays")):
             print("overlays show the former classes: delete them, and run the same transfgu predict --overlays again")
     elif given.file or given.undo:
-        print(
-            f"masks made before keep their classes: transfgu name {storage.shown(run.uri)} --masks OUT re-indexes them"
-        )
+        print(f"earlier masks keep their classes: transfgu name {storage.shown(run.uri)} --masks OUT re-indexes them")

@@ -1,6 +1,6 @@
-"""Plan a full data set from measurements: hours and dollars of each stage, and what bounds it.
+"""Estimate time and cost of a full data set from measurements: hours and dollars of each stage, and its bottleneck.
 
-`transfgu plan PRESET --images N --gpus G` reads what `transfgu benchmark all --preset PRESET` measured.
+`transfgu plan PRESET --images N --gpus G` reads the measurements of `transfgu benchmark all --preset PRESET`.
 """
 
 import sys
@@ -28,11 +28,11 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add("--get", metavar="X", type=float, default=0.0004, help="price of 1,000 reading requests [$] (default: 0.0004)")
     add("--put", metavar="X", type=float, default=0.005, help="price of 1,000 writing requests [$] (default: 0.005)")
     add("--gigabyte", metavar="X", type=float, default=0.0, help="price of a GB from the storage [$] (default: 0)")
-    add("--measured", metavar="URI", help="JSON of a measurement (default: ~/transfgu/benchmark-PRESET.json)")
+    add("--measured", metavar="URI", help="JSON file of measurements (default: ~/transfgu/benchmark-PRESET.json)")
     add(
         "--ingest",
         metavar="URI",
-        help="JSON of `transfgu benchmark ingest`; without it, images are read again in every epoch",
+        help="JSON file of `transfgu benchmark ingest`; without it, images are read again in every epoch",
     )
     add_recipe(made, words)
     return made
@@ -71,5 +71,5 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def default_file(preset: str) -> str:
-    """Return the file of a preset's measurements, unless a flag names another."""
+    """Return the default file of a preset's measurements."""
     return str(Path.home() / "transfgu" / f"benchmark-{preset}.json")

@@ -1,7 +1,7 @@
-"""Segment a folder of images with a trained run: a mask for each image, in the same folders, under the same names.
+"""Predict masks for a folder of images with a trained run, in the same subfolders and with the same names.
 
-`transfgu predict --run URI --images URI --out URI`; a path or s3://bucket/folder for each. Masks go to OUT/masks;
-the same command, run again, makes the masks that are not there yet.
+`transfgu predict --run URI --images URI --out URI`; each URI is a path or s3://bucket/folder. Masks go to OUT/masks;
+the same command, run again, adds the missing masks.
 """
 
 import sys
@@ -20,30 +20,34 @@ def parser(words: Sequence[str] = ()) -> Parser:
     made = Parser(__doc__ or "", "predict", "--run URI --images URI --out URI")
     add = made.add_argument
     add("--run", metavar="URI", help="a finished run: the --run of `transfgu train`")
-    add("--images", metavar="URI", help="folder of images, at any depth")
-    add("--out", metavar="URI", help="folder to fill: masks/, overlays/, and prediction.json, which names the classes")
+    add("--images", metavar="URI", help="folder of images; subfolders are included")
+    add(
+        "--out",
+        metavar="URI",
+        help="output folder: masks/, overlays/, and prediction.json with the names of the classes",
+    )
     add(
         "--format",
         metavar="png|parquet",
         default="png",
-        help="png: an indexed PNG for each image; parquet: rows name, height, width, mask (default: png)",
+        help="png: one indexed PNG per image; parquet: rows name, height, width, mask (default: png)",
     )
-    add("--overlays", action="store_true", help="also write each image with its classes in colour, as a JPEG")
+    add("--overlays", action="store_true", help="also write each image with its classes in colour, as JPEG")
     add(
         "--tile",
         metavar="N",
         type=int,
         default=0,
-        help="predict images in overlapping tiles of this height [pixels], for large images; 0: whole (default: 0)",
+        help="predict large images in overlapping tiles of this side [pixels]; 0: no tiles (default: 0)",
     )
     add("--overlap", metavar="N", type=int, default=64, help="overlap of neighbouring tiles [pixels] (default: 64)")
-    add("--export", metavar="FORMAT", help=f"then also export the masks: one of {', '.join(FORMATS)}")
+    add("--export", metavar="FORMAT", help=f"also export the masks, as one of {', '.join(FORMATS)}")
     export.add_outlines(made)
     add(
         "--orient",
         metavar="true|false",
-        help="true: apply the orientation in EXIF data, so that masks lie on what a viewer shows; false: masks lie on "
-        "the stored pixels (default: true; where OUT holds masks, as they were made)",
+        help="true: apply the orientation in EXIF data, so that masks match the image as viewers show it; false: masks "
+        "match the stored pixels (default: true; if OUT has masks, their setting)",
     )
     add_output(made)
     add_compute(made)
@@ -51,7 +55,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Parse the command line, predict, say what was made."""
+    """Parse the command line, predict, print a summary."""
     words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     for name in ("run", "images", "out"):
@@ -62,20 +66,18 @@ def main(words: Sequence[str] | None = None) -> None:
     if given.format not in ("png", "parquet"):
         raise UserError(f"--format must be png or parquet, not {given.format}", code="flag-invalid")
     if given.overlays and given.format != "png":
-        raise UserError(
-            "--overlays are pictures, and go with --format png: leave out one of them", code="flags-conflict"
-        )
+        raise UserError("--overlays requires --format png: leave out one of them", code="flags-conflict")
     orient = None if given.orient is None else convert("--orient", bool, given.orient)
     if given.overlays and given.tile:
         raise UserError(
-            "--overlays shows images that are predicted whole: leave out --overlays or --tile", code="flags-conflict"
+            "--overlays requires images without tiles: leave out --overlays or --tile", code="flags-conflict"
         )
     if given.export:
         check_format(given.export)
         if given.format != "png":
-            raise UserError("--export takes masks as PNGs: leave out --format parquet", code="flags-conflict")
+            raise UserError("--export requires masks as PNGs: leave out --format parquet", code="flags-conflict")
     compute = compute_of(given)
-    # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
+    # # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu.runtime.progress import Progress
     from transfgu.stages.prediction import PredictionJob, predict
 
@@ -94,7 +96,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if done.passed:
         print(f"not read: {done.passed}")
     if done.orphans:
-        print(f"{done.orphans} masks are of images that are not in {storage.shown(job.images)}: they stay")
+        print(f"{done.orphans} masks have no image in {storage.shown(job.images)}: they are kept")
     before = f", {done.found} there already" if done.found else ""
     print(f"{done.made} masks made{before}: {storage.join(storage.shown(job.out), 'masks')}")
     if exported:

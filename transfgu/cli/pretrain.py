@@ -1,8 +1,8 @@
 """Train a small ViT by self-supervision on a folder of images, for domains without a pretrained encoder.
 
-`transfgu pretrain --out vit.safetensors` makes the embedded demonstration's encoder anew. With --labels a linear probe
-says whether the encoder learned more than colour and texture tell. What was made is used
-by `transfgu train folder --data URI --encoder.weights vit.safetensors`.
+`transfgu pretrain --out vit.safetensors` trains the encoder of the embedded demonstration again. With --labels a linear
+probe shows whether the encoder learned more than colour and texture. Use the result with `transfgu train folder --data
+URI --encoder.weights vit.safetensors`.
 """
 
 import shlex
@@ -22,16 +22,31 @@ def parser(words: Sequence[str] = ()) -> Parser:
     """Return the parser."""
     made = Parser(__doc__ or "", "pretrain", "--out URI")
     add = made.add_argument
-    add("--out", metavar="URI", required=True, help="weights to write: a .safetensors file")
-    add("--images", metavar="URI", default="shapes", help="folder of images, or shapes: drawn (default: shapes)")
-    add("--count", metavar="N", type=int, default=12_000, help="images drawn for shapes [images] (default: 12000)")
-    add("--image_size", metavar="N", type=int, default=72, help="side of the kept images [pixels] (default: 72)")
+    add("--out", metavar="URI", required=True, help="file for the weights (.safetensors)")
+    add(
+        "--images",
+        metavar="URI",
+        default="shapes",
+        help="folder of images, or shapes for drawn images (default: shapes)",
+    )
+    add(
+        "--count",
+        metavar="N",
+        type=int,
+        default=12_000,
+        help="number of drawn images, for shapes [images] (default: 12000)",
+    )
+    add("--image_size", metavar="N", type=int, default=72, help="side of the stored images [pixels] (default: 72)")
     add("--squares", metavar="N", type=int, default=1, help="squares cut from each image of a folder (default: 1)")
-    add("--labels", metavar="URI", help="folder of label PNGs of the images, for a linear probe afterwards")
-    add("--views", choices=tuple(VIEWS), help="colours of views (default: drawn for shapes, else photographs)")
+    add("--labels", metavar="URI", help="folder of label PNGs of the images, for a linear probe at the end")
+    add(
+        "--views",
+        choices=tuple(VIEWS),
+        help="colour changes of views (default: drawn for shapes, otherwise photographs)",
+    )
     add("--workers", metavar="N", type=int, default=0, help="training workers (default: one per GPU; one without)")
     add("--track", metavar="TEXT", default="tensorboard", help=f"{FIELDS['compute.track'].doc} (default: tensorboard)")
-    add("--print-config", action="store_true", help="print the settings below as YAML, and do nothing else")
+    add("--print-config", action="store_true", help="print the settings below as YAML and exit")
     add_output(made)
     add_pretraining_recipe(made)
     return made
@@ -46,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> None:
         settings = {name: listed(value) for name, value in vars(recipe).items()}
         print(yaml.safe_dump(settings, sort_keys=False), end="")
         return
-    # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
+    # # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu.pretraining.stage import SHAPES, PretrainingJob, pretrain
     from transfgu.runtime import capacity, connect
     from transfgu.runtime.progress import Progress
@@ -70,7 +85,7 @@ def main(words: Sequence[str] | None = None) -> None:
     tracking.names(given.track)
     connect.connect(verbose=given.verbose)
     compute = ComputeRecipe(workers=capacity.training_workers(ComputeRecipe(workers=given.workers)), track=given.track)
-    capacity.check_satisfiable(compute)  # of all of them, as their number is the same from the first step to the last
+    capacity.check_satisfiable(compute)  # all workers at once, because their number never changes
     prepared = pretrain(job, compute, Progress("pretraining", quiet=given.quiet))
     if prepared.left_out and not given.quiet:
         print(f"{len(prepared.left_out)} images were left out, such as {prepared.left_out[0]['name']}")
@@ -80,18 +95,18 @@ def main(words: Sequence[str] | None = None) -> None:
         print(_probe(given.images, given.labels, job.out))
 
 
-_PROBED = 120  # labelled images, half of which the probe learns from
+_PROBED = 120  # labelled images; the probe is trained on half of them
 
 
 def _labelled(images: str, labels: str, weights: str) -> Recipe:
-    """The recipe of a probe, for any number of classes."""
+    """Return the recipe of a probe, for any number of classes."""
     return preset("folder").with_fields(
         {"data": images, "labels": labels, "limit": _PROBED, "encoder.weights": weights}
     )
 
 
 def _check_labels(images: str, labels: str) -> None:
-    """Raise UserError where no label belongs to an image, before hours of training."""
+    """Raise UserError if no label belongs to an image, before hours of training."""
     from transfgu import datasets
 
     if images == "shapes":
@@ -100,7 +115,7 @@ def _check_labels(images: str, labels: str) -> None:
 
 
 def _probe(images: str, labels: str, weights: str) -> str:
-    """Return what the probe found, in one line or two."""
+    """Return the results of the probe, in one line or two."""
     from transfgu.baselines.tokens import ENCODER, PIXELS, probe
     from transfgu.pipeline import fit_to_encoder, fit_to_small_encoder
 
@@ -108,9 +123,9 @@ def _probe(images: str, labels: str, weights: str) -> str:
     count, found = probe(recipe)
     encoder, pixels = found[ENCODER], found[PIXELS]
     text = (
-        f"linear probe on {count} labelled images, half of them to learn from: mIoU {encoder.mean_iou:.1f}, "
+        f"linear probe on {count} labelled images, trained on half of them: mIoU {encoder.mean_iou:.1f}, "
         f"accuracy {encoder.pixel_accuracy:.1f}; {PIXELS} alone: {pixels.mean_iou:.1f}, {pixels.pixel_accuracy:.1f}"
     )
     if encoder.mean_iou > pixels.mean_iou:
         return text
-    return f"{text}\nthe encoder tells classes apart no better than those: train longer (--steps), or on more images"
+    return f"{text}\nthe encoder separates classes no better than these: train longer (--steps), or on more images"

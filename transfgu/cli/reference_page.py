@@ -1,6 +1,6 @@
-"""Write the recipe's page of the documents from the metadata of its fields.
+"""Write the page about the recipe from the metadata of its fields.
 
-`python -m transfgu.cli.reference_page docs/recipe.md` writes it anew (`make docs`).
+`python -m transfgu.cli.reference_page docs/recipe.md` writes it (`make docs`).
 """
 
 import sys
@@ -14,16 +14,16 @@ from transfgu.recipe import FIELDS, SHORT_NAMES, preset
 
 _HEAD = """# The recipe
 
-A run is a function of its recipe. Every field below is a flag of `transfgu train` under its full name
-(`--training.epochs 4`) or, where there is one, its short name (`--epochs 4`), and a line of `recipe.yaml`, which a run
-writes and `--recipe FILE` reads. Lists are written `0.5,0.4` or `320x320`.
+The result of a run depends only on its recipe. Every field below is a flag of `transfgu train`, by its full name
+(`--training.epochs 4`) or its short name (`--epochs 4`), and a line of `recipe.yaml`, which a run writes and
+`--recipe FILE` reads. Lists are written `0.5,0.4` or `320x320`.
 
 *This page is written by `make docs` from the code; do not edit it.*
 """
 
 
 def page() -> str:
-    """The page, as Markdown."""
+    """Return the page as Markdown."""
     return "\n".join([_HEAD, *_components(), *_presets()]) + "\n"
 
 
@@ -47,8 +47,8 @@ def _components() -> Iterator[str]:
 
 
 def _presets() -> Iterator[str]:
-    yield "## What each preset sets\n"
-    yield "Against the defaults above, which are those of `folder`.\n"
+    yield "## Fields set by each preset\n"
+    yield "Fields that differ from the defaults above, which are those of `folder`.\n"
     common = preset("folder").flat()
     for name in PRESETS:
         if name == "folder":

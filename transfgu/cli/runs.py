@@ -1,4 +1,4 @@
-"""List the runs in a folder: preset, classes, stages that are complete, scores.
+"""List the runs in a folder: preset, classes, complete stages, scores.
 
 `transfgu runs` lists those in ~/transfgu.
 """
@@ -24,7 +24,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
 
 
 def runs_in(folder: str) -> list[Run]:
-    """The runs that lie in a folder, by name.
+    """Return the runs in a folder, by name.
 
     Raises:
         UserError: there is no such folder.
@@ -39,10 +39,10 @@ def runs_in(folder: str) -> list[Run]:
 
 
 def table(folder: str) -> str:
-    """The runs in a folder, a line each.
+    """Return a table of the runs in a folder, one line each.
 
     Raises:
-        UserError: the folder is not there, or holds no run.
+        UserError: the folder does not exist, or has no run.
     """
     rows = [("run", "preset", "classes", "epochs", "stages", "mIoU", "accuracy")]
     for run in runs_in(folder):
@@ -60,7 +60,7 @@ def table(folder: str) -> str:
         rows.append((name, recipe.preset, f"{recipe.classes}", f"{recipe.training.epochs}", done, shown[0], shown[1]))
     if len(rows) == 1:
         raise UserError(
-            f"{storage.shown(folder)} holds no run: give the folder in which --run folders lie", code="runs-missing"
+            f"{storage.shown(folder)} has no run: give the folder that contains the --run folders", code="runs-missing"
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -1,6 +1,6 @@
-"""Print the JSON Schema of a recipe, for editors that complete and check YAML.
+"""Print the JSON Schema of a recipe, with which editors complete and check YAML.
 
-`transfgu schema > recipe.schema.json`, and as the first line of a recipe: `# yaml-language-server: $schema=FILE`.
+Run `transfgu schema > recipe.schema.json` and add this first line to a recipe: `# yaml-language-server: $schema=FILE`.
 """
 
 import json
@@ -20,8 +20,8 @@ _TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
 def schema() -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of `recipe.yaml`.
 
-    It describes what a run writes and what `--recipe` reads: components as mappings, or fields by their dotted or short
-    names. Which values fit together only the recipe itself checks.
+    It describes files that a run writes and that `--recipe` reads: components as mappings, or fields by their dotted or
+    short names. Only the recipe itself checks whether values fit together.
     """
     fields = {name: _field(info) for name, info in FIELDS.items()}
     fields["preset"] = {"description": FIELDS["preset"].doc, "enum": list(PRESETS)}

@@ -1,4 +1,4 @@
-"""Show how far a run is: each stage, who works on it, its scores, and the command to use next.
+"""Show the state of a run: each stage, the process that works on it, its scores, and the next command.
 
 `transfgu status RUN` reads the run's folder and changes nothing.
 """
@@ -19,14 +19,14 @@ from transfgu.store.lock import holder_of
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What a run's folder holds.
+    """The content of a run's folder.
 
     Args:
-        recipe: the run's.
-        complete: manifests of the stages that are complete, in order.
-        begun: stages that were begun and are not complete.
-        holder: who works on it; None: nobody.
-        metrics: the content of `metrics.json`; empty where there is none.
+        recipe: recipe of the run.
+        complete: manifests of complete stages, in order.
+        begun: stages that have started and are not complete.
+        holder: description of the process that works on it; None: none.
+        metrics: the content of `metrics.json`; empty if there is none.
     """
 
     recipe: Recipe
@@ -37,22 +37,22 @@ class State:
 
     @property
     def finished(self) -> bool:
-        """Whether every stage is complete."""
+        """True if every stage is complete."""
         return len(self.complete) == len(self.recipe.stages)
 
     @property
     def score(self) -> str:
-        """MIoU and accuracy in words; empty where there are none."""
+        """MIoU and accuracy as text; empty if there are none."""
         if self.metrics.get("mean_iou") is None:
             return ""
         return f"mIoU {self.metrics['mean_iou']:.2f} %, pixel accuracy {self.metrics['pixel_accuracy']:.2f} %"
 
 
 def state_of(run: Run) -> State:
-    """Read a run's state.
+    """Read the state of a run.
 
     Raises:
-        UserError: the folder holds no run, or a damaged one.
+        UserError: the folder has no run, or a damaged one.
     """
     recipe = run.recipe()
     manifests = {stage: run.artifact(stage).manifest() for stage in recipe.stages}
@@ -66,7 +66,7 @@ def state_of(run: Run) -> State:
 
 
 def describe(run: Run) -> Iterator[str]:
-    """The state of a run, line by line."""
+    """Yield a description of a run's state, line by line."""
     state, uri = state_of(run), storage.shown(run.uri)
     yield f"{uri}: {state.recipe.preset}, {state.recipe.classes} classes, {state.recipe.training.epochs} epochs"
     for stage in state.recipe.stages:
@@ -90,7 +90,7 @@ def describe(run: Run) -> Iterator[str]:
 def parser(words: Sequence[str] = ()) -> Parser:
     """Return the parser."""
     made = Parser(__doc__ or "", "status", "RUN")
-    made.add_argument("run", metavar="RUN", help="a run's folder: the --run of `transfgu train`")
+    made.add_argument("run", metavar="RUN", help="folder of a run: the --run of `transfgu train`")
     made.add_argument("--json", action="store_true", help="print JSON: stages, begun, holder, metrics")
     return made
 

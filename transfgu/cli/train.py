@@ -1,6 +1,6 @@
 """Segment a data set without labels: features, concepts, pseudo labels, training, evaluation, report.
 
-`transfgu train` runs the embedded demonstration; `transfgu train coco-stuff-27 --data URI` a benchmark.
+`transfgu train` runs the embedded demonstration; `transfgu train coco-stuff-27 --data URI` runs a benchmark.
 """
 
 import sys
@@ -31,7 +31,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
     made.add_argument(
         "--run",
         metavar="URI",
-        help="run folder: a path or URI (default: ~/transfgu/PRESET, with -METHOD for another method)",
+        help="folder of the run: a path or URI (default: ~/transfgu/PRESET, plus -METHOD for other methods)",
     )
     made.add_argument(
         "--until", metavar="STAGE", default=STAGES[-1], help=f"stop after this stage: {', '.join(STAGES)}"
@@ -39,19 +39,19 @@ def parser(words: Sequence[str] = ()) -> Parser:
     made.add_argument(
         "--class-names",
         metavar="FILE",
-        help="names of the classes of --labels: a line for each in the order of their values, or YAML as in {3: cow}",
+        help="names of the classes of --labels: one line per class in the order of their values, or YAML: {3: cow}",
     )
     made.add_argument(
         "--reuse",
         metavar="URI",
-        help="another run, whose stages are used in place where this recipe shares them: its features for another "
-        "number of concepts, its pseudo labels for other --omega_1; without PRESET its recipe is the start",
+        help="take the stages of another run that this recipe shares: its features for another number of concepts, "
+        "or its pseudo labels for another --omega_1; without PRESET, start from its recipe",
     )
-    made.add_argument("--list", action="store_true", help="show the presets, and do nothing else")
+    made.add_argument("--list", action="store_true", help="show the presets and exit")
     made.add_argument(
         "--dry-run",
         action="store_true",
-        help="check data, weights, storage and resources, show the plan and the cost, and do nothing else",
+        help="check data, weights, storage and resources, show the plan and the cost, and exit",
     )
     add_output(made)
     add_recipe(made, words)
@@ -59,7 +59,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
 
 
 def folder_name(recipe: Recipe) -> str:
-    """Return the name of a run's folder where the user gives none."""
+    """Return the default name of a run's folder."""
     return recipe.preset if recipe.method == TRANSFGU else f"{recipe.preset}-{recipe.method}"
 
 
@@ -82,7 +82,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
         if not recipe.labels:
             raise UserError(
-                "--class-names names the classes of --labels: give those, or name concepts after the run by "
+                "--class-names names the classes of --labels: give --labels, or name concepts after the run by "
                 "transfgu name",
                 code="labels-missing",
             )
@@ -98,7 +98,7 @@ def main(words: Sequence[str] | None = None) -> None:
             print(line)
     else:
         failures.check_ray()
-        # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
+        # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
         from transfgu.pipeline import run_stages
         from transfgu.report.page import write
 

@@ -1,7 +1,7 @@
-"""Search for a better recipe: many short trainings on the same pseudo labels, on as much of a cluster as there is.
+"""Search for a better recipe in many short trainings on the same pseudo labels, on all resources of a cluster.
 
-`transfgu tune --trials 20` tries other weights of the losses, omega_1 and omega_2, and other alphas on the
-demonstration; `--search FIELD=RANGE` searches any numeric field. The same command goes on with a stopped search.
+`transfgu tune --trials 20` searches weights of the losses, omega_1 and omega_2, and alphas on the demonstration;
+`--search FIELD=RANGE` searches any numeric field. The same command continues a stopped search.
 """
 
 import sys
@@ -19,7 +19,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
     made = Parser(__doc__ or "", "tune", "[PRESET] --trials N")
     group = made.add_argument_group("search")
     add = group.add_argument
-    add("--run", metavar="URI", help="the search's folder: a path or URI (default: ~/transfgu/PRESET-search)")
+    add("--run", metavar="URI", help="folder of the search: a path or URI (default: ~/transfgu/PRESET-search)")
     add("--trials", metavar="N", type=int, required=True, help="number of trials; a grid may have fewer")
     add(
         "--search",
@@ -77,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> None:
         gpus_per_trial=arguments.gpus_per_trial,
         **{name: getattr(arguments, name) for name in own},
     )
-    # Only now torch and Ray, which take seconds to import: a mistake on the command line is answered at once.
+    # # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu.report.search import write
     from transfgu.search.stage import run_search
 

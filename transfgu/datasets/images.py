@@ -214,11 +214,11 @@ def read_label(uri: str | None, classes: Classes, image_shape: Size | None = Non
         raise BadInput(f"label of {_by(values.shape)} pixels for an image of {_by(image_shape)}")
     low, high = int(values.min()), int(values.max())
     if not 0 <= low <= high <= 255:
-        raise BadInput(f"label value {low if low < 0 else high}, which is no class")
+        raise BadInput(f"label value {low if low < 0 else high}, which is not a class")
     narrow = values.astype(np.uint8)
     unknown = np.flatnonzero((np.bincount(narrow.ravel(), minlength=256) > 0) & ~classes.known)
     if len(unknown):
-        raise BadInput(f"label value {unknown[0]}, which is no class")
+        raise BadInput(f"label value {unknown[0]}, which is not a class")
     label: Int16[np.ndarray, "H W"] = classes.label_map[narrow]
     return label
 

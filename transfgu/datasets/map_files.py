@@ -202,7 +202,7 @@ def _place(part: str, row: int) -> tuple[int, int]:
 
 def _changed(part: str) -> UserError:
     return UserError(
-        f"{storage.shown(part)} is not the file that was written: delete the pseudo labels' folder to make them anew",
+        f"{storage.shown(part)} is not the file that was written: delete the folder of pseudo labels and run again",
         code="artifact-damaged",
     )
 

@@ -43,7 +43,7 @@ def find_masks(rows: pa.Table, uri: str) -> dict[str, str]:
     files = images_in(folder, recursive=True)
     if not files:
         raise UserError(
-            f"{storage.shown(folder)} holds no masks: give --masks a folder of indexed or grey PNGs, one per image",
+            f"{storage.shown(folder)} has no masks: give --masks a folder of indexed or grey PNGs, one per image",
             code="masks-missing",
         )
     by_path: dict[str, list[str]] = {}

@@ -152,7 +152,7 @@ def _stretches(pack: Pack) -> list[Unit]:
             ]
     except (tarfile.TarError, EOFError):
         raise UserError(
-            f"{storage.shown(pack.uri)} is no tar file, or cut short: fetch it again", code="file-damaged"
+            f"{storage.shown(pack.uri)} is not a tar file, or is truncated: download it again", code="file-damaged"
         ) from None
     found: list[Unit] = []
     start = 0

@@ -64,7 +64,7 @@ class RasterRows:
         driver = next((name for first, name in _DRIVERS.items() if head.startswith(first)), None)
         if driver is None:
             raise BadInput(
-                f"image of more than {images.MAX_PIXELS // 10**6} million pixels that is no PNG, JPEG or TIFF"
+                f"image of more than {images.MAX_PIXELS // 10**6} million pixels that is not PNG, JPEG or TIFF"
             )
         if (driver == "PNG" and b"IEND" not in tail) or (driver == "JPEG" and b"\xff\xd9" not in tail):
             raise BadInput("truncated image")  # GDAL fills what is missing with black

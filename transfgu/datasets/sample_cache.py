@@ -190,7 +190,7 @@ class SampleCache:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             self._full = True
-            logger.warning("%s is full: images that are not in the cache are read anew in each epoch", self._folder)
+            logger.warning("%s is full: images that are not in the cache are read again in every epoch", self._folder)
 
     def seal(self) -> None:
         """Write everything to the disk if every sample is there, so that the cache outlives the machine's restart."""

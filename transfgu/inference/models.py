@@ -46,7 +46,7 @@ def check_method(recipe: Recipe, file: WeightFile, uri: str) -> None:
     classes = file.metadata.get(CLASSES, str(recipe.classes))
     if recipe.method != TRANSFGU and classes != str(recipe.classes):
         raise UserError(
-            f"{storage.shown(uri)} tells {classes} classes apart, and the recipe {recipe.preset} has {recipe.classes}: "
+            f"{storage.shown(uri)} has {classes} classes, but the recipe {recipe.preset} has {recipe.classes}: "
             "choose the preset that it was trained for",
             code="model-of-other-classes",
         )

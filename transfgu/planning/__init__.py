@@ -1,1 +1,1 @@
-"""Checks and costs known before a run starts."""
+"""Check a run and estimate its cost before it starts."""

@@ -1,8 +1,8 @@
 """Estimate the time and cost of a data set from measurements per image, for the dry run and the plan.
 
-Every stage needs a device's time, a core's time to decode, bytes over the network, and bytes and requests of the store.
-Devices and their cores grow in number, and so do the machines' links; the store stays one. A stage takes as long as the
-slowest of these, and as devices are added that moves from the devices to the cores or the store.
+Every stage needs time of devices, time of cores for decoding, bytes over the network, and bytes and requests of the
+storage. More machines add devices, cores and network links, but there is only one storage. A stage takes as long as the
+slowest of these resources, so with more devices the bottleneck moves from the devices to the cores or the storage.
 """
 
 import math
@@ -16,15 +16,15 @@ from transfgu.recipe import Recipe
 from transfgu.training.order import Order
 
 STREAMED_REQUESTS = 5.0
-"""Requests per training image where none is cached: image HEAD and GET; part HEAD, footer and maps."""
+"""Requests per training image without a cache: image HEAD and GET; part HEAD, footer and maps."""
 
-_A_MACHINE = 8  # devices
+_A_MACHINE = 8  # devices per machine
 _PART = 32  # images per part of features and pseudo labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What one image takes, in seconds and bytes, and where that was measured."""
+    """Costs of one image, in seconds and bytes, and where they were measured."""
 
     where: str
     """Device and date."""
@@ -45,33 +45,33 @@ class Rates:
     map_bytes: float
     """Bytes of maps per image."""
     file_bytes: float = 0.0
-    """Bytes of an image's file."""
+    """Size of an image's file, in bytes."""
     decoding: Mapping[str, float]
     """Core seconds per image, under `features`, `pseudo-labels` and `training`; maps are part of the last."""
     ingest: Ingest | None = None
-    """Training's reading from a node's cache, if that was measured; None: images are read and decoded every epoch."""
+    """Measurements of training that reads a node's cache; None: images are read and decoded in every epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """The machines that an estimate is for, and their prices."""
+    """The machines of an estimate, and their prices."""
 
     gpus: int
-    """Devices like the measured one."""
+    """Number of devices, each as fast as the measured one."""
     cpus_per_gpu: float = 8.0
-    """Cores like the measured ones that decode for each device."""
+    """Cores that decode per device, each as fast as the measured ones."""
     store: float = 1.0
-    """What the storage delivers to all machines together, GB/s."""
+    """Throughput of the storage for all machines together, GB/s."""
     network: float = 3.0
-    """What a machine of eight devices receives, GB/s."""
+    """Network throughput of a machine with eight devices, GB/s."""
     gpu_hour: float = 0.8
     """Price of a device with its cores, dollars per hour."""
     get: float = 0.0004
-    """Price of 1,000 requests that read, dollars."""
+    """Price of 1,000 reading requests, dollars."""
     put: float = 0.005
-    """Price of 1,000 requests that write, dollars."""
+    """Price of 1,000 writing requests, dollars."""
     gigabyte: float = 0.0
-    """Price of a gigabyte from the store, dollars; within one region of AWS it is free."""
+    """Price of reading a gigabyte from the storage, dollars; within one region of AWS it is free."""
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or min(self.cpus_per_gpu, self.store, self.network) <= 0:
@@ -82,26 +82,26 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a stage needs in all."""
+    """What a stage needs in total."""
 
     stage: str
     device: float = 0.0
-    """Seconds of one device."""
+    """Seconds on one device."""
     decode: float = 0.0
-    """Seconds of one core."""
+    """Seconds on one core."""
     network: float = 0.0
     """Bytes between machines."""
     read: float = 0.0
-    """Bytes from the store."""
+    """Bytes read from the storage."""
     written: float = 0.0
-    """Bytes to the store."""
+    """Bytes written to the storage."""
     gets: float = 0.0
-    """Requests that read."""
+    """Reading requests."""
     puts: float = 0.0
-    """Requests that write."""
+    """Writing requests."""
 
     def seconds(self, site: Site) -> dict[str, float]:
-        """Return how long each resource would take by itself."""
+        """Return the seconds that each resource would take alone."""
         machines = math.ceil(site.gpus / _A_MACHINE)
         return {
             "GPU": self.device / site.gpus,
@@ -111,11 +111,11 @@ class Cost:
         }
 
     def bottleneck(self, site: Site) -> tuple[str, float]:
-        """Return the resource that takes longest, and its seconds: the stage's, as the others work meanwhile."""
+        """Return the slowest resource and its seconds, which are the stage's, as all work in parallel."""
         return max(self.seconds(site).items(), key=lambda x: x[1])
 
     def dollars(self, site: Site) -> dict[str, float]:
-        """Return the price of machines, of requests and of bytes."""
+        """Return the price of machines, requests and bytes."""
         return {
             "machines": self.bottleneck(site)[1] / 3600 * site.gpus * site.gpu_hour,
             "requests": (self.gets * site.get + self.puts * site.put) / 1000,
@@ -124,20 +124,20 @@ class Cost:
 
 
 def measured_rates(recipe: Recipe, found: Measurements, ingest: Ingest | None = None) -> Rates:
-    """Return the rates of a benchmark's measurements, and of the ingest's if it was measured.
+    """Return the rates from measurements of the benchmark, and of the ingest if it was measured.
 
     Raises:
         UserError: a stage that was not measured, measurements of another encoder, or a recipe of another method.
     """
     if recipe.method != TRANSFGU:
         raise UserError(
-            f"a plan is made of TransFGU's stages, and the recipe's method is {recipe.method}: leave out --method",
+            f"only TransFGU can be planned, and the method of the recipe is {recipe.method}: leave out --method",
             code="plan-of-another-method",
         )
     if found.encoder != recipe.encoder.name:
         raise UserError(
             f"the measurements are of encoder {found.encoder}, and the recipe's is {recipe.encoder.name}: "
-            f"measure it by transfgu benchmark all --preset {recipe.preset} --encoder.name {recipe.encoder.name}",
+            f"run transfgu benchmark all --preset {recipe.preset} --encoder.name {recipe.encoder.name}",
             code="measurements-mismatch",
         )
     windows, maps = found.timing("features"), found.timing("pseudo-labels")
@@ -167,9 +167,7 @@ def measured_rates(recipe: Recipe, found: Measurements, ingest: Ingest | None = 
 def costs(recipe: Recipe, rates: Rates, images: int, validation: int) -> list[Cost]:
     """Return what each stage of a recipe needs for `images` training and `validation` labelled images."""
     how = recipe.dataset
-    order = Order(
-        images=max(1, images), passes=recipe.training.passes, batch_size=recipe.training.batch_size, seed=recipe.seed
-    )
+    order = Order.of(recipe, max(1, images))
     seen = order.steps * order.batch * recipe.training.epochs if images else 0
     scored = validation * (recipe.training.epochs // recipe.training.evaluate_every)
     pixels = {name: 3.0 * s[0] * s[1] for name, s in (("features", how.feature_size), ("maps", how.image_size))}
@@ -235,7 +233,7 @@ def _training(recipe: Recipe, rates: Rates, images: int, seen: int) -> Cost:
             read=whole * seen,
             gets=STREAMED_REQUESTS * seen,
         )
-    # The first pass fills the nodes' caches; what passes again is copied out of them.
+    # # The first pass fills the caches of the nodes; later passes read them.
     return Cost(
         stage="training",
         device=device,
@@ -246,7 +244,7 @@ def _training(recipe: Recipe, rates: Rates, images: int, seen: int) -> Cost:
 
 
 def total(stages: Sequence[Cost], site: Site) -> tuple[float, float]:
-    """Return seconds and dollars of all stages, one after the other."""
+    """Return seconds and dollars of all stages in sequence."""
     return (
         sum(cost.bottleneck(site)[1] for cost in stages),
         sum(sum(cost.dollars(site).values()) for cost in stages),
@@ -254,7 +252,7 @@ def total(stages: Sequence[Cost], site: Site) -> tuple[float, float]:
 
 
 def shown(recipe: Recipe, rates: Rates, site: Site, images: int, validation: int) -> str:
-    """Return the plan for people: hours, dollars, bytes, requests and bottleneck by stage, then by device count."""
+    """Return the plan as text: hours, dollars, bytes, requests and bottleneck by stage, then by number of devices."""
     stages = costs(recipe, rates, images, validation)
     head = (
         "stage",
@@ -293,8 +291,8 @@ def shown(recipe: Recipe, rates: Rates, site: Site, images: int, validation: int
         f"training's ingest: {ingest}",
         *aligned(rows),
         "in all: " + ", ".join(f"${amount:,.2f} for {name}" for name, amount in prices.items()),
-        "assumed: GPUs divide a stage's time by their number. Training takes longer than that, as a step's fixed costs "
-        "stay when its batch is divided; so does K-Means if it was measured on a CPU.",
+        "assumed: the time of a stage is divided by the number of GPUs. Training takes longer, because the fixed costs "
+        "of a step stay when its batch is divided; so does K-Means if it was measured on a CPU.",
         "",
         "by the number of GPUs:",
     ]

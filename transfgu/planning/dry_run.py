@@ -1,8 +1,8 @@
 """Check a run and estimate its cost before it starts, from the recipe and the list of samples.
 
 The checks are those of the pipeline, so a run that passes them starts. The operators are those that Ray Data would run.
-The cost is the model's of `transfgu.planning.cost_plan`, whose rates are forward passes of the encoder timed on this
-machine.
+The cost comes from the model of `transfgu.planning.cost_plan`, with rates from forward passes of the encoder timed on
+this machine.
 """
 
 import time
@@ -32,12 +32,12 @@ from transfgu.store.artifacts import Run
 from transfgu.training.order import Order
 from transfgu.windows import sliding_windows
 
-_TIMED = 2  # images in the forward pass that is timed
+_TIMED = 2  # images in the timed forward pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How many samples there are."""
+    """Numbers of samples."""
 
     train: int
     validation: int
@@ -47,12 +47,12 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a stage would do."""
+    """The work of a stage."""
 
     what: str
-    """In words."""
+    """Description as text."""
     stored: int = 0
-    """Bytes that it would write, at most."""
+    """Bytes written, at most."""
     time: float = 0.0
     """Seconds in the encoder, at most."""
 
@@ -60,10 +60,11 @@ class Work:
 def describe(
     recipe: Recipe, run: Run, *, until: str = STAGES[-1], shared: Run | None = None, verbose: bool = False
 ) -> Iterator[str]:
-    """What a run of these arguments would do, line by line; nothing is computed or kept.
+    """Describe, line by line, what a run would do; nothing is computed or stored.
 
     Raises:
-        UserError: what would end the run before it begins: data, weights, storage, resources, another recipe's folder.
+        UserError: a mistake that would stop the run at its start: data, weights, storage, resources, the folder of
+            another recipe.
     """
     recipe = pipeline.preflight(recipe, run)
     run = reuse.linked(recipe, run, shared)[0] if shared else run
@@ -76,7 +77,7 @@ def describe(
     counts = _counts(recipe, run if complete["samples"] else None)
     how = method(recipe.method)
     encode = PatchTokens(recipe.encoder, device.own_device()) if how.encoder else None
-    by_concepts = encode is not None and "concepts" in recipe.stages  # what these stages do is known in detail
+    by_concepts = encode is not None and "concepts" in recipe.stages  # the work of these stages is known in detail
     timed = by_concepts and (not capacity.cluster_gpus() or (encode is not None and encode.device.type == "cuda"))
     works = _works(recipe, counts, encode, timed) if encode and by_concepts else _other_works(recipe, counts)
     yield f"dry run of {storage.shown(run.uri)}: checked, nothing computed"
@@ -116,18 +117,18 @@ def describe(
         if stage in plans:
             yield f"  {' > '.join(plans[stage])}"
     left = [works[stage] for stage in stages if not complete[stage]]
-    total = f"in all {in_bytes(sum(w.stored for w in left))} to write"
+    total = f"in total {in_bytes(sum(w.stored for w in left))} to write"
     if timed and encode:
-        total += f", and about {duration(sum(w.time for w in left))} in the encoder, timed on this {encode.device.type}"
+        total += f", about {duration(sum(w.time for w in left))} in the encoder, timed on this {encode.device.type}"
     elif by_concepts:
-        total += "; no times, as this machine has none of the cluster's GPUs"
+        total += "; times are unknown, because this machine has no GPU of the cluster"
     else:
-        total = f"how long {how.title} takes, and how much it writes, is not known before its first epoch"
-    yield f"{total}. Without --dry-run the same command begins."
+        total = f"time and size of {how.title} are not known before its first epoch"
+    yield f"{total}. Run the same command without --dry-run to start."
 
 
 def _counts(recipe: Recipe, run: Run | None) -> Counts:
-    """From the run's list where there is one, else from the data."""
+    """Count samples in the run's list if it exists, otherwise in the data."""
     if run:
         tables = {split: samples.load(run, split) for split in datasets.SPLITS}
         left_out: tuple[LeftOut, ...] = ()
@@ -150,7 +151,7 @@ def _counts(recipe: Recipe, run: Run | None) -> Counts:
 
 
 def _packed_counts(recipe: Recipe, units: Sequence[packed.Unit]) -> Counts:
-    """Counts of images that are to be unpacked; labels are matched to their names later."""
+    """Count images that have yet to be unpacked; labels are matched to their names later."""
     of = {split: sum(unit.count for unit in units if unit.pack.split == split) for split in ("train", "val", "")}
     apart = of["train"] and of["val"]
     train, validation = (of["train"], of["val"]) if apart else (sum(of.values()), sum(of.values()))
@@ -164,7 +165,7 @@ def _works(recipe: Recipe, counts: Counts, encode: PatchTokens, timed: bool) -> 
     each = len(sliding_windows(grid, recipe.windows.scales, encoder.patch_size))
     h, w = patch_grid(dataset.image_size, encoder.patch_size)
     k = recipe.concepts.count
-    order = Order(images=counts.train, passes=training.passes, batch_size=training.batch_size, seed=recipe.seed)
+    order = Order.of(recipe, counts.train)
     scored = counts.labelled * (training.epochs // training.evaluate_every)
     every = "epoch" if training.evaluate_every == 1 else f"{training.evaluate_every} epochs"
     decoder = 4 * (encoder.width**2 * (12 * recipe.decoder.depth + 3) + encoder.width * recipe.classes)
@@ -175,7 +176,7 @@ def _works(recipe: Recipe, counts: Counts, encode: PatchTokens, timed: bool) -> 
         "samples": Work(what=f"list {counts.train} and {counts.validation} images"),
         "features": _work(
             f"encode up to {each * counts.train} windows of {'x'.join(map(str, recipe.windows.size))} pixels, "
-            f"{each} an image",
+            f"{each} per image",
             cost["features"],
             actors,
         ),
@@ -190,14 +191,14 @@ def _works(recipe: Recipe, counts: Counts, encode: PatchTokens, timed: bool) -> 
         "training": replace(
             _work(
                 f"{training.epochs} epochs of {order.steps} steps of {order.batch} images, "
-                f"{training.epochs * order.steps} steps in all; a score of {counts.labelled} images every {every}",
+                f"{training.epochs * order.steps} steps in total; {counts.labelled} images are scored every {every}",
                 cost["training"],
                 workers,
             ),
             stored=2 * decoder,
         ),
         "evaluation": _work(
-            f"score {counts.labelled} images ({scored} scores of images are taken while training)",
+            f"score {counts.labelled} images ({scored} images are scored during training)",
             cost["evaluation"],
             actors,
         ),
@@ -218,7 +219,7 @@ def _rates(recipe: Recipe, encode: PatchTokens, windows: int, map_bytes: int, or
     image = seconds(dataset.image_size)
     if training.views:
         step = seconds((dataset.training_size[0] // 2, dataset.training_size[1] // 2))
-    else:  # images that are seen whole are encoded once
+    else:  # images without random crops are encoded once
         step = seconds(dataset.training_size) * order.images / (order.steps * order.batch * training.epochs)
     return Rates(
         where=f"this {encode.device.type}",
@@ -235,35 +236,35 @@ def _rates(recipe: Recipe, encode: PatchTokens, windows: int, map_bytes: int, or
 
 
 def _other_works(recipe: Recipe, counts: Counts) -> Mapping[str, Work]:
-    """What a method without concepts would do; what it takes is not known before."""
+    """Describe the stages of a method without concepts, whose duration is not known before it runs."""
     training = recipe.training
-    order = Order(images=counts.train, passes=training.passes, batch_size=training.batch_size, seed=recipe.seed)
+    order = Order.of(recipe, counts.train)
     return {
         "samples": Work(what=f"list {counts.train} and {counts.validation} images"),
         "pseudo_labels": Work(what=f"an object mask for each of {counts.train} images"),
         "training": Work(
             what=f"{training.epochs} epochs of {order.steps} steps of {order.batch} images, "
-            f"{training.epochs * order.steps} steps in all"
+            f"{training.epochs * order.steps} steps in total"
         ),
         "evaluation": Work(what=f"score {counts.labelled} images"),
     }
 
 
 def _seconds(encode: PatchTokens, size: tuple[int, int]) -> float:
-    """One image's forward pass, the quicker of two, seconds."""
+    """Return the seconds of one image's forward pass, the faster of two."""
     pixels = torch.zeros(_TIMED, 3, *size, dtype=torch.uint8)
     encoder = encode.encoder
     batch = normalise(pixels.to(encode.device), encoder.mean, encoder.std)
     taken = []
     for _ in range(2):
         started = time.monotonic()
-        encode(batch).sum().item()  # waits for the device
+        encode(batch).sum().item()  # wait for the device
         taken.append(time.monotonic() - started)
     return min(taken) / _TIMED
 
 
 def _plans(recipe: Recipe, width: int) -> Mapping[str, Sequence[str]]:
-    """Operators of the stages that run on Ray Data, in their order."""
+    """Return the operators of the stages that run on Ray Data, in order."""
     one = pa.table({"index": pa.array([0], pa.int32()), "name": ["x"], "image": ["x"]})
     centroids = np.zeros((recipe.concepts.count, width), np.float32)
     return {
@@ -277,7 +278,7 @@ def _left_out(left_out: Sequence[LeftOut]) -> str:
 
 
 def in_bytes(count: int) -> str:
-    """Return a number of bytes in words, such as `1.5 kB`."""
+    """Return a number of bytes as text, such as `1.5 kB`."""
     shown, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
     while shown >= 1000 and len(units) > 1:
         shown /= 1000

@@ -1,6 +1,6 @@
 """Store timings of a stage and of its lower bound, which take turns, and print the table of medians.
 
-This module does not import torch, so that a plan from a file of measurements is quick.
+This module does not import torch, so that planning from a file of measurements is fast.
 """
 
 import json
@@ -18,46 +18,46 @@ class Timing:
 
     stage: str
     bound_is: str
-    """What the bare bound does."""
+    """Description of the bound."""
     items: int
     unit: str
-    """What the items are: images, or rows times iterations."""
+    """Unit of `items`: images, or rows times iterations."""
     ours: tuple[float, ...]
     """Seconds of each turn."""
     bound: tuple[float, ...]
     """Seconds of each turn."""
     peak_bytes: int
-    """The most memory that the process which does the work held: of the device, where it is a GPU."""
+    """Peak memory of the process that does the work; with a GPU, memory of the GPU."""
     flops: float = 0.0
-    """Floating-point operations of the bound; 0 where they are not what it is made of."""
+    """Floating-point operations of the bound; 0 if the bound is not made of them."""
     details: dict[str, float] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
-        """Of ours, the median."""
+        """Median seconds of ours."""
         return statistics.median(self.ours)
 
     @property
     def ratio(self) -> float:
-        """Ours by the bound, medians."""
+        """Median seconds of ours divided by the median of the bound."""
         return self.seconds / statistics.median(self.bound)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ingest:
-    """What `transfgu benchmark ingest` measured: training's reading, after and in the first epoch."""
+    """Measurements of `transfgu benchmark ingest`: how training reads images, in the first epoch and later."""
 
     samples_per_second_per_core: float
     first_epoch_requests_per_sample: float
     requests_per_sample: float
     bytes_per_sample: float
-    """Bytes from the store after the first epoch."""
+    """Bytes from the storage after the first epoch."""
     where: str = "measured"
-    """The file that says so."""
+    """The file of the measurements."""
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> "Ingest":
-        """Raises UserError where the text is none of the ingest benchmark's."""
+        """Parse JSON text; raise UserError unless the benchmark of ingest wrote it."""
         try:
             tree = json.loads(text)
             names = [f.name for f in fields(cls) if f.name != "where"]
@@ -67,14 +67,14 @@ class Ingest:
             return found
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise UserError(
-                f"{where} is no file of the ingest's measurement: transfgu benchmark ingest --out writes one",
+                f"{where} is not a measurement of ingest: write one by transfgu benchmark ingest --out",
                 code="measurements-damaged",
             ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """What one run of the benchmark found."""
+    """Measurements of one run of the benchmark."""
 
     preset: str
     encoder: str
@@ -83,13 +83,13 @@ class Measurements:
     date: str
     cores: int
     matmul_flops: float
-    """Floating-point operations a second of a large matrix product at that precision."""
+    """Floating-point operations per second of a large matrix product in the same precision."""
     timings: tuple[Timing, ...]
     costs: dict[str, float]
-    """What reading and keeping an image takes: see `transfgu.benchmarks.stages`."""
+    """Costs of reading and storing an image: see `transfgu.benchmarks.stages`."""
 
     def to_json(self) -> str:
-        """As JSON text; :meth:`from_json` reads it back."""
+        """Return JSON text; :meth:`from_json` reads it."""
         tree = asdict(self)
         for row, timing in zip(tree["timings"], self.timings, strict=True):
             row["ratio"] = timing.ratio
@@ -97,7 +97,7 @@ class Measurements:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Measurements":
-        """Raises UserError where the text is none of :meth:`to_json`."""
+        """Parse JSON text; raise UserError unless :meth:`to_json` wrote it."""
         try:
             tree = json.loads(text)
             names = {f.name for f in fields(Timing)}
@@ -108,18 +108,18 @@ class Measurements:
             return cls(**{**tree, "timings": tuple(timings)})
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise UserError(
-                "this is no file of measurements: transfgu benchmark writes them", code="measurements-damaged"
+                "this is not a file of measurements: write one by transfgu benchmark --out", code="measurements-damaged"
             ) from None
 
     def timing(self, stage: str) -> Timing:
-        """The line of a stage; UserError where it was not measured."""
+        """Return the line of a stage; raise UserError if it was not measured."""
         for timing in self.timings:
             if timing.stage == stage:
                 return timing
         raise UserError(f"{stage} was not measured: run transfgu benchmark all", code="measurements-missing")
 
     def table(self) -> str:
-        """For people: stage, ours, bound, ratio, peak memory, and how much of the matrix product's speed is reached."""
+        """Return a table: stage, ours, bound, ratio, peak memory, and the share of the matrix product's speed."""
         head = ["stage", "ours", "bound", "ratio", "peak memory", "of matmul peak", "the bound is"]
         rows = [
             [
@@ -142,7 +142,7 @@ class Measurements:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table whose first and last columns are text and the others numbers."""
+    """Return the lines of a table whose first and last columns are text and whose other columns are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -156,7 +156,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def in_turns(
     ours: Callable[[], float], bound: Callable[[], float], repeats: int, *, warm: bool = False
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Seconds that each of the two says it took, in turns; after one that does not count, unless each is `warm`."""
+    """Time two functions in turns; returns their seconds. Unless `warm`, the first turn does not count."""
     turns = [(ours(), bound()) for _ in range(repeats + (not warm))][-repeats:]
     first, second = zip(*turns, strict=True)
     return first, second

@@ -159,7 +159,7 @@ def files(uri: str) -> list[str]:
     files = list(images_in(uri, recursive=True).values())
     if not files:
         raise UserError(
-            f"{storage.shown(uri)} holds no image (.jpg, .png, .webp, ...): check --images", code="images-missing"
+            f"{storage.shown(uri)} has no images (.jpg, .png, .webp, ...): check --images", code="images-missing"
         )
     return files
 

@@ -1,7 +1,7 @@
 """Draw charts as SVG, without a plotting library, scripts or network access.
 
-Colours are the page's own (CSS classes ``s0``, ``s1``, ...), so that a chart follows it into dark mode. Lines are told
-apart by their dashes and by a name at their end, never by colour alone.
+Charts use the CSS classes of the page (``s0``, ``s1``, ...) for colours, so they follow it into dark mode. Lines differ
+in their dashes and have names at their ends, so colour is never the only difference.
 """
 
 import math
@@ -39,17 +39,17 @@ def line_chart(
     chosen: float | None = None,
     from_zero: bool = False,
 ) -> Markup:
-    """An SVG line chart.
+    """Return an SVG line chart.
 
     Args:
-        title: what a screen reader says.
-        series: at least one line with a point; a line of its own needs no name beside it.
-        x_label: what x counts.
-        x_range: the x axis's ends.
-        unit: of y, written behind its values.
-        marks: values of x that get a dotted vertical line.
-        chosen: a value of x that gets a solid one.
-        from_zero: let the y axis begin at 0, whatever the values.
+        title: text for screen readers.
+        series: at least one line with a point; if there is only one line, its name is not drawn.
+        x_label: name of the x axis.
+        x_range: ends of the x axis.
+        unit: of y, written after its values.
+        marks: values of x with a dotted vertical line.
+        chosen: a value of x with a solid vertical line.
+        from_zero: start the y axis at 0, whatever the values.
     """
     ys = [y for s in series for _, y in s.points]
     x_low, x_high = x_range if x_range[1] > x_range[0] else (x_range[0] - 1, x_range[0] + 1)
@@ -91,7 +91,7 @@ def line_chart(
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One quantity's axis: its name, its ends, whether it is logarithmic, and whether it counts something."""
+    """An axis: the name of its quantity, its ends, whether it is logarithmic, whether its values are whole numbers."""
 
     name: str
     low: Real
@@ -100,12 +100,12 @@ class Axis:
     whole: bool = False
 
     def place(self, value: Real) -> float:
-        """Where a value lies on it, from 0 at `low` to 1 at `high`."""
+        """Return the position of a value on the axis, from 0 at `low` to 1 at `high`."""
         low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return 0.5 if high == low else (value - low) / (high - low)
 
     def ticks(self) -> list[float]:
-        """Values to write beside it: round ones that lie on it, or powers of ten."""
+        """Return the values to write beside the axis: round values within its ends, or powers of ten."""
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
             powers = [10.0**e for e in range(first, last + 1)]
@@ -126,12 +126,12 @@ class Mark:
 
 
 def curves_chart(title: str, marks: Sequence[Mark], *, x: Axis, y: Axis) -> Markup:
-    """An SVG chart of many curves: the best one is thick and named, stopped ones are dashed and end in a cross."""
+    """Return an SVG chart of curves: the best one is thick and named, stopped ones are dashed and end in a cross."""
     return _marks_chart(title, marks, x, y, lines=True)
 
 
 def scatter_chart(title: str, marks: Sequence[Mark], *, x: Axis, y: Axis) -> Markup:
-    """An SVG chart of points: the best one is full and named, finished ones are rings, stopped ones crosses."""
+    """Return an SVG chart of points: the best is filled and named, finished ones are rings, stopped ones crosses."""
     return _marks_chart(title, marks, x, y, lines=False)
 
 
@@ -161,12 +161,12 @@ def _marks_chart(title: str, marks: Sequence[Mark], x: Axis, y: Axis, *, lines: 
 
 
 def parallel_chart(title: str, axes: Sequence[Axis], marks: Sequence[Mark]) -> Markup:
-    """An SVG chart of parallel coordinates: a line a trial, from axis to axis.
+    """Return an SVG chart of parallel coordinates, with one line per trial.
 
     Args:
-        title: what a screen reader says.
+        title: text for screen readers.
         axes: from left to right.
-        marks: the i-th point's x is i, its y the value on the i-th axis.
+        marks: x of the i-th point is i, y is the value on the i-th axis.
     """
     width, floor = _WIDTH * 1.6, _HEIGHT - _BOTTOM
     step = (width - 2 * _RIGHT) / max(1, len(axes) - 1)
@@ -217,7 +217,7 @@ def _text(anchor: str, x: float, y: float, text: str) -> Markup:
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Round values that span [low, high], `count` or a few more of them; at least two."""
+    """Return round values that span [low, high]: `count` or a few more of them, at least two."""
     if high - low < 1e-9 * max(1.0, abs(high)):
         low, high = sorted((0.0, 2 * high or 1.0))
     rough = (high - low) / count
@@ -228,7 +228,7 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _apart(heights: Sequence[float]) -> list[float]:
-    """The same heights, moved down where two names would overlap."""
+    """Return the same heights, moved down where two names would overlap."""
     moved = list(heights)
     order = sorted(range(len(moved)), key=lambda i: moved[i])
     for above, below in pairwise(order):

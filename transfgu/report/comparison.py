@@ -1,6 +1,6 @@
-"""Write the table, the pictures and the page of a comparison: several methods on the same images, over several seeds.
+"""Write the table, the pictures and the page of a comparison of several methods on the same images, over several seeds.
 
-All of it is read from the runs' own files, so a comparison can be written again at any time.
+Everything is read from the files of the runs, so a comparison can be written again at any time.
 """
 
 import csv
@@ -22,7 +22,7 @@ from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Run
 
 TABLE = "comparison.csv"
-"""The scores, a row for each method and seed."""
+"""The scores, one row per method and seed."""
 SUMMARY = "comparison.md"
 """Mean and standard deviation of each method, beside the published figures."""
 PAGE = "comparison.html"
@@ -100,9 +100,9 @@ def summarise(rows: Sequence[Scored], preset: str) -> list[Summary]:
 
 
 def table_csv(rows: Sequence[Scored]) -> str:
-    """The rows as CSV: method, seed, mean_iou, pixel_accuracy (percent), seconds, and the untrained network's scores.
+    """Return the rows as CSV: method, seed, mean_iou, pixel_accuracy (percent), seconds, untrained network's scores.
 
-    What a run does not have is left blank.
+    Fields that a run does not have are left blank.
     """
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
@@ -117,7 +117,7 @@ def table_csv(rows: Sequence[Scored]) -> str:
 
 
 def table_markdown(summaries: Sequence[Summary]) -> str:
-    """The summaries as a Markdown table, with the failures below it."""
+    """Return the summaries as a Markdown table, followed by the failed runs."""
     lines = [
         "| method | seeds | mIoU, % | pixel accuracy, % | untrained mIoU, accuracy | published mIoU, accuracy "
         "| seconds |",
@@ -128,7 +128,7 @@ def table_markdown(summaries: Sequence[Summary]) -> str:
         scores = f"{row.mean_iou_text} | {row.pixel_accuracy_text} | {row.untrained_text}"
         lines.append(f"| {row.method} | {row.scored} | {scores} | {published} | {row.seconds:.0f} |")
     failures = [f"- {row.method}, {failure}" for row in summaries for failure in row.failures]
-    return "\n".join([*lines, *(["", "Did not end:", "", *failures] if failures else [])]) + "\n"
+    return "\n".join([*lines, *(["", "Failed:", "", *failures] if failures else [])]) + "\n"
 
 
 def write(recipe: Recipe, uri: str, rows: Sequence[Scored]) -> str:
@@ -151,7 +151,7 @@ def write(recipe: Recipe, uri: str, rows: Sequence[Scored]) -> str:
 
 
 def render(recipe: Recipe, rows: Sequence[Scored], summaries: Sequence[Summary]) -> str:
-    """The page as HTML; arguments as in :func:`write`, and the summaries of the rows."""
+    """Return the page as HTML; arguments as in :func:`write`, with the summaries of the rows."""
     best = max((row.mean_iou for row in summaries if row.mean_iou is not None), default=None)
     grid, legend = _grid(recipe, rows)
     return page.template("comparison.html").render(
@@ -160,7 +160,7 @@ def render(recipe: Recipe, rows: Sequence[Scored], summaries: Sequence[Summary])
 
 
 def _grid(recipe: Recipe, rows: Sequence[Scored]) -> tuple[list[page.Row], list[page.ClassKey]]:
-    """A few validation images with ground truth and each method's prediction (of its first seed that has a score)."""
+    """Return a few validation images with ground truth and the prediction of each method (first seed with a score)."""
     shown = {row.method: row for row in reversed(rows) if not row.failure}
     methods = [method for method in dict.fromkeys(row.method for row in rows) if method in shown]
     if not methods:
@@ -174,7 +174,7 @@ def _grid(recipe: Recipe, rows: Sequence[Scored]) -> tuple[list[page.Row], list[
             image = images.read_image(sample["image"], orient=recipe.dataset.orient)
             label = None if sample["label"] is None else images.read_label(sample["label"], known, image.shape[:2])
         except BadInput:
-            continue  # the runs have counted and named it
+            continue  # the runs count and name it
         row = [page.photo(image, sample["name"], _SIDE)]
         if label is not None:
             row.append(page.mask_picture(label, known.colours, known.names, "ground truth", _SIDE))

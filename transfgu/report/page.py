@@ -43,19 +43,19 @@ _MAPS_SHOWN = 4  # images whose pseudo labels are shown
 _SIDE = 320  # px, a picture's longer side
 _TILE = 72  # px, a window's side
 _READERS = 8  # images read at a time
-_TABLE_CLASSES = 32  # classes up to which the confusion matrix is a table, beyond a picture
-_BARS = 12  # best and worst classes shown where there are more than twice as many
+_TABLE_CLASSES = 32  # up to this many classes the confusion matrix is a table, above a picture
+_BARS = 12  # best and worst classes shown, if there are more than twice as many classes
 _FREE = ("data", "seed", "encoder.batch_size", "evaluation.batch_size")  # what a benchmark's score may differ in
-_NAMED = 10  # inputs left out that are named for each reason
+_NAMED = 10  # names of left-out inputs shown per reason
 
 
 def write(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Mapping[str, Any]) -> str:
     """Write `report.html` into the run's folder.
 
     Args:
-        recipe: the run's, resolved.
+        recipe: the resolved recipe of the run.
         run: a run whose evaluation is complete.
-        stages: the stages' manifests, in order.
+        stages: manifests of the stages, in order.
         metrics: the content of `metrics.json`.
 
     Returns:
@@ -70,9 +70,10 @@ def write(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Map
 
 
 def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Mapping[str, Any]) -> str:
-    """The report as HTML; arguments as in :func:`write`."""
+    """Return the report as HTML; arguments as in :func:`write`."""
     confusion = _confusion(run)
-    # Ground truth is in the labels' classes, so where clusters were merged predictions are shown as they were scored.
+    # # Ground truth has the classes of the labels, so if clusters were merged, predictions are shown without the
+    # merges.
     segmenter = Segmenter.load(run.uri, named=confusion is None or not metrics.get("named"))
     grid = _grid(recipe, run, segmenter)
     times = _times(stages, metrics)
@@ -111,7 +112,7 @@ def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Ma
 
 @cache
 def template(name: str) -> jinja2.Template:
-    """A page of `templates/`."""
+    """Return a page of `templates/`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("transfgu.report"),
         autoescape=True,
@@ -130,7 +131,7 @@ _NO_LOSS = (
     "score_seconds",
     "images_per_second",
     "label_free",
-)  # numbers of the history that are not drawn
+)  # entries of the history that are not drawn
 
 _TITLES = {
     "samples": "Samples",
@@ -150,7 +151,7 @@ _PROTOCOLS = {
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words, such as ``3 min 20 s``."""
+    """Return a duration as text, such as ``3 min 20 s``."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -158,18 +159,18 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-# What the page shows, one function a section.
+# # The sections of the page, one function per section.
 
 
 def _facts(recipe: Recipe, stages: Mapping[str, Manifest]) -> dict[str, Any]:
-    """Numbers for the explanation in words."""
+    """Return the numbers that the description of the method contains."""
     images_of = {stage: manifest.outcome.items for stage, manifest in stages.items()}
     windows = sum(stages["features"].outcome.details["windows"].values()) if "features" in stages else 0
     return {"items": images_of, "windows": windows}
 
 
 def _table_1(recipe: Recipe, metrics: Mapping[str, Any]) -> list[tuple[Result, bool]]:
-    """The published results on this benchmark and this run's among them; whether a row is this run's."""
+    """Return the published results on this benchmark together with this run's; True marks the row of this run."""
     if recipe.preset not in TABLE_1 or metrics["mean_iou"] is None:
         return []
     ours = Result("this run", metrics["mean_iou"], metrics["pixel_accuracy"])
@@ -178,7 +179,7 @@ def _table_1(recipe: Recipe, metrics: Mapping[str, Any]) -> list[tuple[Result, b
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A picture of the page: its data URI, what it shows in words, and the numbers that stand in it."""
+    """A picture of the page: its data URI, its text for screen readers, its title, and the class numbers in it."""
 
     src: str
     alt: str
@@ -188,14 +189,14 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """An image and what goes with it."""
+    """One row of pictures: an image with its prediction, label or maps."""
 
     name: str
     pictures: Sequence[Picture]
 
 
 def _grid(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
-    """Image, prediction and, where there are labels, ground truth."""
+    """Return rows of image, prediction and, if there are labels, ground truth and errors."""
     table = _samples(run, "validation")
     if recipe.dataset.curated:
         table = table.filter(table["curated"])
@@ -218,7 +219,7 @@ def _grid(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
 
 
 def _errors(image: pictures.Pixels, prediction: pictures.Mask, label: pictures.Mask) -> Picture:
-    """Where a prediction is wrong."""
+    """Return the picture of the pixels at which a prediction is wrong."""
     labelled = label >= 0
     wrong = 100 * float((labelled & (prediction != label)).sum()) / max(1, int(labelled.sum()))
     painted = pictures.error_map(image, prediction, label)
@@ -230,7 +231,7 @@ def _errors(image: pictures.Pixels, prediction: pictures.Mask, label: pictures.M
 
 
 def photo(image: pictures.Pixels, name: str, side: int = _SIDE) -> Picture:
-    """An image of the data set, its longer side at most `side` pixels."""
+    """Return the picture of an image of the data set, with a longer side of at most `side` pixels."""
     return Picture(src=pictures.jpeg(pictures.shrink(image, side)), alt=f"image {name}", title="image")
 
 
@@ -241,7 +242,7 @@ def _mask(mask: pictures.Mask, segmenter: Segmenter, title: str) -> Picture:
 def mask_picture(
     mask: pictures.Mask, colours: Sequence[pictures.Colour], names: Sequence[str], title: str, side: int = _SIDE
 ) -> Picture:
-    """A mask in its classes' colours, its longer side `side` pixels, with the classes' numbers in it."""
+    """Return the picture of a mask, with a longer side of `side` pixels and the colours and numbers of its classes."""
     return Picture(
         src=pictures.png(pictures.paint(mask, colours, side)),
         alt=f"{title}: {pictures.describe(mask, names)}",
@@ -260,20 +261,20 @@ class ClassKey:
 
 
 def class_key(segmenter: Segmenter, number: int) -> ClassKey:
-    """A class of a model as a legend shows it."""
+    """Return the legend's entry for a class of a model."""
     return ClassKey(
         number=number, name=segmenter.classes[number], colour="#{:02x}{:02x}{:02x}".format(*segmenter.colours[number])
     )
 
 
 def _legend(segmenter: Segmenter, shown: Iterable[Picture]) -> list[ClassKey]:
-    """The classes whose numbers stand in some picture."""
+    """Return the classes whose numbers are drawn in at least one picture."""
     return [class_key(segmenter, n) for n in sorted({key.number for picture in shown for key in picture.keys})]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One class's scores and its share of the labelled pixels, percent, and the cluster that it was matched to."""
+    """Scores of a class and its share of the labelled pixels, in percent, with the cluster that it was matched to."""
 
     key: ClassKey
     iou: float
@@ -284,7 +285,7 @@ class Bar:
 
 
 def class_bars(segmenter: Segmenter, confusion: Int[np.ndarray, "C clusters"]) -> dict[str, list[Bar]]:
-    """Classes from best to worst; where they are many, the best, the worst and those between apart."""
+    """Return the classes from best to worst; if there are many, the best, the worst and the others separately."""
     found = scores(confusion)
     iou, clusters = found.iou, found.clusters
     hits = confusion[np.arange(len(confusion)), clusters]
@@ -310,14 +311,14 @@ def class_bars(segmenter: Segmenter, confusion: Int[np.ndarray, "C clusters"]) -
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A share of a true class's pixels: percent as text, and its step on the heat scale, 0 to 10."""
+    """A cell of the confusion matrix: percent of the true class's pixels, as text and as a step (0 to 10)."""
 
     text: str
     level: int
 
 
 def confusion_view(segmenter: Segmenter, confusion: Int[np.ndarray, "C clusters"]) -> dict[str, Any]:
-    """The confusion matrix after matching, each true class's pixels as 100 %, and its largest errors."""
+    """Return the matched confusion matrix, normalised per true class (100 %), and its largest errors."""
     classes = len(confusion)
     matched = np.zeros((classes, len(segmenter.classes)), dtype=np.int64)
     matched[:, segmenter.class_of] = confusion
@@ -346,7 +347,7 @@ def confusion_view(segmenter: Segmenter, confusion: Int[np.ndarray, "C clusters"
             for row in share
         ]
     else:
-        tone = (255 * (1 - share**0.5)).round().astype(np.uint8)  # the root makes small shares visible
+        tone = (255 * (1 - share**0.5)).round().astype(np.uint8)  # the square root makes small shares visible
         sheet = np.stack([tone, tone, np.maximum(tone, 90)], axis=-1)
         scale = max(1, 720 // sheet.shape[1])
         view["picture"] = pictures.png(sheet.repeat(scale, axis=0).repeat(scale, axis=1))
@@ -355,7 +356,7 @@ def confusion_view(segmenter: Segmenter, confusion: Int[np.ndarray, "C clusters"
 
 @dataclass(frozen=True, kw_only=True)
 class Concept:
-    """A concept: the class it was matched to, how many windows it gathered, and the nearest of them."""
+    """A concept: the class it was matched to, the number of its windows, and the windows nearest to its centre."""
 
     number: int
     kind: str
@@ -366,7 +367,7 @@ class Concept:
 
 
 def concept_views(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concept]:
-    """The concepts with their nearest windows, cut from the images."""
+    """Return the concepts with their nearest windows, cut from the images."""
     folder = run.artifact("concepts")
     counts = safetensors.numpy.load(storage.read_bytes(folder.file("concepts.safetensors")))["counts"]
     nearest = parquet.read(folder.file("nearest.parquet"))
@@ -385,7 +386,7 @@ def concept_views(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concep
             by_image.setdefault(window["index"], []).append(window)
 
     def cut(item: tuple[int, list[dict[str, Any]]]) -> list[tuple[int, float, pictures.Pixels]]:
-        # Windows are in pixels of the resized image; the picture is cut where they lie in the image as it is.
+        # # Windows are in pixels of the resized image; scale them to the original image and cut there.
         index, windows = item
         image = images.read_image(paths[index].as_py(), orient=recipe.dataset.orient)
         scale = np.array(image.shape[:2]) / recipe.dataset.feature_size
@@ -418,7 +419,7 @@ def concept_views(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concep
 
 
 def _pseudo_labels(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
-    """For a few training images: the label that the maps make, and the maps that win the most patches."""
+    """Return, for a few training images, the label made of all maps, and the maps that win the most patches."""
     parts = [uri for uri in storage.list_files(run.artifact("pseudo_labels").uri) if uri.endswith(".parquet")]
     places = map_files.index_maps(_evenly(parts, _MAPS_SHOWN))
     places = places.take(_evenly(range(len(places)), _MAPS_SHOWN))
@@ -454,7 +455,7 @@ def _pseudo_labels(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
 def _pseudo_label(
     recipe: Recipe, maps: Int16[np.ndarray, "planes h w"]
 ) -> tuple[Float[np.ndarray, "K h w"], Int[np.ndarray, "h w"]]:
-    """An image's maps scaled to [0, 1], and the cluster that is largest at each patch, as training begins from them."""
+    """Return an image's maps scaled to [0, 1], and the largest cluster of each patch, from which training starts."""
     scaled = scale_maps(unpack_maps(torch.from_numpy(maps)[None]))
     evidence = scaled
     if recipe.background:
@@ -470,14 +471,14 @@ def _enlarge(label: Int[np.ndarray, "h w"], size: tuple[int, int]) -> Int[np.nda
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A chart and the numbers in it."""
+    """A chart and its heading."""
 
     title: str
     svg: Markup
 
 
 def _curves(run: Run, kept: int | None) -> dict[str, Any]:
-    """Scores and losses by epoch, with the epochs at which the student became the teacher, and the kept one."""
+    """Return charts of scores and losses by epoch, with marks for teacher updates and for the kept epoch."""
     history = run.history()
     updates = [float(epoch["epoch"]) for epoch in history if epoch.get("teacher_updated")]
     ends = (float(history[0]["epoch"]), float(history[-1]["epoch"]))
@@ -514,7 +515,7 @@ def _curves(run: Run, kept: int | None) -> dict[str, Any]:
 
 
 def _kept(run: Run, metrics: Mapping[str, Any]) -> int | None:
-    """The epoch whose decoder was kept, by validation labels; None where the last one was."""
+    """Return the epoch whose decoder was kept by its scores on validation labels; None if the last one was kept."""
     scored = [e for e in run.history() if e["mean_iou"] is not None]
     if not scored or "last" not in metrics:
         return None
@@ -522,7 +523,7 @@ def _kept(run: Run, metrics: Mapping[str, Any]) -> int | None:
 
 
 def _commands(recipe: Recipe, run: Run) -> list[tuple[str, str]]:
-    """What is commonly done with a finished run, and the commands that do it."""
+    """Return what users commonly do with a finished run, and the commands for it."""
     uri = shlex.quote(storage.shown(run.uri))
     made = [("Masks for a folder of images", f"transfgu predict --run {uri} --images IMAGES --out MASKS")]
     if not recipe.labels and recipe.preset == "folder":
@@ -538,7 +539,7 @@ def _commands(recipe: Recipe, run: Run) -> list[tuple[str, str]]:
 
 
 def _epochs(run: Run, metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """What the best epoch and the last one score: title, mIoU, accuracy; nothing where one decoder alone was scored."""
+    """Return title, mIoU and accuracy of the best and the last epoch; empty if only one decoder was scored."""
     scored = [e for e in run.history() if e["mean_iou"] is not None]
     if not scored or "last" not in metrics:
         return []
@@ -551,7 +552,7 @@ def _epochs(run: Run, metrics: Mapping[str, Any]) -> list[tuple[str, float, floa
 
 @dataclass(frozen=True, kw_only=True)
 class Time:
-    """A stage's time."""
+    """The duration of a stage."""
 
     title: str
     seconds: float
@@ -589,7 +590,7 @@ def _value(value: object) -> str:
 
 
 def _left_out(stages: Mapping[str, Manifest]) -> list[dict[str, Any]]:
-    """Inputs that were not used, by stage and reason, the commonest first."""
+    """Return the inputs that were not used, by stage and reason, the most frequent first."""
     groups: dict[tuple[str, str], list[str]] = {}
     for stage, manifest in stages.items():
         for left in manifest.outcome.left_out:
@@ -602,7 +603,7 @@ def _left_out(stages: Mapping[str, Manifest]) -> list[dict[str, Any]]:
 
 
 def _changes(recipe: Recipe) -> list[dict[str, str]]:
-    """The fields that differ from the preset's."""
+    """Return the fields that differ from the preset."""
     published, own = preset(recipe.preset, recipe.method).flat(), recipe.flat()
     return [
         {"name": name, "doc": FIELDS[name].doc, "value": _shown(own[name]), "preset": _shown(published[name])}
@@ -621,7 +622,7 @@ def _shown(value: Any) -> str:
 
 
 def _confusion(run: Run) -> Int[np.ndarray, "C clusters"] | None:
-    """Pixels of the validation set, true class by cluster; None where not one was labelled."""
+    """Return the confusion matrix of the validation set, true class by cluster; None if no pixel is labelled."""
     data = storage.read_bytes_or_none(run.artifact("evaluation").file("confusion.safetensors"))
     confusion = None if data is None else safetensors.numpy.load(data)["model"]
     return confusion if confusion is not None and confusion.any() else None
@@ -632,19 +633,19 @@ def _samples(run: Run, split: str) -> pa.Table:
 
 
 def _evenly(items: Sequence[T], count: int) -> list[T]:
-    """`count` of the items at even distances, from the first on; all where they are fewer."""
+    """Return `count` items at equal distances, starting with the first; all items if there are fewer."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
 
 def spread(table: pa.Table, count: int) -> list[dict[str, Any]]:
-    """`count` rows of a table at even distances; all where they are fewer."""
+    """Return `count` rows of a table at equal distances; all rows if there are fewer."""
     rows: list[dict[str, Any]] = table.take(_evenly(range(len(table)), count)).to_pylist()
     return rows
 
 
 def _readable(read: Callable[[S], T], items: Iterable[S]) -> list[T]:
-    """What `read` returns for each item, in order, read side by side; those that can't be read are left out."""
+    """Return the results of `read` for all items, in order, read in parallel; unreadable items are skipped."""
 
     def attempt(item: S) -> T | None:
         try:

@@ -1,4 +1,4 @@
-"""The figures of the paper, with which a run on the same benchmark is compared.
+"""Hold the results of the paper, with which runs on the same benchmark are compared.
 
 Source: Yin et al., TransFGU (ECCV 2022), Table 1. Percent, on the benchmark's validation set.
 """
@@ -23,7 +23,7 @@ METHODS = {
     "picie-no-aux": "PiCIE without auxiliary clustering",
     "maskcontrast": "MaskContrast",
 }
-"""A method's name in the tables below, by its name as `--method` takes it."""
+"""Names of methods in the tables below, by the value of `--method`."""
 
 TABLE_1: dict[str, tuple[Result, ...]] = {
     "coco-stuff-27-curated": (

@@ -1,4 +1,4 @@
-"""Write the report of a search: which values did well, in one HTML file.
+"""Write the report of a search: which values scored well, in one HTML file.
 
 It is made from the records of the trials only, and loads nothing from elsewhere.
 """
@@ -25,8 +25,8 @@ def write(search: Search, trials: Sequence[Trial], metrics: Mapping[str, Any]) -
     """Write `report.html` into the search's folder; returns its URI.
 
     Args:
-        search: what was asked.
-        trials: their records.
+        search: settings of the search.
+        trials: records of its trials.
         metrics: the content of the search's `metrics.json`.
     """
     uri = search.file("report.html")
@@ -35,7 +35,7 @@ def write(search: Search, trials: Sequence[Trial], metrics: Mapping[str, Any]) -
 
 
 def render(search: Search, trials: Sequence[Trial], metrics: Mapping[str, Any]) -> str:
-    """The report as HTML; arguments as in :func:`write`."""
+    """Return the report as HTML; arguments as in :func:`write`."""
     winner = best(trials, search.objective)
     objective = _OBJECTIVE[search.objective]
     return page.template("search.html").render(
@@ -56,7 +56,7 @@ def render(search: Search, trials: Sequence[Trial], metrics: Mapping[str, Any]) 
 
 @dataclass(frozen=True, kw_only=True)
 class _Searched:
-    """A searched field in words."""
+    """A searched field as text."""
 
     name: str
     range: str
@@ -74,14 +74,14 @@ class _Searched:
                 name=r.name,
                 range=str(r).partition("=")[2],
                 start=start,
-                doc="weight of the negative label, held constant",
+                doc="weight of the negative labels, constant",
             )
         return cls(name=r.name, range=str(r).partition("=")[2], start=f"{flat[r.name]:g}", doc=FIELDS[r.name].doc)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """A trial's row of the table, as text."""
+    """The row of a trial in the table, as text."""
 
     number: int
     values: list[str]
@@ -118,7 +118,7 @@ def _scored(search: Search, trials: Sequence[Trial]) -> list[tuple[Trial, float]
 
 
 def _axis(name: str, values: Sequence[float], *, log: bool = False) -> Axis:
-    """An axis over the values, a little wider."""
+    """Return an axis that is slightly longer than the range of the values."""
     low, high = min(values), max(values)
     if log:
         return Axis(name=name, low=low, high=high, log=True)
@@ -144,7 +144,7 @@ def _parallel(search: Search, trials: Sequence[Trial], winner: Trial) -> Markup:
         )
         for trial, value in scored
     ]
-    return charts.parallel_chart("Each trial's values and what it reached", axes, marks)
+    return charts.parallel_chart("Values and score of each trial", axes, marks)
 
 
 def _responses(search: Search, trials: Sequence[Trial], winner: Trial) -> list[tuple[str, Markup]]:
@@ -183,11 +183,11 @@ def _curves(search: Search, trials: Sequence[Trial], winner: Trial) -> Markup:
     last = max(trial.epochs for trial in trials)
     x = Axis(name="epoch", low=1.0, high=float(max(last, 2)), whole=True)
     y = _axis(_OBJECTIVE[search.objective], [value for _, value in flat])
-    return charts.curves_chart(f"{_OBJECTIVE[search.objective]} by epoch, a line a trial", marks, x=x, y=y)
+    return charts.curves_chart(f"{_OBJECTIVE[search.objective]} by epoch, one line per trial", marks, x=x, y=y)
 
 
 def _rank(trials: Sequence[Trial], winner: Trial) -> Markup | None:
-    """The criterion without labels against mIoU, where there are labels to know."""
+    """Return a chart of the label-free objective against mIoU; None without labels."""
     rows = [(trial, trial.history[-1]) for trial in trials if trial.history]
     pairs = [
         (trial, float(row["label_free"]), float(row["mean_iou"]))
@@ -198,7 +198,7 @@ def _rank(trials: Sequence[Trial], winner: Trial) -> Markup | None:
         return None
     marks = [Mark(points=[(x, y)], kind=_kind(trial, winner), name=f"trial {trial.number}") for trial, x, y in pairs]
     return charts.scatter_chart(
-        "mIoU against label_free, each after a trial's last epoch",
+        "mIoU against label_free, after the last epoch of each trial",
         marks,
         x=_axis("label_free, %", [x for _, x, _ in pairs]),
         y=_axis("mIoU, %", [y for _, _, y in pairs]),

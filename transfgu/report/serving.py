@@ -1,7 +1,8 @@
-"""A page to try a run with, served by the standard library: photographs in, masks over them, names for concepts.
+"""Serve a page on which users try a run: they upload photographs, see masks, and name concepts.
 
-Whoever may open the page may write the run's names, so it asks for a token, listens on the loopback device unless told
-otherwise, and answers requests for its own address alone, which keeps other sites' scripts out (DNS rebinding).
+Everyone who can open the page can write the names of the run. So it requires a token, listens on the loopback device by
+default, and answers only requests for its own address, which excludes scripts of other sites (DNS rebinding). It uses
+the standard library only.
 """
 
 import hmac
@@ -27,22 +28,22 @@ from transfgu.store import storage
 from transfgu.store.artifacts import Run
 
 MAX_BODY = 128 * 2**20
-"""Bytes of a photograph's file at most."""
+"""Maximum size of an uploaded photograph, in bytes."""
 _COOKIE = "transfgu"
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 
 class Playground(ThreadingHTTPServer):
-    """The server: `serve_forever()` until `shutdown()`.
+    """The server; call `serve_forever()` to start it and `shutdown()` to stop it.
 
     Args:
-        run: an evaluated run, or a model's folder.
-        host: the address to listen on; everything but loopback is open to the network.
-        port: 0: any that is free.
-        token: what the page's address must hold; empty: a new one is drawn.
+        run: an evaluated run, or a folder with a model.
+        host: the address to listen on; addresses other than loopback are open to the network.
+        port: 0: any free port.
+        token: the token that the page's address must contain; empty: a new random one.
 
     Raises:
-        UserError: the run holds no model, or the address can't be listened on.
+        UserError: the run has no model, or the server can't listen on the address.
     """
 
     daemon_threads = True
@@ -74,7 +75,7 @@ class Playground(ThreadingHTTPServer):
         return concept_views(recipe, self.run, Segmenter.load(self.run.uri, named=False))
 
     def page(self, nonce: str) -> str:
-        """The page's HTML."""
+        """Return the page as HTML."""
         segmenter = self.segmenter
         unnamed = pipeline.class_table(segmenter.recipe, self.run, named=False).names
         return template("serve.html").render(
@@ -89,10 +90,10 @@ class Playground(ThreadingHTTPServer):
         )
 
     def predict(self, data: bytes) -> np.ndarray:
-        """The mask of an image file's bytes: (H, W) class indices.
+        """Return the mask of an image file's bytes: (H, W) class indices.
 
         Raises:
-            UserError: it is no image.
+            UserError: the bytes are not a readable image.
         """
         try:
             pixels = images.pixels_of(data, orient=True)
@@ -105,10 +106,10 @@ class Playground(ThreadingHTTPServer):
         """Give names to the run's classes, as `transfgu name` does.
 
         Args:
-            given: names by the index of the unnamed class; the present name of an unnamed class is left out.
+            given: names by the index of the unnamed class; entries that equal the unnamed name are ignored.
 
         Raises:
-            UserError: an index that is no class, a name that is empty, or another process that works on the run.
+            UserError: an index without a class, an empty name, or another process is working on the run.
         """
         unnamed = pipeline.class_table(self.segmenter.recipe, self.run, named=False).names
         tree = {int(index) if index.isdecimal() else index: name for index, name in given.items()}
@@ -124,13 +125,13 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
 
     def do_GET(self) -> None:
-        """The page; its address with the token sets the cookie that all else asks for."""
+        """Answer with the page; an address with the token sets the cookie that other requests require."""
         parts = urlsplit(self.path)
         token = parse_qs(parts.query).get("token", [""])[0]
         if not self._is_own_address():
             self._answer(403, "text/plain", b"this address is not the page's own")
         elif parts.path == "/" and token and hmac.compare_digest(token.encode(), self.server.token.encode()):
-            # Off the address bar, so that it is in no history and no screenshot.
+            # # Redirect to an address without the token, so that it appears in no history or screenshot.
             cookie = f"{_COOKIE}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
             self._answer(303, "text/plain", b"", {"Location": "/", "Set-Cookie": cookie})
         elif not self._is_known():
@@ -147,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, "text/plain", b"there is no such page")
 
     def do_POST(self) -> None:
-        """A photograph to `predict`, names to `names`."""
+        """Handle a photograph sent to `predict`, or names sent to `names`."""
         action: dict[str, Callable[[bytes], None]] = {"/predict": self._predict, "/names": self._names}
         length = self.headers.get("Content-Length", "")
         if not (self._is_own_address() and self._is_known()):
@@ -155,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path not in action:
             self._answer(404, "text/plain", b"there is no such page")
         elif not length.isdecimal() or int(length) > MAX_BODY:
-            self._answer(413, "text/plain", f"a photograph's file may have {MAX_BODY >> 20} MiB".encode())
+            self._answer(413, "text/plain", f"the file is too large: at most {MAX_BODY >> 20} MiB".encode())
         else:
             try:
                 action[self.path](self.rfile.read(int(length)))
@@ -172,12 +173,12 @@ class _Handler(BaseHTTPRequestHandler):
             given = json.loads(data)
             given = {str(index): str(name) for index, name in given.items()}
         except (ValueError, AttributeError):
-            raise UserError("the names are no JSON object: reload the page", code="names-unreadable") from None
+            raise UserError("the names are not a JSON object: reload the page", code="names-unreadable") from None
         self.server.name(given)
         self._answer(200, "text/plain", b"")
 
     def _is_own_address(self) -> bool:
-        """Whether the request was made to this server's own name, and by its own page if by a script."""
+        """Return True if the request names this server and, if a script sent it, comes from the server's own page."""
         host = self.headers.get("Host", "")
         origin = self.headers.get("Origin")
         names = self.server.names
@@ -192,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
         return cookie is not None and hmac.compare_digest(cookie.value.encode(), self.server.token.encode())
 
     def _answer(self, status: int, kind: str, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.close_connection = True  # an unread body would be taken for the next request
+        self.close_connection = True  # otherwise an unread body would be read as the next request
         self.send_response(status)
         common = {
             "Content-Type": kind,
@@ -207,4 +208,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Print nothing: a request line may hold the token."""
+        """Print nothing, because a request line may contain the token."""

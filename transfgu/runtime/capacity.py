@@ -121,7 +121,7 @@ def actor_resources(compute: ComputeRecipe) -> dict[str, float]:
     gpus = compute.gpus_per_actor if cluster_gpus() else 0.0
     if not any(_fit(nodes, compute.cpus_per_actor, gpus) for nodes in possible_nodes()):
         raise UserError(
-            f"no node of the cluster has {compute.cpus_per_actor:g} CPUs and {gpus:g} GPUs, which an actor asks for: "
+            f"no node of the cluster has {compute.cpus_per_actor:g} CPUs and {gpus:g} GPUs, which an actor requires: "
             "lower --cpus_per_actor or --gpus_per_actor",
             code="cluster-too-small",
         )
@@ -140,8 +140,8 @@ def check_satisfiable(compute: ComputeRecipe) -> None:
     room = sum(kind.count * _fit(kind, cpus, gpus) for kind in nodes)
     if compute.workers > room:
         raise UserError(
-            f"the cluster has room for {room} training workers of {cpus:g} CPUs and {gpus:g} GPUs, and "
-            f"{compute.workers} are asked for: lower --workers",
+            f"the cluster has room for {room} training workers of {cpus:g} CPUs and {gpus:g} GPUs, "
+            f"but {compute.workers} are requested: lower --workers",
             code="cluster-too-small",
         )
     # An actor is of no use without the task of one CPU that feeds it.

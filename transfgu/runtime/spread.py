@@ -67,13 +67,23 @@ class SpreadShards(Shards):
 
     def best_start(self, rows: Int[ndarray, " n"], k: int, seed: int) -> Float32[ndarray, "k d"]:
         """The starts are shared out; the sample goes from actor to actor, not through this process."""
-        cuts = np.searchsorted(rows, self._bounds[1:-1])
-        own = [r - first for r, first in zip(np.split(rows, cuts), self._bounds[:-1], strict=True)]
-        samples = [a.take.remote(self._group, r, self._whitening) for a, r in zip(self._actors, own, strict=True)]
+        samples = self._taken(rows)
         busy = self._actors[: len(START_NUMBERS)]
         shares = [s.tolist() for s in np.array_split(START_NUMBERS, len(busy))]
         found = fetch([a.starts.remote(k, seed, share, *samples) for a, share in zip(busy, shares, strict=True)])
         return least([start for several in found for start in several])
+
+    def take(self, rows: Int[ndarray, " n"]) -> Float32[ndarray, "n d"]:
+        """Fetch the rows with these numbers, from the actors that have them."""
+        order = np.argsort(rows)
+        taken = np.concatenate([t for t in fetch(self._taken(rows[order])) if len(t)])
+        return taken[np.argsort(order)]
+
+    def _taken(self, rows: Int[ndarray, " n"]) -> list[Any]:
+        """References to each actor's own of these rows, whose numbers ascend."""
+        cuts = np.searchsorted(rows, self._bounds[1:-1])
+        own = [r - first for r, first in zip(np.split(rows, cuts), self._bounds[:-1], strict=True)]
+        return [a.take.remote(self._group, r, self._whitening) for a, r in zip(self._actors, own, strict=True)]
 
     def assign(self, centroids: Float32[ndarray, "k d"], grid: Grid) -> Assignment:
         """One pass over all rows."""
@@ -150,8 +160,8 @@ def start_actors(
         yield actors
     except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
         raise UserError(
-            f"concepts: one of {len(sources)} actors that hold the features was lost {restarts + 1} times, as happens "
-            "where memory runs out: use more nodes, nodes of more memory, or fewer images (a lower limit)",
+            f"concepts: one of {len(sources)} actors that hold the features was lost {restarts + 1} times, probably "
+            "because memory ran out: use more nodes, nodes of more memory, or fewer images (a lower limit)",
             code="actor-lost",
         ) from None
     finally:

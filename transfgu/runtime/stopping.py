@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-LINE = "stopped; the same command goes on from what is done"
+LINE = "stopped; the same command continues where it stopped"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _GRACE_SECONDS = 7.0  # for the work in hand to be given up in order; a second signal ends this time
 _AGAIN_SECONDS = 1.0  # some programs send a signal to a process and to its group: both within this time are one

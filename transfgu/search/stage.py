@@ -155,7 +155,7 @@ def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     if search.gpus_per_trial and not gpus:
         raise UserError(
-            f"--gpus-per-trial {search.gpus_per_trial:g} asks for GPUs, and the cluster has none: leave it out",
+            f"--gpus-per-trial {search.gpus_per_trial:g} asks for GPUs, but the cluster has none: leave it out",
             code="gpu-missing",
         )
     share = search.gpus_per_trial / workers if search.gpus_per_trial else wanted.gpus_per_actor
@@ -164,7 +164,7 @@ def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
         most = sum(slots) // workers
         if not most:
             raise UserError(
-                f"a trial asks for {workers} x {share:g} GPUs, and the cluster has {gpus:g}: lower --gpus-per-trial",
+                f"a trial asks for {workers} x {share:g} GPUs, but the cluster has {gpus:g}: lower --gpus-per-trial",
                 code="cluster-too-small",
             )
     else:
@@ -256,7 +256,7 @@ def _claim(search: Search) -> None:
     if held is None:
         storage.write_bytes(uri, json.dumps(formats.stamp(wanted), indent=1).encode())
         return
-    remedy = "delete the folder to search anew, or choose another --run"
+    remedy = "delete the folder to start again, or choose another --run"
     found = upgraded(formats.read_json(held, storage.shown(uri), remedy))
     differing = [f"{n} ({found.get(n)} there, {wanted.get(n)} asked)" for n in wanted if found.get(n) != wanted[n]]
     if differing:
@@ -423,5 +423,5 @@ def run_search(
     if metrics["best"]:
         say(f"best recipe: {search.file('best.yaml')}")
     if left := search.count - sum(trial.status != "running" for trial in found.trials):
-        say(f"{left} trials are left: the same command goes on")
+        say(f"{left} trials are left: the same command continues")
     return metrics

@@ -1,1 +1,1 @@
-"""A trained model in the forms that others use: names of its classes, model card, ONNX."""
+"""Share a trained model with other programs: names of its classes, model card, ONNX, exported masks."""

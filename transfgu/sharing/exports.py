@@ -1,7 +1,7 @@
 """Export masks to the formats of labelling tools and data set libraries.
 
-Every format gets one entry per connected region of a chosen class, its outline simplified. Most formats know no holes,
-so a hole is reached by a slit in the outline. GeoJSON has holes, and COCO's panoptic format keeps pixels.
+Every format gets one entry per connected region of a chosen class, with a simplified outline. Most formats have no
+holes, so the outline enters each hole through a slit. GeoJSON has holes, and COCO's panoptic format stores pixels.
 """
 
 import io
@@ -23,7 +23,7 @@ from transfgu.sharing.polygons import Region, regions
 from transfgu.store import storage
 
 UNCHOSEN = (IGNORE, "background")
-"""Classes that are left out unless they are chosen."""
+"""Names of classes that are exported only if they are chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +50,23 @@ class ExportedMask:
 
 @dataclass(frozen=True, kw_only=True)
 class Outlines:
-    """How regions become polygons.
+    """Settings for turning regions into polygons.
 
     Args:
-        tolerance: how far a simplified outline may lie from a region's edge, pixels.
-        least: regions that cover fewer pixels are left out.
+        tolerance: maximum distance between a simplified outline and the edge of its region, in pixels.
+        least: regions of fewer pixels are left out.
     """
 
     tolerance: float = 1.0
     least: int = 16
 
     def of(self, mask: Integer[np.ndarray, "H W"], index: int) -> list[Region]:
-        """The regions of a class."""
+        """Return the regions of a class."""
         return regions(mask, index, tolerance=self.tolerance, least=self.least)
 
 
 def chosen(classes: Sequence[ExportedClass], names: Sequence[str]) -> list[ExportedClass]:
-    """The classes of the given names; without names all but :data:`UNCHOSEN`.
+    """Return the classes with the given names; without names, all except :data:`UNCHOSEN`.
 
     Raises:
         UserError: no class has one of the names.
@@ -75,7 +75,7 @@ def chosen(classes: Sequence[ExportedClass], names: Sequence[str]) -> list[Expor
     for name in names:
         if name not in known:
             raise UserError(
-                f"the masks have no class {name}; choose of {', '.join(known)}", code="export-class-unknown"
+                f"the masks have no class {name}; choose from {', '.join(known)}", code="export-class-unknown"
             )
     return [found for found in classes if (found.name in names if names else found.name not in UNCHOSEN)]
 
@@ -91,10 +91,10 @@ def write(
 
     Args:
         kind: one of :data:`FORMATS`.
-        masks: in the order that the file is to have.
-        classes: those to export (:func:`chosen`).
+        masks: in the order in which they are written.
+        classes: the classes to export (:func:`chosen`).
         out: URI of the folder for the file.
-        outlines: how regions become polygons.
+        outlines: settings for turning regions into polygons.
 
     Returns:
         The file's URI.
@@ -116,7 +116,7 @@ def check_format(kind: str) -> None:
 
 
 def _coco(masks: Iterable[ExportedMask], classes: Sequence[ExportedClass], out: str, outlines: Outlines) -> bytes:
-    """COCO's instance annotations: a polygon per region; categories are numbered by class index + 1."""
+    """Return COCO's instance annotations: one polygon per region; category ids are class indices + 1."""
     pictures: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, item in enumerate(masks, start=1):
@@ -140,7 +140,7 @@ def _coco(masks: Iterable[ExportedMask], classes: Sequence[ExportedClass], out: 
 
 
 def _panoptic(masks: Iterable[ExportedMask], classes: Sequence[ExportedClass], out: str, outlines: Outlines) -> bytes:
-    """COCO's panoptic annotations: a segment per class, and for each image a PNG of segment ids in `panoptic/`."""
+    """Return COCO's panoptic annotations: one segment per class; PNGs of segment ids are written to `panoptic/`."""
     pictures, annotations = [], []
     for number, item in enumerate(masks, start=1):
         height, width = item.mask.shape
@@ -175,7 +175,7 @@ def _panoptic(masks: Iterable[ExportedMask], classes: Sequence[ExportedClass], o
 
 
 def _cvat(masks: Iterable[ExportedMask], classes: Sequence[ExportedClass], out: str, outlines: Outlines) -> bytes:
-    """CVAT for images 1.1: a polygon per region."""
+    """Return CVAT for images 1.1: one polygon per region."""
     root = ElementTree.Element("annotations")
     ElementTree.SubElement(root, "version").text = "1.1"
     labels = ElementTree.SubElement(ElementTree.SubElement(ElementTree.SubElement(root, "meta"), "task"), "labels")
@@ -206,7 +206,7 @@ def _cvat(masks: Iterable[ExportedMask], classes: Sequence[ExportedClass], out: 
 def _labelstudio(
     masks: Iterable[ExportedMask], classes: Sequence[ExportedClass], out: str, outlines: Outlines
 ) -> bytes:
-    """Label Studio's tasks with predictions; beside it `labelstudio.xml`, the labelling interface that they need."""
+    """Return Label Studio's tasks with predictions, and write their labelling interface `labelstudio.xml`."""
     view = ElementTree.Element("View")
     ElementTree.SubElement(view, "Image", {"name": "image", "value": "$image"})
     labels = ElementTree.SubElement(view, "PolygonLabels", {"name": "label", "toName": "image"})
@@ -238,7 +238,7 @@ def _labelstudio(
 
 
 def _geojson(masks: Iterable[ExportedMask], classes: Sequence[ExportedClass], out: str, outlines: Outlines) -> bytes:
-    """GeoJSON in pixels: x to the right, y down; properties `image`, `class`, `index`."""
+    """Return GeoJSON in pixels: x to the right, y down; properties `image`, `class`, `index`."""
     features = [
         {
             "type": "Feature",
@@ -281,15 +281,15 @@ FORMATS: Mapping[str, tuple[str, _Writer]] = MappingProxyType(
         "geojson": ("masks.geojson", _geojson),
     }
 )
-"""Each format's file, and its writer."""
+"""File name and writer of each format."""
 
 
 def predicted(names: Mapping[str, str], read: Callable[[str], bytes | None]) -> Iterator[ExportedMask]:
-    """The masks that `predict` wrote as PNGs, in the order of the images' names; images without one are left out.
+    """Yield the masks that `predict` wrote as PNGs, in the order of the images' names; skip images without a mask.
 
     Args:
-        names: each image's mask, relative to the folder of masks and without an extension.
-        read: the content of such a mask's file, None where there is none.
+        names: the mask of each image, relative to the folder of masks and without an extension.
+        read: returns the content of a mask's file, or None if there is no such file.
     """
     for name in sorted(names):
         data = read(names[name])

@@ -19,12 +19,12 @@ _TEMPLATE = """---
 
 Divides an image into {{ classes|length }} classes.
 {% if recipe.method == "transfgu" -%}
-It was learned without a single label, by TransFGU
+It was learned without labels, by TransFGU
 ([Yin et al., ECCV 2022]({{ paper }})): windows of unlabelled images were described by the self-supervised vision
 transformer `{{ recipe.encoder.name }}` and clustered into {{ recipe.concepts.count }} concepts; a mask decoder learned
-from maps of where each concept is, and then from its own predictions.
+from concept maps of the training images, and then from its own predictions.
 {% else -%}
-It was learned without a single label, by {{ method.title }}.
+It was learned without labels, by {{ method.title }}.
 {{ method.about }}
 {% endif %}
 
@@ -39,14 +39,14 @@ segmenter.classes[mask[0, 0]]
 ```
 
 Images are resized to {{ recipe.dataset.image_size[0] }} x {{ recipe.dataset.image_size[1] }} pixels (height x width);
-masks come back at the image's own size.
+masks have the size of the original image.
 
 ## Scores
 
 {% if scores -%}
 On the validation images of `{{ recipe.preset }}`: mIoU {{ "%.2f"|format(scores.mean_iou) }} %, pixel accuracy
-{{ "%.2f"|format(scores.pixel_accuracy) }} %. Labels scored it, matched each cluster to one class, and told the best
-epoch; nothing was learned from them.
+{{ "%.2f"|format(scores.pixel_accuracy) }} %. Labels were used only to compute the scores, to match each cluster to one
+class, and to choose the best epoch; the model was trained without them.
 
 | index | class | IoU, % |
 | --- | --- | --- |
@@ -54,12 +54,12 @@ epoch; nothing was learned from them.
 | {{ loop.index0 }} | {{ name }} | {{ "absent" if iou is none else "%.1f"|format(iou) }} |
 {% endfor %}
 {%- elif named -%}
-There were no labels to score with. A person looked at the classes and named them.
+There were no labels to score with. The classes were named by a person.
 {% else -%}
-There were no labels to score with, so classes are numbered: look at predictions to see what each one is.
+There were no labels to score with, so classes are numbered: look at predictions to find out what each one shows.
 {% endif %}
 {%- if not scores or regrouped %}
-{% if regrouped %}Predictions are in these classes, which a person named and merged after the scores were counted:
+{% if regrouped %}Predictions have these classes, which a person named and merged after the scores were computed:
 {% endif %}
 | index | class |
 | --- | --- |
@@ -70,8 +70,8 @@ There were no labels to score with, so classes are numbered: look at predictions
 
 ## Limits
 
-Classes are clusters of what the encoder finds similar, which may not be what their names promise. Masks have the
-resolution of the encoder's patches. The encoder's weights lie beside the decoder's, under their own licence.
+Classes are clusters of what the encoder finds similar, so a class may contain more or less than its name says. Masks
+have the resolution of the encoder's patches. The encoder's weights are included and have their own licence.
 
 ## Recipe
 
@@ -83,13 +83,14 @@ resolution of the encoder's patches. The encoder's weights lie beside the decode
 def write_card(
     recipe: Recipe, classes: Sequence[str], scores: Mapping[str, Any] | None, *, named: bool = False
 ) -> ModelCard:
-    """The card of a run's model.
+    """Return the card of a run's model.
 
     Args:
-        recipe: the run's; of where its data lies the card says nothing.
-        classes: names of the classes that predictions are in.
-        scores: `mean_iou`, `pixel_accuracy` and `iou` by class (percent) of the run; None, or a mean_iou of None: none.
-        named: the user gave names to classes, and may have merged some.
+        recipe: recipe of the run; the location of its data is not written into the card.
+        classes: names of the classes of predictions.
+        scores: `mean_iou`, `pixel_accuracy` and `iou` by class (percent) of the run; None, or a mean_iou of None, means
+            that there are no scores.
+        named: True if the user named classes, and possibly merged some.
     """
     scored = scores if scores is not None and scores["mean_iou"] is not None else None
     scored_names = datasets.classes(recipe).names

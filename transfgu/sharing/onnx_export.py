@@ -1,8 +1,8 @@
 """Export a model as two ONNX graphs: from pixels to patch tokens, and from patch tokens to class logits.
 
-The encoder's graph is for images of one size, because it contains the resized position embeddings; the number of images
-is free. It takes decoded pixels and normalises them itself. The decoder's graph returns classes, not clusters, so the
-table of classes is not needed.
+The encoder's graph takes images of one size, because it contains the resized position embeddings; the number of images
+is free. It takes decoded pixels and normalises them itself. The decoder's graph returns classes, not clusters, so users
+need no table of classes.
 """
 
 import json
@@ -29,14 +29,14 @@ class PixelsToPatches(nn.Module):
         self.encoder = encoder
 
     def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B hw d"]:
-        """Patch tokens after the final norm."""
+        """Return patch tokens after the final norm."""
         return self.encoder.patch_tokens(normalise(images, self.encoder.mean, self.encoder.std))
 
 
 class PatchesToClasses(nn.Module):
-    """The decoder with its clusters in the order of the classes; a class of several has its largest cluster's logit.
+    """The decoder with logits of classes; the logit of a class is that of its largest cluster.
 
-    So the largest class is that of the largest cluster, as in `Segmenter.predict`.
+    So the class with the largest logit is that of the largest cluster, as in `Segmenter.predict`.
     """
 
     def __init__(self, decoder: MaskDecoder, class_of: Int[np.ndarray, " clusters"]) -> None:
@@ -44,12 +44,12 @@ class PatchesToClasses(nn.Module):
         self.decoder = decoder
         members = [np.flatnonzero(class_of == index) for index in range(int(class_of.max()) + 1)]
         most = max(map(len, members))
-        self.clusters: Tensor  # (C, members), the first of a class repeated where it has fewer
+        self.clusters: Tensor  # (C, members); classes with fewer members repeat their first
         padded = np.stack([np.pad(found, (0, most - len(found)), mode="edge") for found in members])
         self.register_buffer("clusters", torch.from_numpy(padded))
 
     def forward(self, patches: Float[Tensor, "B hw d"]) -> Float[Tensor, "B hw C"]:
-        """Logits by class."""
+        """Return logits by class."""
         logits: Tensor = self.decoder(patches)[0]
         return logits[:, :, self.clusters].amax(dim=-1)
 
@@ -63,31 +63,32 @@ def export(
     size: tuple[int, int],
     names: Sequence[str],
 ) -> tuple[Path, Path]:
-    """Write `encoder.onnx` and `decoder.onnx`, which carries the classes' names as JSON in its metadata, `classes`.
+    """Write `encoder.onnx` and `decoder.onnx`, which has the classes' names as JSON in its metadata, `classes`.
 
-    `encoder.onnx` takes `images`, (B, 3, H, W) uint8, and gives `patches`, (B, hw, d) float32; `decoder.onnx` takes
-    `patches`, of any number, and gives `logits`, (B, hw, C) float32, whose largest over C is the patch's class index.
+    `encoder.onnx` takes `images`, (B, 3, H, W) uint8, and returns `patches`, (B, hw, d) float32; `decoder.onnx` takes
+    any number of `patches` and returns `logits`, (B, hw, C) float32, whose maximum over C is the class index of the
+    patch.
 
     Args:
         encoder: the frozen encoder.
         decoder: the mask decoder, on the same device.
-        class_of: each cluster's class index.
-        folder: where; it is made.
+        class_of: class index of each cluster.
+        folder: output folder; it is created.
         size: height and width of the images, pixels.
-        names: of the classes.
+        names: names of the classes.
 
     Returns:
         The two files.
 
     Raises:
-        UserError: onnx is not installed, or the encoder's patch does not divide `size`.
+        UserError: onnx is not installed, or `size` is not a multiple of the encoder's patch.
     """
     try:
         import onnx
         import onnxscript  # noqa: F401 - torch asks for both, in many lines
     except ImportError:
         raise UserError(
-            "exporting needs the packages onnx and onnxscript: pip install 'transfgu[onnx]'", code="package-missing"
+            "exporting requires the packages onnx and onnxscript: pip install 'transfgu[onnx]'", code="package-missing"
         ) from None
     height, width = patch_grid(size, encoder.patch_size)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Trace the outlines of a mask's regions for labelling tools.
 
 Corners lie on the edges between pixels, so an outline that is not simplified encloses exactly the pixels of its region.
-OpenCV follows the outermost pixels of a region; in a mask of twice the size, those tell on which side the edge lies.
+OpenCV returns the outermost pixels of a region; in a mask of twice the size, they show on which side the edge lies.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class Region:
     """A connected region of one class.
 
     Args:
-        outline: its corners, x and y in pixels, from the image's upper left corner.
-        holes: those of what it encloses and is not part of it.
+        outline: corners as x and y in pixels, from the image's upper left corner.
+        holes: outlines of enclosed areas that do not belong to the region.
     """
 
     outline: Ring
@@ -26,7 +26,7 @@ class Region:
 
     @property
     def keyhole(self) -> Ring:
-        """One ring around the region that goes in to each hole and back, for formats that know no holes."""
+        """Return one ring around the region that enters each hole and returns, for formats without holes."""
         ring = self.outline
         for hole in sorted(self.holes, key=lambda found: float(found[:, 0].min())):
             distances = ((ring[:, None] - hole[None]) ** 2).sum(axis=-1)
@@ -37,20 +37,20 @@ class Region:
 
     @property
     def area(self) -> float:
-        """Pixels that it covers."""
+        """Number of pixels in the region."""
         return _area(self.outline) - sum(map(_area, self.holes))
 
 
 def regions(mask: Integer[np.ndarray, "H W"], index: int, *, tolerance: float = 1.0, least: int = 0) -> list[Region]:
-    """The connected regions of a class; regions that touch at a corner are one.
+    """Return the connected regions of a class; regions that touch at a corner are one.
 
     Args:
         mask: class indices.
         index: the class.
-        tolerance: how far a simplified outline may lie from the region's edge, pixels; 0: it follows every pixel.
-        least: regions that cover fewer pixels are left out.
+        tolerance: maximum distance between a simplified outline and the region's edge, in pixels; 0: not simplified.
+        least: regions of fewer pixels are left out.
     """
-    import cv2  # not above: a list of the formats needs no OpenCV
+    import cv2  # imported here, because listing the formats needs no OpenCV
 
     inside: Bool[np.ndarray, "H W"] = mask == index
     rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
@@ -77,7 +77,7 @@ def regions(mask: Integer[np.ndarray, "H W"], index: int, *, tolerance: float = 
 
 
 def _simplified(corners: Integer[np.ndarray, "_ 2"], tolerance: float) -> Ring:
-    """A ring without repeated corners and those on a straight line, and simplified."""
+    """Return a ring without repeated corners and without corners on a straight line, simplified."""
     import cv2
 
     ring = corners[(corners != np.roll(corners, 1, axis=0)).any(axis=1)]

@@ -239,12 +239,12 @@ def check_decoder(recipe: Recipe, uri: str) -> None:
     found = next((t.shape[1] for n, t in tensors.items() if n.endswith("cls_emb") and t.ndim == 3), None)
     if found is None:
         raise UserError(
-            f"{storage.shown(uri)} holds no mask decoder (no tensor cls_emb): give a decoder's weights",
+            f"{storage.shown(uri)} has no mask decoder (no tensor cls_emb): give weights of a decoder",
             code="decoder-missing",
         )
     if found != recipe.classes:
         raise UserError(
-            f"{storage.shown(uri)} tells {found} classes apart, and the recipe {recipe.preset} has {recipe.classes}: "
+            f"{storage.shown(uri)} has {found} classes, but the recipe {recipe.preset} has {recipe.classes}: "
             "choose the preset that it was trained for",
             code="classes-mismatch",
         )

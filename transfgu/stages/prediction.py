@@ -144,6 +144,8 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     """
     images = preflight(job)
     job = replace(job, orient=resolved_orient(job))
+    samples = named_samples(images)
+    there, bad = _there(job, samples), _known_bad(job)
     # What costs seconds to import, only now.
     from transfgu.runtime import capacity, connect
 
@@ -151,8 +153,6 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     for uri, flag in ((job.out, "--out"), (job.images, "--images")):
         capacity.check_shared(uri, flag)
     capacity.check_satisfiable(replace(compute, workers=0))  # nothing is trained
-    samples = named_samples(images)
-    there, bad = _there(job, samples), _known_bad(job)
     done = there.done
     for uri in there.stale:
         storage.delete(uri)
@@ -199,15 +199,13 @@ def preflight(job: PredictionJob) -> Images:
 
     if storage.within(job.out, job.images) or storage.within(job.images, job.out):
         raise UserError(
-            f"--images {storage.shown(job.images)} and --out {storage.shown(job.out)} lie in each other: masks would "
+            f"--images {storage.shown(job.images)} and --out {storage.shown(job.out)} contain each other: masks would "
             "be read as images, so choose two folders beside each other",
             code="folders-nested",
         )
     storage.check_readable(job.images)
     if storage.is_file(job.images):
-        raise UserError(
-            f"{storage.shown(job.images)} is a file: give --images the folder that it lies in", code="folder-expected"
-        )
+        raise UserError(f"{storage.shown(job.images)} is a file: give --images its folder", code="folder-expected")
     segmenter = Segmenter.load(job.run, device="cpu")
     if job.tile:
         Tiling(tile=job.tile, overlap=job.overlap)  # raises where they cover nothing
@@ -220,7 +218,7 @@ def preflight(job: PredictionJob) -> Images:
     if not found.files:
         but = f", but {found.passed_text}" if found.passed else ""
         raise UserError(
-            f"{storage.shown(job.images)} holds no image (.jpg, .png, .webp, ...){but}: check --images",
+            f"{storage.shown(job.images)} has no images (.jpg, .png, .webp, ...){but}: check --images",
             code="images-missing",
         )
     if any(storage.within(folder, job.out) for folder in {uri.rpartition("/")[0] for uri in found.files.values()}):
@@ -296,7 +294,7 @@ def read_claim(out: str) -> dict[str, Any]:
     text = storage.read_bytes_or_none(storage.join(out, CLAIM))
     if text is None:
         raise UserError(
-            f"{storage.shown(out)} holds no {CLAIM}: give --masks what --out named in prediction", code="masks-missing"
+            f"{storage.shown(out)} has no {CLAIM}: give --masks the --out of transfgu predict", code="masks-missing"
         )
     return _parsed_claim(out, text)
 

@@ -92,7 +92,7 @@ def usable_images(recipe: Recipe, run: Run, kept: str) -> tuple[pa.Table, tuple[
         images = training_images(run)
         if not len(images):
             raise UserError(
-                f"{run.artifact('pseudo_labels').uri} holds no pseudo label: delete that folder to make them anew",
+                f"{run.artifact('pseudo_labels').uri} has no pseudo labels: delete that folder and run again",
                 code="pseudo-labels-missing",
             )
         return images, ()

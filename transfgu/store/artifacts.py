@@ -69,7 +69,7 @@ class Manifest:
         return json.dumps(formats.stamp(tree), indent=1)
 
     @classmethod
-    def from_json(cls, text: str | bytes, name: str = "the manifest", remedy: str = "make it anew") -> "Manifest":
+    def from_json(cls, text: str | bytes, name: str = "the manifest", remedy: str = "compute it again") -> "Manifest":
         """Read what :meth:`to_json` wrote, in this version or an earlier one.
 
         Args:
@@ -115,7 +115,7 @@ class Artifact:
 
     @property
     def _remedy(self) -> str:
-        return f"delete the folder {storage.shown(self.uri)}, and the same command makes it anew"
+        return f"delete the folder {storage.shown(self.uri)}, and run the same command again"
 
     def check_method(self, recipe: Recipe) -> None:
         """Refuse an artefact that another method made, if only in part.
@@ -130,7 +130,7 @@ class Artifact:
         if theirs != asked:
             raise UserError(
                 f"{self.uri} holds the work of another method, {theirs} (asked: {recipe.method}): choose another "
-                f"--run, or go on with that one by --method {theirs}",
+                f"--run, or continue that one with --method {theirs}",
                 code="run-of-another-method",
             )
 
@@ -248,8 +248,8 @@ class Run:
         text = storage.read_bytes_or_none(uri)
         if text is None:
             raise UserError(
-                f"{storage.shown(self.uri)} is no run's folder, as it holds no recipe.yaml: "
-                "give what --run named in training",
+                f"{storage.shown(self.uri)} is not the folder of a run (it has no recipe.yaml): "
+                "give the --run of transfgu train",
                 code="run-missing",
             )
         recipe = from_yaml(text, storage.shown(uri), resolved=True)
@@ -306,7 +306,7 @@ class Run:
         text = storage.read_bytes_or_none(uri)
         if text is None:
             return None
-        remedy = f"delete the folder {storage.shown(self.file('evaluation'))}, and train again to count them anew"
+        remedy = f"delete the folder {storage.shown(self.file('evaluation'))}, and train again to compute them"
         scores = formats.read_json(text, storage.shown(uri), remedy)
         with formats.damage(storage.shown(uri), remedy):
             _ = scores["mean_iou"], scores["pixel_accuracy"], scores["iou"], scores["assignment"]
@@ -349,7 +349,7 @@ class Run:
         data = storage.read_bytes_or_none(uri)
         if data is None:
             return {}
-        remedy = "give --reuse RUN again to write it anew"
+        remedy = "give --reuse RUN again to restore it"
         tree = formats.read_json(data, storage.shown(uri), remedy)
         with formats.damage(storage.shown(uri), remedy):
             return {str(stage): str(place) for stage, place in tree["stages"].items()}

@@ -51,7 +51,7 @@ def linked(recipe: Recipe, run: Run, other: Run) -> tuple[Run, str]:
             links[stage] = storage.absolute(held.uri)
     if not links and why.startswith(recipe.stages[0]):
         raise UserError(
-            f"{storage.shown(other.uri)} shares no stage with this run: {why}; leave out --reuse, or mend the recipe",
+            f"{storage.shown(other.uri)} shares no stage with this run: {why}; leave out --reuse, or change the recipe",
             code="reuse-nothing",
         )
     return Run(run.uri, links=links), why

@@ -507,7 +507,7 @@ def _check_bucket(uri: str, fs: Any, path: str) -> None:
     bucket = path.partition("/")[0]
     if scheme(uri) in ("s3", "gs") and fs.get_file_info(bucket).type == pafs.FileType.NotFound:
         raise UserError(
-            f"there is no bucket {bucket} for {shown(uri)}{_where(uri)}: check the name, or make the bucket",
+            f"there is no bucket {bucket} for {shown(uri)}{_where(uri)}: check the name, or create the bucket",
             code="bucket-missing",
         )
 
@@ -707,14 +707,14 @@ _CODES = {
     "SIGNATURE_DOES_NOT_MATCH": "the secret key does not fit: check AWS_SECRET_ACCESS_KEY, or the profile",
     "EXPIRED_TOKEN": "the credentials have expired: fetch new ones",
     "INVALID_TOKEN": "the session token is not valid: fetch new credentials",
-    "NO_SUCH_BUCKET": "there is no such bucket: check the name, or make the bucket",
+    "NO_SUCH_BUCKET": "there is no such bucket: check the name, or create the bucket",
     "NETWORK_CONNECTION": "the endpoint does not answer: check AWS_ENDPOINT_URL_S3 and the network",
     "SLOW_DOWN": "the endpoint throttles and did not relent: run again, with fewer actors",
 }
 
 _REMEDIES = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room",
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
     errno.EROFS: "choose another folder",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",

@@ -119,7 +119,7 @@ def unwrap(name: str, content: object) -> dict[str, Tensor]:
     tensors = {key: value for key, value in tensors.items() if not key.startswith(_HEADS)}
     if not tensors:
         raise UserError(
-            f"{name} holds no network's weights: give a state dict, such as DINO's or timm's", code="weights-misfit"
+            f"{name} has no weights of a network: give a state dict, such as DINO's or timm's", code="weights-misfit"
         )
     return tensors
 

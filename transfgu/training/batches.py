@@ -297,11 +297,11 @@ def open_cache(share: Share, compute: ComputeRecipe, epochs: int, threads: int |
     try:
         cache = SampleCache(folder, layout, int(compute.cache_gib * 2**30))
     except OSError as error:
-        logger.warning("no cache of images in %s (%s): they are read anew in each epoch", folder, error.strerror)
+        logger.warning("no cache of images in %s (%s): they are read again in every epoch", folder, error.strerror)
         return None
     if cache.kept < layout.samples:
         logger.warning(
-            "%s has room for %d of %d images: the others are read anew in each epoch; free space there, set "
+            "%s has room for %d of %d images: the others are read again in every epoch; free space there, set "
             "--compute.cache_folder to a larger disk, or raise --compute.cache_gib from %g",
             *(folder, cache.kept, layout.samples, compute.cache_gib),
         )

@@ -43,7 +43,7 @@ def newest(uri: str, say: Callable[[str], object] = lambda _: None) -> Found | N
     for checkpoint in sorted(found, key=lambda c: (not c.history, len(c.history), c.uri), reverse=True):
         if checkpoint.history and is_whole(checkpoint.uri):
             return checkpoint
-        say(f"checkpoint {checkpoint.uri.rpartition('/')[2]} is damaged: going on from the one before")
+        say(f"checkpoint {checkpoint.uri.rpartition('/')[2]} is damaged: continuing from the previous one")
     return None
 
 

@@ -80,7 +80,7 @@ def names(track: str) -> list[str]:
     for name in asked:
         if name not in PACKAGES:
             raise UserError(
-                f"--track knows no {name}: choose of {', '.join(PACKAGES)}, or none", code="tracker-unknown"
+                f"--track does not know {name}: choose from {', '.join(PACKAGES)}, or none", code="tracker-unknown"
             )
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise UserError(

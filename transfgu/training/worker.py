@@ -45,7 +45,7 @@ def work(job: Job) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             # Trying again would fill no less.
             mistake = UserError(
-                f"can't write {storage.shown(job.checkpoints)}: {error.strerror or error}: make room",
+                f"can't write {storage.shown(job.checkpoints)}: {error.strerror or error}: free some space",
                 code="disk-full",
             )
         passing = mistake is None and may_pass(error)

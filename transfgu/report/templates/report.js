@@ -1,4 +1,4 @@
-// Lay each prediction over its image, enlarge a picture on a click, sort a table by a column. The page is whole without it.
+// Lay each prediction over its image, enlarge pictures on a click, sort tables by a column. The page is complete without it.
 (() => {
   const tools = document.querySelector(".tools");
   tools.hidden = false;
