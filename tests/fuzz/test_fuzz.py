@@ -33,7 +33,7 @@ from transfgu.datasets.listing import read_names
 from transfgu.encoder import Encoder
 from transfgu.errors import BadInput, UserError
 from transfgu.planning.measurements import Ingest, Measurements
-from transfgu.recipe import from_yaml, preset
+from transfgu.recipe import MAX_PIXELS, from_yaml, preset
 from transfgu.search.trials import Ledger
 from transfgu.sharing import names
 from transfgu.stages.prediction import PredictionJob, _known_bad, names_in, read_claim
@@ -45,7 +45,7 @@ CASES = 15
 """Cases of each kind where no time is given."""
 SLOWEST = 20.0
 """Seconds that a case may take; a busy machine is allowed for."""
-MOST_BYTES = 12 * images.MAX_PIXELS
+MOST_BYTES = 12 * MAX_PIXELS
 """Memory that the largest image may take: its pixels as decoded, as RGB, and on the way between."""
 
 GOLDEN = Path(__file__).parents[1] / "golden"
