@@ -48,7 +48,7 @@ def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     text.write_text("no picture")
     with pytest.raises(BadInput, match="unreadable"):
         rasters.rows_of(str(text))
-    with pytest.raises(BadInput, match="no PNG, JPEG or TIFF"):
+    with pytest.raises(BadInput, match="not PNG, JPEG or TIFF"):
         rasters.RasterRows(str(text))
     text.write_bytes(b"II*\0" + bytes(40))
     with pytest.raises(BadInput, match="unreadable"):
@@ -60,7 +60,7 @@ def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     # A virtual raster names other files, so it is not opened.
     virtual = tmp_path / "virtual.tif"
     virtual.write_text('<VRTDataset rasterXSize="4" rasterYSize="4"></VRTDataset>')
-    with pytest.raises(BadInput, match="no PNG, JPEG or TIFF"):
+    with pytest.raises(BadInput, match="not PNG, JPEG or TIFF"):
         rasters.RasterRows(str(virtual))
     cut = written(tmp_path, "rgb.png")
     cut.write_bytes(cut.read_bytes()[:2000])
