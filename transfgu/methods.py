@@ -141,8 +141,8 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "maskcontrast": Method(
             title="MaskContrast",
-            about="A convolutional network learned pixel embeddings that are similar within an object and its views and "
-            "different between objects; the objects' means were then grouped into clusters.",
+            about="A convolutional network learned pixel embeddings that are similar within an object and its views "
+            "and different between objects; the objects' means were then grouped into clusters.",
             learner="transfgu.baselines.maskcontrast:MaskContrast",
             model="transfgu.baselines.maskcontrast:load_models",
             check="transfgu.baselines.maskcontrast:check",
