@@ -233,7 +233,7 @@ def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path
     with ThreadPoolExecutor(8) as pool:
         told = list(pool.map(claim, range(8)))
     winner = json.loads((tmp_path / "out" / "prediction.json").read_text())["model"]
-    refusal = f"{tmp_path}/out holds masks of /{winner}: choose another --out, or delete what is there"
+    refusal = f"{tmp_path}/out holds masks of /{winner}: choose another --out, or delete its content"
     assert told == [winner if winner == str(model) else refusal for model in range(8)]
 
 

@@ -267,7 +267,7 @@ def test_out_of_memory_halves_and_says_so_once(caplog: pytest.LogCaptureFixture)
             torch.testing.assert_close(snapshot(cramped.decoder)[name], value, rtol=1e-6, atol=1e-6)
         batch.step(cramped, optimiser, part=result.part)
     assert [record.getMessage() for record in caplog.records] == [
-        "out of memory: training batch taken 1 images at a time, not 4"
+        "out of memory: training batch processed 1 images at a time, not 4"
     ]
 
 

@@ -86,7 +86,7 @@ def test_a_tracker_that_fails_is_given_up(tmp_path: Path) -> None:
     trackers.epoch(ROW, None)
     trackers.epoch(ROW, None)
     assert len(notes) == 1
-    assert notes[0].startswith("tracking by tensorboard is given up: can't write")
+    assert notes[0].startswith("tracking with tensorboard has stopped: can't write")
 
 
 def test_pictures_are_pairs_in_rows(tmp_path: Path) -> None:
