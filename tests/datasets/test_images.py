@@ -1,4 +1,4 @@
-"""Decoding: every pixel format comes out as the same eight-bit picture; resizing equals torch's."""
+"""Decoding: every pixel format gives the same eight-bit picture; resizing equals torch's."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""Each tracker is read back by its own format; one that fails is given up, and nothing else is."""
+"""Each tracker's output is read in its own format; a tracker that fails is dropped without other effects."""
 
 import io
 import struct
@@ -34,7 +34,7 @@ def recipe_of(track: str) -> Recipe:
 
 
 def events(file: Path) -> list[Event]:
-    """The records of a file: length, its checksum, the event, its checksum."""
+    """Yield the records of a file: length, its checksum, the event, its checksum."""
     data, found, at = file.read_bytes(), [], 0
     while at < len(data):
         (length,) = struct.unpack_from("<Q", data, at)
