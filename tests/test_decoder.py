@@ -152,5 +152,5 @@ def test_what_is_no_decoder_is_refused_in_one_line() -> None:
 def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="choose a divisor"):
         MaskDecoder(24, 5, num_heads=5)
-    with pytest.raises(ValueError, match="needs two"):
+    with pytest.raises(ValueError, match="at least two classes"):
         MaskDecoder(24, 1, num_heads=3)

@@ -392,9 +392,9 @@ def test_permutation_of_any_kind(as_type: type) -> None:
 
 def test_wrong_arguments_are_refused() -> None:
     case = make_case()
-    with pytest.raises(ValueError, match="5 classes need 5 maps an image, not 4"):
+    with pytest.raises(ValueError, match="5 classes need 5 maps per image, not 4"):
         pixel_losses(torch.zeros(2, 5, 3, 4), case.maps, alpha=0)
-    with pytest.raises(ValueError, match="4 classes need 3 maps an image, not 4"):
+    with pytest.raises(ValueError, match="4 classes need 3 maps per image, not 4"):
         pixel_losses(case.logits, case.maps, alpha=0, background_threshold=0.1)
     with pytest.raises(ValueError, match="a teacher needs the permutation"):
         pixel_losses(case.logits, case.maps, case.teacher, alpha=0)

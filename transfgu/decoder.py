@@ -67,7 +67,7 @@ class MaskDecoder(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # # The published code gives orthogonal_ a (1, C, d) tensor, which it flattens to a single row: the embeddings
+        # The published code gives orthogonal_ a (1, C, d) tensor, which it flattens to a single row: the embeddings
         # are nearly orthogonal, and of unit length together. Here they are orthogonal, at the same scale.
         nn.init.orthogonal_(self.cls_emb[0], gain=classes**-0.5)
 
@@ -125,7 +125,7 @@ class MaskDecoder(nn.Module):
         patches = F.normalize(_widened(patches @ self.proj_patch), dim=-1)
         class_embeddings = F.normalize(_widened(classes @ self.proj_classes), dim=-1)
         device = patches.device.type
-        # # bfloat16 has two to three digits: cosines of that precision would make similar classes equal.
+        # bfloat16 has two to three digits: cosines of that precision would make similar classes equal.
         mixed = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if mixed else nullcontext():
             return self.mask_norm(patches @ class_embeddings.mT), class_embeddings

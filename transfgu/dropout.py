@@ -82,7 +82,7 @@ class _DroppedAttention(torch.autograd.Function):
         weights, dropped = both[: len(q)], both[len(q) :]
         scale, gain = ctx.scale, ctx.gain  # type: ignore[attr-defined]
         to_q, to_k, to_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-        # # The term of softmax's backward pass, sum_j dP_ij P_ij, equals sum_c dO_ic O_ic.
+        # The term of softmax's backward pass, sum_j dP_ij P_ij, equals sum_c dO_ic O_ic.
         means = (gradient * mixed).sum(-1, keepdim=True)
         for i in range(len(q)):
             raised = gradient[i] * gain

@@ -188,7 +188,7 @@ class Encoder(nn.Module):
             vit = _vit_of_shapes(self.vit.state_dict(), self.patch_size, self.num_heads)
         return Encoder(vit, position_resize=self.position_resize, mean=self.mean, std=self.std)
 
-    # # Outputs, from least to most work.
+    # Outputs, from least to most work.
 
     def attention_map(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w"]:
         """Return the class token's attention to each patch in the last block, averaged over heads.
@@ -263,7 +263,7 @@ class Encoder(nn.Module):
             maps = combined_maps(self._patch_columns(row).mean(1), gain * gradient_scale)
         return maps.reshape(*maps.shape[:2], *grid)
 
-    # # Parts of the transformer.
+    # Parts of the transformer.
 
     @property
     def _attn(self) -> Any:
@@ -417,13 +417,13 @@ def _resize_positions(
         resized: Tensor = resample_abs_pos_embed(position, list(grid), list(native), num_prefix_tokens=prefix)
         return resized
     patches = position[:, prefix:].float().transpose(1, 2).reshape(1, -1, *native)  # (1, n, d) -> (1, d, h, w)
-    # # The tenth is DINO's guard against rounding down to one patch too few. It shifts every sample, so it must stay.
+    # The tenth is DINO's guard against rounding down to one patch too few. It shifts every sample, so it must stay.
     factor = [(side + 0.1) / side_native for side, side_native in zip(grid, native, strict=True)]
     patches = F.interpolate(patches, scale_factor=factor, mode="bicubic")
     return torch.cat([position[:, :prefix], patches.flatten(2).transpose(1, 2).to(position.dtype)], 1)
 
 
-# # Construction.
+# Construction.
 
 
 def _create(name: str, *, pretrained: bool = False) -> Any:
@@ -453,7 +453,7 @@ def fetch_command(name: str) -> str:
 def _of_timm(vit: Any) -> Encoder:
     _check_supported(vit)
     known = vit.pretrained_cfg
-    # # The name decides, not the format of the file: the same weights give the same encoder.
+    # The name decides, not the format of the file: the same weights give the same encoder.
     how: PositionResize = "dino" if known.get("tag") == "dino" else "timm"
     return Encoder(vit, position_resize=how, mean=tuple(known["mean"]), std=tuple(known["std"]))
 
@@ -478,7 +478,7 @@ def _from_file(name: str, uri: str) -> Encoder:
     if position is not None and (position.ndim != 3 or position.shape[0] != 1):
         raise _misfit(what, "pos_embed", position, vit.pos_embed)
     if position is not None and vit.pos_embed is not None:
-        # # Keep the file's own grid: it is resized once, for each image, and not a second time while loading.
+        # Keep the file's own grid: it is resized once, for each image, and not a second time while loading.
         side = math.isqrt(position.shape[1])
         if side**2 + (0 if vit.no_embed_class else vit.num_prefix_tokens) == position.shape[1]:
             vit.set_input_size(img_size=(side * vit.patch_embed.patch_size[0],) * 2)

@@ -94,6 +94,6 @@ def damage(name: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    # # Errors of JSON and UTF-8 are ValueErrors; ten thousand nested brackets give a RecursionError.
+    # Errors of JSON and UTF-8 are ValueErrors; ten thousand nested brackets give a RecursionError.
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError):
         raise UserError(f"{name} is damaged: {remedy}", code="file-damaged") from None

@@ -35,7 +35,7 @@ _SEED_CANDIDATES = 4
 _SPLIT = 1 / 1024  # relative, alternating in sign; FAISS splits clusters by as much
 _SEARCH_ERROR = 4e-6  # error of FAISS's squared distances, relative to the squared lengths of the vectors
 _BOUND_ERROR = 3e-5  # relative error of float32 bounds after adding hundreds of moves
-# # Results for a row must not depend on the number of rows searched together: FAISS uses another method for a few.
+# Results for a row must not depend on the number of rows searched together: FAISS uses another method for a few.
 faiss.cvar.distance_compute_blas_threshold = 1
 
 
@@ -90,7 +90,7 @@ class Grid:
     """
 
     def __init__(self, rows: int, largest: float) -> None:
-        # # A float64 near 3 * 2^e has its last bit at 2^(e - 51): adding this number and subtracting it again rounds to
+        # A float64 near 3 * 2^e has its last bit at 2^(e - 51): adding this number and subtracting it again rounds to
         # that bit, whatever else is added later. |sum| <= 2^e keeps all of its multiples exact.
         bound = max(rows * largest, float(np.finfo(np.float32).tiny))
         self.offset = 3.0 * 2.0 ** (math.ceil(math.log2(bound)) + 1)
@@ -154,10 +154,10 @@ class Shard(Shards):
         self._scratch = scratch
         self._starts = np.cumsum([0, *map(len, self._blocks)])
         self._labels = [np.full(len(b), -1, np.int32) for b in self._blocks]
-        # # For each row: an upper bound of the distance to its centroid, and a lower bound of those to all others.
+        # For each row: an upper bound of the distance to its centroid, and a lower bound of those to all others.
         self._bounds = [np.empty((2, len(b)), np.float32) for b in self._blocks]
         self._threads = threads or cores()
-        # # Blocks are divided among Python threads, each with a single OpenMP thread: results for a row must not depend
+        # Blocks are divided among Python threads, each with a single OpenMP thread: results for a row must not depend
         # on the number of threads, and no core waits for another after every chunk.
         self._pool = ThreadPoolExecutor(self._threads, initializer=faiss.omp_set_num_threads, initargs=(1,))
         self.rows = int(self._starts[-1])
@@ -165,7 +165,7 @@ class Shard(Shards):
         self.largest = float(measures[:, 0].max(initial=0))  # keeps NaN
         self._reach = measures[:, 1]
         self._squares = float(measures[:, 2].sum())
-        # # Results of the latest pass; the grid is None if there was none.
+        # Results of the latest pass; the grid is None if there was none.
         self._grid: Grid | None = None
         self._centroids = np.empty((0, 0))
         self._sums, self._counts = np.empty((0, 0)), np.empty(0, np.int64)
@@ -208,7 +208,7 @@ class Shard(Shards):
             self._counts += counts
             changed += count
         self._grid, self._centroids = grid, wide
-        # # The sum of |x - c|^2, expanded.
+        # The sum of |x - c|^2, expanded.
         inertia = self._squares - 2 * float((wide * self._sums).sum()) + float(lengths @ self._counts)
         return Assignment(self._sums.copy(), self._counts.copy(), max(0.0, inertia), changed)
 
@@ -424,7 +424,7 @@ def _lloyd(
     after: Callable[[int, ndarray], None] | None = None,
 ) -> KMeansResult:
     assignment, settled = assign(centroids), False
-    # # Changes of the first pass mean nothing, because the previous pass may belong to another clustering.
+    # Changes of the first pass mean nothing, because the previous pass may belong to another clustering.
     while made < iterations and not settled:
         centroids = update(assignment)
         made += 1
@@ -467,7 +467,7 @@ def _plus_plus(rows: Float32[ndarray, "n d"], k: int, generator: np.random.Gener
     while len(chosen) < k:
         heights = np.cumsum(distances, dtype=np.float64)
         draws = generator.random(_SEED_CANDIDATES)
-        # # If every row equals a seed, all choices are the same.
+        # If every row equals a seed, all choices are the same.
         drawn = np.searchsorted(heights, draws * heights[-1], side="right") if heights[-1] else draws * size
         candidates = np.minimum(drawn.astype(np.int64), size - 1)
         nearer = np.minimum(distances, _squared(rows, rows[candidates]))

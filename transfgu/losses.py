@@ -25,7 +25,7 @@ from transfgu.workers import worker_count
 FOREGROUND = 0.1
 """Threshold of the uncertainty's foreground: pixels where some map scaled to [0, 1] exceeds it."""
 
-# # Type checkers accept an int as a float; the run-time checks of the tests do not.
+# Type checkers accept an int as a float; the run-time checks of the tests do not.
 Real = float | int
 Permutation = Int[Tensor, " C"] | Int[np.ndarray, " C"] | Sequence[int]
 
@@ -86,7 +86,7 @@ def batch_shares(
             the most certain ones of those whose largest scaled map is the class's.
     """
     images, _, height, width = maps.shape
-    # # Filled on the device, because a copy from the host would wait for queued work of a GPU.
+    # Filled on the device, because a copy from the host would wait for queued work of a GPU.
     counts = torch.full((2,), images, dtype=torch.int64, device=maps.device)
     counts[1] = images * height * width
     if background_threshold is not None:
@@ -126,7 +126,7 @@ def margin_levels(evidence: Float[Tensor, "B C h w"]) -> tuple[Int[Tensor, "B h 
     """
     top, order = evidence.topk(2, dim=1)
     lead = top[:, 0] - top[:, 1]
-    # # Positive float32 numbers are ordered like their bits: 8 of exponent (127 means 2^0), then 23 of mantissa.
+    # Positive float32 numbers are ordered like their bits: 8 of exponent (127 means 2^0), then 23 of mantissa.
     levels = (lead.float().contiguous().view(torch.int32) >> 16) - ((127 - 24) << 7)
     return order[:, 0], levels.clamp(0, LEVELS - 1).long()
 
@@ -187,7 +187,7 @@ def pixel_losses(
     if certain is not None:
         peer = peer * is_certain
 
-    # # Without the background, because foreground pixels only need a choice between concepts.
+    # Without the background, because foreground pixels only need a choice between concepts.
     probabilities = logits[:, logits.shape[1] - concepts :].softmax(dim=1)
     if concepts == 1:
         uncertainty = 1 - probabilities[:, 0]  # no second class: p'' is 0

@@ -49,7 +49,7 @@ def confusion_matrix(
     true, predicted = true.reshape(-1), predicted.reshape(-1)
     if not len(true):
         return np.zeros((num_classes, num_clusters), np.int64)
-    # # Neighbouring pixels mostly agree, so runs of equal pixels are counted: there are about twenty times fewer.
+    # Neighbouring pixels mostly agree, so runs of equal pixels are counted: there are about twenty times fewer.
     ends = np.ones(len(true), bool)
     np.not_equal(true[1:], true[:-1], out=ends[:-1])
     ends[:-1] |= predicted[1:] != predicted[:-1]
@@ -117,7 +117,7 @@ def confusion_on_device(
     true, predicted = labels.flatten().long(), predictions.flatten().long()
     labelled = (true >= 0) & (true < num_classes)
     is_cluster = (predicted >= 0) & (predicted < num_clusters)
-    # # Two more cells, for pixels without a label and for bad predictions, avoid a selection, which would wait for the
+    # Two more cells, for pixels without a label and for bad predictions, avoid a selection, which would wait for the
     # GPU.
     cells = num_classes * num_clusters
     cell = torch.where(is_cluster, num_clusters * true + predicted, cells + 1).where(labelled, cells)

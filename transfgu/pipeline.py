@@ -51,7 +51,7 @@ def fit_to_patch(recipe: Recipe, patch_size: int) -> Recipe:
     flat = recipe.flat()
     changes: dict[str, Any] = {}
     for name in _SIZES:
-        # # A training view has half the sides of the image from which it is cropped.
+        # A training view has half the sides of the image from which it is cropped.
         step = 2 * patch_size if name == "dataset.training_size" and recipe.training.views else patch_size
         near = [max(1, round(side / step)) * step for side in flat[name]]
         if near == flat[name]:
@@ -93,7 +93,7 @@ def fit_to_small_encoder(recipe: Recipe) -> Recipe:
         side = max(1, round(encoder.native_side * 8 / 3 / step)) * step
         proposed.update(dict.fromkeys(_SIZES, (side, side)))
         proposed.update(SMALL_ENCODER, **{"windows.size": (encoder.native_side, encoder.native_side)})
-    # # A method of comparison keeps its values for all presets.
+    # A method of comparison keeps its values for all presets.
     own = {field_name(name) for name in method(recipe.method).values.get("", {})}
     proposed = {name: value for name, value in proposed.items() if field_name(name) not in own}
     given = recipe.given()
@@ -114,7 +114,7 @@ def preflight(recipe: Recipe, run: Run) -> Recipe:
     tracking.names(recipe.compute.track)
     datasets.preflight(recipe)
     storage.check_writable(run.uri)
-    # # An existing run keeps its own fields.
+    # An existing run keeps its own fields.
     recipe = run.continued(recipe) if storage.is_file(run.file("recipe.yaml")) else fit_to_small_encoder(recipe)
     return fit_to_encoder(recipe)
 
@@ -135,7 +135,7 @@ def fit_to_encoder(recipe: Recipe) -> Recipe:
 
 
 def _stage_function(stage: str) -> Callable[..., Outcome]:
-    # # Imported when a stage runs, because stages import Ray, FAISS or torch, which skipped stages don't need.
+    # Imported when a stage runs, because stages import Ray, FAISS or torch, which skipped stages don't need.
     import importlib
 
     function: Callable[..., Outcome] = importlib.import_module(f"transfgu.stages.{stage}").run
@@ -492,7 +492,7 @@ def _labelled_rows(recipe: Recipe, run: Run | None) -> "pa.Table":
 def evaluation_result(
     recipe: Recipe, run: Run | None, scores: "Scores", images: int, left_out: Sequence[LeftOut]
 ) -> dict[str, Any]:
-    """Return the scores of a run as `metrics.json` has them, with the names of its classes and what was left out."""
+    """Return the scores of a run as `metrics.json` has them, with the names of its classes and the left-out inputs."""
     from transfgu.metrics import scores_json
 
     result = scores_json(scores)

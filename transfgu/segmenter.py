@@ -356,7 +356,7 @@ class Segmenter(ModelHubMixin):
             self.encode.encoder, self.decoder, self.class_of, Path(folder), size=size or self.size, names=self.classes
         )
 
-    # # Methods for huggingface_hub's mixin.
+    # Methods for huggingface_hub's mixin.
 
     def _save_pretrained(self, save_directory: Path) -> None:
         encode: PatchTokens | None = getattr(self.model, "encode", None)
@@ -366,7 +366,7 @@ class Segmenter(ModelHubMixin):
                 "labels": "not shared" if self.recipe.labels else "",  # names depend on whether there were labels
                 "encoder.weights": BESIDE + _ENCODER if encode else "pretrained",
                 "decoder.weights": "",
-                # # Initial weights are not needed to load it.
+                # Initial weights are not needed to load it.
                 **{f"{component}.weights": "random" for component in ("picie", "maskcontrast")},
                 "maskcontrast.object_masks": "",
             }

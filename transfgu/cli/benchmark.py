@@ -77,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.stage == "many-rows":
         _many_rows(recipe, arguments)
         return
-    # # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
+    # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu import pipeline
     from transfgu.benchmarks import stages as benchmarks
     from transfgu.encoder import Encoder

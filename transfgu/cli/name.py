@@ -34,7 +34,7 @@ def main(words: Sequence[str] | None = None) -> None:
         raise UserError("--undo removes names: leave out FILE", code="flags-conflict")
     run = Run(given.run)
     text = storage.read_bytes(given.file) if given.file else b""
-    # # Import torch only now, because it takes seconds: mistakes on the command line are reported at once.
+    # Import torch only now, because it takes seconds: mistakes on the command line are reported at once.
     from transfgu import naming, pipeline
     from transfgu.report.page import write
     from transfgu.sharing.names import parse

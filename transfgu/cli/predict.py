@@ -77,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> None:
         if given.format != "png":
             raise UserError("--export requires masks as PNGs: leave out --format parquet", code="flags-conflict")
     compute = compute_of(given)
-    # # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
+    # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu.runtime.progress import Progress
     from transfgu.stages.prediction import PredictionJob, predict
 

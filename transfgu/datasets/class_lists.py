@@ -53,7 +53,7 @@ def classes(recipe: Recipe) -> Classes:
     """
     name, count = recipe.dataset.classes, recipe.classes
     if name == "auto":
-        # # Values of such labels are bare numbers, so a name shows the index in the masks.
+        # Values of such labels are bare numbers, so a name shows the index in the masks.
         word = "class" if recipe.labels else "concept"
         first = int(recipe.background)
         names = [f"{word} {i}" for i in range(first, recipe.classes)]
@@ -111,7 +111,7 @@ def _as_indices(names: list[str], colours: tuple[Colour, ...] | None) -> Classes
     label_map[:count] = np.arange(count)
     known = label_map >= 0
     known[255] = True
-    # # Without a background, black is used for ignored pixels.
+    # Without a background, black is used for ignored pixels.
     skip = 0 if names[0] == "background" else 1
     return Classes(
         names=tuple(names), colours=colours or palette(len(names) + skip)[skip:], label_map=label_map, known=known

@@ -44,7 +44,7 @@ def annotated_names(uri: str, chunk_bytes: int = 1 << 24) -> set[str] | None:
     rest = b""
     for chunk in storage.read_chunks(uri, chunk_bytes):
         rest += chunk
-        # # A number at the very end may continue in the next chunk, where it is found again.
+        # A number at the very end may continue in the next chunk, where it is found again.
         ids.update(int(m[1]) for m in _IMAGE_ID.finditer(rest) if m.end() < len(rest))
         rest = rest[-_OVERLAP:]
     if not rest.rstrip().endswith(b"}") or not ids:

@@ -37,10 +37,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_PIXELS = 178_956_970  # beyond this, Pillow suspects a small file that would fill the memory
-# # Ignore Pillow's warnings about large images, which are used, and about damage, which is reported as a reason.
+# Ignore Pillow's warnings about large images, which are used, and about damage, which is reported as a reason.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# # Only formats decoded by a library, not by a program that executes the file (as for PostScript).
+# Only formats decoded by a library, not by a program that executes the file (as for PostScript).
 Image.init()
 if pillow_heif is not None:
     pillow_heif.register_heif_opener(thumbnails=False)
@@ -250,14 +250,14 @@ def resize(
     if interpolation == "nearest":
         return np.ascontiguousarray(_nearest(image, size).transpose(2, 0, 1))
     if cv2 is not None and image.shape[:2] != (2 * size[0], 2 * size[1]):  # in this case OpenCV rounds halves upward
-        # # OpenCV averages 16-bit numbers in float32; 8-bit numbers with 11 bits only, and no faster.
+        # OpenCV averages 16-bit numbers in float32; 8-bit numbers with 11 bits only, and no faster.
         small = cv2.resize(image.astype(np.uint16), size[::-1], interpolation=cv2.INTER_LINEAR)
         planes = np.empty((3, *size), np.uint8)
         cv2.split(small.astype(np.uint8), list(planes))
         return planes
     (y0, y1, wy), (x0, x1, wx) = (_neighbours(n, m) for n, m in zip(image.shape[:2], size, strict=True))
     planes = image.transpose(2, 0, 1).astype(np.float32)
-    # # The two axes are separable; resize the one with the larger reduction first, which leaves less work.
+    # The two axes are separable; resize the one with the larger reduction first, which leaves less work.
     if size[0] * image.shape[1] <= size[1] * image.shape[0]:
         planes = _blend(planes[:, y0], planes[:, y1], wy[:, None])
         planes = _blend(planes[:, :, x0], planes[:, :, x1], wx)
@@ -356,7 +356,7 @@ def decode_jpeg(data: bytes) -> UInt8[np.ndarray, "H W 3"] | None:
         if picture.mode not in ("RGB", "L") or min(picture.size) < 2 or picture.width * picture.height > MAX_PIXELS:
             return None
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    except Exception:  # Pillow says what is wrong
+    except Exception:  # Pillow reports the error
         return None
     if pixels is None or pixels.shape != (picture.height, picture.width, 3):
         return None

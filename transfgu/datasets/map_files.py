@@ -57,7 +57,7 @@ def places(data: bytes) -> dict[str, list[int]]:
         offset = -1
         if groups == len(table):
             chunk = file.metadata.row_group(row).column(column)
-            # # The last page of a row group of one row ends with the value's length, four bytes, and the value.
+            # The last page of a row group of one row ends with the value's length, four bytes, and the value.
             start = chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
             offset = start + chunk.total_compressed_size - maps.size
         if offset < 4 or data[offset - 4 : offset + maps.size] != maps.size.to_bytes(4, "little") + bytes(maps):
@@ -176,7 +176,7 @@ def read_maps(rows: pa.Table) -> Int16[np.ndarray, "n planes h w"]:
 
 
 def _read_range(part: str, offset: int, length: int, h: int, w: int, *, whole: bytes | None) -> Any:
-    # # Includes the four bytes before it, which hold its length.
+    # Includes the four bytes before it, which hold its length.
     data = storage.read_range(part, offset - 4, length + 4) if whole is None else whole[offset - 4 : offset + length]
     if data is None or len(data) != length + 4 or int.from_bytes(data[:4], "little") != length:
         raise _changed(part)

@@ -78,7 +78,7 @@ def _candidates(name: str, image: str, by_path: Mapping[str, list[str]], by_name
     name, pieces = composed(name), composed(image).split("/")
     for start in range(len(pieces)):
         tail = "/".join(pieces[start:])
-        # # The mask of photo.jpg is photo.jpg.png if there is a photo.png as well.
+        # The mask of photo.jpg is photo.jpg.png if there is a photo.png as well.
         for key in (tail, stem(tail)):
             if key in by_path:
                 return by_path[key]

@@ -51,7 +51,7 @@ def output_names(images: Sequence[str]) -> list[str]:
         groups: dict[str, list[int]] = {}
         for i, name in enumerate(found):
             groups.setdefault(folded(name), []).append(i)
-        # # `a.png`, the mask of a.jpg, must not have the path of a folder `a.png`.
+        # `a.png`, the mask of a.jpg, must not have the path of a folder `a.png`.
         folders = {key[: at.start()] for key in groups for at in re.finditer("/", key)}
         clashing: list[int] = []
         for key, group in groups.items():

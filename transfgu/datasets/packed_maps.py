@@ -32,7 +32,7 @@ def pack_maps(maps: Float[Tensor, "B K h w"]) -> Int16[Tensor, "B planes h w"]:
     top = maps.amax(1, keepdim=True)
     gaps = top - maps
     reach = gaps.masked_fill(maps == 0, 0).amax(1, keepdim=True)
-    # # Slightly larger, so that no gap exceeds it after rounding.
+    # Slightly larger, so that no gap exceeds it after rounding.
     kept = (torch.cat([top, reach * (1 + 2**-10)], 1) * _SCALE).clamp(max=torch.finfo(torch.float16).max).half()
     reach = kept[:, 1:].float() / _SCALE
     codes = ((gaps / reach.masked_fill(reach == 0, 1)).clamp(max=1).sqrt() * _LAST).round().masked_fill(

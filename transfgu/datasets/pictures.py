@@ -22,7 +22,7 @@ ResizedMask = Int[np.ndarray, "h w"]
 _UNLABELLED = (150, 150, 150)
 _EDGE = (20, 20, 20)
 _WRONG = np.array((240, 110, 0), dtype=np.float32)
-# # Nine colours of viridis, whose lightness rises evenly (van der Walt and Smith, SciPy 2015).
+# Nine colours of viridis, whose lightness rises evenly (van der Walt and Smith, SciPy 2015).
 _VIRIDIS = np.array(
     [
         (68, 1, 84),
@@ -92,7 +92,7 @@ def keys(mask: Mask) -> list[Key]:
         for region in np.argsort(-sizes, kind="stable")[:_EACH]:
             if sizes[region] < _SMALLEST * rough.size:
                 break
-            # # Padded, because the picture's border is an edge of a region, too.
+            # Padded, because the picture's border is an edge of a region, too.
             inside = np.pad(regions == 1 + int(region), 1)
             room = ndimage.distance_transform_edt(inside)[1:-1, 1:-1]
             y, x = np.unravel_index(room.argmax(), room.shape)

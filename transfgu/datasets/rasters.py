@@ -17,7 +17,7 @@ from transfgu.datasets import images
 from transfgu.errors import BadInput
 from transfgu.store import storage
 
-# # GDAL's drivers by a file's first bytes, without drivers that read other files, such as VRT.
+# GDAL's drivers by a file's first bytes, without drivers that read other files, such as VRT.
 _DRIVERS = {
     b"\x89PNG": "PNG",
     b"\xff\xd8\xff": "JPEG",

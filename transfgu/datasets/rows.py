@@ -95,7 +95,7 @@ def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, protocol: Protocol = "
             labels.append(np.full((1, 1), -1, np.int16))
             reasons.append(str(error))
     passed = {n: rows[n].to_numpy() for n in rows.column_names if n not in ("image", "label")}
-    # # As objects, because an array of bytes would drop zeros at the end.
+    # As objects, because an array of bytes would drop zeros at the end.
     content = np.array([label.tobytes() for label in labels] + [None], object)[:-1]
     return {
         **passed,

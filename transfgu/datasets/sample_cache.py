@@ -103,7 +103,7 @@ class SampleCache:
         if about and (about["boot"] == self._boot or (self._folder / "whole").exists()):
             os.utime(self._folder / "use")
             return int(about["kept"])
-        # # If a cache was incomplete when the machine stopped, it is unknown which data reached the disk.
+        # If a cache was incomplete when the machine stopped, it is unknown which data reached the disk.
         for file in ("samples.bin", "flags", "whole"):
             (self._folder / file).unlink(missing_ok=True)
         room = _make_room(root, self._folder, layout.samples * layout.sample_bytes, limit)
@@ -209,7 +209,7 @@ class SampleCache:
     @contextlib.contextmanager
     def lock(self, number: int) -> Iterator[None]:
         """Hold the lock of a sample or of a part (its number plus the number of all samples), among all processes."""
-        # # Mix the bits, so that neighbours in a part have different locks.
+        # Mix the bits, so that neighbours in a part have different locks.
         with _locked(self._stripes[number * 2654435761 % 2**32 * _STRIPES >> 32]):
             yield
 
@@ -260,7 +260,7 @@ def _make_room(root: Path, own: Path, needed: int, limit: int) -> int:
     used = {folder: int((_about(folder) or {"bytes": 0})["bytes"]) for folder in others}
 
     def room() -> int:
-        # # Bytes that others may still write count as written.
+        # Bytes that others may still write count as written.
         promised = sum(max(0, size - _on_disk(folder / "samples.bin")) for folder, size in used.items())
         return min(limit - sum(used.values()), shutil.disk_usage(root).free - promised - _SPARE)
 

@@ -265,7 +265,7 @@ def _star(u: Plane, v: Plane) -> Drawing:
 
 
 def _ring(u: Plane, v: Plane) -> Drawing:
-    # # Grains of granite: a hash of the cell's position, as good as random numbers.
+    # Grains of granite: a hash of the cell's position, as good as random numbers.
     grain = np.abs(np.sin(np.floor(u / 0.09) * 127.1 + np.floor(v / 0.09) * 311.7) * 43758.5453) % 1
     return abs(np.hypot(u, v) - 0.66) < 0.34, grain
 

@@ -26,7 +26,7 @@ def in_bfloat16(recipe: EncoderRecipe | TrainingRecipe, device: torch.device) ->
     """Return True if `recipe.precision` means bfloat16 on `device`; "auto" does on GPUs that compute it natively."""
     if recipe.precision != "auto":
         return recipe.precision == "bfloat16"
-    # # GPUs that only emulate it are slower with it than with float32.
+    # GPUs that only emulate it are slower with it than with float32.
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

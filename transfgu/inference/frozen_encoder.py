@@ -187,7 +187,7 @@ class FrozenEncoder:
             return self.encoder.class_tokens(batch).float()
 
     def _normalised(self, images: UInt8[np.ndarray, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
-        # # Arrays from Ray's object store are read-only, so torch warns; nothing here writes to them.
+        # Arrays from Ray's object store are read-only, so torch warns; nothing here writes to them.
         return normalise(torch.tensor(images, device=self.device), self.encoder.mean, self.encoder.std)
 
     def precision(self) -> torch.autocast | nullcontext[None]:

@@ -50,7 +50,7 @@ class KMeansActor:
         self._source, self._threads = source, threads
         self._white: dict[str, Shard] = {}
 
-    # # Methods with a whitening use the whitened rows; without one, the original rows. Each call passes it, because a
+    # Methods with a whitening use the whitened rows; without one, the original rows. Each call passes it, because a
     # restarted actor has none.
 
     @functools.cached_property

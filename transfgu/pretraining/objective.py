@@ -445,7 +445,7 @@ def pretraining_loss(
     targets = balanced.view_as(teacher_cosines)
     instance = contrast(gather_from_workers(unit), recipe.contrast_temperature)
     cluster = clustering(cosines, targets, recipe.student_temperature)
-    # # A worker has only its part of InfoNCE's gradient, but gradients are averaged: multiply by the number of workers.
+    # A worker has only its part of InfoNCE's gradient, but gradients are averaged: multiply by the number of workers.
     scaled = instance * worker_count()
     share = 1 - weight * (1 - recipe.contrast_kept)
     total = share * (scaled - (scaled - instance).detach()) + weight * cluster

@@ -217,7 +217,7 @@ def cut_squares(uri: str, size: int, count: int = 1, orient: bool = False) -> li
 
 def _small(square: UInt8[ndarray, "side side 3"], size: int) -> UInt8[ndarray, "size size 3"]:
     planes = torch.from_numpy(square).permute(2, 0, 1)[None].float()
-    # # Use antialias, because these images are reduced a lot and aliasing must not be learned.
+    # Use antialias, because these images are reduced a lot and aliasing must not be learned.
     small = torch.nn.functional.interpolate(planes, (size, size), mode="bilinear", antialias=True)
     pixels: UInt8[ndarray, "size size 3"] = small[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     return pixels
@@ -253,7 +253,7 @@ def pretrain(job: PretrainingJob, compute: ComputeRecipe, progress: Progress) ->
         )
         found = trainer.fit(
             partial(Pretraining, inputs),
-            # # Another recipe or other images must not continue from these weights.
+            # Another recipe or other images must not continue from these weights.
             name=f"pretraining-{job.digest()}-{prepared.listing}",
             folder=storage.join(job.work, "ray"),
             compute=compute,

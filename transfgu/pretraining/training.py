@@ -138,7 +138,7 @@ class Pretraining:
         loss.total.backward()  # type: ignore[no-untyped-call]
         if not now.train_prototypes:
             self._student.head.prototypes.grad = None
-        # # The norm of averaged gradients is the same on all workers, so all stop at the same step.
+        # The norm of averaged gradients is the same on all workers, so all stop at the same step.
         norm = torch.nn.utils.clip_grad_norm_(self._student.parameters(), recipe.clip).item()
         if math.isfinite(norm):
             self._optimizer.step()
@@ -202,7 +202,7 @@ def read_small_images(rows: pa.Table, *, side: int) -> dict[str, Any]:
             groups = np.searchsorted(sizes.cumsum(), numbers[places], "right")
             needed, found = np.unique(groups, return_inverse=True)
             column = file.read_row_groups(needed.tolist(), columns=["pixels"])["pixels"]
-        # # Map a row of the part to a row of what was read.
+        # Map a row of the part to a row of what was read.
         skipped = (sizes.cumsum() - sizes)[needed] - (sizes[needed].cumsum() - sizes[needed])
         for place, row in zip(places, numbers[places] - skipped[found], strict=True):
             image = np.frombuffer(column[int(row)].as_buffer(), np.uint8)

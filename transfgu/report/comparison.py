@@ -135,7 +135,7 @@ def write(recipe: Recipe, uri: str, rows: Sequence[Scored]) -> str:
     """Write `comparison.csv`, `comparison.md` and `comparison.html` into the comparison's folder.
 
     Args:
-        recipe: what the runs have in common.
+        recipe: common recipe of the runs.
         uri: the folder.
         rows: the runs, in the order of the table.
 

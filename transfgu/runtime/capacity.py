@@ -162,11 +162,10 @@ def encoder_pool(compute: ComputeRecipe) -> dict[str, Any]:
 
 
 def _first_actors(compute: ComputeRecipe) -> int:
-    """How many encoder actors begin at once: those that the nodes there can hold, beside one task that reads for them
-    and one that writes.
+    """Return the initial number of encoder actors: as many as the present nodes hold, with two other tasks.
 
-    Left to grow, a pool gets its share of what CPUs Ray Data has not set aside for reading and writing: where an actor
-    takes more than a third of a node, that is not enough for one a node.
+    These tasks read and write. A pool that grows from one actor only gets its share of the CPUs that Ray Data has not
+    reserved for reading and writing: if an actor takes more than a third of a node, this is less than one per node.
     """
     resources, nodes = actor_resources(compute), _nodes_there()
     held = [_fit(node, resources["num_cpus"], resources["num_gpus"]) for node in nodes]

@@ -25,7 +25,7 @@ from transfgu.errors import UserError
 from transfgu.runtime import capacity, ray_internals, stopping
 from transfgu.runtime.capacity import NODES, cluster_gpus
 
-# # Threads that spin while they wait use CPU time that other processes need: four times as much per step. glibc returns
+# Threads that spin while they wait use CPU time that other processes need: four times as much per step. glibc returns
 # large blocks to the kernel at every free; page faults for new ones take a third of a small ViT's time.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -84,7 +84,7 @@ def connect(
     elif _embedded:
         _start({**settings, "runtime_env": environment or None}, verbose=verbose)
     else:
-        # # Processes on all nodes must compute with the same possible nodes as this one.
+        # Processes on all nodes must compute with the same possible nodes as this one.
         environment["env_vars"] = {n: os.environ[n] for n in (*_ENVIRONMENT, NODES) if n in os.environ}
         _join(address, {**settings, "runtime_env": environment}, verbose=verbose)
     quiet(verbose=verbose)
@@ -162,11 +162,11 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
     Raises:
         UserError: Ray does not start, or there is no folder for it.
     """
-    # # This machine is not preempted, so no process needs to watch for a warning.
+    # This machine is not preempted, so no process needs to watch for a warning.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # # Its ports are open to this machine only, as Ray does where there can't be a cluster (macOS).
+    # Its ports are open to this machine only, as Ray does where there can't be a cluster (macOS).
     ray_internals.stay_on_this_machine()
-    # # Ray turns authentication on by itself, unless the mode is set. Its own token is in a file of the home folder
+    # Ray turns authentication on by itself, unless the mode is set. Its own token is in a file of the home folder
     # that others may be able to read.
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -181,7 +181,7 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
         ):
             try:
                 ray.init(
-                    # # By default Ray joins any cluster of which this machine has a trace.
+                    # By default Ray joins any cluster of which this machine has a trace.
                     address="local",
                     num_cpus=_cpus(),
                     include_dashboard=False,
@@ -194,7 +194,7 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
                 cause = error
         if stopping.requested():
             raise KeyboardInterrupt
-        # # Ray records its processes only after all have started.
+        # Ray records its processes only after all have started.
         stopping.end_processes(set(psutil.Process().children(recursive=True)) - before)
         with suppress(Exception):
             ray.shutdown()
@@ -256,7 +256,7 @@ def _make_folder(*, keep: bool) -> tuple[Path, str | None]:
             spill = tempfile.mkdtemp(prefix=_PREFIX, dir=asked)
             made.append(Path(spill))
     for path in made:
-        # # Locked while this process lives, and renamed only then: other processes remove folders that they can lock.
+        # Locked while this process lives, and renamed only then: other processes remove folders that they can lock.
         new = path / f".{_OWNER}"
         descriptor = os.open(new, os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -26,14 +26,14 @@ def find_user_error(error: BaseException | None) -> UserError | None:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         cause = getattr(error, "cause", None)
-        # # An exception of a task is both Ray's error and ours; its text is a stack trace, that of its cause is the
+        # An exception of a task is both Ray's error and ours; its text is a stack trace, that of its cause is the
         # line.
         if isinstance(error, UserError) and not isinstance(cause, UserError):
             return error
         seen.add(id(error))
         failures = getattr(error, "worker_failures", None)
         inner = next(iter(failures.values()), None) if isinstance(failures, dict) else cause
-        # # For an exception in an actor's constructor, Ray keeps only the text.
+        # For an exception in an actor's constructor, Ray keeps only the text.
         if getattr(error, "actor_init_failed", False) and (told := _TOLD.findall(str(error))):
             message, code = told[-1]
             return UserError(message, code)

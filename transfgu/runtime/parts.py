@@ -124,7 +124,7 @@ class ReadImages:
 def usable(block: pa.Table) -> tuple[pa.Table, UInt8[np.ndarray, "n 3 H W"]]:
     """Return the rows of a block of `ReadImages` that have an image, and their images (not copied if all rows have)."""
     column = block["image"]
-    # # Joining chunks copies even a single one, which a block from Ray has.
+    # Joining chunks copies even a single one, which a block from Ray has.
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     pixels = array.to_numpy_ndarray()
     good = np.flatnonzero(block["reason"].is_null().to_numpy())

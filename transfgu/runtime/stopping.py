@@ -172,7 +172,7 @@ def _note(number: int) -> None:
     global _first
     if not _first:
         _first = number
-        # # An exception can't be raised inside a destructor or a callback, and other threads may see processes end.
+        # An exception can't be raised inside a destructor or a callback, and other threads may see processes end.
         sys.unraisablehook = _say_nothing
         threading.excepthook = _say_nothing
 

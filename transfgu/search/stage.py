@@ -106,7 +106,7 @@ def tabulate(recipe: Recipe, uri: str) -> Tables:
     count = min(_UNLABELLED, len(validation))
     unlabelled = validation.take(pa.array([i * len(validation) // count for i in range(count)], pa.int64()))
     tables = {"images": images, "validation": labelled, "unlabelled": unlabelled}
-    # # Not `.parquet`, because these files of the folder are parts of the pseudo labels.
+    # Not `.parquet`, because these files of the folder are parts of the pseudo labels.
     uris = {name: folder.file(f"{name}.table") if len(table) else "" for name, table in tables.items()}
     for name, table in tables.items():
         if len(table):
@@ -173,7 +173,7 @@ def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
     concurrent = min(search.concurrent or most, most, search.count)
     free = total - len(nodes)
     cpus = min(wanted.cpus_per_actor, math.floor(100 * (free / concurrent - _TRIAL_CPUS) / workers) / 100)
-    # # Nodes start one by one: a node with GPUs must not be full of workers and wait for another node to read images.
+    # Nodes start one by one: a node with GPUs must not be full of workers and wait for another node to read images.
     for node, slot in zip(nodes, slots, strict=True):
         held = min(slot, concurrent * workers)
         if held and (room := math.floor(100 * ((node["CPU"] - 1) / held - _TRIAL_CPUS / workers)) / 100) > 0:
@@ -297,7 +297,7 @@ def _tune(
     *,
     verbose: bool,
 ) -> None:
-    # # Tune has no arguments for these: its output prints even with `verbose=0`, and its Ctrl-C handler would replace
+    # Tune has no arguments for these: its output prints even with `verbose=0`, and its Ctrl-C handler would replace
     # the command's own, which stops a search like every other job.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")

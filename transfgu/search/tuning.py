@@ -69,7 +69,7 @@ class Proposals(OptunaSearch):
         seed = np.random.SeedSequence([search.recipe.seed, len(ledger.trials)]).generate_state(1)[0]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # # Running trials count as bad ones, so that trials at the same time differ.
+            # Running trials count as bad ones, so that trials at the same time differ.
             sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=int(seed))
         points = [*(trial.parameters for trial in unfinished), *new]
         super().__init__(axes(search.space), metric=VALUE, mode="max", sampler=sampler, points_to_evaluate=points)

@@ -126,7 +126,7 @@ def evaluate(
         )
     else:
         data = plan(recipe, rows, read, arguments)
-        # # With prefetching, a batch would be reported only once the next one exists.
+        # With prefetching, a batch would be reported only once the next one exists.
         counted = iter(data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
     confusions = np.zeros((len(decoders), recipe.classes, recipe.classes), np.int64)
     images, left_out = 0, []
@@ -222,7 +222,7 @@ class Count:
         self, logits: Float[Tensor, "B C h w"], labels: list[Int16[np.ndarray, "_ _"]]
     ) -> Iterator[tuple[Float[Tensor, "b C h w"], Int16[Tensor, "b H W"]]]:
         """Yield logits and labels of images that are counted together, on the device."""
-        # # Labels at their own resolution differ in size, and may be large, so they are counted one at a time.
+        # Labels at their own resolution differ in size, and may be large, so they are counted one at a time.
         at_once = 1 if self._recipe.evaluation.protocol == "label" else len(labels)
         for start in range(0, len(labels), at_once):
             some = torch.from_numpy(np.stack(labels[start : start + at_once]))

@@ -90,7 +90,7 @@ class EncodeWindows:
     """
 
     def __init__(self, recipe: Recipe, processes: int) -> None:
-        # # Imported here, because the reading and writing tasks need no torch, which takes seconds.
+        # Imported here, because the reading and writing tasks need no torch, which takes seconds.
         from transfgu.encoder import patch_grid
         from transfgu.inference import device
         from transfgu.inference.frozen_encoder import FrozenEncoder

@@ -146,7 +146,7 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     job = replace(job, orient=resolved_orient(job))
     samples = named_samples(images)
     there, bad = _there(job, samples), _known_bad(job)
-    # # Imported only now, because this takes seconds.
+    # Imported only now, because this takes seconds.
     from transfgu.runtime import capacity, connect
 
     connect.connect(verbose=verbose)
@@ -383,7 +383,7 @@ def _there(job: PredictionJob, samples: pa.Table) -> _There:
         overlays = storage.join(job.out, "overlays")
         lit = _relative(overlays, storage.list_versions(overlays))
         done = {name for name in done if f"{current[name]['mask']}.jpg" in lit}
-    # # A mask whose name has changed is removed at the end.
+    # A mask whose name has changed is removed at the end.
     elsewhere = {record.mask for name, record in records.items() if name not in current}
     known = {row["mask"] for row in current.values()} | (recorded - elsewhere)
     return _There(done=done, stale=[], orphans=sum(name.removesuffix(".png") not in known for name in here))
@@ -519,7 +519,7 @@ class PredictMasks:
     """
 
     def __init__(self, run: str, processes: int) -> None:
-        # # Imported here, because the reading and writing tasks need no torch, which takes seconds.
+        # Imported here, because the reading and writing tasks need no torch, which takes seconds.
         from transfgu.inference.device import own_device, use_cores
         from transfgu.segmenter import Segmenter
 
@@ -607,7 +607,7 @@ class WriteMasks:
         ]
         names = rows["mask"].to_pylist()
         with ThreadPoolExecutor(_WRITERS) as pool:
-            # # Overlays first, because the mask marks an image as complete.
+            # Overlays first, because the mask marks an image as complete.
             if self.job.overlays:
                 files = rows["file"].to_pylist()
                 list(
@@ -643,7 +643,7 @@ def _write_rows(
     """Write masks as a Parquet file; `part` has the names of all images of the part, if some can't be used."""
     heights, widths = zip(*sizes, strict=True)
     table = pa.table([list(names), list(heights), list(widths), pa.array(masks, pa.large_binary())], schema=_SCHEMA)
-    # # Each set of images has its own file name, so a repeated task replaces its own file.
+    # Each set of images has its own file name, so a repeated task replaces its own file.
     whole = list(names) if part is None else part.to_pylist()
     digest = hashlib.sha256("\n".join(whole).encode()).hexdigest()[:16]
     storage.write_bytes(storage.join(job.out, "masks", f"part-{digest}.parquet"), masks_file(table))

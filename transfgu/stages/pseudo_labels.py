@@ -186,7 +186,7 @@ class MapConcepts:
 
 
 def _frozen_encoder(recipe: Recipe, processes: int) -> "FrozenEncoder":
-    # # Imported here, because the reading and writing tasks need no torch, which takes seconds.
+    # Imported here, because the reading and writing tasks need no torch, which takes seconds.
     from transfgu.inference.device import own_device
     from transfgu.inference.frozen_encoder import FrozenEncoder
 

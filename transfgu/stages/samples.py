@@ -107,7 +107,7 @@ def _unpacked(
     done = sum(unit.count for unit in units if record_of[unit.name] in there)
     total = sum(unit.count for unit in units)
     missing = [unit for unit in units if record_of[unit.name] not in there]
-    # # Bytes are copied without decoding, so threads of one process are enough to use the storage fully.
+    # Bytes are copied without decoding, so threads of one process are enough to use the storage fully.
     with ThreadPoolExecutor(storage.IN_FLIGHT) as pool:
         for count in pool.map(lambda unit: _unpack(unit, folder, record_of[unit.name]), missing):
             done += count

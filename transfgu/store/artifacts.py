@@ -263,7 +263,7 @@ class Run:
         A preset may have changed since the run was made; its values then still hold for that run.
 
         Args:
-            asked: the recipe of a command that goes on with the run.
+            asked: the recipe of a command that continues the run.
 
         Raises:
             UserError: the run's recipe is damaged, or of a format to come.

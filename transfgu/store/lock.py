@@ -59,7 +59,7 @@ class Lock:
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
 
     def take(self, say: Callable[[str], None]) -> None:
-        """Take the lock, from a dead run if necessary; `say` is called with what the wait is for.
+        """Take the lock, from a dead run if necessary; `say` is called with the reason for waiting.
 
         Raises:
             UserError: another run holds it.
@@ -68,7 +68,7 @@ class Lock:
         found, made = self.read(), False
         if found is None:
             made = storage.create(self.uri, self._content())
-            # A request that was repeated because its answer got lost may find what it made itself.
+            # A request repeated after a lost answer may find the lock that it created itself.
             found = None if made else self.read()
         if not made and not self._is_mine(found):
             self.take_over(found, say)
@@ -101,7 +101,7 @@ class Lock:
 
         Args:
             found: the lock as it was read.
-            say: is told what is waited for.
+            say: called with the reason for waiting.
 
         Raises:
             UserError: the holder lives, or another run took the lock over at the same time.

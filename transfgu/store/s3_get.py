@@ -62,7 +62,7 @@ def get(bucket: str, key: str, span: tuple[int, int] | None = None) -> bytes | N
             last = attempt == ATTEMPTS or time.monotonic() - begun > _DEADLINE_SECONDS
             if last or not (status >= 500 or status == 429 or code in _PASSING):
                 raise failed from None
-        # # Dropped connections, also in the middle of an answer.
+        # Dropped connections, also in the middle of an answer.
         except (botocore.exceptions.HTTPClientError, urllib3.exceptions.HTTPError, _BadBodyError) as error:
             if attempt == ATTEMPTS or time.monotonic() - begun > _DEADLINE_SECONDS:
                 raise OSError(f"AWS Error NETWORK_CONNECTION: {error}") from None

@@ -181,7 +181,7 @@ def _read(uri: str, span: tuple[int, int] | None) -> bytes | None:
             bucket, _, key = path.partition("/")
             return s3_get.get(bucket, key, span)
         try:
-            # # A file, not a stream: with a known size it is read in one request, a stream in one per 16 KB.
+            # A file, not a stream: with a known size it is read in one request, a stream in one per 16 KB.
             with fs.open_input_file(path) as file:
                 data: bytes = file.read() if span is None else file.read_at(span[1], span[0])
                 return data
@@ -307,7 +307,7 @@ def list_folder(uri: str, recursive: bool = True) -> "Folder":
             for i in infos
             if i.type == pafs.FileType.File and not i.path.endswith(_PARTIAL)
         }
-        # # pyarrow lists keys with //, but refuses all other requests for them.
+        # pyarrow lists keys with //, but refuses all other requests for them.
         unnamed = sorted(name for name in files if not {"", ".", ".."}.isdisjoint(name[len(uri) + 1 :].split("/")))
         return Folder(files={name: files[name] for name in files.keys() - set(unnamed)}, unnamed=unnamed)
 
@@ -422,7 +422,7 @@ def _write(uri: str, data: bytes) -> None:
     fs, path = filesystem(uri)
     if scheme(uri) not in ("s3", "gs"):
         fs.create_dir(path.rpartition("/")[0], recursive=True)
-    # # An object appears when its upload is completed; a failed write is never completed, not even by a destructor.
+    # An object appears when its upload is completed; a failed write is never completed, not even by a destructor.
     stream = fs.open_output_stream(path)
     stream.write(data)
     stream.close()
@@ -452,7 +452,7 @@ def _create_local(path: Path, data: bytes) -> bool:
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
                 raise
-            # # No hard links, as on FAT or in a mounted bucket: for a moment the file exists without its content.
+            # No hard links, as on FAT or in a mounted bucket: for a moment the file exists without its content.
             with path.open("xb") as file:
                 file.write(data)
         return True
@@ -467,7 +467,7 @@ def _replace_s3(uri: str, held: bytes, data: bytes) -> bool | None:
     found = _ask_s3(uri, "head_object")
     if isinstance(found, int) or read_bytes_or_none(uri) != held:
         return False
-    # # In the standard the tag is in quotes; Ceph's gateway compares the text between them.
+    # In the standard the tag is in quotes; Ceph's gateway compares the text between them.
     tag = str(found["ETag"])
     return _put_s3(uri, data, IfMatch=tag) or _put_s3(uri, data, IfMatch=tag.strip('"'))
 
@@ -495,7 +495,7 @@ def _ask_s3(uri: str, operation: str, **fields: Any) -> Any:
         return getattr(boto3.client("s3", config=config), operation)(Bucket=bucket, Key=key, **fields)
     except botocore.exceptions.ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        # # A missing bucket is a mistake, a missing object is not.
+        # A missing bucket is a mistake, a missing object is not.
         if status in (409, 412, 501) or error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey"):
             return status
         raise OSError(str(error)) from None
@@ -594,7 +594,7 @@ def _filesystem(uri: str, attempts: int) -> tuple[Any, str]:
             )
         return (_s3(rest.partition("/")[0], attempts) if kind == "s3" else _gs(attempts)), rest
     if re.match(r"[^/@]*:[^/]*@", rest):
-        # # The run would write it to recipe, manifests and lists of images.
+        # The run would write it to recipe, manifests and lists of images.
         raise UserError(
             f"{shown(uri)} must not hold a password: set FSSPEC_{kind.upper()}_USERNAME and "
             f"FSSPEC_{kind.upper()}_PASSWORD instead",
@@ -630,7 +630,7 @@ class _S3Access:
 
         try:
             session = boto3.Session()
-            # # Only a client knows the endpoint from environment, profile and service section together.
+            # Only a client knows the endpoint from environment, profile and service section together.
             client = session.client("s3")
             self._credentials = session.get_credentials()
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
@@ -657,7 +657,7 @@ class _S3Access:
 
 
 def _s3_access() -> _S3Access:
-    # # Created again if the environment has changed, as in a notebook or a test.
+    # Created again if the environment has changed, as in a notebook or a test.
     key = tuple(sorted((n, v) for n, v in os.environ.items() if n.startswith("AWS_") and "CHECKSUM" not in n))
     with _lock:
         if key not in _accesses:
@@ -676,7 +676,7 @@ def _s3(bucket: str, attempts: int) -> Any:
             "scheme": parts.scheme,
             "endpoint_override": parts.netloc + parts.path.rstrip("/"),
         }
-        # # Many S3 servers do not support the checksum trailers that the AWS SDK adds by default.
+        # Many S3 servers do not support the checksum trailers that the AWS SDK adds by default.
         for name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
             os.environ.setdefault(name, "when_required")
     key = ("s3", access_key, secret_key, token, attempts, tuple(where.items()), "" if access.endpoint else bucket)
@@ -690,7 +690,7 @@ def _s3(bucket: str, attempts: int) -> Any:
             access_key=access_key,
             secret_key=secret_key,
             session_token=token,
-            # # The "standard" strategy has one budget for all requests of a process: many at once would soon use it up.
+            # The "standard" strategy has one budget for all requests of a process: many at once would soon use it up.
             retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=attempts),
             allow_delayed_open=True,  # small objects take one request, not a multipart upload
             connect_timeout=s3_get.CONNECT_SECONDS,

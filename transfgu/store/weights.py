@@ -26,7 +26,7 @@ _WRAPPERS = ("teacher", "student", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.")
 _ANCHORS = ("patch_embed.proj.weight", "layer1.0.conv1.weight")  # first tensors of a vision transformer and of a ResNet
 _DECODER = "cls_emb"
-# # The network that is used from a checkpoint of self-supervised training, as in the original programs.
+# The network that is used from a checkpoint of self-supervised training, as in the original programs.
 _WANTED = ("teacher", "base_encoder", "encoder_q", "encoder.")
 _UNWANTED = ("student", "momentum", "encoder_k", "ema")
 _LEARNED = ("weight", "bias", "pos_embed", "cls_token", "reg_token", _DECODER)  # ends of names of learned tensors
@@ -62,7 +62,7 @@ def read_weights(uri: str) -> WeightFile:
                 code="weights-damaged",
             ) from None
         formats.check(metadata.get(formats.WEIGHTS_KEY), f"weights {storage.shown(uri)}")
-        # # A file of ours already has plain names, also of networks inside others (PiCIE's ResNet).
+        # A file of ours already has plain names, also of networks inside others (PiCIE's ResNet).
         tensors = loaded if formats.WEIGHTS_KEY in metadata else unwrap(storage.shown(uri), loaded)
     else:
         tensors = unwrap(storage.shown(uri), _unpickle(uri, data))

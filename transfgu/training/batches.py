@@ -251,7 +251,7 @@ class Cached:
         """Let threads read samples that no batch of the first epoch had: its rest, and samples of other nodes."""
         every = np.arange(self.cache.kept)
         missing = every[~self.cache.has(every)]
-        # # Workers of a node share the work: each starts at another position, and skips finished samples.
+        # Workers of a node share the work: each starts at another position, and skips finished samples.
         turned = np.roll(missing, -(len(missing) * self.share.rank // max(1, self.share.world)))
         left = iter(turned.tolist())
         lock = threading.Lock()

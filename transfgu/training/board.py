@@ -98,7 +98,7 @@ class ProgressBoard:
             epoch = self._attempts[0][0]
             self._failure = self._failure or f"training failed twice alike in epoch {epoch + 1}, with {error}"
         self._errors.add(error)
-        # # If one worker runs out of memory, the others fail because it is gone.
+        # If one worker runs out of memory, the others fail because it is gone.
         if not self._last_error.startswith("out of memory"):
             self._last_error = error
 
@@ -119,7 +119,7 @@ def may_pass(error: BaseException) -> bool:
     """Return True if an error comes from other processes, machines or the network, not from the computation."""
     if isinstance(error, (OSError, RayError)):
         return True
-    # # Errors of torch's collectives when another worker is gone, recognised without torch.
+    # Errors of torch's collectives when another worker is gone, recognised without torch.
     text = str(error).lower()
     return type(error).__module__.startswith("torch.distributed") or "gloo" in text or "nccl" in text
 

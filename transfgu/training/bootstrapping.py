@@ -94,7 +94,7 @@ class Bootstrapping:
 
     def _random_views(self, batch: Batch, epoch: int) -> tuple[Float[Tensor, "B hw d"], Float[Tensor, "B K h w"]]:
         encoder = self.encode.encoder
-        # # By slots, because an image that occurs twice in an epoch has two views.
+        # By slots, because an image that occurs twice in an epoch has two views.
         views = draw_views(batch.slots.tolist(), self.recipe.dataset.training_size, seed=self.recipe.seed, epoch=epoch)
         images, planes = batch.inputs.to(self.device), unpack_planes(batch.maps.to(self.device))
         images, planes = apply_views(images, planes, views, encoder.patch_size, mean=encoder.mean, std=encoder.std)

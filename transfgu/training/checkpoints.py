@@ -39,7 +39,7 @@ def newest(uri: str, say: Callable[[str], object] = lambda _: None) -> Found | N
         folder, _, name = file.rpartition("/")
         files.setdefault(folder, set()).add(name)
     found = [Found(folder, _history(folder)) for folder, names in files.items() if DIGESTS in names]
-    # # Unreadable ones come first, so that they are reported and skipped.
+    # Unreadable ones come first, so that they are reported and skipped.
     for checkpoint in sorted(found, key=lambda c: (not c.history, len(c.history), c.uri), reverse=True):
         if checkpoint.history and is_whole(checkpoint.uri):
             return checkpoint

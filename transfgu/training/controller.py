@@ -22,7 +22,7 @@ class Deaths(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         """Handle Ray Train's hook: `worker_exceptions` by rank."""
         for error in worker_exceptions.values():
-            # # Only the kind of death; workers report their own exceptions.
+            # Only the kind of death; workers report their own exceptions.
             if died := getattr(error, "health_check_failure", None):
                 ray.get(self._board.fail.remote(in_words(died), is_mistake=False, may_pass=True))
 

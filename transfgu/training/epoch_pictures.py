@@ -29,7 +29,7 @@ class Shown:
         count = min(_IMAGES, len(rows))
         chosen = rows["image"].take([i * len(rows) // count for i in range(count)]).to_pylist()
         found = images.read_rows(chosen, lambda uri: images.read_image(uri, orient=recipe.dataset.orient))
-        # # Training itself reports unreadable images when it needs them.
+        # Training itself reports unreadable images when it needs them.
         self._images = [image for image, _ in found if image is not None]
         resized = [images.resize(image, self._size) for image in self._images]
         self._seen: Tensor | None = model.frozen(torch.from_numpy(np.stack(resized))) if resized else None
@@ -44,7 +44,7 @@ class Shown:
             small = pictures.shrink(image, _SIDE)
             mask = winners(each, (small.shape[0], small.shape[1])).cpu().numpy()
             pairs.append((small, pictures.paint(mask, self._colours, max(small.shape[:2]))))
-        # # All pictures have the shape of the first, so that they form rows.
+        # All pictures have the shape of the first, so that they form rows.
         height, width = pairs[0][0].shape[:2]
         fitted = [(_fitted(a, height, width), _fitted(b, height, width)) for a, b in pairs]
         tracking.write_picture(self._folder, epoch, fitted)

@@ -61,7 +61,7 @@ def fit(
         UserError: a user's mistake, or a loss that is not a number.
         RuntimeError: the training failed repeatedly at one epoch, or twice with the same error.
     """
-    # # Ray Train checks its workers every two seconds, which is long for an epoch of one second.
+    # Ray Train checks its workers every two seconds, which is long for an epoch of one second.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     kept = storage.join(storage.absolute(folder), name)
     checkpoints.mend_account(kept)
@@ -69,7 +69,7 @@ def fit(
     board = put_up(attempts)
     resources = capacity.actor_resources(compute)
     trainer = TorchTrainer(
-        # # A bound argument, not a config: Ray Train's controller would unpickle a config, and import all of training.
+        # A bound argument, not a config: Ray Train's controller would unpickle a config, and import all of training.
         partial(work, Job(make=make, checkpoints=kept, board=board, beside=beside, asks=goes_on is not None)),
         scaling_config=ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # Ray takes pairs, too

@@ -102,7 +102,7 @@ class ImageTraining:
             return open_cache(share, recipe.compute, self.epochs) or Streamed(share, self.epochs)
         if self._frozen is None:
             return Resident(share, *load(share, lambda images: images, _LOAD_BATCH))
-        # # Without random crops, the frozen part's result for an image is the same in every epoch.
+        # Without random crops, the frozen part's result for an image is the same in every epoch.
         resident = Resident(share, *load(share, self._frozen, _LOAD_BATCH))
         self._frozen = None
         return resident

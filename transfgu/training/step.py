@@ -115,8 +115,8 @@ def start_step(
 ) -> PendingStep:
     """Queue forward, backward and one optimiser step; every worker must call it with its slice of the global batch.
 
-    The gradient is the global batch's, whatever the slices' sizes (one may be empty) and whatever the parts a
-    slice is taken in. If memory runs out, the part is halved, the step begins again, and a warning says so.
+    The gradient is the global batch's, for any sizes of slices (one may be empty) and of the parts in which a
+    slice is processed. If memory runs out, the part is halved, the step begins again, and a warning says so.
 
     Args:
         student: a `MaskDecoder`, plain or wrapped in DistributedDataParallel; its parameters are updated.
@@ -165,7 +165,7 @@ def start_step(
     if worker_count() > 1:
         _average_over_workers([sums, *gradients])
     values = torch.cat([sums, nn.utils.get_total_norm(gradients).reshape(1)])
-    # # Steps with a total that is not positive are skipped, as published. Only the negative labels' cross entropy can
+    # Steps with a total that is not positive are skipped, as published. Only the negative labels' cross entropy can
     # make it negative: the student then fits its labels so well that further steps would only unlearn the others.
     total, norm = values[0], values[4]
     skips = (total <= 0) | ~total.isfinite() | norm.isnan()

@@ -161,7 +161,7 @@ class TensorBoard:
                 if picture is not None:
                     writer.add_image(_PICTURE, picture, number, dataformats="HWC")
             (file,) = Path(folder).iterdir()
-            # # TensorBoard reads files with tfevents in their names, in the order of names.
+            # TensorBoard reads files with tfevents in their names, in the order of names.
             storage.write_bytes(storage.join(self._folder, f"events.out.tfevents.{number:06d}"), file.read_bytes())
 
     def close(self) -> None:
@@ -225,7 +225,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-# # The picture is stored in the run's folder, because one class draws it and another reports it.
+# The picture is stored in the run's folder, because one class draws it and another reports it.
 
 
 def picture_file(folder: str, epoch: int) -> str:

@@ -43,7 +43,7 @@ def work(job: Job) -> None:
     except Exception as error:
         mistake = find_user_error(error)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            # # A retry would need the same space.
+            # A retry would need the same space.
             mistake = UserError(
                 f"can't write {storage.shown(job.checkpoints)}: {error.strerror or error}: free some space",
                 code="disk-full",
@@ -52,7 +52,7 @@ def work(job: Job) -> None:
         text = in_words(mistake or error)
         code = mistake.code if mistake else ""
         ray.get(job.board.fail.remote(text, is_mistake=mistake is not None, may_pass=passing, code=code))
-        # # Raised, so that workers which wait for this one end, too; the board prevents a retry.
+        # Raised, so that workers which wait for this one end, too; the board prevents a retry.
         if mistake is None or ray.train.get_context().get_world_size() > 1:
             raise
 
@@ -111,7 +111,7 @@ class Worker:
         started = time.monotonic()
         training = self.training
         training.begin(epoch)
-        # # Dropout differs between workers; a repeated epoch draws it again.
+        # Dropout differs between workers; a repeated epoch draws it again.
         torch.manual_seed(int(np.random.SeedSequence([training.seed, epoch, self.rank]).generate_state(1)[0]))
         results: list[Mapping[str, float]] = []
         pending: deque[Pending] = deque()
