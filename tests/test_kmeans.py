@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from numpy import ndarray
 
 from tests.refusals import refused
-from transfgu.kmeans import CHUNK, Assignment, Grid, Shard, cluster, sample_rows, update, whitened
+from transfgu.kmeans import CHUNK, Assignment, Grid, Shard, cluster, faiss_rows, sample_rows, update, whitened
 from transfgu.runtime import spread
 from transfgu.stages.concepts import kmeans, shards
 from transfgu.store.scratch import Scratch
@@ -269,6 +270,10 @@ def test_of_many_workers_sums_few_are_fetched(ray_cluster: None, monkeypatch: py
 
     monkeypatch.setattr(spread, "fetch", counting)
     with shards(rows, 5, added_at_once=2) as five:
+        taken = np.array([8 * CHUNK + 3, 0, 5 * CHUNK])  # of three of the five
+        np.testing.assert_array_equal(five.take(taken), rows[taken])
+        fetched.clear()
+        fetched.append(5)
         found = cluster(five, 13, seed=3)
     np.testing.assert_array_equal(found.centroids, alone.centroids)
     np.testing.assert_array_equal(found.counts, alone.counts)
@@ -293,3 +298,26 @@ def test_a_dataset_is_as_good_as_an_array(ray_cluster: None) -> None:
     np.testing.assert_array_equal(kmeans(ray.data.from_arrow(tables), 7).centroids, alone.centroids)
     with refused("features-shape a b"):
         kmeans(ray.data.from_items([{"a": 1, "b": 2}]), 1)
+
+
+@pytest.mark.parametrize(("rows", "k", "seed"), [(4000, 9, 1), (3000, 27, 1), (500, 3, 7)])
+def test_faiss_start_is_that_of_faiss(rows: int, k: int, seed: int) -> None:
+    """FAISS's own K-Means, with a single start and all rows, comes to the same clusters."""
+    array = blobs(rows, 16, seed, centres=2 * k)
+    theirs = faiss.Clustering(16, k)
+    theirs.seed, theirs.niter, theirs.max_points_per_centroid, theirs.min_points_per_centroid = seed, 0, rows, 1
+    theirs.train(array, faiss.IndexFlatL2(16))
+    first = faiss.vector_to_array(theirs.centroids).reshape(k, 16)
+    np.testing.assert_array_equal(array[faiss_rows(rows, k, seed)], first)
+
+    theirs = faiss.Clustering(16, k)
+    theirs.seed, theirs.niter, theirs.max_points_per_centroid, theirs.min_points_per_centroid = seed, 100, rows, 1
+    theirs.train(array, faiss.IndexFlatL2(16))
+    ours = kmeans(array, k, start="faiss", seed=seed)
+    np.testing.assert_allclose(ours.centroids, faiss.vector_to_array(theirs.centroids).reshape(k, 16), atol=1e-4)
+
+
+def test_rows_are_taken_in_the_order_asked_for() -> None:
+    array = blobs(3 * CHUNK, 4, 0)
+    rows = np.array([2 * CHUNK + 1, 5, CHUNK, 0, 5])
+    np.testing.assert_array_equal(Shard(np.split(array, 3)).take(rows), array[rows])

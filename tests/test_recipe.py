@@ -189,6 +189,9 @@ def test_lists_survive_the_way_through_text(scales: list[float]) -> None:
         ("concepts.whiten", "foreground", "concepts"),
         ("pseudo_labels.refine", 2, "pseudo_labels"),
         ("training.certain_share", 0.5, "training"),
+        ("concepts.start", "faiss", "concepts"),
+        ("training.sampler", "published", "training"),
+        ("training.colours", "batch", "training"),
     ],
 )
 def test_options_change_digests_from_their_stage_on(field: str, value: object, first: str) -> None:
@@ -218,3 +221,24 @@ def test_options_out_of_range_are_refused(field: str, value: float) -> None:
 def test_which_windows_are_whitened(whiten: str, windows: list[str]) -> None:
     recipe = preset("shapes").with_fields({"whiten": whiten})
     assert [w for w in ("foreground", "background", "all") if recipe.concepts.whitens(w)] == windows
+
+
+@pytest.mark.parametrize(
+    ("scaling", "batch", "lr"), [("linear", 64, 4e-4), ("sqrt", 64, 2e-4), ("linear", 8, 5e-5), ("sqrt", 16, 1e-4)]
+)
+def test_learning_rate_follows_the_batch_size(scaling: str, batch: int, lr: float) -> None:
+    """1e-4 is meant for 16 images."""
+    fields = {"lr": 1e-4, "training.batch_size": batch, "lr_scaling": scaling, "lr_batch_size": 16}
+    recipe = preset("shapes").with_fields(fields)
+    assert recipe.training.scaled_lr == pytest.approx(lr)
+    assert recipe.digest("training") != preset("shapes").with_fields({**fields, "lr": 2e-4}).digest("training")
+
+
+def test_learning_rate_is_not_scaled_unless_asked() -> None:
+    assert {preset(name).training.scaled_lr / preset(name).training.lr for name in PRESETS} == {1.0}
+
+
+@pytest.mark.parametrize("fields", [{"lr_scaling": "sqrt"}, {"lr_batch_size": 256}])
+def test_scaling_needs_both_of_its_fields(fields: dict[str, object]) -> None:
+    with refused("field-combination training.lr_scaling training.lr_batch_size"):
+        preset("shapes").with_fields(fields)

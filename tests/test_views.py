@@ -174,3 +174,19 @@ def test_a_worker_without_images_gets_an_empty_batch() -> None:
     view, part = apply_views(images[:0], maps[:0], draw_views([], SIZE, seed=0, epoch=0), 8)
     assert view.shape == (0, 3, 16, 24)
     assert part.shape == (0, 3, 2, 3)
+
+
+def test_colours_of_a_batch_are_drawn_once_and_its_crops_for_each_image() -> None:
+    cases = (0, 3), (40, 3), (0, 4)
+    drawn = [draw_views(range(first, first + 40), SIZE, seed=0, epoch=0, batch=batch) for first, batch in cases]
+    for views in drawn:
+        for name in ("jitter", "order", "factors", "grey", "blur", "sigma"):
+            values = getattr(views, name)
+            assert (values == values[0]).all(), name
+        assert len(np.unique(views.boxes, axis=0)) > 20
+        assert 0 < views.flip.sum() < 40
+    # Two workers' shares of a batch have the same colours; two batches have not.
+    np.testing.assert_array_equal(drawn[0].factors[0], drawn[1].factors[0])
+    assert (drawn[0].factors[0] != drawn[2].factors[0]).all()
+    shares = [bool(draw_views([0], SIZE, seed=1, epoch=0, batch=b).jitter[0]) for b in range(2000)]
+    assert np.mean(shares) == pytest.approx(0.3, abs=0.04)

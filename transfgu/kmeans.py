@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import faiss
 import numpy as np
@@ -105,6 +105,10 @@ class Grid:
         return shifted
 
 
+Start = Literal["best", "faiss"]
+"""What K-Means starts from; see :func:`cluster`."""
+
+
 class Shards(ABC):
     """Rows in one or several processes, ordered as in one long array."""
 
@@ -117,6 +121,10 @@ class Shards(ABC):
     @abstractmethod
     def best_start(self, rows: Int[ndarray, " n"], k: int, seed: int) -> Float32[ndarray, "k d"]:
         """Return the centroids of least inertia among several starts on the rows of these numbers."""
+
+    @abstractmethod
+    def take(self, rows: Int[ndarray, " n"]) -> Float32[ndarray, "n d"]:
+        """Return the rows with these numbers, counted from 0 at the first row."""
 
     @abstractmethod
     def assign(self, centroids: Float32[ndarray, "k d"], grid: Grid) -> Assignment:
@@ -382,10 +390,11 @@ def cluster(
     *,
     iterations: int = 100,
     seed: int = 0,
+    start: Start = "best",
     resume: tuple[int, ndarray] | None = None,
     after: Callable[[int, ndarray], None] | None = None,
 ) -> KMeansResult:
-    """Run K-Means by Lloyd's iteration: the best of several k-means++ starts on a sample, continued over all rows.
+    """Run K-Means by Lloyd's iterations over all rows from a start, by default the best of several on a sample.
 
     It ends when a pass changes no assignment, or after `iterations` updates. A cluster that has lost all rows gets half
     of the largest one. The result depends only on rows, their order, k and seed.
@@ -395,6 +404,8 @@ def cluster(
         k: number of clusters.
         iterations: maximum number of updates.
         seed: seed of the sample and of the starts.
+        start: `best` of several k-means++ starts on a sample, or `faiss`: the rows from which FAISS starts with this
+            seed.
         resume: number of updates of an earlier attempt, and its last centroids.
         after: called after every update with the number of updates and the centroids.
 
@@ -411,7 +422,10 @@ def cluster(
     _check_finite(shards)
     grid = Grid(shards.rows, shards.largest)
     if resume is None:
-        resume = 0, shards.best_start(sample_rows(shards.rows, k, seed), k, seed)
+        if start == "faiss":
+            resume = 0, shards.take(faiss_rows(shards.rows, k, seed))
+        else:
+            resume = 0, shards.best_start(sample_rows(shards.rows, k, seed), k, seed)
     made, centroids = resume
     return _lloyd(lambda c: shards.assign(c, grid), centroids, iterations, made, after)
 
@@ -456,6 +470,16 @@ def sample_rows(rows: int, k: int, seed: int) -> Int[ndarray, " n"]:
     """Return ascending numbers of the rows for the starts: 256 per cluster (as in FAISS), at least 10,000."""
     size = min(rows, max(256 * k, 10_000))
     return np.sort(np.random.default_rng(seed).choice(rows, size, replace=False, shuffle=False))
+
+
+def faiss_rows(rows: int, k: int, seed: int) -> Int[ndarray, " k"]:
+    """Return the numbers of the rows that FAISS's K-Means takes as its first centroids, of its first start.
+
+    Source: `Clustering::train_encoded` of facebookresearch/faiss, without its sampling of rows.
+    """
+    numbers = np.empty(rows, np.int32)
+    faiss.rand_perm(faiss.swig_ptr(numbers), rows, seed + 1)  # type: ignore[attr-defined]
+    return numbers[:k].astype(np.int64)
 
 
 def _plus_plus(rows: Float32[ndarray, "n d"], k: int, generator: np.random.Generator) -> Float32[ndarray, "k d"]:

@@ -65,7 +65,11 @@ SHARED = (
 """Fields that the training of every method depends on."""
 
 OPTIMISED = tuple(
-    f"training.{name}" for name in ("epochs", "passes", "lr", "batch_size", "weight_decay", "evaluate_every")
+    f"training.{name}"
+    for name in (
+        *("epochs", "passes", "lr", "batch_size", "lr_scaling", "lr_batch_size", "sampler"),
+        *("weight_decay", "evaluate_every"),
+    )
 )
 """Fields of all methods that take optimiser steps."""
 

@@ -63,6 +63,11 @@ PRESET_FIELDS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
     }
 )  # fmt: skip
 
+PUBLISHED: Mapping[str, Any] = types.MappingProxyType(
+    {"concepts.start": "faiss", "training.sampler": "published", "training.colours": "batch"}
+)
+"""Fields in which a run follows the published code where this project does otherwise; see :func:`published`."""
+
 PRESETS: tuple[str, ...] = tuple(PRESET_FIELDS)
 """The benchmarks of the paper (Table 1), `folder` for your own images, and `shapes`, the embedded demonstration."""
 
@@ -75,3 +80,11 @@ FIRST_FORMAT: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
     }
 )  # fmt: skip
 """Former values of presets in the first file format, whose recipes do not list the fields that the user gave."""
+
+
+def published(layout: str) -> Mapping[str, Any]:
+    """Return the fields of :data:`PUBLISHED`, and for COCO's layout nearest-neighbour interpolation of images.
+
+    Source: damo-cv/TransFGU (utils/kmeans.py, cocostuff_trainval.py, dataloaders, models/segmenter).
+    """
+    return {**PUBLISHED, **({"dataset.interpolation": "nearest"} if layout == "coco" else {})}

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
@@ -122,6 +123,12 @@ class ConceptsRecipe:
     things: int = field(0, "number of concepts clustered from foreground windows", "concepts")
     stuff: int = field(0, "number of concepts clustered from background windows", "concepts")
     iterations: int = field(100, "maximum number of K-Means iterations", "iterations")
+    start: Literal["best", "faiss"] = field(
+        "best",
+        "what K-Means starts from: best of several k-means++ starts on a sample, or, as published, the rows that FAISS "
+        "draws with seed 1",
+        before="best",
+    )
     whiten: Literal["none", "foreground", "background", "both"] = field(
         "none",
         "windows whose features are whitened (equal variances, no correlations) and scaled "
@@ -196,6 +203,14 @@ class TrainingRecipe:
     passes: int = field(1, "passes over the training images in one epoch", "passes")
     lr: float = field(1e-4, "Adam's learning rate, constant")
     batch_size: int = field(256, "global batch size, divided among the workers", "images")
+    lr_scaling: Literal["none", "linear", "sqrt"] = field(
+        "none",
+        "multiply training.lr by training.batch_size / training.lr_batch_size (linear) or by its square root (sqrt)",
+        before="none",
+    )
+    lr_batch_size: int = field(
+        0, "batch size that training.lr is meant for, with training.lr_scaling; 0: none", "images", before=0
+    )
     weight_decay: float = field(5e-4, "weight decay on parameters of two or more dimensions")
     omega_1: float = field(1.0, "weight of the diversity loss")
     omega_2: float = field(0.3, "weight of the uncertainty loss")
@@ -215,6 +230,17 @@ class TrainingRecipe:
     teacher_every: tuple[int, ...] = field(
         (2,), "epochs between teacher updates; each value holds for ten epochs", "epochs"
     )
+    sampler: Literal["shuffle", "published"] = field(
+        "shuffle",
+        "order of the images; shuffle: new in each epoch; published: by torch's DistributedSampler with seed 0, the "
+        "same in each epoch",
+        before="shuffle",
+    )
+    colours: Literal["image", "batch"] = field(
+        "image",
+        "scope of the random jitter, greyscale and blur of training views: each image, or each batch, as published",
+        before="image",
+    )
     views: bool = field(True, "random views (jitter, greyscale, blur, crop, flip); false: the resized image itself")
     evaluate_every: int = field(1, "number of epochs between two evaluations on the validation set", "epochs")
     precision: Literal["auto", "float32", "bfloat16"] = field(
@@ -229,11 +255,28 @@ class TrainingRecipe:
             check(getattr(self, name) > 0, f"training.{name} must be positive, not {getattr(self, name)}")
         check(0 < self.certain_share <= 1, f"training.certain_share must lie in (0, 1], not {self.certain_share}")
         check(self.lr > 0, f"training.lr must be positive, not {self.lr}")
+        check(self.lr_batch_size >= 0, f"training.lr_batch_size must not be negative, not {self.lr_batch_size}")
+        check(
+            (self.lr_scaling == "none") == (self.lr_batch_size == 0),
+            "training.lr_scaling needs training.lr_batch_size, the batch size that training.lr is meant for, and the "
+            f"other way round, not {self.lr_scaling} and {self.lr_batch_size}",
+            code="field-combination",
+        )
         for name in ("omega_1", "omega_2", "alpha_start", "alpha_step", "alpha_end", "weight_decay"):
             check(getattr(self, name) >= 0, f"training.{name} must not be negative, not {getattr(self, name)}")
         check(
             bool(self.teacher_every) and min(self.teacher_every) > 0, "training.teacher_every must list positive epochs"
         )
+
+    @property
+    def scaled_lr(self) -> float:
+        """Return the optimiser's learning rate: `lr`, scaled to `batch_size` where `lr_scaling` asks for it.
+
+        Sources: linear, Goyal et al. 2017 (arXiv:1706.02677), found with SGD; square root, Malladi et al. 2022
+        (arXiv:2205.10287), derived for Adam.
+        """
+        ratio = self.batch_size / self.lr_batch_size if self.lr_batch_size else 1.0
+        return self.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.lr_scaling]
 
 
 @dataclass(frozen=True, kw_only=True)

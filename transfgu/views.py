@@ -44,17 +44,23 @@ class Views(Colours):
     flip: Bool[ndarray, " B"]
 
 
-def draw_views(samples: Sequence[int], size: tuple[int, int], *, seed: int, epoch: int) -> Views:
+def draw_views(
+    samples: Sequence[int], size: tuple[int, int], *, seed: int, epoch: int, batch: int | None = None
+) -> Views:
     """Draw the parameters of a random view of each sample, for images of `size` = (H, W) pixels.
 
     `samples` are the images' places in the epoch. Colour jitter (0.8 0.8 0.8 0.2, in random order) is drawn with
     probability 0.3, greyscale 0.2, a 3 x 3 blur of sigma 1 to 2 pixels 0.2, a flip 0.5; the crop is 0.4, 0.5 ... 0.9 of
-    both sides. Published code draws jitter, greyscale and blur once per batch; here all are drawn per image.
+    both sides. Crop and flip are drawn for each image. So are the colours, unless `batch`, the number of the global
+    batch in the epoch, is given: then they are drawn once for it, as in the published code.
 
     Source: TransFGU (Yin et al. 2022), the published training scripts.
     """
     drawn = [np.random.default_rng((seed, epoch, sample)).random(16) for sample in samples]
     chances, factors, order, rest = np.split(np.array(drawn).reshape(-1, 16), 4, axis=1)
+    if batch is not None:
+        of_batch = np.random.default_rng((seed, epoch, batch, 1)).random(16)
+        chances[:, :3], factors[:], order[:], rest[:, 0] = of_batch[:3], of_batch[4:8], of_batch[8:12], of_batch[12]
     jitter, grey, blur, flip = (chances < (0.3, 0.2, 0.2, 0.5)).T
     tenths = (4 + 6 * rest[:, 1]).astype(np.int64)
     spans = []

@@ -38,6 +38,19 @@ def test_things_and_stuff_of_a_folder() -> None:
     assert recipe.classes == 4
 
 
+def test_published_sets_what_the_published_code_does_otherwise() -> None:
+    usual, published = parse("coco-stuff-27").flat(), parse("coco-stuff-27", "--published", "--colours", "image").flat()
+    assert {name: value for name, value in published.items() if value != usual[name]} == {
+        "concepts.start": "faiss",
+        "training.sampler": "published",
+        "dataset.interpolation": "nearest",
+    }
+    assert parse("cityscapes", "--published").dataset.interpolation == "bilinear"
+    assert parse("cityscapes", "--published").training.colours == "batch"
+    with refused("option-of-another-method --published iic"):
+        parse("shapes", "--published", "--method", "iic")
+
+
 def test_a_recipe_file_may_be_the_start(tmp_path: Path) -> None:
     file = tmp_path / "best.yaml"
     file.write_text(preset("lip-5").with_fields({"omega_2": 0.5}).to_yaml())

@@ -1,12 +1,15 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DistributedSampler, TensorDataset
 
 from tests.refusals import refused
 from transfgu.datasets import map_files
@@ -172,3 +175,15 @@ def test_stego_s_centre_crop_by_hand(tmp_path: Path) -> None:
     np.testing.assert_array_equal(kept[1], kept[0].transpose(0, 2, 1))
     np.testing.assert_array_equal(truths[0], np.broadcast_to(np.arange(16) >= 8, (16, 16)))
     np.testing.assert_array_equal(truths[1], truths[0].T)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_published_order_is_that_of_torchs_sampler(world: int) -> None:
+    """The published code makes a new sampler in each epoch, and never tells it the epoch."""
+    ours = Order(images=24, passes=2, batch_size=8, seed=5, published=True)
+    for rank in range(world):
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            TensorDataset(torch.zeros(48)), num_replicas=world, rank=rank
+        )
+        for epoch in (0, 1):
+            assert ours.share(epoch, rank, world).ravel().tolist() == list(sampler)

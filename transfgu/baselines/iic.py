@@ -367,7 +367,7 @@ class IIC:
         self.network: nn.Module = self._network
         training = self.recipe.training
         self.optimiser: Optimizer | None = Adam(
-            self._network.parameters(), training.lr, weight_decay=training.weight_decay
+            self._network.parameters(), training.scaled_lr, weight_decay=training.weight_decay
         )
         self.teacher: nn.Module | None = None
         self.model: Model = IICModel(self.recipe, self._network, self.device)

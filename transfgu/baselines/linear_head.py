@@ -27,7 +27,7 @@ class LinearHead:
         encode = PatchTokens(self.recipe.encoder, setting.device)
         self.network: nn.Module = _layer(self.recipe, encode).to(setting.device)
         self.optimiser: Optimizer | None = Adam(
-            self.network.parameters(), training.lr, weight_decay=training.weight_decay
+            self.network.parameters(), training.scaled_lr, weight_decay=training.weight_decay
         )
         self.teacher: nn.Module | None = None
         self.model: Model = TokenModel(encode, self.network)

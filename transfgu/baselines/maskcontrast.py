@@ -372,7 +372,9 @@ class MaskContrast:
         how, training = self.recipe.maskcontrast, self.recipe.training
         self._network = new_network(lambda: ClusteredEmbeddings(self.recipe, how.weights), setting)
         self.network: nn.Module = self._network
-        self._sgd = SGD(self._network.parameters(), training.lr, momentum=0.9, weight_decay=training.weight_decay)
+        self._sgd = SGD(
+            self._network.parameters(), training.scaled_lr, momentum=0.9, weight_decay=training.weight_decay
+        )
         self.optimiser: Optimizer | None = self._sgd
         self.teacher: nn.Module | None = copy.deepcopy(self._network.embedding).requires_grad_(False)
         self.model: Model = MaskContrastModel(self.recipe, self._network, self.device)
@@ -388,7 +390,7 @@ class MaskContrast:
         how, training = self.recipe.maskcontrast, self.recipe.training
         done = (epoch * self._steps + index) / (training.epochs * self._steps)
         for group in self._sgd.param_groups:
-            group["lr"] = training.lr * (1 - done) ** 0.9
+            group["lr"] = training.scaled_lr * (1 - done) ** 0.9
         (query, query_mask), (key, key_mask) = (self._cut(batch, epoch, number) for number in range(2))
         embeddings, objects = self._network(query)
         assert self.teacher

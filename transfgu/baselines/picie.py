@@ -444,7 +444,7 @@ class PiCIE:
         self._network = new_network(lambda: ClusteredNetwork(self.recipe, how.weights), setting)
         self.network: nn.Module = self._network
         self.optimiser: Optimizer | None = Adam(
-            self._network.parameters(), training.lr, weight_decay=training.weight_decay
+            self._network.parameters(), training.scaled_lr, weight_decay=training.weight_decay
         )
         self.teacher: nn.Module | None = None
         self.model: Model = PiCIEModel(self._network, self.device)

@@ -339,7 +339,7 @@ class _Loop:
             MaskDecoder(width, recipe.classes, num_heads=heads, depth=how.depth, dropout=how.dropout).to(device)
             for _ in range(2)
         )
-        self._optimiser = make_optimiser(self._student, recipe.training.lr, recipe.training.weight_decay)
+        self._optimiser = make_optimiser(self._student, recipe.training.scaled_lr, recipe.training.weight_decay)
         self._images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, device=device)
         grid = tuple(side // self._patch for side in recipe.dataset.image_size)
         maps = torch.rand(batch, recipe.concepts.count, *grid, device=device)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from transfgu.errors import UserError
 from transfgu.fields import FieldInfo, convert, kind_name, written
 from transfgu.methods import METHODS, TRANSFGU
-from transfgu.presets import PRESETS
+from transfgu.presets import PRESETS, published
 from transfgu.pretraining.recipe import PRETRAINING_FIELDS, VIEWS, PretrainingRecipe
 from transfgu.recipe import FIELDS, SHORT_NAMES, ComputeRecipe, Recipe, from_yaml, preset
 from transfgu.runtime import stopping
@@ -194,6 +194,14 @@ def add_recipe(
     parser.add_argument(preset_flag or "preset", metavar="PRESET", help=what, **named)
     parser.add_argument("--recipe", metavar="URI", help="start from this YAML recipe instead of a preset")
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe as YAML and exit")
+    parser.mark_rare(
+        parser.add_argument(
+            "--published",
+            action="store_true",
+            help="do as the published code where this project does otherwise: K-Means' start, order of images, colours "
+            "per batch, and for COCO nearest-neighbour images",
+        )
+    )
     base = named_preset(words)
     usual = preset(base, named_method(words))
     of_method = "" if usual.method == TRANSFGU else f" and method {usual.method}"
@@ -292,8 +300,16 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         if arguments.preset:
             raise UserError("give a PRESET or --recipe, not both", code="flags-conflict")
         recipe = from_yaml(storage.read_bytes(arguments.recipe), storage.shown(arguments.recipe))
-        return with_given(recipe, given)
-    return with_given(preset(arguments.preset or "shapes", given.get("method", TRANSFGU)), given)
+    else:
+        recipe = preset(arguments.preset or "shapes", given.get("method", TRANSFGU))
+    if arguments.published:
+        if given.get("method", recipe.method) != TRANSFGU:
+            raise UserError(
+                f"--published is TransFGU's: leave it out with method {given.get('method', recipe.method)}",
+                code="option-of-another-method",
+            )
+        recipe = recipe.with_fields(published(recipe.dataset.layout))
+    return with_given(recipe, given)
 
 
 def with_given(recipe: Recipe, given: Mapping[str, str]) -> Recipe:

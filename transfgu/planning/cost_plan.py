@@ -167,9 +167,7 @@ def measured_rates(recipe: Recipe, found: Measurements, ingest: Ingest | None = 
 def costs(recipe: Recipe, rates: Rates, images: int, validation: int) -> list[Cost]:
     """Return what each stage of a recipe needs for `images` training and `validation` labelled images."""
     how = recipe.dataset
-    order = Order(
-        images=max(1, images), passes=recipe.training.passes, batch_size=recipe.training.batch_size, seed=recipe.seed
-    )
+    order = Order.of(recipe, max(1, images))
     seen = order.steps * order.batch * recipe.training.epochs if images else 0
     scored = validation * (recipe.training.epochs // recipe.training.evaluate_every)
     pixels = {name: 3.0 * s[0] * s[1] for name, s in (("features", how.feature_size), ("maps", how.image_size))}

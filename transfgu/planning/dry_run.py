@@ -165,7 +165,7 @@ def _works(recipe: Recipe, counts: Counts, encode: PatchTokens, timed: bool) -> 
     each = len(sliding_windows(grid, recipe.windows.scales, encoder.patch_size))
     h, w = patch_grid(dataset.image_size, encoder.patch_size)
     k = recipe.concepts.count
-    order = Order(images=counts.train, passes=training.passes, batch_size=training.batch_size, seed=recipe.seed)
+    order = Order.of(recipe, counts.train)
     scored = counts.labelled * (training.epochs // training.evaluate_every)
     every = "epoch" if training.evaluate_every == 1 else f"{training.evaluate_every} epochs"
     decoder = 4 * (encoder.width**2 * (12 * recipe.decoder.depth + 3) + encoder.width * recipe.classes)
@@ -238,7 +238,7 @@ def _rates(recipe: Recipe, encode: PatchTokens, windows: int, map_bytes: int, or
 def _other_works(recipe: Recipe, counts: Counts) -> Mapping[str, Work]:
     """Describe the stages of a method without concepts, whose duration is not known before it runs."""
     training = recipe.training
-    order = Order(images=counts.train, passes=training.passes, batch_size=training.batch_size, seed=recipe.seed)
+    order = Order.of(recipe, counts.train)
     return {
         "samples": Work(what=f"list {counts.train} and {counts.validation} images"),
         "pseudo_labels": Work(what=f"an object mask for each of {counts.train} images"),

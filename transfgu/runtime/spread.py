@@ -67,13 +67,23 @@ class SpreadShards(Shards):
 
     def best_start(self, rows: Int[ndarray, " n"], k: int, seed: int) -> Float32[ndarray, "k d"]:
         """Return the best start; starts are divided among actors, and the sample goes from actor to actor directly."""
-        cuts = np.searchsorted(rows, self._bounds[1:-1])
-        own = [r - first for r, first in zip(np.split(rows, cuts), self._bounds[:-1], strict=True)]
-        samples = [a.take.remote(self._group, r, self._whitening) for a, r in zip(self._actors, own, strict=True)]
+        samples = self._taken(rows)
         busy = self._actors[: len(START_NUMBERS)]
         shares = [s.tolist() for s in np.array_split(START_NUMBERS, len(busy))]
         found = fetch([a.starts.remote(k, seed, share, *samples) for a, share in zip(busy, shares, strict=True)])
         return least([start for several in found for start in several])
+
+    def take(self, rows: Int[ndarray, " n"]) -> Float32[ndarray, "n d"]:
+        """Fetch the rows with these numbers, from the actors that have them."""
+        order = np.argsort(rows)
+        taken = np.concatenate([t for t in fetch(self._taken(rows[order])) if len(t)])
+        return taken[np.argsort(order)]
+
+    def _taken(self, rows: Int[ndarray, " n"]) -> list[Any]:
+        """References to each actor's own of these rows, whose numbers ascend."""
+        cuts = np.searchsorted(rows, self._bounds[1:-1])
+        own = [r - first for r, first in zip(np.split(rows, cuts), self._bounds[:-1], strict=True)]
+        return [a.take.remote(self._group, r, self._whitening) for a, r in zip(self._actors, own, strict=True)]
 
     def assign(self, centroids: Float32[ndarray, "k d"], grid: Grid) -> Assignment:
         """Run one pass over all rows."""

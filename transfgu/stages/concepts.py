@@ -29,7 +29,7 @@ from numpy import ndarray
 from transfgu.datasets.sample_cache import default_folder
 from transfgu.errors import UserError
 from transfgu.inference.shards import PLACE, Rows, matrix, own_shard
-from transfgu.kmeans import KMeansResult, Shard, Shards, cluster, cores, whitened
+from transfgu.kmeans import KMeansResult, Shard, Shards, Start, cluster, cores, whitened
 from transfgu.recipe import Recipe
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, storage
@@ -47,12 +47,22 @@ RESIDENT = 8 << 30
 SAVE_SECONDS = 30.0
 """Time between two writes of the state of K-Means."""
 
+PUBLISHED_SEED = 1
+"""The seed that the published code gives to FAISS (utils/kmeans.py of damo-cv/TransFGU)."""
+
 PIECE_PARTS = 32
 """Parts joined in a piece, because a part has a few hundred windows per group, and small chunks are slow."""
 
 
 def kmeans(
-    features: Any, k: int, *, iterations: int = 100, seed: int = 0, workers: int = 1, whiten: bool = False
+    features: Any,
+    k: int,
+    *,
+    iterations: int = 100,
+    seed: int = 0,
+    start: Start = "best",
+    workers: int = 1,
+    whiten: bool = False,
 ) -> KMeansResult:
     """Cluster features by K-Means, with the same result on any number of workers.
 
@@ -61,6 +71,7 @@ def kmeans(
         k: number of clusters.
         iterations: updates at most; fewer where assignments stop changing.
         seed: of the sample and the starts.
+        start: `best` of several k-means++ starts on a sample, or the rows that `faiss` starts from with this seed.
         workers: shards; an array with one worker is clustered in this process, without Ray; else each shard has an
             actor, on the cluster that this process is connected to or on a local one.
         whiten: cluster the features after whitening and scaling to unit length. The centroids are the means of the
@@ -85,9 +96,9 @@ def kmeans(
     """
     with shards(features, workers) as spread:
         if not whiten:
-            return cluster(spread, k, iterations=iterations, seed=seed)
+            return cluster(spread, k, iterations=iterations, seed=seed, start=start)
         white = whitened(spread)
-        found = cluster(white, k, iterations=iterations, seed=seed)
+        found = cluster(white, k, iterations=iterations, seed=seed, start=start)
         return dataclasses.replace(found, centroids=white.means_before(found.centroids))
 
 
@@ -276,11 +287,14 @@ def cluster_group(
             _save(folder, group, made, centroids)
             saved = time.monotonic()
 
-    result = cluster(shards, group.count, iterations=limit, seed=recipe.seed, resume=resume, after=after)
+    start = recipe.concepts.start
+    seed = recipe.seed if start == "best" else PUBLISHED_SEED
+    result = cluster(shards, group.count, iterations=limit, seed=seed, start=start, resume=resume, after=after)
     _save(folder, group, result.iterations, result.centroids)
     settled = "settled after" if result.iterations < limit else "stopped at the limit of"
     updates = f"{result.iterations} iteration{'' if result.iterations == 1 else 's'}"
-    progress.note(f"K-Means over {group.name} {settled} {updates} of the best start")
+    of = "the best start" if start == "best" else "FAISS's start"
+    progress.note(f"K-Means over {group.name} {settled} {updates} of {of}")
     return result
 
 

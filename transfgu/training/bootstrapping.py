@@ -46,7 +46,7 @@ class Bootstrapping:
             )
         self.initial = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
         self.network: nn.Module = decoder.to(self.device)
-        self.optimiser: Optimizer = make_optimiser(self.network, training.lr, training.weight_decay)
+        self.optimiser: Optimizer = make_optimiser(self.network, training.scaled_lr, training.weight_decay)
         self.teacher: nn.Module | None = None
         self.model: Model = MaskModel(self.encode, decoder)
         self.whole = not training.views
@@ -65,7 +65,7 @@ class Bootstrapping:
     def step(self, batch: Batch, epoch: int, index: int) -> Pending:
         """See `transfgu.training.step`; `skipped_steps` is 1 if the total was not positive."""
         recipe, training = self.recipe, self.recipe.training
-        patches, maps = self._known_tokens(batch) if self.whole else self._random_views(batch, epoch)
+        patches, maps = self._known_tokens(batch) if self.whole else self._random_views(batch, epoch, index)
         step = start_step(
             self._student,
             self.optimiser,
@@ -92,10 +92,18 @@ class Bootstrapping:
             "teacher_updated": self._plan.updates_teacher,
         }
 
-    def _random_views(self, batch: Batch, epoch: int) -> tuple[Float[Tensor, "B hw d"], Float[Tensor, "B K h w"]]:
+    def _random_views(
+        self, batch: Batch, epoch: int, index: int
+    ) -> tuple[Float[Tensor, "B hw d"], Float[Tensor, "B K h w"]]:
         encoder = self.encode.encoder
         # By slots, because an image that occurs twice in an epoch has two views.
-        views = draw_views(batch.slots.tolist(), self.recipe.dataset.training_size, seed=self.recipe.seed, epoch=epoch)
+        views = draw_views(
+            batch.slots.tolist(),
+            self.recipe.dataset.training_size,
+            seed=self.recipe.seed,
+            epoch=epoch,
+            batch=index if self.recipe.training.colours == "batch" else None,
+        )
         images, planes = batch.inputs.to(self.device), unpack_planes(batch.maps.to(self.device))
         images, planes = apply_views(images, planes, views, encoder.patch_size, mean=encoder.mean, std=encoder.std)
         return self.encode(images), maps_of_planes(planes)

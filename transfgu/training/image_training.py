@@ -56,14 +56,9 @@ class ImageTraining:
         recipe = job.recipe
         self.recipe, self.seed, self.epochs = recipe, recipe.seed, recipe.training.epochs
         rows = parquet.read(job.images)
-        self.order = Order(
-            images=len(rows),
-            passes=recipe.training.passes,
-            batch_size=recipe.training.batch_size,
-            seed=recipe.seed,
-        )
+        self.order = Order.of(recipe, len(rows))
         self.steps = self.epochs * self.order.steps
-        self.remedy = f"now {recipe.training.lr:g}, set --training.lr"
+        self.remedy = f"now {recipe.training.scaled_lr:g}, set --training.lr"
         allow_tf32(recipe.training, place.device)
         setting = Setting(
             recipe=recipe,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
+from transfgu.recipe import Recipe
+
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
@@ -23,6 +25,20 @@ class Order:
     passes: int
     batch_size: int
     seed: int
+    published: bool = False
+    """Shuffle as the published code's DistributedSampler: with torch's generator and seed 0, alike in each epoch."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, images: int) -> "Order":
+        """Return the order of a recipe's training over so many images."""
+        training = recipe.training
+        return cls(
+            images=images,
+            passes=training.passes,
+            batch_size=training.batch_size,
+            seed=recipe.seed,
+            published=training.sampler == "published",
+        )
 
     @property
     def batch(self) -> int:
@@ -36,7 +52,13 @@ class Order:
 
     def epoch(self, epoch: int) -> Int[np.ndarray, "steps batch"]:
         """Return the slots of each global batch of an epoch."""
-        slots = np.random.default_rng([self.seed, epoch]).permutation(self.images * self.passes)
+        places = self.images * self.passes
+        if self.published:
+            import torch  # a dry run, which counts steps, need not load it
+
+            slots = torch.randperm(places, generator=torch.Generator().manual_seed(0)).numpy()
+        else:
+            slots = np.random.default_rng([self.seed, epoch]).permutation(places)
         return slots[: self.steps * self.batch].reshape(self.steps, self.batch)
 
     def share(self, epoch: int, rank: int, world: int) -> Int[np.ndarray, "steps rows"]:
