@@ -416,7 +416,7 @@ def cluster(
     """
     if not 0 < k <= shards.rows:
         raise UserError(
-            f"{k} clusters can't be made of {shards.rows} features: ask for 1 to {shards.rows}",
+            f"{k} clusters are too many for {shards.rows} features: choose 1 to {shards.rows}",
             code="concepts-too-many",
         )
     _check_finite(shards)

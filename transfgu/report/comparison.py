@@ -24,7 +24,7 @@ from transfgu.store.artifacts import Run
 TABLE = "comparison.csv"
 """The scores, one row per method and seed."""
 SUMMARY = "comparison.md"
-"""Mean and standard deviation of each method, beside the published figures."""
+"""Mean and standard deviation of each method, with the published figures."""
 PAGE = "comparison.html"
 """The same with pictures."""
 

@@ -243,7 +243,7 @@ def check_group(recipe: Recipe, group: Group, shards: Shards) -> None:
         kind = "" if group.windows == "all" else f"{group.windows} "
         field = "concepts.things and concepts.stuff" if group.name == "concepts" else f"concepts.{group.name}"
         raise UserError(
-            f"{group.count} concepts can't be made of {shards.rows} {kind}windows: use more images (a higher limit), "
+            f"{group.count} concepts are too many for {shards.rows} {kind}windows: use more images (a higher limit), "
             f"more windows.scales, or lower {field}",
             code="concepts-too-many",
         )

@@ -239,7 +239,7 @@ class Run:
     links: Mapping[str, str] | None = field(default=None, kw_only=True, compare=False)
 
     def recipe(self) -> Recipe:
-        """Read the recipe of the run, or of a model's folder; weights beside it get their URI.
+        """Read the recipe of the run, or of a model's folder; weights next to it get their URI.
 
         Raises:
             UserError: the folder holds no recipe, a damaged one, or one of a format to come.
