@@ -1,5 +1,6 @@
 """Define fixtures for all tests; annotations of the library are checked at run time in tests."""
 
+import atexit
 import gc
 import multiprocessing
 import os
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
+from tests import typechecking
+
 # Tests are tiny: more threads would only wait for each other. Before torch and FAISS are imported, here and in workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where the library asks for more
@@ -23,7 +26,7 @@ hypothesis.settings.register_profile("transfgu", deadline=None)
 hypothesis.settings.load_profile("transfgu")
 
 # Shapes and types in signatures are promises: the suite runs with every one of them checked.
-install_import_hook("transfgu", "beartype.beartype")
+install_import_hook("transfgu", f"{typechecking.__name__}.check_when_called")
 
 # What is imported stays: looking through it again and again for garbage takes a tenth of the time.
 gc.set_threshold(200_000, 20, 100)
@@ -49,6 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in marked:
             if not (tried and item.path.parent.name == "gpu"):
                 item.add_marker(pytest.mark.skip(reason="torch finds no GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is imported from garbage collection: a search through it takes half a second."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 _ray_is_expected = False

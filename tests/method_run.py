@@ -9,8 +9,8 @@ from transfgu.methods import METHODS
 from transfgu.recipe import Recipe, preset
 
 RANDOM: dict[str, Any] = {
-    "picie.backbone": "resnet18", "picie.weights": "random",
-    "maskcontrast.backbone": "resnet18", "maskcontrast.weights": "random",
+    "picie.backbone": "test_resnet", "picie.weights": "random",
+    "maskcontrast.backbone": "test_resnet", "maskcontrast.weights": "random",
 }  # fmt: skip
 
 _KEPT = (

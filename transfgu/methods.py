@@ -60,7 +60,7 @@ class Method:
 
 SHARED = (
     *("seed", "concepts.things", "concepts.stuff"),
-    *("dataset.image_size", "dataset.training_size", "dataset.orient"),
+    *("dataset.image_size", "dataset.training_size", "dataset.orient", "dataset.max_pixels"),
 )
 """Fields that the training of every method depends on."""
 
@@ -155,7 +155,8 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             anneals=True,
             fields=(*OPTIMISED, "maskcontrast", "concepts.iterations"),
             proposals=(
-                "dataset.image_size", "dataset.interpolation", "dataset.orient", "windows.saliency_factor",
+                "dataset.image_size", "dataset.interpolation", "dataset.orient", "dataset.max_pixels",
+                "windows.saliency_factor",
                 "maskcontrast.object_masks", *_ENCODER,
             ),
             # VOCSegmentation_unsupervised_saliency_model.yml: 40 epochs, batch 128, SGD 0.004, views of 224.

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import yaml
 from jaxtyping import Integer
 from PIL import Image
@@ -141,9 +140,12 @@ def _renamed(uri: str, unnamed: ClassTable, table: ClassTable) -> bytes:
     if uri.endswith(".parquet"):
         rows = parquet.read(uri, remedy="delete it, and predict again")
         held = index_type(len(unnamed.names))
-        masks = [table.index_of[np.frombuffer(mask, held)].astype(kind).tobytes() for mask in rows["mask"].to_pylist()]
-        rows = rows.set_column(rows.column_names.index("mask"), "mask", pa.array(masks, pa.large_binary()))
-        return masks_file(rows)
+        return masks_file(
+            (name, height, width, table.index_of[np.frombuffer(mask, held)].astype(kind).tobytes())
+            for name, height, width, mask in zip(
+                *(rows[column].to_pylist() for column in ("name", "height", "width", "mask")), strict=True
+            )
+        )
     indices: Integer[np.ndarray, "H W"] = np.asarray(Image.open(io.BytesIO(storage.read_bytes(uri))))
     return png(table.index_of[indices].astype(np.uint8), np.array(table.colours, np.uint8))
 

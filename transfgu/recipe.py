@@ -25,9 +25,18 @@ from transfgu.methods import METHODS, SHARED, STAGES, TRANSFGU, method
 from transfgu.presets import FIRST_FORMAT, PRESET_FIELDS, PRESETS
 
 Size = tuple[int, int]
+MAX_PIXELS = 178_956_970
+"""Pixels beyond which Pillow, too, takes an image for a small file that would fill the memory."""
+DECODING_BYTES = 8
+"""Bytes per pixel that decoding an image takes at most: four channels of Pillow's, three of ours, some between."""
 Protocol = Literal["published", "label", "stego"]
 
 _GIVEN = "given"  # in a recipe's file: the fields that are not its preset's
+
+
+def check_pixels(name: str, value: int) -> None:
+    """Raise UserError unless `value` can be the largest number of pixels of an image."""
+    check(4 <= value <= MAX_PIXELS, f"{name} must lie in 4..{MAX_PIXELS} pixels, not {value}")
 
 
 def _later(default: Any, doc: str, unit: str = "") -> Any:
@@ -58,6 +67,13 @@ class DatasetRecipe:
         "benchmarks' labels are drawn",
         before=False,
     )
+    max_pixels: int = field(
+        MAX_PIXELS,
+        "maximum size of an image; a larger one is left out; tasks that read images ask Ray for the memory that one of "
+        f"this size takes, {DECODING_BYTES} bytes per pixel",
+        "pixels",
+        before=MAX_PIXELS,
+    )
     max_bad_share: float = field(
         0.1, "maximum share of unusable images or labels; a larger share ends the run", "0 to 1"
     )
@@ -66,6 +82,7 @@ class DatasetRecipe:
         for name in ("image_size", "feature_size", "training_size"):
             size = getattr(self, name)
             check(len(size) == 2 and min(size) > 0, f"dataset.{name} must be two positive sides, not {size}")
+        check_pixels("dataset.max_pixels", self.max_pixels)
         check(0 <= self.max_bad_share <= 1, f"dataset.max_bad_share must lie in 0..1, not {self.max_bad_share}")
 
     @property
@@ -681,7 +698,7 @@ _OWN_FIELDS: Mapping[str, typing.Callable[[Recipe], list[str]]] = types.MappingP
     {
         "samples": _samples_fields,
         "features": lambda r: [
-            *("dataset.feature_size", "dataset.interpolation", "dataset.orient"),
+            *("dataset.feature_size", "dataset.interpolation", "dataset.orient", "dataset.max_pixels"),
             *("encoder.name", "encoder.weights", "encoder.precision"),
             *(f"windows.{f.name}" for f in dataclasses.fields(WindowsRecipe)),
         ],

@@ -225,7 +225,8 @@ class Segmenter(ModelHubMixin):
         As in evaluation, the image is resized to the recipe's size, the logits are averaged over its
         `evaluation.scales` and `evaluation.flip`, and resized bilinearly to the image's own size. With `tile`, this is
         done for overlapping tiles of the image, whose logits are blended: small things in a large image are found, and
-        an image file of any size can be predicted (above 178 million pixels with the extra `geo`).
+        an image file of any size can be predicted (above the recipe's `dataset.max_pixels` by the extra `geo`).
+        Without it, an image of more pixels than that is refused.
 
         Args:
             image: a PIL image, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8 or uint16, a file's bytes, a
@@ -257,11 +258,12 @@ class Segmenter(ModelHubMixin):
     def _predict_tiled(
         self, photo: Photo, tiling: Tiling, probabilities: bool, orient: bool
     ) -> Classes | Probabilities:
+        most = self.recipe.dataset.max_pixels
         try:
             rows = (
-                rasters.rows_of(str(photo), orient=orient)
+                rasters.rows_of(str(photo), orient=orient, max_pixels=most)
                 if isinstance(photo, str | Path)
-                else rasters.ArrayRows(_pixels(photo, orient))
+                else rasters.ArrayRows(_pixels(photo, orient, most))
             )
             shape = (len(self.classes), rows.height, rows.width) if probabilities else (rows.height, rows.width)
             whole = np.empty(shape, np.float32 if probabilities else index_type(len(self.classes)))
@@ -303,7 +305,8 @@ class Segmenter(ModelHubMixin):
         self, photos: Sequence[Photo], probabilities: bool, orient: bool
     ) -> Iterator[Classes | Probabilities]:
         for start in range(0, len(photos), _AT_ONCE):
-            pixels = [_pixels(photo, orient) for photo in photos[start : start + _AT_ONCE]]
+            most = self.recipe.dataset.max_pixels
+            pixels = [_pixels(photo, orient, most) for photo in photos[start : start + _AT_ONCE]]
             resized = np.stack([images.resize(image, self.size, "bilinear") for image in pixels])  # (B, 3, h, w)
             sizes = [(image.shape[0], image.shape[1]) for image in pixels]
             yield from self._probabilities(resized, sizes) if probabilities else self.predict_resized(resized, sizes)
@@ -438,9 +441,9 @@ def assignment_of(scores: Mapping[str, Any] | None) -> Int[np.ndarray, " C"] | N
     return None if assignment is None else np.array(assignment)
 
 
-def _pixels(photo: Photo, orient: bool) -> Pixels:
+def _pixels(photo: Photo, orient: bool, max_pixels: int) -> Pixels:
     try:
-        return images.pixels_of(photo, orient=orient)
+        return images.pixels_of(photo, orient=orient, max_pixels=max_pixels)
     except BadInput as error:
         raise _unreadable(photo, error) from None
 

@@ -96,19 +96,29 @@ def test_too_few_images_are_refused() -> None:
         rehearsal.rehearse(preset("coco-stuff-27"), 100, 4)
 
 
-def test_kmeans_of_many_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe, rows = preset("coco-stuff-27").with_fields({"iterations": 3}), 3000
-    found = many_rows.measure(recipe, rows, str(tmp_path), on_disk=True)
-    assert (found.rows, found.faiss_rows, found.iterations, found.on_disk) == (rows, rows, 3, True)
-    assert found.peak_own_bytes > rows * 4 * many_rows.WIDTH
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_many_rows_are_clustered(tmp_path: Path, capsys: pytest.CaptureFixture[str], on_disk: bool) -> None:
+    assert many_rows.write_parts(tmp_path / "features", 3000).shape == (3000, many_rows.WIDTH)
+    many_rows.main([str(tmp_path / "features"), "27", "3", str(int(on_disk))])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rows"], found["iterations"], found["on_disk"]) == (3000, 3, on_disk)
+    assert found["peak_bytes"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.ci_long
+def test_a_process_of_its_own_clusters_many_rows(tmp_path: Path) -> None:
+    recipe = preset("coco-stuff-27").with_fields({"iterations": 3})
+    found = many_rows.measure(recipe, 30_000, str(tmp_path), on_disk=True)
+    assert (found.rows, found.faiss_rows, found.iterations, found.on_disk) == (30_000, 30_000, 3, True)
+    assert found.peak_own_bytes > 20 << 20
     assert json.loads(found.to_json())["ratio"] == found.ratio > 0
     assert not list(tmp_path.iterdir())
-    many_rows.write_parts(tmp_path / "features", rows)
-    many_rows.main([str(tmp_path / "features"), "27", "3", "0"])  # in memory, as the process above would
-    there = json.loads(capsys.readouterr().out)
-    assert (there["rows"], there["iterations"], there["on_disk"]) == (rows, 3, False)
-    with refused("flag-range"):
-        many_rows.measure(recipe, 100)
+
+
+def test_too_few_rows_are_refused() -> None:
+    with refused("flag-range --rows"):
+        many_rows.measure(preset("coco-stuff-27"), 100)
 
 
 @pytest.mark.ray

@@ -66,7 +66,7 @@ IMAGES: dict[str, tuple[bytes | None, str]] = {
     "PNG with a flipped header": (flipped(PNG, 18), "unreadable image"),
     "PNG with flipped pixels": (flipped(PNG, len(PNG) // 2), "damaged image"),
     "TIFF cut off": (encode(NOISE, "TIFF")[:500], "truncated image"),
-    "a bomb": (png_of_size(60_000, 60_000), "image of more than 178 million pixels"),
+    "a bomb": (png_of_size(60_000, 60_000), "image of more than 178956970 pixels"),
     "one pixel": (encode(NOISE[:1, :1]), "image of 1 x 1 pixels"),
     "one column": (encode(NOISE[:, :1]), "image of 40 x 1 pixels"),
     "floating point": (encode(NOISE[..., 0].astype(np.float32), "TIFF"), "image of floating-point numbers"),

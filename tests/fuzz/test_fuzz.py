@@ -33,7 +33,7 @@ from transfgu.datasets.listing import read_names
 from transfgu.encoder import Encoder
 from transfgu.errors import BadInput, UserError
 from transfgu.planning.measurements import Ingest, Measurements
-from transfgu.recipe import from_yaml, preset
+from transfgu.recipe import MAX_PIXELS, from_yaml, preset
 from transfgu.search.trials import Ledger
 from transfgu.sharing import names
 from transfgu.stages.prediction import PredictionJob, _known_bad, names_in, read_claim
@@ -41,11 +41,11 @@ from transfgu.store import parquet, predicted
 from transfgu.store.artifacts import Manifest, Run
 from transfgu.store.weights import read_weights
 
-CASES = 40
+CASES = 15
 """Number of cases of each kind if no time is given."""
 SLOWEST = 20.0
 """Time limit of a case in seconds, long enough for a busy machine."""
-MOST_BYTES = 12 * images.MAX_PIXELS
+MOST_BYTES = 12 * MAX_PIXELS
 """Memory limit for the largest image: its decoded pixels, as RGB, and intermediate arrays."""
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -9,8 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,40 @@ def files(folder: Path) -> dict[str, bytes]:
 def job(made: MadeRun, folder: Path, **more: object) -> PredictionJob:
     asked = {"run": made.run.uri, "images": str(folder / "images"), "out": str(folder / "out")}
     return PredictionJob(**{**asked, **more})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["png", "parquet"])
+def test_masks_are_written_one_images_arrays_at_a_time(how: str, made: MadeRun, tmp_path: Path) -> None:
+    side, count = 1500, 12
+    rows = {
+        "name": [f"{i}.png" for i in range(count)],
+        "mask": [str(i) for i in range(count)],
+        "size": [9] * count,
+        "changed": [1] * count,
+        "height": pa.array([side] * count, pa.int32()),
+        "width": pa.array([side] * count, pa.int32()),
+        "file": pa.nulls(count, pa.large_binary()),
+        "reason": pa.nulls(count, pa.string()),
+        "indices": pa.array([zlib.compress(bytes([i % 3]) * side**2) for i in range(count)], pa.large_binary()),
+    }
+    asked = job(made, write_images(tmp_path, ["a.png"]), images=str(tmp_path), format=how)
+    asked = replace(asked, out=str(tmp_path.parent / f"{how}-masks"))
+    prediction.preflight(asked)
+    tracemalloc.start()
+    held = pa.total_allocated_bytes()
+    told = prediction.WriteMasks(job=asked)(pa.table(rows))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert told["made"].to_pylist() == [count]
+    assert side**2 < peak < 7 * side**2  # an image at hand, one before it, and their buffers: not all twelve
+    assert pa.total_allocated_bytes() - held < side**2
+    if how == "png":
+        found = [np.asarray(Image.open(Path(asked.out) / "masks" / f"{i}.png")) for i in range(count)]
+    else:
+        (file,) = (Path(asked.out) / "masks").glob("*.parquet")
+        assert pq.ParquetFile(file).num_row_groups == count
+        found = [np.frombuffer(mask, np.uint8).reshape(side, side) for mask in pq.read_table(file)["mask"].to_pylist()]
+    assert [(int(mask.min()), int(mask.max())) for mask in found] == [(i % 3, i % 3) for i in range(count)]
 
 
 def samples(*names: str) -> pa.Table:

@@ -161,7 +161,7 @@ PARQUET: dict[str, tuple[str, Callable[[MadeRun, Run, str], object]]] = {
     "masks": ("masks/part-0.parquet", lambda made, run, uri: prediction.names_in(uri)),
     "part to pretrain on, counted": (
         "images/part-00000000.parquet",
-        lambda made, run, uri: stage.make_part({"part": uri, "names": ["0"]}, "shapes", 8, 1, 0),
+        lambda made, run, uri: stage.make_part({"part": uri, "names": ["0"]}, lambda name: [], 8),
     ),
     "part to pretrain on": (
         "images/part-00000000.parquet",

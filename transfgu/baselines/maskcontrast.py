@@ -547,7 +547,10 @@ def check(recipe: Recipe) -> None:
     seen = 0
     for uri in rows["image"].to_pylist():
         try:
-            pixels = files.resize(files.read_image(uri, orient=recipe.dataset.orient), recipe.dataset.image_size)
+            pixels = files.resize(
+                files.read_image(uri, orient=recipe.dataset.orient, max_pixels=recipe.dataset.max_pixels),
+                recipe.dataset.image_size,
+            )
         except BadInput:
             continue
         seen += 1

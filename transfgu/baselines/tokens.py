@@ -275,7 +275,12 @@ def _images(recipe: Recipe, rows: pa.Table) -> Iterator[Images]:
     size = recipe.dataset.image_size
     for start in range(0, len(rows), _AT_ONCE):
         uris = rows["image"].slice(start, _AT_ONCE).to_pylist()
-        found = read_rows(uris, lambda uri: resize(read_image(uri, orient=recipe.dataset.orient), size))
+        found = read_rows(
+            uris,
+            lambda uri: resize(
+                read_image(uri, orient=recipe.dataset.orient, max_pixels=recipe.dataset.max_pixels), size
+            ),
+        )
         batch = [image for image, _ in found if image is not None]  # the features stage counts and names the others
         if batch:
             yield np.stack(batch)

@@ -122,7 +122,7 @@ class Bare:
             self.frozen.encoder.vit.forward_features(batch)
 
     def forward_pace(self, images: int, repeats: int) -> Timing:
-        """Time patch tokens of decoded images at evaluation's size; the bound is a bare forward of a normalised batch."""
+        """Time patch tokens of decoded images at evaluation's size; the bound is a bare forward of a batch."""
         self._use_cores()
         size = self.recipe.dataset.image_size
         batch = torch.randn(images, 3, *size, device=self.device)

@@ -140,7 +140,9 @@ class _Bench:
             ("pseudo-labels", how.image_size),
             ("training", how.training_size),
         ):
-            read = parts.ReadImages(size=size, interpolation=how.interpolation, orient=how.orient)
+            read = parts.ReadImages(
+                size=size, interpolation=how.interpolation, orient=how.orient, max_pixels=how.max_pixels
+            )
             took = [_seconds(partial(read, listed)) for _ in range(_READINGS)]
             found[f"{name} decoding"] = min(took) / count
         return found
@@ -295,6 +297,7 @@ class _Bench:
             rank=0,
             world=1,
             orient=how.dataset.orient,
+            max_pixels=how.dataset.max_pixels,
         )
         source = Streamed(share, _INGEST_EPOCHS)
         batches = chain.from_iterable(source.epoch(epoch) for epoch in range(_INGEST_EPOCHS))

@@ -49,6 +49,13 @@ def parser(words: Sequence[str] = ()) -> Parser:
         help="true: apply the orientation in EXIF data, so that masks match the image as viewers show it; false: masks "
         "match the stored pixels (default: true; if OUT has masks, their setting)",
     )
+    add(
+        "--max_pixels",
+        metavar="N",
+        type=int,
+        help="maximum size of an image [pixels]; a larger one is left out, or with --tile read by rows (default: the "
+        "run's dataset.max_pixels)",
+    )
     add_output(made)
     add_compute(made)
     return made
@@ -81,7 +88,7 @@ def main(words: Sequence[str] | None = None) -> None:
     from transfgu.runtime.progress import Progress
     from transfgu.stages.prediction import PredictionJob, predict
 
-    own = ("run", "images", "out", "format", "overlays", "tile", "overlap")
+    own = ("run", "images", "out", "format", "overlays", "tile", "overlap", "max_pixels")
     job = PredictionJob(**{name: getattr(given, name) for name in own}, orient=orient)
     done = predict(job, compute, Progress("prediction", quiet=given.quiet), verbose=given.verbose)
     exported = ""

@@ -4,6 +4,9 @@ All images are read by :func:`pixels_of`, so that a file, its bytes, a PIL image
 the same pixels. `orient` applies EXIF's orientation, as viewers do; without it pixels are those that are stored, on
 which the benchmarks' labels are drawn. Transparency is dropped; of an animation, the first frame is read. Labels are
 read as raw samples. No torch here: decoding runs in many small processes.
+
+A file of 20 KB may hold an image that fills the memory, so its size is looked at before it is decoded, and what follows
+decoding goes by bands of rows: the whole takes `recipe.DECODING_BYTES` per pixel.
 """
 
 import io
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
-from jaxtyping import Int, Int16, UInt8
+from jaxtyping import Int16, Integer, UInt8
 from PIL import Image, UnidentifiedImageError
 
 try:
@@ -28,6 +31,7 @@ except ImportError:  # the extra `heic`
 
 from transfgu.datasets.class_lists import Classes
 from transfgu.errors import BadInput
+from transfgu.recipe import MAX_PIXELS
 from transfgu.store import storage
 
 Size = tuple[int, int]
@@ -36,7 +40,6 @@ Picture = Image.Image | np.ndarray | bytes | str | Path
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MAX_PIXELS = 178_956_970  # beyond this, Pillow suspects a small file that would fill the memory
 # Ignore Pillow's warnings about large images, which are used, and about damage, which is reported as a reason.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -60,18 +63,20 @@ _WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _ORIENTATION = 0x0112  # EXIF's and TIFF's tag
 _BACK = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # the inverse of each orientation
 _LABEL_FORMATS = ("PNG", "TIFF", "GIF", "BMP", "PPM")  # lossless, with one channel
+_BAND_PIXELS = 1 << 20  # that are converted at a time
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 if cv2 is not None:
     cv2.setNumThreads(1)  # many processes and threads decode at the same time
 
 
-def pixels_of(source: Picture, *, orient: bool = False) -> UInt8[np.ndarray, "H W 3"]:
+def pixels_of(source: Picture, *, orient: bool = False, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
     """Return red, green and blue of an image, 8 bits each, from any kind of source.
 
     Args:
         source: a path or URI; a file's bytes; a PIL image; or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
             uint8 or uint16. 16-bit greys are divided by 257, a fourth channel is dropped.
         orient: apply EXIF's orientation, if `source` has one.
+        max_pixels: maximum size of an image that is decoded here; an array has been.
 
     Raises:
         BadInput: missing, empty, unreadable, truncated, too large, or a side of one pixel.
@@ -80,9 +85,11 @@ def pixels_of(source: Picture, *, orient: bool = False) -> UInt8[np.ndarray, "H 
     if isinstance(source, np.ndarray):
         return _array_pixels(source)
     if isinstance(source, Image.Image):
+        _check_size(source, "image", max_pixels)
         orientation = _orientation(source) if orient else 1
         return _turned(_picture_pixels(source), orientation)
-    return decode_image(source if isinstance(source, bytes) else _read(str(source), "image"), orient=orient)
+    data = source if isinstance(source, bytes) else _read(str(source), "image")
+    return decode_image(data, orient=orient, max_pixels=max_pixels)
 
 
 def is_image(head: bytes) -> bool:
@@ -95,27 +102,31 @@ def is_image(head: bytes) -> bool:
     )
 
 
-def read_image(uri: str, *, orient: bool = False) -> UInt8[np.ndarray, "H W 3"]:
+def read_image(uri: str, *, orient: bool = False, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
     """Return the same as :func:`pixels_of`, for a file."""
-    return decode_image(_read(uri, "image"), orient=orient)
+    return decode_image(_read(uri, "image"), orient=orient, max_pixels=max_pixels)
 
 
-def decode_file(data: bytes | None, *, orient: bool = False) -> UInt8[np.ndarray, "H W 3"]:
+def decode_file(
+    data: bytes | None, *, orient: bool = False, max_pixels: int = MAX_PIXELS
+) -> UInt8[np.ndarray, "H W 3"]:
     """Return the same as :func:`pixels_of`, for a file's bytes, or for None if the file is missing."""
     if data is None:
         raise BadInput("missing image")
-    return decode_image(data, orient=orient)
+    return decode_image(data, orient=orient, max_pixels=max_pixels)
 
 
-def decode_image(data: bytes, *, orient: bool = False) -> UInt8[np.ndarray, "H W 3"]:
+def decode_image(data: bytes, *, orient: bool = False, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
     """Return the same as :func:`pixels_of`, for a file's bytes."""
-    if (pixels := decode_jpeg(data)) is not None:
+    if (pixels := decode_jpeg(data, max_pixels)) is not None:
         return _turned(pixels, _orientation(Image.open(io.BytesIO(data), formats=("JPEG",)))) if orient else pixels
-    picture, turned = _decode(data, "image")
+    picture, turned = _decode(data, "image", max_pixels)
+    orientation = _orientation(picture) if orient else 1
     pixels = _picture_pixels(picture)
+    del picture  # its memory is needed to turn the pixels
     if turned != 1:  # by Pillow, which does this for TIFF only
         return pixels if orient else _turned(pixels, _BACK[turned])
-    return _turned(pixels, _orientation(picture)) if orient else pixels
+    return _turned(pixels, orientation)
 
 
 def read_rows(items: Iterable[Item], read: Callable[[Item], Result]) -> Iterator[tuple[Result | None, str]]:
@@ -156,18 +167,38 @@ def _picture_pixels(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     if min(picture.size) < 2:
         raise BadInput(f"image of {picture.height} x {picture.width} pixels")
     try:
-        if picture.mode in _WIDE:
-            wide = np.asarray(picture).astype(np.int64)
-            if wide.min() < 0 or wide.max() > 0xFFFF:
-                raise BadInput("image of more than 16 bits a channel")
-            return np.repeat(_from_16_bits(wide)[..., None], 3, axis=2)
         if picture.mode == "F":
             raise BadInput("image of floating-point numbers")
-        if picture.mode == "P" and "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-        return np.array(picture.convert("RGB"))
+        picture.load()
+        pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+        for rows in _bands(picture.height, picture.width):
+            whole = rows == slice(0, picture.height)
+            band = picture if whole else picture.crop((0, rows.start, picture.width, rows.stop))
+            if picture.mode in _WIDE:
+                values = np.asarray(band)
+                if values.min() < 0 or values.max() > 0xFFFF:
+                    raise BadInput("image of more than 16 bits a channel")
+                pixels[rows] = _from_16_bits(values)[..., None]
+                continue
+            if band.mode == "P" and "transparency" in band.info:
+                band = band.convert("RGBA")
+            pixels[rows] = np.asarray(band.convert("RGB"))
+        return pixels
     except (ValueError, OSError):  # an opened PIL image may be read only now
         raise BadInput(f"damaged image, or of mode {picture.mode}, which can't be converted to RGB") from None
+
+
+def _bands(height: int, width: int) -> Iterator[slice]:
+    """Rows from the top down, in bands of about `_BAND_PIXELS`."""
+    rows = max(1, _BAND_PIXELS // width)
+    for start in range(0, height, rows):
+        yield slice(start, min(height, start + rows))
+
+
+def _check_size(picture: Image.Image, what: str, most: int) -> None:
+    """Raise BadInput if a picture, decoded or not, has more than `most` pixels."""
+    if picture.width * picture.height > most:
+        raise BadInput(f"{what} of {picture.height} x {picture.width} pixels, more than dataset.max_pixels ({most})")
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -193,7 +224,9 @@ def _turned(pixels: Any, orientation: int) -> UInt8[np.ndarray, "H W 3"]:
     return np.ascontiguousarray(pixels)
 
 
-def read_label(uri: str | None, classes: Classes, image_shape: Size | None = None) -> Int16[np.ndarray, "H W"]:
+def read_label(
+    uri: str | None, classes: Classes, image_shape: Size | None = None, *, max_pixels: int = MAX_PIXELS
+) -> Int16[np.ndarray, "H W"]:
     """Read a label as class indices, -1 for ignored pixels.
 
     Args:
@@ -201,6 +234,7 @@ def read_label(uri: str | None, classes: Classes, image_shape: Size | None = Non
             palette. A 4-bit sample of 3 is class 3, whatever grey viewers show.
         classes: from :func:`transfgu.datasets.classes`.
         image_shape: required height and width, those of the image, pixels; None: any.
+        max_pixels: maximum size of a label.
 
     Raises:
         BadInput: missing, unreadable, in a lossy format, of another size, or with values that the data set does not
@@ -209,17 +243,20 @@ def read_label(uri: str | None, classes: Classes, image_shape: Size | None = Non
     """
     if uri is None:
         raise BadInput("missing label")
-    values = _samples(_read(uri, "label"), "label")
+    values = _samples(_read(uri, "label"), "label", max_pixels, image_shape)
     if image_shape is not None and values.shape != image_shape:
         raise BadInput(f"label of {_by(values.shape)} pixels for an image of {_by(image_shape)}")
     low, high = int(values.min()), int(values.max())
     if not 0 <= low <= high <= 255:
         raise BadInput(f"label value {low if low < 0 else high}, which is not a class")
-    narrow = values.astype(np.uint8)
-    unknown = np.flatnonzero((np.bincount(narrow.ravel(), minlength=256) > 0) & ~classes.known)
+    present = np.zeros(256, bool)
+    label = np.empty(values.shape, np.int16)
+    for rows in _bands(*values.shape):  # NumPy makes eight bytes of each index
+        present[values[rows]] = True
+        label[rows] = classes.label_map[values[rows]]
+    unknown = np.flatnonzero(present & ~classes.known)
     if len(unknown):
         raise BadInput(f"label value {unknown[0]}, which is not a class")
-    label: Int16[np.ndarray, "H W"] = classes.label_map[narrow]
     return label
 
 
@@ -230,7 +267,7 @@ def read_mask(uri: str) -> Int16[np.ndarray, "H W"]:
         BadInput: missing, unreadable, of several channels, in a lossy format, or with values beyond 16 bits.
         UserError: the storage fails.
     """
-    values = _samples(_read(uri, "mask"), "mask")
+    values = _samples(_read(uri, "mask"), "mask", MAX_PIXELS)
     if values.min() < 0 or values.max() > np.iinfo(np.int16).max:
         raise BadInput("mask of more than 15 bits")
     return values.astype(np.int16)
@@ -251,12 +288,17 @@ def resize(
         return np.ascontiguousarray(_nearest(image, size).transpose(2, 0, 1))
     if cv2 is not None and image.shape[:2] != (2 * size[0], 2 * size[1]):  # in this case OpenCV rounds halves upward
         # OpenCV averages 16-bit numbers in float32; 8-bit numbers with 11 bits only, and no faster.
-        small = cv2.resize(image.astype(np.uint16), size[::-1], interpolation=cv2.INTER_LINEAR)
         planes = np.empty((3, *size), np.uint8)
+        if image.size > 3 * _BAND_PIXELS:  # a plane after the other takes a third of the memory
+            for plane in range(3):
+                wide = image[..., plane].astype(np.uint16)
+                planes[plane] = cv2.resize(wide, size[::-1], interpolation=cv2.INTER_LINEAR)
+            return planes
+        small = cv2.resize(image.astype(np.uint16), size[::-1], interpolation=cv2.INTER_LINEAR)
         cv2.split(small.astype(np.uint8), list(planes))
         return planes
     (y0, y1, wy), (x0, x1, wx) = (_neighbours(n, m) for n, m in zip(image.shape[:2], size, strict=True))
-    planes = image.transpose(2, 0, 1).astype(np.float32)
+    planes = image.transpose(2, 0, 1)
     # The two axes are separable; resize the one with the larger reduction first, which leaves less work.
     if size[0] * image.shape[1] <= size[1] * image.shape[0]:
         planes = _blend(planes[:, y0], planes[:, y1], wy[:, None])
@@ -284,9 +326,9 @@ def _read(uri: str, what: str) -> bytes:
     return data
 
 
-def _samples(data: bytes, what: str) -> Int[np.ndarray, "H W"]:
+def _samples(data: bytes, what: str, max_pixels: int, image_shape: Size | None = None) -> Integer[np.ndarray, "H W"]:
     """Return the stored samples of an image with one channel; Pillow would scale those of 2 and 4 bits to 8."""
-    picture, turned = _decode(data, what)
+    picture, turned = _decode(data, what, max_pixels, image_shape)
     kind = picture.format or ""
     if kind not in _LABEL_FORMATS or str(picture.info.get("compression")) in _LOSSY:
         if kind in ("JPEG", "MPO", "JPEG2000", "TIFF"):
@@ -294,15 +336,26 @@ def _samples(data: bytes, what: str) -> Int[np.ndarray, "H W"]:
         raise BadInput(f"{what} in {kind}, not in a lossless format: PNG, TIFF, GIF, BMP, PGM")
     if picture.mode not in ("L", "P", "1", *_WIDE):
         raise BadInput(f"{what} of mode {picture.mode}, not one channel of class indices")
-    values = np.asarray(picture).astype(np.int64)
+    values = np.asarray(picture)
+    if values.dtype == bool:
+        values = values.astype(np.uint8)
     if picture.mode in ("L", "1") or kind == "PPM":
         shown_top = 1 if picture.mode == "1" else 255 if picture.mode == "L" else 0xFFFF
         top, inverted = _depth(picture, data, shown_top)
-        values = values if top == shown_top else (values * top + shown_top // 2) // shown_top
-        values = top - values if inverted else values
+        if top != shown_top or inverted:
+            sample = (np.arange(shown_top + 1) * top + shown_top // 2) // shown_top
+            values = _looked_up(values, (top - sample if inverted else sample).astype(values.dtype))
     if turned != 1:
         values = _turned(values[..., None], _BACK[turned])[..., 0]
     return values
+
+
+def _looked_up(values: Integer[np.ndarray, "H W"], table: Integer[np.ndarray, " n"]) -> Integer[np.ndarray, "H W"]:
+    """Replace each value by that of the table, in bands, as NumPy makes eight bytes of each index."""
+    found = np.empty(values.shape, table.dtype)
+    for rows in _bands(values.shape[0], values.shape[1]):
+        found[rows] = table[values[rows]]
+    return found
 
 
 def _depth(picture: Image.Image, data: bytes, shown_top: int) -> tuple[int, bool]:
@@ -318,14 +371,29 @@ def _depth(picture: Image.Image, data: bytes, shown_top: int) -> tuple[int, bool
     return shown_top, picture.format == "PPM" and picture.mode == "1"  # PBM: 1 is black
 
 
-def _decode(data: bytes, what: str) -> tuple[Image.Image, int]:
-    """Return the decoded picture, and the orientation that Pillow applied by itself, 1 for none."""
+def _decode(data: bytes, what: str, max_pixels: int, image_shape: Size | None = None) -> tuple[Image.Image, int]:
+    """Decode a picture.
+
+    Args:
+        data: a file's bytes.
+        what: name of the picture in error messages.
+        max_pixels: maximum size.
+        image_shape: height and width of the label's image, pixels; None: not a label.
+
+    Returns:
+        The picture, and the orientation that Pillow applied by itself, 1 for none.
+
+    Raises:
+        BadInput: it can't be used.
+    """
     if not data:
         raise BadInput(f"empty {what}")
     try:
         picture = Image.open(io.BytesIO(data), formats=_FORMATS)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise BadInput(f"{what} of more than {MAX_PIXELS // 10**6} million pixels")
+        shape = picture.height, picture.width
+        if image_shape and shape[0] * shape[1] > max(_BAND_PIXELS, image_shape[0] * image_shape[1]):
+            raise BadInput(f"{what} of {_by(shape)} pixels for an image of {_by(image_shape)}")
+        _check_size(picture, what, max_pixels)
         turned = 1
         if picture.format == "TIFF" and not getattr(picture, "is_animated", False):
             turned = int(picture.getexif().get(_ORIENTATION, 1))
@@ -336,7 +404,7 @@ def _decode(data: bytes, what: str) -> tuple[Image.Image, int]:
             raise BadInput(f"{what} in HEIC, which needs pip install 'transfgu[heic]'") from None
         raise BadInput(f"unreadable {what}") from None
     except Image.DecompressionBombError:
-        raise BadInput(f"{what} of more than {MAX_PIXELS // 10**6} million pixels") from None
+        raise BadInput(f"{what} of more than {MAX_PIXELS} pixels") from None
     except BadInput:
         raise
     except Exception as error:  # decoders raise various errors for damaged files
@@ -344,7 +412,7 @@ def _decode(data: bytes, what: str) -> tuple[Image.Image, int]:
         raise BadInput(f"truncated {what}" if truncated else f"damaged {what}") from None
 
 
-def decode_jpeg(data: bytes) -> UInt8[np.ndarray, "H W 3"] | None:
+def decode_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"] | None:
     """Decode a JPEG by OpenCV, whose libjpeg-turbo gives Pillow's pixels; return None if Pillow must decode it.
 
     The file must be complete, because OpenCV does not report truncated files.
@@ -353,7 +421,7 @@ def decode_jpeg(data: bytes) -> UInt8[np.ndarray, "H W 3"] | None:
         return None
     try:
         picture = Image.open(io.BytesIO(data), formats=("JPEG",))  # reads only the header
-        if picture.mode not in ("RGB", "L") or min(picture.size) < 2 or picture.width * picture.height > MAX_PIXELS:
+        if picture.mode not in ("RGB", "L") or min(picture.size) < 2 or picture.width * picture.height > max_pixels:
             return None
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     except Exception:  # Pillow reports the error
@@ -371,6 +439,7 @@ def _neighbours(length: int, wanted: int) -> tuple[Any, Any, Any]:
 
 
 def _blend(first: Any, second: Any, weight: Any) -> Any:
+    first, second = first.astype(np.float32, copy=False), second.astype(np.float32, copy=False)
     second -= first
     second *= weight
     second += first

@@ -15,6 +15,7 @@ from PIL import Image
 
 from transfgu.datasets import images
 from transfgu.errors import BadInput
+from transfgu.recipe import MAX_PIXELS
 from transfgu.store import storage
 
 # GDAL's drivers by a file's first bytes, without drivers that read other files, such as VRT.
@@ -50,22 +51,19 @@ class RasterRows:
         BadInput: not a raster of 8 or 16 bits, unreadable, or rasterio is not installed.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, max_pixels: int = MAX_PIXELS) -> None:
+        larger = f"image of more pixels than dataset.max_pixels ({max_pixels})"
         try:
             import rasterio
             from rasterio.errors import NotGeoreferencedWarning, RasterioError
         except ImportError:
-            raise BadInput(
-                f"image of more than {images.MAX_PIXELS // 10**6} million pixels: pip install 'transfgu[geo]' reads it"
-            ) from None
+            raise BadInput(f"{larger}: pip install 'transfgu[geo]' reads it") from None
         self._broken, self._environment = RasterioError, rasterio.Env
         data = b"" if storage.is_local(uri) else storage.read_bytes(uri)
         head, tail = _ends(uri) if storage.is_local(uri) else (data[:4], data[-_TAIL:])
         driver = next((name for first, name in _DRIVERS.items() if head.startswith(first)), None)
         if driver is None:
-            raise BadInput(
-                f"image of more than {images.MAX_PIXELS // 10**6} million pixels that is not PNG, JPEG or TIFF"
-            )
+            raise BadInput(f"{larger} that is not PNG, JPEG or TIFF")
         if (driver == "PNG" and b"IEND" not in tail) or (driver == "JPEG" and b"\xff\xd9" not in tail):
             raise BadInput("truncated image")  # GDAL fills missing data with black
         try:
@@ -118,7 +116,7 @@ def _ends(uri: str) -> tuple[bytes, bytes]:
         return head, file.read()
 
 
-def rows_of(uri: str, *, orient: bool = False, max_pixels: int = images.MAX_PIXELS) -> ArrayRows | RasterRows:
+def rows_of(uri: str, *, orient: bool = False, max_pixels: int = MAX_PIXELS) -> ArrayRows | RasterRows:
     """Open an image file to read it by rows: by Pillow, in memory, or a larger one by GDAL.
 
     Args:
@@ -130,7 +128,9 @@ def rows_of(uri: str, *, orient: bool = False, max_pixels: int = images.MAX_PIXE
         BadInput: it can't be used.
         UserError: the storage fails.
     """
-    return RasterRows(uri) if _pixels(uri) > max_pixels else ArrayRows(images.read_image(uri, orient=orient))
+    if _pixels(uri) > max_pixels:
+        return RasterRows(uri, max_pixels)
+    return ArrayRows(images.read_image(uri, orient=orient, max_pixels=max_pixels))
 
 
 def _pixels(uri: str) -> int:
@@ -140,6 +140,6 @@ def _pixels(uri: str) -> int:
         with Image.open(data) as picture:
             return picture.width * picture.height
     except Image.DecompressionBombError:  # beyond twice the limit
-        return 2 * images.MAX_PIXELS
+        return 2 * MAX_PIXELS
     except Exception:  # its reader reports the error
         return 0

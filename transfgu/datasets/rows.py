@@ -10,17 +10,20 @@ from transfgu import datasets
 from transfgu.datasets import images
 from transfgu.datasets.map_files import PLACE, read_maps
 from transfgu.errors import BadInput, UserError
-from transfgu.recipe import Protocol, Recipe, Size
+from transfgu.recipe import MAX_PIXELS, Protocol, Recipe, Size
 from transfgu.store import storage
 
 
-def read_training_rows(rows: pa.Table, *, size: Size, orient: bool = False) -> dict[str, Any]:
+def read_training_rows(
+    rows: pa.Table, *, size: Size, orient: bool = False, max_pixels: int = MAX_PIXELS
+) -> dict[str, Any]:
     """Decode images and maps.
 
     Args:
         rows: columns `image` (URI), and, if there are maps, `part` and `row`; others are passed on.
         size: images are resized to this, bilinear.
         orient: apply EXIF's orientation.
+        max_pixels: maximum size of an image.
 
     Returns:
         The columns of `rows` except `part` and `row`, `image` as (n, 3, H, W) uint8, and `maps` (n, K + 2, h, w) int16,
@@ -32,32 +35,34 @@ def read_training_rows(rows: pa.Table, *, size: Size, orient: bool = False) -> d
     pixels = np.empty((len(rows), 3, *size), np.uint8)
     uris = rows["image"].to_pylist()
     for i, (uri, data) in enumerate(zip(uris, storage.read_many(uris), strict=True)):
-        pixels[i] = training_image(uri, data, size, orient=orient)
+        pixels[i] = training_image(uri, data, size, orient=orient, max_pixels=max_pixels)
     passed = {n: rows[n].to_numpy() for n in rows.column_names if n not in ("image", *PLACE)}
     maps = read_maps(rows) if "part" in rows.column_names else np.empty((len(rows), 0, 0, 0), np.int16)
     return {**passed, "image": pixels, "maps": maps}
 
 
-def read_reasons(rows: pa.Table) -> dict[str, Any]:
+def read_reasons(rows: pa.Table, *, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
     """Decode images (column `image`, URIs) to find bad ones: `reason` is empty for good ones."""
     reasons = []
     for uri in rows["image"].to_pylist():
         try:
-            images.read_image(uri)
+            images.read_image(uri, max_pixels=max_pixels)
             reasons.append("")
         except BadInput as error:
             reasons.append(str(error))
     return {"reason": np.array(reasons, object)}
 
 
-def training_image(uri: str, data: bytes | None, size: Size, *, orient: bool = False) -> UInt8[np.ndarray, "3 H W"]:
+def training_image(
+    uri: str, data: bytes | None, size: Size, *, orient: bool = False, max_pixels: int = MAX_PIXELS
+) -> UInt8[np.ndarray, "3 H W"]:
     """Decode a training image, bilinear to `size`, from its file's bytes (None: the file is missing).
 
     Raises:
         UserError: it was readable when its maps were computed, and now is not.
     """
     try:
-        return images.resize(images.decode_file(data, orient=orient), size, "bilinear")
+        return images.resize(images.decode_file(data, orient=orient, max_pixels=max_pixels), size, "bilinear")
     except BadInput as error:
         raise UserError(
             f"{storage.shown(uri)} was read for its pseudo label, but is bad now ({error}): restore it",
@@ -78,14 +83,15 @@ def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, protocol: Protocol = "
         The columns of `rows` except `label`, `image` as (n, 3, H, W) uint8, `label` as bytes of int16 with its `height`
             and `width`, and `reason`, empty for good rows.
     """
-    classes, size = datasets.classes(recipe), recipe.dataset.image_size
+    classes, how = datasets.classes(recipe), recipe.dataset
+    size = how.image_size
     pixels = np.zeros((len(rows), 3, *size), np.uint8)
     labels, reasons = [], []
     files = storage.read_many(rows["image"].to_pylist())
     for i, (data, label) in enumerate(zip(files, rows["label"].to_pylist(), strict=True)):
         try:
-            decoded = images.decode_file(data, orient=recipe.dataset.orient)
-            truth = images.read_label(label, classes, decoded.shape[:2])
+            decoded = images.decode_file(data, orient=how.orient, max_pixels=how.max_pixels)
+            truth = images.read_label(label, classes, decoded.shape[:2], max_pixels=how.max_pixels)
             if protocol == "stego":
                 decoded = _centre(decoded, size)
             pixels[i] = images.resize(decoded, size, "bilinear")
@@ -140,13 +146,16 @@ def _covering(shape: Size, size: Size) -> tuple[Size, tuple[slice, slice]]:
     return whole, (slice(top, top + size[0]), slice(left, left + size[1]))
 
 
-def read_plain_rows(rows: pa.Table, *, size: Size, orient: bool = False) -> dict[str, Any]:
+def read_plain_rows(
+    rows: pa.Table, *, size: Size, orient: bool = False, max_pixels: int = MAX_PIXELS
+) -> dict[str, Any]:
     """Decode images without labels, bilinear to `size`; unreadable ones are left out.
 
     Args:
         rows: column `image` (URI).
         size: of the result, pixels.
         orient: apply EXIF's orientation.
+        max_pixels: maximum size of an image.
 
     Returns:
         `image` as (n, 3, H, W) uint8, and `good`, False for an unreadable one, which is black.
@@ -155,7 +164,7 @@ def read_plain_rows(rows: pa.Table, *, size: Size, orient: bool = False) -> dict
     good = np.ones(len(rows), bool)
     for i, data in enumerate(storage.read_many(rows["image"].to_pylist())):
         try:
-            pixels[i] = images.resize(images.decode_file(data, orient=orient), size, "bilinear")
+            pixels[i] = images.resize(images.decode_file(data, orient=orient, max_pixels=max_pixels), size, "bilinear")
         except BadInput:
             good[i] = False
     return {"image": pixels, "good": good}

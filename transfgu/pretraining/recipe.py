@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from transfgu.fields import MISSING, FieldInfo, check, field, field_infos
+from transfgu.recipe import MAX_PIXELS, check_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,9 @@ class PretrainingRecipe:
     )
     contrast_kept: float = field(0.5, "weight of InfoNCE after that", "0 to 1")
     orient: bool = field(True, "apply the orientation in an image's EXIF data, as viewers do", before=False)
+    max_pixels: int = field(
+        MAX_PIXELS, "maximum size of an image; a larger one is left out", "pixels", before=MAX_PIXELS
+    )
     steps: int = field(2400, "optimiser steps", "steps")
     batch_size: int = field(64, "global batch size, divided among the workers", "images")
     learning_rate: float = field(1e-3, "AdamW's learning rate at a batch of 64")
@@ -80,6 +84,7 @@ class PretrainingRecipe:
                 f"{name} {getattr(self, name)} is not a multiple of patch_size {self.patch_size}",
                 code="image-size",
             )
+        check_pixels("max_pixels", self.max_pixels)
         check(
             self.width % self.heads == 0,
             f"width {self.width} is not a multiple of heads {self.heads}",

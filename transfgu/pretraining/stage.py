@@ -8,6 +8,7 @@ training, as it runs the training of a decoder.
 import hashlib
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -26,8 +27,8 @@ from transfgu.datasets.listing import images_in
 from transfgu.errors import BadShare, LeftOut, UserError
 from transfgu.pretraining.recipe import PretrainingRecipe, compared_fields
 from transfgu.pretraining.training import REMEDY, Part, Pretraining, PretrainingInputs, worker_batch
-from transfgu.recipe import ComputeRecipe
-from transfgu.runtime import capacity, ray_internals
+from transfgu.recipe import MAX_PIXELS, ComputeRecipe
+from transfgu.runtime import capacity, parts, ray_internals
 from transfgu.runtime.failures import raises_user_errors
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, storage
@@ -39,6 +40,7 @@ SHAPES = "shapes"
 """Value in place of a folder's URI: drawn pictures of single objects, as for the embedded demonstration."""
 
 _PARTS, _PART_SIZE = 64, 256  # minimum number of parts (workers share them), and maximum number of images per part
+Draw = Callable[[str], list[UInt8[ndarray, "size size 3"]]]
 _BAD_SHARE = BadShare(limit=0.1, flag="")
 
 
@@ -123,7 +125,10 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
     size = max(1, min(_PART_SIZE, len(names) // _PARTS))
     seed = job.recipe.seed if job.images == SHAPES else 0
     orient = job.recipe.orient and job.images != SHAPES
-    asked = [job.image_size, seed, names, *([True] if orient else []), *([each] if each > 1 else [])]
+    most = job.recipe.max_pixels
+    asked: list[Any] = [job.image_size, seed, names, *([True] if orient else []), *([each] if each > 1 else [])]
+    if most != MAX_PIXELS:
+        asked.append({"max_pixels": most})
     listing = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
     folder = storage.join(job.work, f"images-{listing}")
     rows = [
@@ -133,20 +138,23 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
         }
         for first in range(0, len(names), size)
     ]
-    make = partial(make_part, images=job.images, size=job.image_size, squares=each, seed=seed, orient=orient)
+    cut = partial(cut_squares, size=job.image_size, count=each, orient=orient, max_pixels=most)
+    draw = partial(_draw_shape, size=job.image_size, seed=seed) if job.images == SHAPES else cut
+    make = partial(make_part, draw=draw, size=job.image_size)
+    memory = parts.read_memory(4 if job.images == SHAPES else most)
     with ray_internals.data_context():
-        made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make)
-    parts, left_out, done = [], [], 0
+        made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make, memory=memory)
+    made_parts, left_out, done = [], [], 0
     with raises_user_errors():
         for row in made.iter_rows():
             bad = json.loads(row["left_out"])
-            parts.append(Part(uri=row["part"], images=row["images"]))
+            made_parts.append(Part(uri=row["part"], images=row["images"]))
             left_out += bad
             done += row["images"] // each + len(bad)
             progress.update(done, len(names), "images")
     _BAD_SHARE.check([LeftOut(**x) for x in left_out], len(names), "images")
-    parts.sort(key=lambda part: part.uri)
-    return Prepared(listing=listing, parts=tuple(parts), left_out=tuple(left_out))
+    made_parts.sort(key=lambda part: part.uri)
+    return Prepared(listing=listing, parts=tuple(made_parts), left_out=tuple(left_out))
 
 
 def files(uri: str) -> list[str]:
@@ -164,12 +172,16 @@ def files(uri: str) -> list[str]:
     return files
 
 
-def make_part(
-    row: dict[str, Any], images: str, size: int, squares: int, seed: int, orient: bool = False
-) -> dict[str, Any]:
-    """Create one part, unless it exists, and return its content's description; runs as a task."""
+def make_part(row: dict[str, Any], draw: Draw, size: int) -> dict[str, Any]:
+    """Create one part, unless it exists, and return the description of its content; runs as a task.
+
+    Args:
+        row: URI of the part, and the names of its images.
+        draw: returns one or more squares for a name, or raises BadInput.
+        size: side of a square, pixels.
+    """
     if not storage.is_file(row["part"]):
-        storage.write_bytes(row["part"], _draw_part(list(row["names"]), images, size, squares, seed, orient))
+        storage.write_bytes(row["part"], _draw_part(list(row["names"]), draw, size))
     metadata = parquet.opened(row["part"], remedy=REMEDY).metadata
     return {
         "part": row["part"],
@@ -178,24 +190,25 @@ def make_part(
     }
 
 
-def _draw_part(names: list[str], images: str, size: int, squares: int, seed: int, orient: bool) -> bytes:
-    def draw(name: str) -> list[bytes]:
-        if images == SHAPES:
-            return [shapes.object_image(seed, int(name), size).tobytes()]
-        return [square.tobytes() for square in cut_squares(name, size, squares, orient)]
+def _draw_shape(name: str, size: int, seed: int) -> list[UInt8[ndarray, "size size 3"]]:
+    return [shapes.object_image(seed, int(name), size)]
 
-    good, left_out = [], []
+
+def _draw_part(names: list[str], draw: Draw, size: int) -> bytes:
+    good, left_out = list[bytes](), []
     for name, (drawn, reason) in zip(names, pictures.read_rows(names, draw), strict=True):
         if drawn is None:
             left_out.append({"name": name, "reason": reason})
         else:
-            good += drawn
+            good += [square.tobytes() for square in drawn]
     table = pa.table({"pixels": pa.array(good, pa.binary(3 * size**2))})
     # One row per row group: training reads rows in any order, and each costs one request.
     return parquet.encoded(table.replace_schema_metadata({"left_out": json.dumps(left_out)}), row_group_size=1)
 
 
-def cut_squares(uri: str, size: int, count: int = 1, orient: bool = False) -> list[UInt8[ndarray, "size size 3"]]:
+def cut_squares(
+    uri: str, size: int, count: int = 1, orient: bool = False, max_pixels: int = MAX_PIXELS
+) -> list[UInt8[ndarray, "size size 3"]]:
     """Cut squares from an image and resize each to `size` pixels a side.
 
     The first is the largest one around the centre. The others have sides between half of that (at least `size`, if the
@@ -204,7 +217,7 @@ def cut_squares(uri: str, size: int, count: int = 1, orient: bool = False) -> li
     Raises:
         BadInput: the image can't be read.
     """
-    image = pictures.read_image(uri, orient=orient)
+    image = pictures.read_image(uri, orient=orient, max_pixels=max_pixels)
     height, width = image.shape[:2]
     most = min(height, width)
     random = np.random.default_rng(zlib.crc32(uri.rsplit("/", 1)[-1].encode(errors="surrogateescape")))

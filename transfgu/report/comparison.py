@@ -171,7 +171,9 @@ def _grid(recipe: Recipe, rows: Sequence[Scored]) -> tuple[list[page.Row], list[
     grid = []
     for sample in page.spread(samples, _IMAGES):
         try:
-            image = images.read_image(sample["image"], orient=recipe.dataset.orient)
+            image = images.read_image(
+                sample["image"], orient=recipe.dataset.orient, max_pixels=recipe.dataset.max_pixels
+            )
             label = None if sample["label"] is None else images.read_label(sample["label"], known, image.shape[:2])
         except BadInput:
             continue  # the runs count and name it

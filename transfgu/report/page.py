@@ -203,7 +203,7 @@ def _grid(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
     known = datasets.classes(recipe)
 
     def read(sample: dict[str, Any]) -> tuple[dict[str, Any], pictures.Pixels, pictures.Mask | None]:
-        image = images.read_image(sample["image"], orient=recipe.dataset.orient)
+        image = images.read_image(sample["image"], orient=recipe.dataset.orient, max_pixels=recipe.dataset.max_pixels)
         label = None if sample["label"] is None else images.read_label(sample["label"], known, image.shape[:2])
         return sample, image, label
 
@@ -388,7 +388,9 @@ def concept_views(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concep
     def cut(item: tuple[int, list[dict[str, Any]]]) -> list[tuple[int, float, pictures.Pixels]]:
         # Windows are in pixels of the resized image; scale them to the original image and cut there.
         index, windows = item
-        image = images.read_image(paths[index].as_py(), orient=recipe.dataset.orient)
+        image = images.read_image(
+            paths[index].as_py(), orient=recipe.dataset.orient, max_pixels=recipe.dataset.max_pixels
+        )
         scale = np.array(image.shape[:2]) / recipe.dataset.feature_size
         tiles = []
         for window in windows:
@@ -428,7 +430,11 @@ def _pseudo_labels(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Row]:
     def read(place: tuple[int, Int16[np.ndarray, "planes h w"]]) -> tuple[Any, str, pictures.Pixels]:
         index, maps = place
         sample = samples.slice(index, 1).to_pylist()[0]
-        return maps, sample["name"], images.read_image(sample["image"], orient=recipe.dataset.orient)
+        return (
+            maps,
+            sample["name"],
+            images.read_image(sample["image"], orient=recipe.dataset.orient, max_pixels=recipe.dataset.max_pixels),
+        )
 
     rows = []
     found = zip(places["index"].to_pylist(), map_files.read_maps(places), strict=True)

@@ -96,7 +96,7 @@ class Playground(ThreadingHTTPServer):
             UserError: the bytes are not a readable image.
         """
         try:
-            pixels = images.pixels_of(data, orient=True)
+            pixels = images.pixels_of(data, orient=True, max_pixels=self.segmenter.recipe.dataset.max_pixels)
         except BadInput as error:
             raise UserError(f"this photograph can't be used ({error}): choose another file", code="image-bad") from None
         with self.lock:

@@ -18,6 +18,9 @@ NODES = "TRANSFGU_NODES"
 """Environment variable with the nodes that a scaling cluster may have."""
 
 
+_UNKNOWN_MEMORY = 4 << 30  # bytes of a node that an autoscaler is still to add
+
+
 @dataclass(frozen=True)
 class Nodes:
     """A number of nodes with the same resources."""
@@ -82,6 +85,13 @@ def present() -> tuple[int, float, float]:
     resources = ray.cluster_resources()
     nodes = sum(bool(node["Alive"]) for node in ray.nodes())
     return nodes, float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+
+
+def task_memory() -> int:
+    """Return the bytes of memory that a task may ask for so that two of them fit on each node that is there now."""
+    living = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    held = [int(node["memory"]) for node in living if node.get("memory") and node.get("CPU", 0) >= 1]
+    return min(held, default=_UNKNOWN_MEMORY) // 2
 
 
 def cluster_gpus() -> float:

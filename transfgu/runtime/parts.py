@@ -19,8 +19,8 @@ from ray.data import Dataset
 
 from transfgu.datasets import images, map_files
 from transfgu.errors import LeftOut, UserError
-from transfgu.recipe import Recipe, Size
-from transfgu.runtime import ray_internals
+from transfgu.recipe import DECODING_BYTES, MAX_PIXELS, Recipe, Size
+from transfgu.runtime import capacity, ray_internals
 from transfgu.runtime.bottleneck import details
 from transfgu.runtime.failures import raises_user_errors
 from transfgu.runtime.progress import Progress
@@ -28,7 +28,7 @@ from transfgu.store import parquet, storage
 
 _PART_BYTES = 20_000_000  # of decoded pixels: 16 images of 640 x 640
 _PART_IMAGES = 32
-READ_MEMORY = 256 << 20  # bytes of heap for a decoding task: a decoded photograph of 12 megapixels
+_READ_BYTES = 128 << 20  # of heap that a decoding task needs besides the image in hand: the files and results of a part
 _AHEAD = 3  # decoded blocks per actor, in addition to one per decoding CPU
 _METADATA = b"transfgu"
 
@@ -36,6 +36,14 @@ _METADATA = b"transfgu"
 def part_size(size: Size) -> int:
     """Return the number of images of `size` (height, width) per part; the same in every attempt."""
     return max(1, min(_PART_IMAGES, _PART_BYTES // (3 * size[0] * size[1])))
+
+
+def read_memory(max_pixels: int) -> int:
+    """Return the bytes of memory that a task which decodes images of up to `max_pixels` asks Ray for.
+
+    It is what the largest image takes, but no more than half of the smallest node's, where it would never run.
+    """
+    return min(_READ_BYTES + DECODING_BYTES * max_pixels, capacity.task_memory())
 
 
 def split(samples: pa.Table, size: int) -> list[pa.Table]:
@@ -95,13 +103,19 @@ class ReadImages:
     interpolation: Literal["bilinear", "nearest"]
     orient: bool = False
     """Apply EXIF's orientation."""
+    max_pixels: int = MAX_PIXELS
+    """Maximum size of an image; a larger one is left out."""
+
+    def decode(self, data: bytes | None) -> UInt8[np.ndarray, "height width 3"]:
+        """Decode a file's bytes; raises BadInput."""
+        return images.decode_file(data, orient=self.orient, max_pixels=self.max_pixels)
 
     def __call__(self, samples: pa.Table) -> pa.Table:
         """Raise UserError if the storage fails."""
         pixels = np.zeros((len(samples), 3, *self.size), np.uint8)
 
         def read(data: bytes | None) -> UInt8[np.ndarray, "3 H W"]:
-            return images.resize(images.decode_file(data, orient=self.orient), self.size, self.interpolation)
+            return images.resize(self.decode(data), self.size, self.interpolation)
 
         reasons: list[str | None] = []
         files = storage.read_many(samples["image"].to_pylist())
@@ -231,7 +245,7 @@ def encoded(
     with ray_internals.data_context(whole_blocks=True, store_bytes=block * ahead(pool)):
         # Asking for memory also keeps Ray from fusing the reading into the actor, where nothing would overlap.
         images_read = ray.data.from_arrow(list(parts)).map_batches(
-            read, batch_size=None, batch_format="pyarrow", num_cpus=1, memory=READ_MEMORY
+            read, batch_size=None, batch_format="pyarrow", num_cpus=1, memory=read_memory(read.max_pixels)
         )
         return ray_internals.map_whole_blocks(images_read, actor, arguments, pool)
 

@@ -159,7 +159,13 @@ def plan(
         return (
             ray.data.from_arrow(blocks)
             # Asking for memory also keeps Ray from fusing the reading into the actor.
-            .map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=1, memory=parts.READ_MEMORY)
+            .map_batches(
+                read,
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=1,
+                memory=parts.read_memory(recipe.dataset.max_pixels),
+            )
             .map_batches(
                 Count,
                 batch_size=recipe.evaluation.batch_size,

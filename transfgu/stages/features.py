@@ -75,6 +75,7 @@ def _work(recipe: Recipe, folder: str) -> parts.Work:
             size=recipe.dataset.feature_size,
             interpolation=recipe.dataset.interpolation,
             orient=recipe.dataset.orient,
+            max_pixels=recipe.dataset.max_pixels,
         ),
         actor=EncodeWindows,
         arguments={"recipe": recipe, "processes": capacity.actors_per_node(recipe.compute)},

@@ -11,8 +11,9 @@ import io
 import json
 import struct
 import zlib
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
@@ -28,7 +29,7 @@ from transfgu.datasets.class_lists import index_type
 from transfgu.datasets.listing import Images, find_images
 from transfgu.datasets.names import output_names
 from transfgu.errors import BadInput, LeftOut, UserError
-from transfgu.recipe import ComputeRecipe, Size
+from transfgu.recipe import MAX_PIXELS, ComputeRecipe, Size, check_pixels
 from transfgu.runtime import parts
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, predicted, storage
@@ -66,6 +67,8 @@ class PredictionJob:
         overlays: also write each image as a JPEG with its classes' colours; requires PNGs.
         orient: apply the orientation in EXIF data, so that a mask matches the image in a viewer; False: use stored
             pixels; None: like existing masks in `out`, or True if there are none.
+        max_pixels: maximum size of an image, pixels; a larger one is left out, or with tiles read by rows; None: the
+            run's `dataset.max_pixels`.
         tile: height of tiles, pixels (`Segmenter.predict`); 0: images are not divided.
         overlap: minimum number of pixels that neighbouring tiles share.
     """
@@ -76,6 +79,7 @@ class PredictionJob:
     format: Format = "png"
     overlays: bool = False
     orient: bool | None = None
+    max_pixels: int | None = None
     tile: int = 0
     overlap: int = 64
 
@@ -143,7 +147,8 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
         ['0.png', '1.png']
     """
     images = preflight(job)
-    job = replace(job, orient=resolved_orient(job))
+    most = job.max_pixels or Run(job.run).recipe().dataset.max_pixels
+    job = replace(job, orient=resolved_orient(job), max_pixels=most)
     samples = named_samples(images)
     there, bad = _there(job, samples), _known_bad(job)
     # Imported only now, because this takes seconds.
@@ -203,6 +208,8 @@ def preflight(job: PredictionJob) -> Images:
             "be read as images, so choose separate folders",
             code="folders-nested",
         )
+    if job.max_pixels is not None:
+        check_pixels("--max_pixels", job.max_pixels)
     storage.check_readable(job.images)
     if storage.is_file(job.images):
         raise UserError(f"{storage.shown(job.images)} is a file: give --images its folder", code="folder-expected")
@@ -462,7 +469,13 @@ def plan(job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: Co
 
     data = parts.encoded(
         tables,
-        ReadPhotos(size=size, interpolation="bilinear", orient=job.orient is not False, keep_files=job.overlays),
+        ReadPhotos(
+            size=size,
+            interpolation="bilinear",
+            orient=job.orient is not False,
+            max_pixels=job.max_pixels or MAX_PIXELS,
+            keep_files=job.overlays,
+        ),
         PredictMasks,
         {"run": job.run, "processes": capacity.actors_per_node(compute)},
         capacity.encoder_pool(compute),
@@ -491,7 +504,7 @@ class ReadPhotos(parts.ReadImages):
 
         def read(uri: str) -> tuple[dict[str, Any], UInt8[np.ndarray, "3 H W"]]:
             data = storage.read_bytes_or_none(uri)
-            image = images.decode_file(data, orient=self.orient)
+            image = self.decode(data)
             row = {"height": image.shape[0], "width": image.shape[1], "file": data if self.keep_files else None}
             return {**row, "reason": None}, images.resize(image, self.size, self.interpolation)
 
@@ -578,7 +591,7 @@ class PredictTiles:
 
         if not storage.exists(uri):
             raise BadInput("missing image")
-        rows = rows_of(uri, orient=self._job.orient is not False)
+        rows = rows_of(uri, orient=self._job.orient is not False, max_pixels=self._job.max_pixels or MAX_PIXELS)
         size, kind = (rows.height, rows.width), index_type(len(self._segmenter.classes))
         found = self._segmenter.strips(rows, Tiling(tile=self._job.tile, overlap=self._job.overlap))
         strips = (strip.astype(kind, copy=False) for strip in found)
@@ -586,7 +599,7 @@ class PredictTiles:
             data = png_of_strips(strips, size, np.array(self._segmenter.colours, np.uint8))
             storage.write_bytes(storage.join(self._job.out, "masks", f"{mask}.png"), data)
         else:
-            _write_rows(self._job, [name], [size], [b"".join(strip.tobytes() for strip in strips)])
+            _write_rows(self._job, [name], [(name, *size, b"".join(strip.tobytes() for strip in strips))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -601,52 +614,56 @@ class WriteMasks:
         colours = np.array([c["colour"] for c in claim["classes"]], np.uint8)
         rows = block.filter(block["reason"].is_null())
         kind = index_type(len(colours))
-        masks = [
-            np.frombuffer(zlib.decompress(data), kind).reshape(height, width)
-            for data, height, width in zip(*(rows[n].to_pylist() for n in ("indices", "height", "width")), strict=True)
-        ]
-        names = rows["mask"].to_pylist()
-        with ThreadPoolExecutor(_WRITERS) as pool:
-            # Overlays first, because the mask marks an image as complete.
-            if self.job.overlays:
-                files = rows["file"].to_pylist()
-                list(
-                    pool.map(
-                        lambda n, f, m: self._write(
-                            "overlays", f"{n}.jpg", overlay(f, m, colours, orient=self.job.orient is not False)
-                        ),
-                        names,
-                        files,
-                        masks,
-                    )
-                )
-            if self.job.format == "png":
-                list(pool.map(lambda n, m: self._write("masks", f"{n}.png", png(m, colours)), names, masks))
-        if self.job.format == "parquet" and masks:
-            sizes = list(zip(rows["height"].to_pylist(), rows["width"].to_pylist(), strict=True))
-            _write_rows(self.job, rows["name"].to_pylist(), sizes, [mask.tobytes() for mask in masks], block["name"])
+        # Only one image's mask, overlay and files are in memory at a time, and those that are being sent.
+        masks = (
+            (row, np.frombuffer(zlib.decompress(row["indices"]), kind).reshape(row["height"], row["width"]))
+            for row in _one_by_one(rows)
+        )
+        if self.job.format == "png":
+            with ThreadPoolExecutor(_WRITERS) as pool:
+                sent: deque[Future[None]] = deque()
+                for row, mask in masks:
+                    sent.append(pool.submit(self._send, row["mask"], *self._files(row["file"], mask, colours)))
+                    if len(sent) >= _WRITERS:
+                        sent.popleft().result()
+                for future in sent:
+                    future.result()
+        elif len(rows):
+            named = ((row["name"], row["height"], row["width"], mask.tobytes()) for row, mask in masks)
+            _write_rows(self.job, block["name"].to_pylist(), named)
         predicted.write_part(self.job.out, rows)
         left_out = [vars(x) for x in parts.left_out(block)]
-        return pa.table({"made": [len(masks)], "left_out": [json.dumps(left_out)]})
+        return pa.table({"made": [len(rows)], "left_out": [json.dumps(left_out)]})
 
-    def _write(self, kind: str, name: str, data: bytes) -> None:
-        storage.write_bytes(storage.join(self.job.out, kind, name), data)
+    def _files(
+        self, file: bytes | None, mask: UInt8[np.ndarray, "H W"], colours: UInt8[np.ndarray, "C 3"]
+    ) -> tuple[bytes, bytes | None]:
+        """Return an image's mask as a PNG, and its overlay where its file was kept for one."""
+        shown = None if file is None else overlay(file, mask, colours, orient=self.job.orient is not False)
+        return png(mask, colours), shown
+
+    def _send(self, name: str, mask: bytes, shown: bytes | None) -> None:
+        if shown is not None:  # the overlay first: a mask is what says that an image is done
+            storage.write_bytes(storage.join(self.job.out, "overlays", f"{name}.jpg"), shown)
+        storage.write_bytes(storage.join(self.job.out, "masks", f"{name}.png"), mask)
 
 
-def _write_rows(
-    job: PredictionJob,
-    names: Sequence[str],
-    sizes: Sequence[Size],
-    masks: Sequence[bytes],
-    part: pa.ChunkedArray | None = None,
-) -> None:
-    """Write masks as a Parquet file; `part` has the names of all images of the part, if some can't be used."""
-    heights, widths = zip(*sizes, strict=True)
-    table = pa.table([list(names), list(heights), list(widths), pa.array(masks, pa.large_binary())], schema=_SCHEMA)
+def _one_by_one(rows: pa.Table) -> Iterator[dict[str, Any]]:
+    for index in range(len(rows)):
+        yield rows.slice(index, 1).to_pylist()[0]
+
+
+def _write_rows(job: PredictionJob, part: Sequence[str], masks: Iterable[tuple[str, int, int, bytes]]) -> None:
+    """Write masks as a Parquet file.
+
+    Args:
+        job: whose masks they are.
+        part: names of all images of the part, those that can't be used, too.
+        masks: name of the image, height, width, and class indices row by row.
+    """
     # Each set of images has its own file name, so a repeated task replaces its own file.
-    whole = list(names) if part is None else part.to_pylist()
-    digest = hashlib.sha256("\n".join(whole).encode()).hexdigest()[:16]
-    storage.write_bytes(storage.join(job.out, "masks", f"part-{digest}.parquet"), masks_file(table))
+    digest = hashlib.sha256("\n".join(part).encode()).hexdigest()[:16]
+    storage.write_bytes(storage.join(job.out, "masks", f"part-{digest}.parquet"), masks_file(masks))
 
 
 def png_of_strips(
@@ -696,6 +713,7 @@ def overlay(
     return sink.getvalue()
 
 
-def masks_file(table: pa.Table) -> bytes:
-    """Return the bytes of a Parquet file of masks; each mask can be read without the others."""
-    return parquet.encoded(table, compression="zstd", row_group_size=1, use_dictionary=False)
+def masks_file(masks: Iterable[tuple[str, int, int, bytes]]) -> bytes:
+    """Return the bytes of a Parquet file of masks, each of which is written, and can be read, without the others."""
+    tables = (pa.table([[value] for value in row], schema=_SCHEMA) for row in masks)
+    return parquet.encoded_groups(tables, _SCHEMA, compression="zstd", use_dictionary=False)

@@ -160,7 +160,12 @@ def _work(recipe: Recipe, centroids: Float[np.ndarray, "K d"], folder: str) -> p
 
 def _reader(recipe: Recipe) -> parts.ReadImages:
     dataset = recipe.dataset
-    return parts.ReadImages(size=dataset.image_size, interpolation=dataset.interpolation, orient=dataset.orient)
+    return parts.ReadImages(
+        size=dataset.image_size,
+        interpolation=dataset.interpolation,
+        orient=dataset.orient,
+        max_pixels=dataset.max_pixels,
+    )
 
 
 class MapConcepts:

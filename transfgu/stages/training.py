@@ -97,7 +97,7 @@ def usable_images(recipe: Recipe, run: Run, kept: str) -> tuple[pa.Table, tuple[
             )
         return images, ()
     listed = samples.training(recipe, run)
-    reasons = _found_bad(listed, kept)
+    reasons = _found_bad(listed, kept, recipe.dataset.max_pixels)
     good = listed.filter(pa.array([not reason for reason in reasons], pa.bool_()))
     left_out = tuple(
         LeftOut(name=name, reason=reason)
@@ -110,14 +110,15 @@ def usable_images(recipe: Recipe, run: Run, kept: str) -> tuple[pa.Table, tuple[
     return good.select(["image"]), left_out
 
 
-def _found_bad(listed: pa.Table, kept: str) -> list[str]:
+def _found_bad(listed: pa.Table, kept: str, max_pixels: int) -> list[str]:
     """Return the reason why each image is bad; empty for good ones."""
     if storage.exists(kept):
         found = parquet.read(kept)
         if found["image"].to_pylist() == listed["image"].to_pylist():
             return [str(reason) for reason in found["reason"].to_pylist()]
     reasons: list[str] = []
-    for columns in stream(listed.select(["image"]), read_reasons, _CHECKED, world=1):
+    read = partial(read_reasons, max_pixels=max_pixels)
+    for columns in stream(listed.select(["image"]), read, _CHECKED, world=1):
         reasons += [str(reason) for reason in columns["reason"]]
     write_table(kept, pa.table({"image": listed["image"], "reason": pa.array(reasons, pa.string())}))
     return reasons

@@ -7,7 +7,7 @@ package has an extension type, so a file with one counts as damaged and none of 
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -117,6 +117,22 @@ def encoded(table: pa.Table, **options: Any) -> bytes:
     """
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, **options)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def encoded_groups(tables: Iterable[pa.Table], schema: pa.Schema, **options: Any) -> bytes:
+    """Return the bytes of a Parquet file with a row group of each table; one table is in memory at a time.
+
+    Args:
+        tables: of the file's rows.
+        schema: of each of them.
+        options: those of `pyarrow.parquet.ParquetWriter`.
+    """
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, schema, **options) as writer:
+        for table in tables:
+            writer.write_table(table)
     data: bytes = sink.getvalue().to_pybytes()
     return data
 

@@ -28,7 +28,7 @@ from transfgu.datasets.rows import read_training_rows, training_image
 from transfgu.datasets.sample_cache import Layout, SampleCache, default_folder
 from transfgu.errors import UserError
 from transfgu.learner import Batch
-from transfgu.recipe import ComputeRecipe, Recipe, Size
+from transfgu.recipe import MAX_PIXELS, ComputeRecipe, Recipe, Size
 from transfgu.runtime.ray_internals import data_context
 from transfgu.store import storage
 from transfgu.training.order import Order
@@ -71,6 +71,8 @@ class Share:
     world: int
     orient: bool = False
     """Apply EXIF's orientation."""
+    max_pixels: int = MAX_PIXELS
+    """Maximum size of an image, pixels."""
     read_rows: Callable[[pa.Table], dict[str, Any]] | None = None
     """From rows to columns `image`, `maps` and the others passed on; None: `read_training_rows` at `size`."""
 
@@ -86,7 +88,9 @@ class Share:
     def read(self, slots: Int[np.ndarray, " n"], batch_size: int, block_rows: int = BLOCK_ROWS) -> Iterator[Batch]:
         """Decode the samples of slots, in their order, a batch at a time; a task decodes `block_rows`."""
         rows = self.rows.take(slots % self.order.images).append_column("slot", pa.array(slots))
-        read = self.read_rows or partial(read_training_rows, size=self.size, orient=self.orient)
+        read = self.read_rows or partial(
+            read_training_rows, size=self.size, orient=self.orient, max_pixels=self.max_pixels
+        )
         for columns in stream(rows, read, batch_size, world=self.world, block_rows=block_rows):
             # Copied: arrays out of Ray's object store are read-only, which torch warns of.
             yield Batch(columns["slot"], torch.tensor(columns["image"]), torch.tensor(columns["maps"]))
@@ -237,10 +241,11 @@ class Cached:
 
     def _obtain(self, position: int, image: Any, maps: Any) -> None:
         """Read a sample that is not in the cache, and store it there."""
-        uri, size, orient = self._uris[position], self.share.size, self.share.orient
+        uri, share = self._uris[position], self.share
 
         def decode() -> Any:
-            return training_image(uri, storage.read_bytes_or_none(uri), size, orient=orient)
+            data = storage.read_bytes_or_none(uri)
+            return training_image(uri, data, share.size, orient=share.orient, max_pixels=share.max_pixels)
 
         self.cache.image(position, image, decode)
         part = int(self._parts[position])

@@ -28,7 +28,10 @@ class Shown:
         self._colours = datasets.classes(recipe).colours
         count = min(_IMAGES, len(rows))
         chosen = rows["image"].take([i * len(rows) // count for i in range(count)]).to_pylist()
-        found = images.read_rows(chosen, lambda uri: images.read_image(uri, orient=recipe.dataset.orient))
+        found = images.read_rows(
+            chosen,
+            lambda uri: images.read_image(uri, orient=recipe.dataset.orient, max_pixels=recipe.dataset.max_pixels),
+        )
         # Training itself reports unreadable images when it needs them.
         self._images = [image for image, _ in found if image is not None]
         resized = [images.resize(image, self._size) for image in self._images]

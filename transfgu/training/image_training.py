@@ -92,6 +92,7 @@ class ImageTraining:
             rank=place.rank,
             world=place.world,
             orient=recipe.dataset.orient,
+            max_pixels=recipe.dataset.max_pixels,
         )
         if share.bytes > recipe.compute.resident_gib * 2**30:
             return open_cache(share, recipe.compute, self.epochs) or Streamed(share, self.epochs)

@@ -98,7 +98,8 @@ class Mirror:
 
     def _batches(self) -> Iterator[tuple[Shaped[Tensor, "B ..."], Shaped[Tensor, "B ..."]]]:
         """Return the frozen part's results for images and their mirror images."""
-        read = partial(read_plain_rows, size=self._recipe.dataset.image_size, orient=self._recipe.dataset.orient)
+        how = self._recipe.dataset
+        read = partial(read_plain_rows, size=how.image_size, orient=how.orient, max_pixels=how.max_pixels)
         for columns in stream(self._rows, read, self._recipe.evaluation.batch_size, world=self._world):
             images = torch.from_numpy(columns["image"][columns["good"]])
             if len(images):

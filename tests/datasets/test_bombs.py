@@ -1,0 +1,183 @@
+"""Small files that hold large images: what decoding them takes, and that a limit is looked at before it is taken."""
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.refusals import refused
+from transfgu import datasets
+from transfgu.datasets import images
+from transfgu.errors import BadInput
+from transfgu.recipe import DECODING_BYTES, MAX_PIXELS, Recipe, preset
+from transfgu.runtime import parts
+
+SIDE, LARGE_SIDE = 5_000, 13_000
+OTHERS = 64 << 20  # bytes that are no image: files, results, what libraries set aside
+
+# Decodes the file argv[1] as argv[2] says, with no more than argv[3] bytes of address space beyond what there is.
+PROGRAM = """
+import json, resource, sys
+from transfgu import datasets
+from transfgu.datasets import images
+from transfgu.errors import BadInput
+from transfgu.recipe import preset
+
+def memory(what):
+    (line,) = [line for line in open("/proc/self/status") if line.startswith(what)]
+    return int(line.split()[1]) << 10
+
+path, what, most = sys.argv[1], sys.argv[2], int(sys.argv[3])
+data = open(path, "rb").read()
+images.resize(images.decode_image(open(sys.argv[4], "rb").read()), (4, 4))
+open("/proc/self/clear_refs", "w").write("5")  # the peak from here on
+before, held = memory("VmRSS"), memory("VmSize")
+resource.setrlimit(resource.RLIMIT_AS, (held + most, held + most))
+if what == "label":
+    found = images.read_label(path, datasets.classes(preset("coco-stuff-27"))).shape
+else:
+    found = images.resize(images.decode_image(data, orient=True), (320, 320)).shape
+print(json.dumps([memory("VmHWM") - before, found]))
+"""
+
+
+def png_of_zeros(side: int, depth: int, colour: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A black PNG that is written row by row."""
+    channels = {0: 1, 2: 3, 3: 1, 6: 4}[colour]
+    row, packed = bytes(1 + (side * channels * depth + 7) // 8), zlib.compressobj(9)
+    data = b"".join(packed.compress(row) for _ in range(side)) + packed.flush()
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(*one) for one in ((b"IHDR", head), *chunks, (b"IDAT", data), (b"IEND", b""))
+    )
+
+
+def jpeg() -> bytes:
+    sink = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (SIDE, SIDE)).save(sink, "JPEG", exif=exif)
+    return sink.getvalue()
+
+
+PALETTE = ((b"PLTE", bytes(range(6))), (b"tRNS", b"\0"))
+BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "large": (lambda: png_of_zeros(LARGE_SIDE, 8, 2), "image"),
+    "one bit": (lambda: png_of_zeros(SIDE, 1, 0), "image"),
+    "grey": (lambda: png_of_zeros(SIDE, 8, 0), "image"),
+    "16-bit grey": (lambda: png_of_zeros(SIDE, 16, 0), "image"),
+    "colours": (lambda: png_of_zeros(SIDE, 8, 2), "image"),
+    "16-bit colours": (lambda: png_of_zeros(SIDE, 16, 2), "image"),
+    "transparent": (lambda: png_of_zeros(SIDE, 8, 6), "image"),
+    "transparent palette": (lambda: png_of_zeros(SIDE, 8, 3, *PALETTE), "image"),
+    "turned JPEG": (jpeg, "image"),
+    "label": (lambda: png_of_zeros(SIDE, 8, 0), "label"),
+    "16-bit label": (lambda: png_of_zeros(SIDE, 16, 0), "label"),
+    "label of a palette": (lambda: png_of_zeros(SIDE, 1, 3, *PALETTE), "label"),
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what a process holds is read from /proc")
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_decoding_takes_what_is_declared(bomb: str, tmp_path: Path) -> None:
+    make, what = BOMBS[bomb]
+    file, first = tmp_path / "bomb", tmp_path / "first"
+    file.write_bytes(make())
+    first.write_bytes(png_of_zeros(64, 8, 2))
+    side = LARGE_SIDE if bomb == "large" else SIDE
+    most = DECODING_BYTES * side**2 + OTHERS
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(file), what, str(most), str(first)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    taken, shape = json.loads(done.stdout)
+    assert shape == ([side, side] if what == "label" else [3, 320, 320])
+    print(f"{bomb}: {file.stat().st_size / 1e3:.0f} KB, {taken / side**2:.1f} bytes per pixel")
+    assert side**2 < taken < most  # what is measured is not nothing
+
+
+def test_a_limit_is_looked_at_before_anything_is_decoded(tmp_path: Path) -> None:
+    data = png_of_zeros(100, 8, 2)[:60] + b"damaged, which decoding would find"
+    for size, reason in ((10_000, "damaged|truncated"), (9_999, r"100 x 100 pixels.*dataset\.max_pixels \(9999\)")):
+        with pytest.raises(BadInput, match=reason):
+            images.decode_image(data, max_pixels=size)
+    (tmp_path / "a.png").write_bytes(png_of_zeros(20, 8, 0))
+    classes = datasets.classes(preset("coco-stuff-27"))
+    assert images.read_label(str(tmp_path / "a.png"), classes, (20, 20), max_pixels=400).shape == (20, 20)
+    with pytest.raises(BadInput, match=r"dataset\.max_pixels \(399\)"):
+        images.read_label(str(tmp_path / "a.png"), classes, max_pixels=399)
+    with pytest.raises(BadInput, match="label of 20 x 20 pixels for an image of 4 x 4"):
+        images.read_label(str(tmp_path / "a.png"), classes, (4, 4))
+    with pytest.raises(BadInput, match=r"dataset\.max_pixels"):
+        images.pixels_of(Image.new("L", (5, 5)), max_pixels=24)
+
+
+def test_a_task_leaves_out_what_is_larger(tmp_path: Path) -> None:
+    for name, side in (("a", 8), ("b", 9)):
+        (tmp_path / f"{name}.png").write_bytes(png_of_zeros(side, 8, 2))
+    listed = pa.table({"index": [0, 1], "name": ["a", "b"], "image": [str(tmp_path / f"{n}.png") for n in "ab"]})
+    read = parts.ReadImages(size=(4, 4), interpolation="bilinear", max_pixels=64)
+    assert read(listed)["reason"].to_pylist() == [None, "image of 9 x 9 pixels, more than dataset.max_pixels (64)"]
+
+
+def test_what_the_field_takes() -> None:
+    recipe = preset("folder")
+    assert recipe.dataset.max_pixels == MAX_PIXELS
+    for value in (3, MAX_PIXELS + 1):
+        with refused("field-range"):
+            recipe.with_fields({"max_pixels": value})
+
+
+@pytest.mark.parametrize("stage", ["features", "pseudo_labels", "training", "evaluation"])
+def test_what_is_left_out_is_another_artefact(stage: str) -> None:
+    usual = preset("folder")
+    small = usual.with_fields({"max_pixels": 1000})
+    assert usual.digest(stage) != small.digest(stage)
+    assert usual.digest("samples") == small.digest("samples")
+    assert "dataset.max_pixels" in Recipe.stage_fields(usual, stage)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(st.integers(2, 70), st.integers(2, 70)),
+    size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    seed=st.integers(0, 9),
+)
+def test_bands_and_planes_change_no_pixel(shape: tuple[int, int], size: tuple[int, int], seed: int) -> None:
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 256, (*shape, 4), np.uint8)
+    greys = random.integers(0, 1 << 16, shape, np.uint16)
+    pictures = [Image.fromarray(pixels), Image.fromarray(greys), Image.fromarray(pixels[..., :3]).quantize(7)]
+    pictures += [Image.fromarray(pixels, "CMYK"), Image.fromarray(pixels[..., 0]).convert("1")]
+    pictures[2].info["transparency"] = 3
+    usual, banded = images._BAND_PIXELS, 37
+    for picture in pictures:
+        whole = images.pixels_of(picture)
+        small = images.resize(whole, size)
+        try:
+            images._BAND_PIXELS = banded
+            np.testing.assert_array_equal(images.pixels_of(picture), whole)
+            np.testing.assert_array_equal(images.resize(whole, size), small)
+        finally:
+            images._BAND_PIXELS = usual
