@@ -28,8 +28,8 @@ def sliding_windows(grid: tuple[int, int], scales: Sequence[float], patch_size: 
     half an odd side is rounded to whole patches, alternately down and up, so that odd sides have as many windows as
     even ones. Even sides, which all published sizes have, give the published windows.
 
-    Raises UserError if no scale is given, or one is outside (0, 1] or leaves less than one patch. Source: TransFGU (Yin
-    et al. 2022).
+    Raises UserError if no scale is given, or one is outside (0, 1] or leaves less than one patch.
+    Source: TransFGU (Yin et al. 2022).
     """
     if not len(scales):
         raise UserError("there are no window scales: give at least one", code="windows-scale")

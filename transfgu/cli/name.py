@@ -1,8 +1,8 @@
 """Name the classes of a finished run, and merge classes by giving them the same name; nothing is trained again.
 
-`transfgu name RUN > names.yaml` writes the present names, one per line. Edit the file and run `transfgu name RUN
-names.yaml`: the report, `Segmenter`, exports and new masks use the names. Name concepts that are no class `ignore`.
-`--masks OUT` updates earlier masks to the same classes; `--undo` removes the names.
+`transfgu name RUN > names.yaml` writes the present names, one per line. Edit the file and run
+`transfgu name RUN names.yaml`: the report, `Segmenter`, exports and new masks use the names. Name concepts that are no
+class `ignore`. `--masks OUT` updates earlier masks to the same classes; `--undo` removes the names.
 """
 
 import sys
