@@ -69,8 +69,8 @@ class DatasetRecipe:
     )
     max_pixels: int = field(
         MAX_PIXELS,
-        "maximum size of an image; a larger one is left out; tasks that read images ask Ray for the memory that one of "
-        f"this size takes, {DECODING_BYTES} bytes per pixel",
+        "maximum size of an image; larger ones are left out; tasks that read images request the memory for an image of "
+        f"this size: {DECODING_BYTES} bytes per pixel",
         "pixels",
         before=MAX_PIXELS,
     )
@@ -142,8 +142,8 @@ class ConceptsRecipe:
     iterations: int = field(100, "maximum number of K-Means iterations", "iterations")
     start: Literal["best", "faiss"] = field(
         "best",
-        "what K-Means starts from: best of several k-means++ starts on a sample, or, as published, the rows that FAISS "
-        "draws with seed 1",
+        "initial centroids of K-Means; best: the best of several k-means++ starts on a sample; faiss: the rows that FAISS "
+        "draws with seed 1, as published",
         before="best",
     )
     whiten: Literal["none", "foreground", "background", "both"] = field(
@@ -226,7 +226,7 @@ class TrainingRecipe:
         before="none",
     )
     lr_batch_size: int = field(
-        0, "batch size that training.lr is meant for, with training.lr_scaling; 0: none", "images", before=0
+        0, "batch size for which training.lr was chosen, with training.lr_scaling; 0: none", "images", before=0
     )
     weight_decay: float = field(5e-4, "weight decay on parameters of two or more dimensions")
     omega_1: float = field(1.0, "weight of the diversity loss")

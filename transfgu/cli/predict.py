@@ -38,7 +38,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
         metavar="N",
         type=int,
         default=0,
-        help="predict large images in overlapping tiles of this side [pixels]; 0: no tiles (default: 0)",
+        help="predict large images in overlapping tiles of this height [pixels]; 0: no tiles (default: 0)",
     )
     add("--overlap", metavar="N", type=int, default=64, help="overlap of neighbouring tiles [pixels] (default: 64)")
     add("--export", metavar="FORMAT", help=f"also export the masks, as one of {', '.join(FORMATS)}")
