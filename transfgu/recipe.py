@@ -142,8 +142,8 @@ class ConceptsRecipe:
     iterations: int = field(100, "maximum number of K-Means iterations", "iterations")
     start: Literal["best", "faiss"] = field(
         "best",
-        "initial centroids of K-Means; best: the best of several k-means++ starts on a sample; faiss: the rows that FAISS "
-        "draws with seed 1, as published",
+        "initial centroids of K-Means; best: the best of several k-means++ starts on a sample; faiss: the rows that "
+        "FAISS draws with seed 1, as published",
         before="best",
     )
     whiten: Literal["none", "foreground", "background", "both"] = field(
