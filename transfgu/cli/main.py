@@ -20,7 +20,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "evaluate": "score a run, a decoder or a folder of masks on labelled images",
         "name": "name and merge the classes of a run, without training again",
         "serve": "serve a page to try a run: photographs, masks, names of concepts",
-        "export": "write masks as COCO, CVAT, Label Studio or GeoJSON files",
+        "export": "write masks as COCO, CVAT, Label Studio, GeoJSON or GeoTIFF files",
         "suggest": "suggest the number of concepts from the features of a run, without labels",
         "tune": "search for a better recipe in many short trainings",
         "compare": "compare methods on the same images, over several seeds; or show runs side by side",
