@@ -1,4 +1,4 @@
-"""The segmenter against encoder and decoder used by hand, and what it refuses."""
+"""The segmenter against encoder and decoder used directly, and its errors."""
 
 import json
 import pickle
@@ -265,7 +265,7 @@ def test_the_version_is_the_packages() -> None:
 
 
 class Bomb:
-    """Marks the file system when it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

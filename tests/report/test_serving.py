@@ -1,4 +1,4 @@
-"""The page to try a run with: who may open it, what it answers, and what it does in a browser."""
+"""The page to try a run: its access, its answers, and its behaviour in a browser."""
 
 import asyncio
 import base64
@@ -47,7 +47,7 @@ def photograph(kind: str = "PNG") -> bytes:
 def ask(
     server: Playground, method: str, path: str, body: bytes = b"", *, token: str | None = "", **headers: str
 ) -> tuple[int, bytes, dict[str, str]]:
-    """Status, body and headers of an answer; `token` None: without a cookie."""
+    """Return status, body and headers of an answer; `token` None: without a cookie."""
     port = server.server_address[1]
     if token is not None:
         headers["Cookie"] = f"transfgu={token or server.token}"
@@ -117,7 +117,7 @@ def test_an_address_that_is_taken(server: Playground) -> None:
 
 
 class Browser:
-    """A page in headless Chromium, by its debugging protocol."""
+    """A page in headless Chromium, controlled by its debugging protocol."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket, self._number = socket, 0
@@ -153,7 +153,7 @@ class Browser:
 
 
 async def drive(server: Playground, port: int, photo: Path, shots: Path) -> list[str]:
-    """Use the page as a person would; returns the console's errors."""
+    """Use the page as a user does; returns the console's errors."""
     async with aiohttp.ClientSession() as session:
         for _ in range(300):
             try:

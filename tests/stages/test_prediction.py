@@ -1,4 +1,4 @@
-"""A bucket of images to a bucket of masks: each once, the same however often it was stopped, bad ones named."""
+"""From a bucket of images to a bucket of masks: predicted once, the same after interruptions, bad ones reported."""
 
 import contextlib
 import io
@@ -246,7 +246,7 @@ def test_another_models_masks_stay_as_they_are(made: MadeRun, tmp_path: Path) ->
 
 
 def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path: Path) -> None:
-    """Each looks before any of them has written."""
+    """Each process checks before any of them has written."""
     start, asked = threading.Barrier(8), job(made, tmp_path)
 
     def claim(model: int) -> str:
@@ -271,7 +271,7 @@ def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path
     with ThreadPoolExecutor(8) as pool:
         told = list(pool.map(claim, range(8)))
     winner = json.loads((tmp_path / "out" / "prediction.json").read_text())["model"]
-    refusal = f"{tmp_path}/out holds masks of /{winner}: choose another --out, or delete what is there"
+    refusal = f"{tmp_path}/out holds masks of /{winner}: choose another --out, or delete its content"
     assert told == [winner if winner == str(model) else refusal for model in range(8)]
 
 

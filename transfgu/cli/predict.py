@@ -38,7 +38,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
         metavar="N",
         type=int,
         default=0,
-        help="predict large images in overlapping tiles of this side [pixels]; 0: no tiles (default: 0)",
+        help="predict large images in overlapping tiles of this height [pixels]; 0: no tiles (default: 0)",
     )
     add("--overlap", metavar="N", type=int, default=64, help="overlap of neighbouring tiles [pixels] (default: 64)")
     add("--export", metavar="FORMAT", help=f"also export the masks, as one of {', '.join(FORMATS)}")
@@ -84,7 +84,7 @@ def main(words: Sequence[str] | None = None) -> None:
         if given.format != "png":
             raise UserError("--export requires masks as PNGs: leave out --format parquet", code="flags-conflict")
     compute = compute_of(given)
-    # # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
+    # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu.runtime.progress import Progress
     from transfgu.stages.prediction import PredictionJob, predict
 

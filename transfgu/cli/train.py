@@ -96,7 +96,7 @@ def main(words: Sequence[str] | None = None) -> None:
         for line in describe(recipe, run, until=given.until, shared=shared, verbose=given.verbose):
             print(line)
     else:
-        # # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
+        # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
         from transfgu.pipeline import run_stages
         from transfgu.report.page import write
 

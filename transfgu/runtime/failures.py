@@ -1,4 +1,4 @@
-"""Take a UserError out of the errors in which Ray wraps what tasks, actors and training workers raise."""
+"""Extract a UserError from the errors in which Ray wraps exceptions of tasks, actors and training workers."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ _TOLD = re.compile(r"^(?:transfgu\.errors\.)?UserError: (.+)\n\[([a-z-]+)\]$", r
 
 @contextmanager
 def raises_user_errors() -> Iterator[None]:
-    """Raise the UserError that lies under an error of Ray's in its place, without Ray's stack traces."""
+    """Raise the UserError in an error of Ray, without Ray's stack traces."""
     try:
         yield
     except Exception as error:
@@ -22,17 +22,18 @@ def raises_user_errors() -> Iterator[None]:
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:
-    """The UserError that lies under Ray's own errors, if one does."""
+    """Return the UserError in Ray's own errors, if there is one."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         cause = getattr(error, "cause", None)
-        # What a task raised is both, Ray's error and ours; its text is a stack trace, that of its cause the line.
+        # An exception of a task is both Ray's error and ours; its text is a stack trace, that of its cause is the
+        # line.
         if isinstance(error, UserError) and not isinstance(cause, UserError):
             return error
         seen.add(id(error))
         failures = getattr(error, "worker_failures", None)
         inner = next(iter(failures.values()), None) if isinstance(failures, dict) else cause
-        # Of what an actor's constructor raised, Ray keeps the text alone.
+        # For an exception in an actor's constructor, Ray keeps only the text.
         if getattr(error, "actor_init_failed", False) and (told := _TOLD.findall(str(error))):
             message, code = told[-1]
             return UserError(message, code)
