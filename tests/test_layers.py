@@ -23,6 +23,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "whitening",
         "kmeans",
         "device_kmeans",
+        "cluster_numbers",
         "maps",
         "decoder",
         "dropout",

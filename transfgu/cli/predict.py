@@ -11,7 +11,7 @@ from transfgu.cli import export
 from transfgu.cli.command_line import Parser, add_compute, add_output, compute_of
 from transfgu.errors import UserError
 from transfgu.fields import convert
-from transfgu.sharing.exports import FORMATS, check_format
+from transfgu.sharing.exports import NAMES, check_format
 from transfgu.store import storage
 
 
@@ -41,7 +41,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
         help="predict large images in overlapping tiles of this height [pixels]; 0: no tiles (default: 0)",
     )
     add("--overlap", metavar="N", type=int, default=64, help="overlap of neighbouring tiles [pixels] (default: 64)")
-    add("--export", metavar="FORMAT", help=f"also export the masks, as one of {', '.join(FORMATS)}")
+    add("--export", metavar="FORMAT", help=f"also export the masks, as one of {', '.join(NAMES)}")
     export.add_outlines(made)
     add(
         "--orient",

@@ -8,7 +8,7 @@ in a broad, characteristic range (walls are reddish, meadows greenish), as they 
 """
 
 import colorsys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +64,13 @@ class _Canvas:
 
 
 def scene(
-    seed: int, split: str, index: int, size: int = SCENE_SIZE
+    seed: int,
+    split: str,
+    index: int,
+    size: int = SCENE_SIZE,
+    *,
+    things: Sequence[int] = range(len(THINGS)),
+    stuff: Sequence[int] = range(len(STUFF)),
 ) -> tuple[UInt8[ndarray, "H W 3"], UInt8[ndarray, "H W"]]:
     """Draw a labelled scene: one or two stuff regions with a wavy border, and one to three things on them.
 
@@ -73,6 +79,8 @@ def scene(
         split: "train" or "val".
         index: number of the scene in the split; unlimited.
         size: side, px.
+        things: kinds of things that are drawn, as indices into `THINGS`; one at least.
+        stuff: kinds of stuff, as indices into `STUFF`; two at least.
 
     Returns:
         image (size, size, 3) and label (size, size), an index into `CLASS_NAMES`.
@@ -81,7 +89,7 @@ def scene(
         raise ValueError(f"split {split!r} is not one of train, val")
     random = _random(seed, split, index)
     canvas = _Canvas.square(size)
-    first, second = (int(kind) for kind in random.choice(len(STUFF), 2, replace=False))
+    first, second = (stuff[int(kind)] for kind in random.choice(len(stuff), 2, replace=False))
     lens = _Lens(blur=float(random.uniform(0.2, 0.8)), contrast=float(random.uniform(0.5, 0.9)))
     pixels = lens.beyond_focus(_draw_stuff(first, canvas, random))
     label = np.full(canvas.shape, len(THINGS) + first, np.uint8)
@@ -98,7 +106,7 @@ def scene(
         x, y = (float(c) for c in random.uniform(0.12, 0.88, 2) * size)
         if all(np.hypot(x - x2, y - y2) > 0.85 * (radius + radius2) for x2, y2, radius2 in placed):
             placed.append((x, y, radius))
-            kind = int(random.integers(len(THINGS)))
+            kind = things[int(random.integers(len(things)))]
             pixels, inside = _paste_thing(pixels, kind, x, y, radius, canvas, random)
             label[inside] = kind
     centres = slice(_SUPERSAMPLING // 2, None, _SUPERSAMPLING)

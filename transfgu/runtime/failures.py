@@ -1,5 +1,6 @@
 """Extract a UserError from the errors in which Ray wraps exceptions of tasks, actors and training workers."""
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,22 @@ def raises_user_errors() -> Iterator[None]:
         raise UserError(str(mistake), code=mistake.code) from None
 
 
+def check_ray() -> None:
+    """Raise UserError if Ray is not installed; nothing is imported."""
+    if importlib.util.find_spec("ray") is None:
+        raise _no_ray()
+
+
+def _no_ray() -> UserError:
+    return UserError(
+        "Ray is not installed, and this command needs it: install transfgu with all that it needs, or pip install "
+        "'ray[data,default,train,tune]'",
+        code="ray-missing",
+    )
+
+
 def find_user_error(error: BaseException | None) -> UserError | None:
-    """Return the UserError in Ray's own errors, if there is one."""
+    """Return the UserError in Ray's own errors, or one that says that Ray is not installed; None for other errors."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         cause = getattr(error, "cause", None)
@@ -30,6 +45,8 @@ def find_user_error(error: BaseException | None) -> UserError | None:
         # line.
         if isinstance(error, UserError) and not isinstance(cause, UserError):
             return error
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "ray":
+            return _no_ray()
         seen.add(id(error))
         failures = getattr(error, "worker_failures", None)
         inner = next(iter(failures.values()), None) if isinstance(failures, dict) else cause
