@@ -18,6 +18,8 @@ unexport PYTHONDONTWRITEBYTECODE
 OUT ?= gpu-report
 DEVICE ?= cuda
 WHEELS ?=
+# The script axe-core, by which tests look at pages. Without its dependencies, which bring browsers.
+AXE := axe-playwright-python==0.1.8
 NEEDED := import faiss, hypothesis, jaxtyping, optuna, pytest, ray.data, ray.train, safetensors, timm, torch, torchvision
 
 .PHONY: demo test test-pure test-ray coverage faults gpu lint types docs site hooks setup clean
@@ -28,6 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (torch and Ray: a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),dev]' $(EDITABLE)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(AXE)
 	@touch $@
 
 demo: setup  ## run the embedded demonstration, from scenes to report

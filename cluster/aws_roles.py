@@ -136,7 +136,7 @@ def make(buckets: list[str], ssh_from: str, file: Path = CLUSTER) -> None:
     own = buckets_policy(buckets)
     _unless_there(iam.create_service_linked_role, AWSServiceName="spot.amazonaws.com")
     for name, statements in ((WORKER, own), (HEAD, own + autoscaler_policy(account, cluster))):
-        # # Create each on its own, so that an interrupted attempt can be continued.
+        # Create each on its own, so that an interrupted attempt can be continued.
         _unless_there(iam.create_role, RoleName=name, AssumeRolePolicyDocument=_document([_TRUST]))
         _unless_there(iam.create_instance_profile, InstanceProfileName=name)
         if not iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]["Roles"]:
@@ -150,7 +150,7 @@ def _unless_there(make: Callable[..., Any], **what: str) -> None:
     try:
         make(**what)
     except ClientError as error:
-        # # The second message is that for the role of a service.
+        # The second message is that for the role of a service.
         if error.response["Error"]["Code"] != "EntityAlreadyExists" and "has been taken" not in str(error):
             raise
 

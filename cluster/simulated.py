@@ -81,7 +81,7 @@ def environment(nodes: int, port: int) -> dict[str, str]:
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "TRANSFGU_NODES": json.dumps([{"count": nodes, **NODE}]),
         "TRANSFGU_DEVICE": "cpu",  # the GPUs are declared but don't exist
-        # # Workers import the package from this clone.
+        # Workers import the package from this clone.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
     }
 
@@ -101,7 +101,7 @@ def run(command: list[str], nodes: int) -> int:
     ]
     try:
         with log.open("w") as output:
-            # # Ctrl-C is handled by the command, which stops as it does elsewhere.
+            # Ctrl-C is handled by the command, which stops as it does elsewhere.
             head = subprocess.Popen(start, stdout=output, stderr=output, start_new_session=True)
         signal.signal(signal.SIGINT, lambda *_: None)
         _join(port, head, log)

@@ -1,4 +1,4 @@
-"""Fixtures that every test may use; annotations of the library are checked at run time while tests run."""
+"""Define fixtures for all tests; annotations of the library are checked at run time in tests."""
 
 import atexit
 import gc
@@ -35,16 +35,13 @@ Arrays = dict[str, np.ndarray]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of the fuzzer in `tests/fuzz`."""
+    """Add options of the fuzzer in `tests/fuzz`."""
     parser.addoption("--fuzz-seconds", type=float, default=0.0, help="seconds in all; 0: a few cases of each kind")
     parser.addoption("--fuzz-seed", type=int, default=0, help="of the cases")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` on a machine without one.
-
-    `TRANSFGU_GPU_TESTS=cpu` tries those of `tests/gpu` on the CPU.
-    """
+    """Skip tests marked `gpu` on a machine without one; `TRANSFGU_GPU_TESTS=cpu` runs `tests/gpu` on the CPU."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -67,13 +64,13 @@ _ray_is_expected = False
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Remember whether a test so far was marked `ray`."""
+    """Record whether a test so far was marked `ray`."""
     global _ray_is_expected
     _ray_is_expected |= item.get_closest_marker("ray") is not None
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """Fail a test that starts Ray without the mark: a cluster takes ten seconds."""
+    """Fail a test that starts Ray without the mark, because a cluster takes ten seconds."""
     ray = sys.modules.get("ray")
     if not _ray_is_expected and ray is not None and ray.is_initialized():
         pytest.fail(f"{item.nodeid} started Ray: mark it `ray`")
@@ -100,7 +97,7 @@ def reference() -> Callable[[str], Arrays]:
 
 @pytest.fixture(scope="session")
 def two_processes() -> Iterator[ProcessPoolExecutor]:
-    """Two more processes, for what is distributed without Ray: `torch.distributed` over the loopback device."""
+    """Two more processes, for tests distributed without Ray: `torch.distributed` over the loopback device."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
 
@@ -113,7 +110,7 @@ def two_processes() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3_environment: str) -> Iterator[None]:
-    """One local cluster, shared by all tests of the session."""
+    """One local cluster for all tests of the session."""
     import ray
 
     from tests import worker_coverage
@@ -129,7 +126,7 @@ def ray_cluster(s3_environment: str) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Caches of decoded images go to a folder of the session's, in Ray's workers too: they inherit the environment."""
+    """Put caches of decoded images into a folder of the session; Ray's workers inherit the environment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRANSFGU_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -137,7 +134,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any attempt to start Ray fails the test."""
+    """Fail the test if it starts Ray."""
     from transfgu.runtime import connect as runtime_connect
 
     def connect(**_: object) -> None:
@@ -147,14 +144,14 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 REAL_S3 = "AWS_ENDPOINT_URL_S3" in os.environ
-"""Whether the tests meet an S3 server of the caller's, rather than moto, which checks no key."""
+"""Return True if the tests use the caller's S3 server instead of moto, which checks no key."""
 
 
 @pytest.fixture(scope="session")
 def s3_environment() -> Iterator[str]:
-    """URL of the S3 endpoint: that of `AWS_ENDPOINT_URL_S3` (with the keys beside it), else where moto will answer.
+    """URL of the S3 endpoint: that of `AWS_ENDPOINT_URL_S3` (with its keys), or that of moto.
 
-    The environment says so before Ray starts, since its workers inherit the environment of that moment.
+    It is set before Ray starts, because Ray's workers inherit the environment of that moment.
     """
     if REAL_S3:
         yield os.environ["AWS_ENDPOINT_URL_S3"]
@@ -175,7 +172,7 @@ def s3_environment() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint(s3_environment: str) -> Iterator[str]:
-    """URL of an S3 server that answers; moto's is started here."""
+    """URL of a running S3 server; moto's is started here."""
     if REAL_S3:
         yield s3_environment
         return
@@ -189,7 +186,7 @@ def s3_endpoint(s3_environment: str) -> Iterator[str]:
 
 @pytest.fixture
 def s3(s3_endpoint: str) -> str:
-    """URI of an empty S3 bucket, which the environment says how to reach."""
+    """URI of an empty S3 bucket, which the environment makes accessible."""
     import boto3
 
     bucket = f"transfgu-{uuid.uuid4().hex[:12]}"

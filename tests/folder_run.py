@@ -1,4 +1,4 @@
-"""A folder of one's own images, and a recipe that a whole run of takes seconds."""
+"""Create a folder of images, and a recipe whose whole run takes seconds."""
 
 import tarfile
 from pathlib import Path
@@ -16,7 +16,7 @@ IMAGES = 6
 
 
 def photographs(folder: Path, labels: bool = True) -> None:
-    """Bright discs on noise, and where they are."""
+    """Draw bright discs on noise, with their labels."""
     random = np.random.default_rng(0)
     y, x = np.mgrid[:SIDE, :SIDE]
     for i in range(IMAGES):
@@ -29,7 +29,7 @@ def photographs(folder: Path, labels: bool = True) -> None:
 
 
 def pack(folder: Path) -> None:
-    """Put the photographs also into one tar shard, `shard.tar`, and into Parquet row groups of four, in `rows`."""
+    """Write the photographs also to one tar shard, `shard.tar`, and to Parquet row groups of four, in `rows`."""
     files = sorted((folder / "images").iterdir())
     with tarfile.open(folder / "shard.tar", "w") as shard:
         for file in files:
@@ -40,7 +40,7 @@ def pack(folder: Path) -> None:
 
 
 def small(folder: Path, **fields: object) -> Recipe:
-    """A folder's recipe of a few seconds, with an encoder of random weights that the folder keeps."""
+    """Return a folder's recipe of a few seconds, with a random encoder stored in the folder."""
     square = (SIDE, SIDE)
     if not (folder / "encoder.safetensors").exists():
         write_encoder(folder / "encoder.safetensors")

@@ -1,6 +1,6 @@
-"""A gateway before an S3 server that answers some requests itself, with a fault.
+"""A gateway in front of an S3 server that answers some requests itself, with a fault.
 
-Which ones, the test says: the next few, or whatever a function of the request chooses. Every request is written down.
+The test selects them: the next few, or those that a function selects. Every request is recorded.
 """
 
 import http.client
@@ -14,24 +14,24 @@ HANG_UP = 0
 
 
 class Asked(NamedTuple):
-    """A request that came in."""
+    """A received request."""
 
     line: str
-    """Method and path, as `PUT /bucket/key`."""
+    """Method and path, such as `PUT /bucket/key`."""
     fault: int | None
-    """The status it was answered with here, `HANG_UP`, or None where the server answered."""
+    """The status of the gateway's own answer, `HANG_UP`, or None if the server answered."""
 
 
 class Gateway:
-    """Passes requests on to the server at `target`, but for those that it answers by a fault."""
+    """Forwards requests to the server at `target`, except those that it answers with a fault."""
 
     def __init__(self, target: str) -> None:
         self.pending: list[int] = []
         """Faults of the next requests: a status, or `HANG_UP`."""
         self.fault: Callable[[str], int | None] = lambda line: None
-        """Asked for each other request, by its line."""
+        """Called for each other request with its line."""
         self.unknown: frozenset[str] = frozenset()
-        """Headers, in lower case, that the server does not get to see: it acts as one that does not know them."""
+        """Headers, in lower case, that are not forwarded, so that the server acts as one without them."""
         self.asked: list[Asked] = []
         gateway = self
 
@@ -84,10 +84,10 @@ class Gateway:
 
     @property
     def met(self) -> int:
-        """How many requests met a fault."""
+        """Number of requests with a fault."""
         return sum(asked.fault is not None for asked in self.asked)
 
     def close(self) -> None:
-        """End it."""
+        """Stop it."""
         self._server.shutdown()
         self._server.server_close()

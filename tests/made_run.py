@@ -1,6 +1,6 @@
-"""A run's folder made in a moment: real scenes, a tiny random encoder and decoder, artefacts by the library's code.
+"""Create a run's folder quickly: real scenes, a tiny random encoder and decoder, artefacts by the library's code.
 
-Only what a stage would compute on Ray is computed here directly.
+Only results that a stage computes on Ray are computed here directly.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ TRAIN, VALIDATION = 6, 5
 
 @dataclasses.dataclass(frozen=True)
 class MadeRun:
-    """A run's folder and what a report of it is written from."""
+    """A run's folder and the inputs of its report."""
 
     recipe: Recipe
     run: Run
@@ -45,7 +45,7 @@ class MadeRun:
 
 
 def make_run(folder: Path, *, labels: bool = True, things: int = 6, stuff: int = 4) -> MadeRun:
-    """A complete run of six training and five validation scenes, with labels or as one's own images without."""
+    """Create a complete run of six training and five validation scenes, with labels, or without as a user's images."""
     torch.manual_seed(0)
     weights = folder / "encoder.safetensors"
     write_encoder(weights)
@@ -114,7 +114,7 @@ def make_run(folder: Path, *, labels: bool = True, things: int = 6, stuff: int =
 
 
 def write_encoder(path: Path) -> None:
-    """A random ViT, patch 8 and width 24, as a file that describes itself."""
+    """Write a random ViT, patch 8 and width 24, as a file that describes itself."""
     vit = VisionTransformer(
         img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=0, global_pool="token"
     )

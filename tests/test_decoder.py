@@ -1,4 +1,4 @@
-"""The mask decoder: symmetries of its arithmetic, its initial weights, and reading weights from files of others."""
+"""The mask decoder: symmetries of its arithmetic, its initial weights, and reading other programs' weights."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_shapes_and_unit_length() -> None:
 
 
 def test_logits_are_cosines_normalised_over_classes() -> None:
-    """With a fresh LayerNorm over classes, each patch's logits have mean 0 and, but for its eps, variance 1."""
+    """With a new LayerNorm over classes, each patch's logits have mean 0 and, except for its eps, variance 1."""
     logits, _ = make_decoder()(patches())
     torch.testing.assert_close(logits.mean(dim=-1), torch.zeros(2, 6), atol=1e-5, rtol=0)
     assert torch.all(logits.var(dim=-1, unbiased=False) <= 1)
@@ -50,7 +50,7 @@ def test_logits_are_cosines_normalised_over_classes() -> None:
     images=st.integers(1, 3),
 )
 def test_equivariance(seed: int, classes: int, shape: tuple[int, int], images: int) -> None:
-    """Without positions of its own, the decoder follows any order of patches, of classes and of images."""
+    """Without position embeddings, the decoder follows any order of patches, of classes and of images."""
     width, heads = shape
     decoder = make_decoder(seed, classes, width, heads)
     tokens = patches(seed, images, width)
@@ -124,7 +124,7 @@ def test_from_state_dict_reads_every_size() -> None:
 
 
 def test_without_blocks_masks_are_cosines_of_projections() -> None:
-    """Every patch by itself: cosines with embeddings that are the same in each image, normalised over classes."""
+    """Each patch separately: cosines with embeddings that are the same in each image, normalised over classes."""
     torch.manual_seed(0)
     decoder = MaskDecoder(8, 3, num_heads=2, depth=0).eval()
     tokens = torch.randn(2, 4, 8)
@@ -152,5 +152,5 @@ def test_what_is_no_decoder_is_refused_in_one_line() -> None:
 def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="choose a divisor"):
         MaskDecoder(24, 5, num_heads=5)
-    with pytest.raises(ValueError, match="needs two"):
+    with pytest.raises(ValueError, match="at least two classes"):
         MaskDecoder(24, 1, num_heads=3)

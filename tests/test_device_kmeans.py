@@ -1,4 +1,4 @@
-"""Passes of K-Means by matrix products, on the CPU as the device: the bits of the passes on threads."""
+"""Passes of K-Means by matrix products, with the CPU as device: the same bits as passes with threads."""
 
 import numpy as np
 import pytest

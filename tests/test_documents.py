@@ -1,4 +1,4 @@
-"""What is printed in the documents works: links lead somewhere, flags exist, and the tutorial runs from end to end."""
+"""The documents are correct: links have targets, flags exist, and the tutorial runs from end to end."""
 
 import os
 import re
@@ -28,7 +28,7 @@ TUTORIAL = ROOT / "docs" / "tutorial-images.md"
 
 
 def blocks(page: Path, language: str = "") -> list[str]:
-    """The fenced blocks of a page, those of one language if it is given."""
+    """Return the fenced blocks of a page, optionally those of one language."""
     found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     return [text for name, text in found if not language or name == language]
 
@@ -37,7 +37,7 @@ _COMMAND = re.compile(rf"(?:python jobs/|transfgu )((?:{'|'.join(command_line.CO
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of every command line, of `transfgu` or of a job of the clone: the command, and what it is given."""
+    """Yield the words of every command line, of `transfgu` or of a job of the clone: the command, and its arguments."""
     lines = [line for text in blocks(page) for line in text.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`((?:python jobs/|transfgu )[^`\n]* --[^`\n]+)`", page.read_text())
     found = [match[1] for line in lines if (match := _COMMAND.search(line)) and "..." not in line]

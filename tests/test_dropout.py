@@ -15,7 +15,7 @@ def made(seed: int, images: int, heads: int, tokens: int, width: int) -> list[Te
 
 
 def drawn(q: Tensor, k: Tensor, dropout: float, seed: int) -> Tensor:
-    """The attention weights of this seed, dropped: what values that tell the tokens apart are mixed into."""
+    """Return the attention weights of this seed after dropout, from values that identify the tokens."""
     one_by_one = torch.eye(q.shape[2], dtype=q.dtype).expand(q.shape)
     torch.manual_seed(seed)
     return dropped_attention(q, k, one_by_one, dropout)

@@ -29,7 +29,7 @@ PATCH = 8
 
 
 def random_state(width: int, depth: int, native: int, mlp: int, seed: int) -> dict[str, Tensor]:
-    """A transformer's weights under DINO's names, large enough that attention is far from uniform."""
+    """Weights of a transformer with DINO's names, large enough that attention is far from uniform."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -56,7 +56,7 @@ def random_state(width: int, depth: int, native: int, mlp: int, seed: int) -> di
 
 
 def literal_forward(state: dict[str, Tensor], heads: int, images: Tensor) -> tuple[Tensor, Tensor]:
-    """All tokens after the final norm, and all of the last block's attention, as DINO's paper writes them down."""
+    """Return all tokens after the final norm, and the whole last block's attention, as defined in DINO's paper."""
 
     def linear(name: str, x: Tensor) -> Tensor:
         return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
@@ -90,7 +90,7 @@ def literal_forward(state: dict[str, Tensor], heads: int, images: Tensor) -> tup
 def literal_gradient(
     tokens: Tensor, attention: Tensor, concepts: Tensor, prefix: int, zero_grad: Callable[[], None]
 ) -> Tensor:
-    """Of 1 - cosine on the class token's attention, averaged over heads: a backward pass for each class; (B, K, hw)."""
+    """Gradient of 1 - cosine on the class token's attention, averaged over heads, by K backward passes; (B, K, hw)."""
     gradients: list[Tensor] = []
     for concept in concepts:
         zero_grad()
@@ -528,7 +528,7 @@ def test_the_encoder_of_this_package() -> None:
 
 
 class Payload:
-    """What a hostile file would hold: loading it by pickle calls a function."""
+    """Content of a hostile file: loading it by pickle calls a function."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -1,4 +1,4 @@
-"""The examples in the public docstrings run and print what they say; the documentation site shows the same text."""
+"""The examples in the public docstrings run and print what they show; the documentation site has the same text."""
 
 import doctest
 import shutil
@@ -25,7 +25,7 @@ def run_examples(documented: Any) -> None:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder of one's own."""
+    """A separate home folder."""
     folder = tmp_path / "home"
     folder.mkdir()
     monkeypatch.setenv("HOME", str(folder))
@@ -34,7 +34,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def demonstration(home: Path, tmp_path: Path) -> None:
-    """A run where `make demo` leaves its own, of the same classes."""
+    """A run in the place of `make demo`'s, with the same classes."""
     shutil.copytree(make_run(tmp_path).run.uri, home / "transfgu" / "shapes")
 
 

@@ -1,7 +1,7 @@
-"""A run of the first format, kept for ever: made by `jobs/train.py shapes --limit 12 --epochs 1` of commit a7d013c.
+"""A run of the first format, kept forever: made by `jobs/train.py shapes --limit 12 --epochs 1` of commit a7d013c.
 
-`golden/run` is its folder without Ray's state, curves and report; `golden/prediction` holds the masks of its
-validation scenes by `jobs/predict.py` of the same commit.
+`golden/run` is its folder without Ray's state, curves and report; `golden/prediction` holds the masks of its validation
+scenes by `jobs/predict.py` of the same commit.
 """
 
 import dataclasses
@@ -37,18 +37,18 @@ METRICS = json.loads((GOLDEN / "run" / "metrics.json").read_text())
 
 @pytest.fixture
 def golden(tmp_path: Path) -> Run:
-    """A copy, as everything here may write into it."""
+    """A copy, because the tests write into it."""
     shutil.copytree(GOLDEN / "run", tmp_path / "run")
     return Run(str(tmp_path / "run"))
 
 
 def command() -> Recipe:
-    """What the command that made it asks for today, as the preset has changed since."""
+    """The recipe of the original command today; the preset has changed since."""
     return preset("shapes").with_fields({"limit": 12, "epochs": 1})
 
 
 def asked() -> Recipe:
-    """What the same command asks for where it goes on with the run."""
+    """The recipe of the same command when it continues the run."""
     return Run(str(GOLDEN / "run")).continued(command())
 
 
@@ -114,7 +114,7 @@ def test_prediction_makes_its_masks_and_goes_on_with_them(golden: Run, tmp_path:
 
 
 def restricted(monkeypatch: pytest.MonkeyPatch, name: str, **history: Any) -> None:
-    """Give a field of today a history, as a field has that was added or renamed."""
+    """Give a present field a history, like that of an added or renamed field."""
     known = dict(FIELDS)
     known[name] = dataclasses.replace(known[name], **history)
     monkeypatch.setattr(recipe, "FIELDS", known)
@@ -122,13 +122,13 @@ def restricted(monkeypatch: pytest.MonkeyPatch, name: str, **history: Any) -> No
 
 @pytest.fixture
 def without_smoothing(golden: Run) -> Run:
-    """A run of a version that did not know `pseudo_labels.smoothing`, and smoothed over 3 patches."""
+    """A run of a version without `pseudo_labels.smoothing`, which smoothed over 3 patches."""
     drop(golden, "pseudo_labels.smoothing")
     return golden
 
 
 def drop(run: Run, name: str, now: str = "") -> None:
-    """Take a field out of a run's files, or rename it."""
+    """Remove a field from a run's files, or rename it."""
     component, _, leaf = name.rpartition(".")
     for stage in STAGES:
         for file in ("manifest.json", "fields.json"):
@@ -232,7 +232,7 @@ def test_masks_trials_checkpoints_and_models_of_a_format_to_come_are_refused(gol
 
 
 def test_a_checkpoint_of_the_first_format_is_whole(tmp_path: Path) -> None:
-    """There `digests.json` was the list of files itself."""
+    """In that format, `digests.json` was the list of files itself."""
     checkpoint = tmp_path / "checkpoint_1"
     checkpoint.mkdir()
     content = b'[{"epoch": 1}]'

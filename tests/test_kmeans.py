@@ -1,4 +1,4 @@
-"""K-Means by pencil, against brute force in float64, and bit by bit the same however the rows are spread."""
+"""K-Means by hand, against brute force in float64, and the same to the bit for any division of the rows."""
 
 import math
 import subprocess
@@ -27,13 +27,13 @@ def blobs(rows: int, d: int, seed: int, centres: int = 12) -> ndarray:
 
 
 def brute_force(rows: ndarray, centroids: ndarray) -> tuple[ndarray, float]:
-    """Nearest centroid of each row, and the inertia, from all differences in float64."""
+    """Return the nearest centroid of each row, and the inertia, from all differences in float64."""
     squared = ((rows[:, None].astype(np.float64) - centroids) ** 2).sum(2)
     return squared.argmin(1), float(squared.min(1).sum())
 
 
 def split(rows: ndarray, cuts: list[int]) -> list[Shard]:
-    """Shards of whole chunks, cut after as many chunks as `cuts` says."""
+    """Return shards of whole chunks, cut after the numbers of chunks in `cuts`."""
     return [Shard([piece], threads=1) for piece in np.split(rows, [CHUNK * c for c in cuts])]
 
 

@@ -1,6 +1,6 @@
-"""The layers of `transfgu`: a module imports from its own layer and from those below it, and from no circle.
+"""The layers of `transfgu`: a module imports only from its own layer and those below it, without circles.
 
-Every import counts, those inside functions and under `if TYPE_CHECKING` too.
+Every import counts, including those inside functions and under `if TYPE_CHECKING`.
 """
 
 import ast
@@ -23,6 +23,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "whitening",
         "kmeans",
         "device_kmeans",
+        "cluster_numbers",
         "maps",
         "decoder",
         "dropout",
@@ -48,10 +49,10 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "cli": ("cli", "__main__"),
     "package": ("",),  # the package itself, which offers `Segmenter`
 }
-"""From the ground up. The modules of one layer may import from each other, in no circle."""
+"""Layers from the ground up. Modules of one layer may import from each other, without circles."""
 
 RAY = ("runtime", "training", "stages", "search", "pretraining", "benchmarks")
-"""Rooms that may import Ray."""
+"""Layers that may import Ray."""
 
 UPWARD = "a layer imports from those below it"
 CIRCLE = "a circle of imports"
@@ -79,7 +80,7 @@ class Arrow:
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Every module below `package` by its dotted name within it."""
+    """Return every module below `package` by its dotted name."""
     found = {}
     for file in sorted(package.rglob("*.py")):
         parts = file.relative_to(package).with_suffix("").parts
@@ -88,7 +89,7 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 def imported(node: ast.AST, importer: str, is_package: bool, name: str) -> list[str]:
-    """Absolute dotted names that an import statement asks for; nothing for another node."""
+    """Return the absolute dotted names of an import statement; empty for other nodes."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if not isinstance(node, ast.ImportFrom):
@@ -118,7 +119,7 @@ def arrows(package: Path) -> Iterator[Arrow]:
 
 
 def layer_of(module: str) -> str:
-    """The name of a module's layer."""
+    """Return the name of a module's layer."""
     for room in (module, module.partition(".")[0]):  # a module may be in another layer than its room
         found = [layer for layer, rooms in LAYERS.items() if room in rooms]
         if found:
@@ -127,7 +128,7 @@ def layer_of(module: str) -> str:
 
 
 def violations(package: Path) -> list[str]:
-    """Each import that breaks a rule: `file:line: importer (layer) imports target (layer): rule`."""
+    """Yield each import that breaks a rule: `file:line: importer (layer) imports target (layer): rule`."""
     found = []
     order = list(LAYERS)
     all_arrows = list(dict.fromkeys(arrows(package)))
@@ -152,7 +153,7 @@ def violations(package: Path) -> list[str]:
 
 
 def private_names(package: Path) -> list[str]:
-    """Each use of a private or developer API of Ray outside of runtime: `file:line: name: rule`."""
+    """Yield each use of a private or developer API of Ray outside runtime: `file:line: name: rule`."""
     found = []
     for module, file in modules(package).items():
         if module.partition(".")[0] == "runtime":
@@ -175,7 +176,7 @@ def private_names(package: Path) -> list[str]:
 
 
 def path(graph: Mapping[str, set[str]], start: str, end: str) -> list[str]:
-    """The shortest way from `start` to `end` along the arrows, both included; empty where there is none."""
+    """Return the shortest path from `start` to `end` along the arrows, including both; empty if there is none."""
     ways, seen = [[start]], {start}
     while ways:
         way = ways.pop(0)
@@ -235,7 +236,7 @@ PLANTED = {
         f"dropout (method) imports decoder (method): {CIRCLE}, dropout -> decoder -> dropout",
     ),
 }
-"""Imports that break a rule, by the file that each is added to, and what is reported of each."""
+"""Imports that break a rule, by the file to which each is added, and the expected report of each."""
 
 
 @pytest.fixture(scope="module")

@@ -223,7 +223,7 @@ def test_background_threshold_moves_labels_but_not_what_counts() -> None:
 
 
 def test_single_concept_with_background() -> None:
-    """One foreground class is always certain of itself."""
+    """With one foreground class there is no uncertainty."""
     case = make_case(concepts=1, background=True)
     assert case.loss().uncertainty.item() == 0
     assert torch.isfinite(case.loss().total)
@@ -231,7 +231,7 @@ def test_single_concept_with_background() -> None:
 
 @pytest.mark.parametrize("background", [False, True])
 def test_constant_maps_scale_to_zeros(background: bool) -> None:
-    """Labels are then the first class's (the background's, if there is one), and no pixel is foreground."""
+    """Labels are then those of the first class (of the background, if there is one), and no pixel is foreground."""
     case = make_case(background=background)
     case.maps = torch.full_like(case.maps, 0.7)
     case.logits.requires_grad_()
@@ -301,7 +301,7 @@ def test_names_of_classes_do_not_matter() -> None:
 @pytest.mark.parametrize("share", [1, 0.4])
 @pytest.mark.parametrize("background", [False, True])
 def test_parts_of_a_batch_add_up(background: bool, share: float) -> None:
-    """With weights of the whole, a split 1 + 2 images gives its loss and gradient, however foreground is spread."""
+    """With weights of the whole batch, a split 1 + 2 images gives its loss and gradient, wherever foreground is."""
     case = make_case(images=3, background=background)
     case.logits.requires_grad_()
     whole = case.loss(certain_share=share)
@@ -341,7 +341,7 @@ LEADS = torch.tensor([[[[1.0, 0.75]], [[0.0, 0.5]]], [[[0.0, 0.625]], [[1.0, 0.5
     ],
 )
 def test_the_most_certain_pixels_of_each_class_by_hand(share: float, kept: list[list[bool]]) -> None:
-    """At least one pixel of each class; the peer loss is the mean over those kept."""
+    """At least one pixel of each class; the peer loss is the mean over the certain ones."""
     logits = torch.randn(3, 2, 1, 2, generator=torch.Generator().manual_seed(0))
     embeddings = F.normalize(torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(1)), dim=-1)
     loss = bootstrapping_loss(logits, embeddings, LEADS, omega_1=1, omega_2=0.3, alpha=0, certain_share=share)
@@ -354,7 +354,7 @@ def test_the_most_certain_pixels_of_each_class_by_hand(share: float, kept: list[
 
 
 def test_levels_follow_the_lead() -> None:
-    """Half a step of 1/128 is not told apart, a whole one is; nothing below 2^-24 is."""
+    """A difference of half a step of 1/128 is not resolved, a whole step is; nothing below 2^-24 is."""
     leads = torch.tensor([0.0, 2.0**-25, 2.0**-24 * (1 + 1 / 128), 0.5, 0.5 * (1 + 1 / 256), 0.5 * (1 + 1 / 128), 1.0])
     evidence = torch.stack([torch.zeros_like(leads), leads])[None, :, None]  # (1, 2, 1, 7)
     labels, levels = margin_levels(evidence)
@@ -392,9 +392,9 @@ def test_permutation_of_any_kind(as_type: type) -> None:
 
 def test_wrong_arguments_are_refused() -> None:
     case = make_case()
-    with pytest.raises(ValueError, match="5 classes need 5 maps an image, not 4"):
+    with pytest.raises(ValueError, match="5 classes need 5 maps per image, not 4"):
         pixel_losses(torch.zeros(2, 5, 3, 4), case.maps, alpha=0)
-    with pytest.raises(ValueError, match="4 classes need 3 maps an image, not 4"):
+    with pytest.raises(ValueError, match="4 classes need 3 maps per image, not 4"):
         pixel_losses(case.logits, case.maps, alpha=0, background_threshold=0.1)
     with pytest.raises(ValueError, match="a teacher needs the permutation"):
         pixel_losses(case.logits, case.maps, case.teacher, alpha=0)

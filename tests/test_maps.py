@@ -1,4 +1,4 @@
-"""Scaling and background, with numbers worked out by hand."""
+"""Scaling and background, with numbers derived by hand."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_background_is_where_no_class_reaches_the_threshold() -> None:
 
 
 def test_a_patch_takes_from_neighbours_that_look_alike() -> None:
-    """Cosines 1 and 0 weigh e^5 and 1: (x, y, y) becomes means with these weights, by hand."""
+    """Cosines 1 and 0 give weights e^5 and 1: (x, y, y) becomes means with these weights, by hand."""
     maps = torch.tensor([[[[1.0, 0.0, 0.0]], [[0.0, 0.0, 3.0]]]])  # 1 image, 2 concepts, 1 x 3
     tokens = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [0.0, 5.0]]])  # lengths do not matter
     e = math.exp(5)
@@ -38,7 +38,7 @@ def test_a_patch_takes_from_neighbours_that_look_alike() -> None:
 
 
 def test_refinement_reaches_two_patches_and_does_not_wrap() -> None:
-    """Of equal tokens each patch gets the plain mean over the 5 x 5 patches around it that are in the image."""
+    """For equal tokens each patch gets the plain mean over the 5 x 5 patches around it inside the image."""
     maps = torch.zeros(1, 1, 6, 7)
     maps[0, 0, 0, 0] = 1.0
     refined = refine_maps(maps, torch.ones(1, 42, 3), 1)[0, 0]

@@ -1,4 +1,4 @@
-"""Ten times the images take no more memory, locally and through S3; and what a very long list takes."""
+"""Ten times the images take no more memory, locally and through S3; and the memory of a very long list."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ PICTURES = 20  # sample photographs, repeated under other names
 
 
 class Used(NamedTuple):
-    """What a command took."""
+    """Time and memory of a command."""
 
     peak: int  # bytes of memory of the process and all its descendants, shared pages counted once
     seconds: float
@@ -42,7 +42,7 @@ def measured(*command: str) -> Used:
 
 
 def proportional_set_size(process: psutil.Process) -> int:
-    """Bytes; 0 for a process that has just ended."""
+    """Return the memory in bytes; 0 for a process that has just ended."""
     try:
         lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):

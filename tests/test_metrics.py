@@ -1,4 +1,4 @@
-"""Scores by hand on matrices small enough to add up in one's head, and what no renaming may change."""
+"""Scores by hand on small matrices, and their invariance to renaming."""
 
 from collections.abc import Callable
 
@@ -53,14 +53,14 @@ def test_bad_predictions_are_refused() -> None:
 def on_device(
     labels: np.ndarray, predictions: np.ndarray, num_classes: int, num_clusters: int | None = None
 ) -> np.ndarray:
-    """What a GPU would count, here on the CPU."""
+    """The counts of a GPU, computed here on the CPU."""
     tensors = torch.from_numpy(labels), torch.from_numpy(predictions)
     counted: np.ndarray = confusion_on_device(*tensors, num_classes, num_clusters or num_classes).numpy()
     return counted
 
 
 def test_a_batch_by_hand() -> None:
-    """Two images, each a row of pixels: runs go on from one to the next, and end at the last pixel."""
+    """Two images, each one row of pixels: runs continue from one to the next, and end at the last pixel."""
     labels = np.array([[0, 0, 1, 1], [1, 1, -1, 2]], np.int16)
     predictions = np.array([[2, 2, 2, 1], [1, 0, 0, 2]], np.uint8)
     expected = [[0, 0, 2], [1, 2, 1], [0, 0, 1]]
@@ -111,7 +111,7 @@ def test_scores_by_hand() -> None:
 
 
 def test_matching_is_global_not_greedy() -> None:
-    """Class 0 would rather have cluster 0, but 8 + 9 pixels agree where it leaves it to class 1, and 10 + 0 not."""
+    """Class 0 has more pixels with cluster 0, but 8 + 9 pixels agree if class 1 gets it, and only 10 + 0 otherwise."""
     np.testing.assert_array_equal(match_clusters(np.array([[10, 8], [9, 0]])), [1, 0])
 
 
@@ -129,7 +129,7 @@ def test_class_never_predicted_counts_as_zero() -> None:
 
 
 def test_more_clusters_than_classes() -> None:
-    """The third cluster is matched to nothing: its 3 pixels are wrong, and enter class 0's union."""
+    """The third cluster has no match: its 3 pixels are wrong, and are part of class 0's union."""
     result = scores(np.array([[5, 0, 3], [0, 2, 0]]))
     np.testing.assert_array_equal(result.clusters, [0, 1])
     np.testing.assert_allclose(result.iou, [500 / 8, 100])

@@ -1,4 +1,4 @@
-"""A run that is named: everything that shows its classes follows, nothing is computed again, and it can be undone."""
+"""Naming a run: everything that shows its classes changes, nothing is computed again, and it can be undone."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def finished(made: MadeRun) -> MadeRun:
 
 
 def masks_of(made: MadeRun, folder: Path, kind: prediction.Format = "png") -> Path:
-    """The validation images' masks, as `predict` writes them; Ray is left out."""
+    """The masks of the validation images, as written by `predict`, without Ray."""
     images = folder / "images"
     images.mkdir(parents=True)
     for row in samples.labelled(made.recipe, made.run).to_pylist() or []:

@@ -1,4 +1,4 @@
-"""The whole method from one call: what is wrong is said before Ray starts, and what is done is done once."""
+"""The whole method in one call: mistakes are reported before Ray starts, and complete stages are not repeated."""
 
 import dataclasses
 import json
@@ -106,7 +106,7 @@ def test_a_presets_sides_follow_the_patch() -> None:
 
 
 def encoder_file(path: Path, side: int, **metadata: str) -> str:
-    """An untrained encoder of patch 4 that is fed `side` pixels, as `transfgu pretrain` writes one."""
+    """Write an untrained encoder of patch 4 for images of `side` pixels, like `transfgu pretrain`."""
     recipe = PretrainingRecipe(patch_size=4, width=12, depth=2, heads=3, global_size=side, local_size=8)
     safetensors.torch.save_file(new_encoder(recipe).state_dict(), path, metadata)
     return str(path)
@@ -233,7 +233,7 @@ def test_runs_share_stages_and_more_epochs_go_on(tmp_path: Path) -> None:
     recipe = small(tmp_path, labels="", stuff=2, dropout=0.0, track="none")
 
     def train(name: str, shared: str = "", until: str = STAGES[-1], **fields: object) -> tuple[Run, list[str]]:
-        """The run, and the stages that were computed."""
+        """Return the run, and the stages that were computed."""
         run, other = Run(str(tmp_path / name)), Run(str(tmp_path / shared)) if shared else None
         metrics = pipeline.run_stages(recipe.with_fields(fields), run, until=until, shared=other, quiet=True)
         return run, [stage for stage, found in metrics["stages"].items() if not found["skipped"]]

@@ -1,4 +1,4 @@
-"""Recipes: published values, conversions, digests by stage, and messages that list the good names."""
+"""Recipes: published values, conversions, digests by stage, and messages that list valid names."""
 
 import dataclasses
 
@@ -195,7 +195,7 @@ def test_lists_survive_the_way_through_text(scales: list[float]) -> None:
     ],
 )
 def test_options_change_digests_from_their_stage_on(field: str, value: object, first: str) -> None:
-    """Presets of the paper leave them off; then digests are those of runs that did not know them."""
+    """The paper's presets turn them off, so digests equal those of runs before these fields existed."""
     off = preset("coco-stuff-27")
     assert off.flat()[field] == FIELDS[field].before
     on = off.with_fields({field: value})

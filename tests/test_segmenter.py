@@ -1,7 +1,8 @@
-"""The segmenter against encoder and decoder used by hand, and what it refuses."""
+"""The segmenter against encoder and decoder used directly, and its errors."""
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -221,6 +222,63 @@ print("done", transfgu.__version__)
     assert ended.stdout.split()[0] == "done"
 
 
+def test_prediction_needs_no_more_than_its_page_installs(labelled: MadeRun) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "index.md").read_text()
+    installed = re.findall(r"^pip install (?!--)(.*)$", page, re.MULTILINE)[0].split()
+    program = """
+import sys
+from importlib import metadata
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+run, *waiting = sys.argv[1:]
+kept = {"transfgu"}
+while waiting:
+    name = canonicalize_name(waiting.pop())
+    if name in kept:
+        continue
+    kept.add(name)
+    try:
+        needed = metadata.requires(name) or []
+    except metadata.PackageNotFoundError:  # one of another platform
+        continue
+    needs = [Requirement(line) for line in needed]
+    waiting += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+owners = {module: {canonicalize_name(o) for o in of} for module, of in metadata.packages_distributions().items()}
+
+class Installed:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        absent = top in owners and not owners[top] & kept
+        return None if absent else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):  # importlib.metadata asks the finders, too
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Installed(finder) if hasattr(finder, "find_spec") else finder for finder in sys.meta_path]
+for absent in ("ray", "faiss", "boto3", "optuna"):
+    try:
+        __import__(absent)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{absent} can be imported")
+import numpy as np
+from transfgu import Segmenter
+assert Segmenter.load(run).predict(np.zeros((20, 30, 3), np.uint8)).shape == (20, 30)
+print("predicted", flush=True)
+from transfgu.cli.command_line import run_job
+from transfgu.cli.main import run_command
+run_job(lambda: run_command(["train", "shapes", "--run", run + "-2"]))
+"""
+    command = [sys.executable, "-c", program, labelled.run.uri, *installed]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.stdout.splitlines()[:1] == ["predicted"], ended.stderr
+    assert ended.stderr.rstrip().endswith("[ray-missing]"), ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert ended.returncode == 2
+
+
 @pytest.mark.long
 def test_a_photograph_costs_little_more_than_encoder_and_decoder(tmp_path: Path) -> None:
     # ViT-S/8 and 27 classes; CPU time, as other processes come and go, each the least of four.
@@ -265,7 +323,7 @@ def test_the_version_is_the_packages() -> None:
 
 
 class Bomb:
-    """Marks the file system when it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

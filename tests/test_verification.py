@@ -1,4 +1,4 @@
-"""A run's folder is read to the last file: what is damaged is named with the command that mends it."""
+"""All files of a run's folder are read: damaged ones are named with the command that repairs them."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def not_finite(file: Path) -> None:
 
 
 def shorter(file: Path) -> None:
-    """A whole Parquet file, with a row less than its summary says."""
+    """A complete Parquet file with one row less than in its summary."""
     table = pq.read_table(file)
     pq.write_table(table.slice(1), file)
 

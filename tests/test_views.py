@@ -24,7 +24,7 @@ def batch(count: int, classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def plain(count: int, **changes: object) -> Views:
-    """Views that show the whole image as it is, but for `changes`."""
+    """Views that show the whole unchanged image, except for `changes`."""
     views = Views(
         jitter=np.zeros(count, bool),
         order=np.tile(np.arange(4), (count, 1)),

@@ -12,7 +12,7 @@ from transfgu.whitening import Moments, Whitening, moment_step, moments
 
 
 def rows_of(seed: int, n: int, d: int) -> np.ndarray:
-    """Correlated rows that do not lie around zero."""
+    """Correlated rows with a mean other than zero."""
     generator = np.random.default_rng(seed)
     return (generator.standard_normal((n, d)) @ generator.standard_normal((d, d)) + 3).astype(np.float32)
 
@@ -70,7 +70,7 @@ def test_bits_do_not_depend_on_how_rows_are_divided(seed: int, cuts: list[int], 
 
 
 def test_clusters_that_one_loud_feature_hides() -> None:
-    """Two kinds differ by 2 in a quiet feature; a loud one, which says nothing, varies more."""
+    """Two kinds differ by 2 in a feature of low variance; one of high variance carries no information."""
     generator = np.random.default_rng(0)
     kind = np.arange(400) % 2
     rows = np.stack([3 * generator.standard_normal(400), 2 * kind + 0.05 * generator.standard_normal(400)], 1)

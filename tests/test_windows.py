@@ -1,4 +1,4 @@
-"""Windows: lists derived by hand, the published conditions tried one centre at a time, saliency counted by pixel."""
+"""Windows: lists derived by hand, the published conditions tested per centre, saliency counted per pixel."""
 
 import numpy as np
 import pytest
@@ -97,7 +97,7 @@ def test_odd_sides_have_no_fewer_windows(grid: tuple[int, int], scale: float, lo
 
 
 def check_coverage(windows: np.ndarray, grid: tuple[int, int], patch: int) -> None:
-    """Windows are the product of two lists of spans, which leave no pixel out but those of the last row and column."""
+    """Windows are the product of two lists of spans, which cover all pixels except those of the last row and column."""
     both = (np.unique(windows[:, axis] << 32 | windows[:, axis + 1]) for axis in (0, 2))  # quicker than of pairs
     lists = [np.stack([spans >> 32, spans & (1 << 32) - 1], 1) for spans in both]
     for spans, length in zip(lists, grid, strict=True):

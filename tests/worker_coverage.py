@@ -1,4 +1,4 @@
-"""Coverage inside Ray's workers, which are killed rather than ended: what they ran is saved every half second."""
+"""Measure coverage in Ray's workers, which are killed: their results are saved every half second."""
 
 import os
 import threading
@@ -6,12 +6,12 @@ import time
 
 
 def wanted() -> bool:
-    """Whether the session is measured (coverage's `patch = subprocess` then leaves word in the environment)."""
+    """Return True if the session is measured (with coverage's `patch = subprocess` the environment shows it)."""
     return "COVERAGE_PROCESS_CONFIG" in os.environ
 
 
 def start() -> None:
-    """Measure the calling worker; a `worker_process_setup_hook` of Ray's."""
+    """Measure the calling worker; used as `worker_process_setup_hook` of Ray."""
     import coverage
 
     measured = coverage.Coverage.current() or coverage.process_startup(force=True)

@@ -1,7 +1,7 @@
-"""TransFGU on Ray: semantic segmentation learned without a single label.
+"""TransFGU on Ray: semantic segmentation learned without labels.
 
-Importing the package loads nothing else: each export is loaded on first use, and none of them loads Ray. The version
-is the one in `pyproject.toml`, read from the installed package's metadata.
+Importing the package is fast: each export is loaded on first use, and none of them loads Ray. The version is that in
+`pyproject.toml`, read from the installed package's metadata.
 """
 
 from typing import TYPE_CHECKING, Any

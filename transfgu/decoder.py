@@ -18,24 +18,24 @@ from transfgu.dropout import Dropout, DropoutAttention
 from transfgu.errors import UserError
 
 HELD_LOGITS = 1 << 24
-"""Logits that are held at an image's own size: 64 MiB, however large the image."""
+"""Maximum number of logits in memory at an image's own size: 64 MiB, however large the image."""
 
 
 class MaskDecoder(nn.Module):
-    """Patch tokens to class masks.
+    """Maps patch tokens to class masks.
 
-    Parameters carry the published implementation's names, so that its weights load as they are.
+    Parameters have the published implementation's names, so its weights load directly.
 
     Args:
         width: d, channels inside the decoder.
-        classes: C, how many classes are told apart, the background included where there is one.
+        classes: C, number of classes, including the background if there is one.
         num_heads: attention heads; must divide ``width``.
         depth: transformer blocks; with 0 class embeddings do not depend on the image.
-        dropout: share of activations dropped in attention, projection and MLP while training.
+        dropout: probability of dropout in attention, projection and MLP during training.
         patch_width: channels of the incoming patch tokens; ``width`` unless given.
 
     Raises:
-        ValueError: ``num_heads`` does not divide ``width``, or there are no two classes to tell apart.
+        ValueError: ``num_heads`` does not divide ``width``, or there are fewer than two classes.
     """
 
     def __init__(
@@ -67,9 +67,8 @@ class MaskDecoder(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # The published code hands orthogonal_ a (1, C, d) tensor, which it flattens to a single row: the
-        # embeddings come out nearly orthogonal, and of unit length all together. Here they are orthogonal, at
-        # that same scale.
+        # The published code gives orthogonal_ a (1, C, d) tensor, which it flattens to a single row: the embeddings
+        # are nearly orthogonal, and of unit length together. Here they are orthogonal, at the same scale.
         nn.init.orthogonal_(self.cls_emb[0], gain=classes**-0.5)
 
     @staticmethod
@@ -126,7 +125,7 @@ class MaskDecoder(nn.Module):
         patches = F.normalize(_widened(patches @ self.proj_patch), dim=-1)
         class_embeddings = F.normalize(_widened(classes @ self.proj_classes), dim=-1)
         device = patches.device.type
-        # bfloat16 has two to three digits: cosines of that precision would make neighbouring classes equal.
+        # bfloat16 has two to three digits: cosines of that precision would make similar classes equal.
         mixed = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if mixed else nullcontext():
             return self.mask_norm(patches @ class_embeddings.mT), class_embeddings
@@ -137,7 +136,7 @@ def _widened(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def _block(width: int, num_heads: int, dropout: float) -> Block:
-    """A transformer block of timm's, with our dropout in each of its places."""
+    """A transformer block of timm, with our dropout in all its places."""
     block = Block(width, num_heads, attn_drop=dropout, norm_layer=nn.LayerNorm, attn_layer=DropoutAttention)
     block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2 = (Dropout(dropout) for _ in range(3))
     return block

@@ -1,6 +1,6 @@
-"""K-Means passes on a GPU: rows lie in its memory over all passes, and only centroids and sums travel.
+"""Run K-Means passes on a GPU: rows stay in its memory for all passes, and only centroids and sums are transferred.
 
-A pass is one matrix product over all rows; the bounds that spare a CPU most rows would cost a GPU more than they save.
+A pass is one matrix product over all rows; the bounds that save a CPU most rows would cost a GPU more than they save.
 Sums are exact as on CPUs (`transfgu.kmeans`), in any order of additions.
 """
 
@@ -22,12 +22,12 @@ class DeviceShard(Shard):
     """Rows in the memory of a GPU.
 
     Args:
-        pieces: (n, d) arrays, as of `Shard`.
-        device: the GPU. A CPU does, too, more slowly than `Shard`.
-        threads: for what is done on the CPU: distances and starts.
-        scratch: as of `Shard`.
-        at_once: rows per matrix product. All products have that shape, the last one padded: what is found of a row
-            does not depend on how many there are.
+        pieces: (n, d) arrays, as in `Shard`.
+        device: the GPU. A CPU is possible, too, but slower than `Shard`.
+        threads: CPU threads for distances and starts.
+        scratch: as in `Shard`.
+        at_once: rows per matrix product. All products have this shape, the last one with padding, so the result for a
+            row does not depend on the number of rows.
 
     Raises:
         torch.OutOfMemoryError: the rows do not fit.
@@ -79,7 +79,7 @@ class DeviceShard(Shard):
         if not adds:
             self._totals = torch.zeros(*wide.shape, dtype=torch.float64, device=self._device)
             self._sizes = torch.zeros(len(wide), dtype=torch.int64, device=self._device)
-        self._grid = None  # until all is up to date
+        self._grid = None  # until everything is updated
         nearest, left, changed = torch.from_numpy(centroids).to(self._device), self.rows, 0
         half = nearest.square().sum(1) / 2
         with torch.no_grad(), _float32():
@@ -112,7 +112,7 @@ class DeviceShard(Shard):
 
 @contextmanager
 def _float32() -> Iterator[None]:
-    """Compute products in full float32, whatever the process computes others in."""
+    """Compute products in full float32, whatever precision the process uses otherwise."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

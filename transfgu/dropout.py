@@ -1,8 +1,9 @@
-"""Dropout costs a decoder on CPUs more than its matrix products do, unless an image's attention never leaves the cache.
+"""Compute dropout for attention on CPUs, one image at a time so that its attention stays in the cache.
 
-PyTorch's fused attention knows no dropout on CPUs: what stands in for it walks over the matrices of the whole batch
-eight times, and draws place by place. Here an image is finished before the next begins, and a generator's words are
-cut into sixteen-bit numbers, one for each place: two fifths of the time, forward and backward together.
+On CPUs PyTorch's fused attention has no dropout, and its replacement passes eight times over the matrices of the whole
+batch, and draws each value separately, which takes longer than the decoder's matrix products. Here one image is
+finished before the next starts, and random words are split into sixteen-bit numbers, one per position: two fifths of
+the time, forward and backward together.
 """
 
 import math
@@ -14,15 +15,15 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-_LEVELS = 1 << 16  # a dropout probability is one of as many
+_LEVELS = 1 << 16  # number of possible dropout probabilities
 _NUMBERS_A_WORD = 4
 
 
 class Dropout(nn.Dropout):
-    """PyTorch's, but for how it draws on CPUs: see :func:`dropped_attention`."""
+    """PyTorch's dropout, except for its random numbers on CPUs: see :func:`dropped_attention`."""
 
     def forward(self, input: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Some zeros, and the others scaled to make up."""
+        """Set some values to zero and scale the others to compensate."""
         if not self.training or self.p == 0 or input.device.type != "cpu":
             return super().forward(input)
         draws = _Draws(self.p)
@@ -30,12 +31,12 @@ class Dropout(nn.Dropout):
 
 
 class DropoutAttention(Attention):
-    """timm's attention, with its parameters; on a CPU its dropout is :func:`dropped_attention`'s."""
+    """timm's attention, with its parameters; on a CPU its dropout is that of :func:`dropped_attention`."""
 
     def forward(
         self, x: Float[Tensor, "B n d"], attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Float[Tensor, "B n d"]:
-        """Tokens that have attended to each other; with a mask, as timm does it."""
+        """Return tokens after attention; with a mask, computed by timm."""
         dropping = self.training and self.attn_drop.p > 0
         if not dropping or x.device.type != "cpu" or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
@@ -48,7 +49,7 @@ class DropoutAttention(Attention):
 def dropped_attention(
     q: Float[Tensor, "B heads n c"], k: Float[Tensor, "B heads n c"], v: Float[Tensor, "B heads n c"], dropout: float
 ) -> Float[Tensor, "B heads n c"]:
-    """`softmax(q k / sqrt(c)) v`, each attention weight dropped with a probability and the others scaled to make up.
+    """Return `softmax(q k / sqrt(c)) v`, with dropout of attention weights and scaling to compensate.
 
     Args:
         q: queries.
@@ -81,7 +82,7 @@ class _DroppedAttention(torch.autograd.Function):
         weights, dropped = both[: len(q)], both[len(q) :]
         scale, gain = ctx.scale, ctx.gain  # type: ignore[attr-defined]
         to_q, to_k, to_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-        # What softmax takes away in its backward pass, sum_j dP_ij P_ij, is the same as sum_c dO_ic O_ic.
+        # The term of softmax's backward pass, sum_j dP_ij P_ij, equals sum_c dO_ic O_ic.
         means = (gradient * mixed).sum(-1, keepdim=True)
         for i in range(len(q)):
             raised = gradient[i] * gain
@@ -93,7 +94,7 @@ class _DroppedAttention(torch.autograd.Function):
 
 
 class _Draws:
-    """What to keep, from a generator that torch's own seeds."""
+    """Random masks, from a generator seeded by torch's own."""
 
     def __init__(self, dropout: float) -> None:
         self._words = np.random.SFC64(int(torch.randint(1 << 62, ())))
@@ -101,7 +102,7 @@ class _Draws:
         self.gain = _LEVELS / (_LEVELS - self._threshold)
 
     def kept(self, shape: torch.Size) -> Bool[Tensor, "..."]:
-        """True where a sixteen-bit number is not below the threshold."""
+        """Return True where a sixteen-bit number is not below the threshold."""
         count = shape.numel()
         numbers = self._words.random_raw(math.ceil(count / _NUMBERS_A_WORD)).view(np.uint16)[:count]
         return torch.from_numpy(numbers >= self._threshold).view(shape)

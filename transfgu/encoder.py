@@ -36,8 +36,8 @@ Channels = tuple[float, float, float]
 
 IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
-MASS_KEPT = 0.8  # share of a positive gradient's mass that its largest values make up (published)
-SHIPPED = "vit_shapes"  # the encoder that is part of this package
+MASS_KEPT = 0.8  # share of a positive gradient's sum in its kept, largest values (published)
+SHIPPED = "vit_shapes"  # the encoder in this package
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def normalise(
 
 
 def patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Return the (h, w) patches of an image of (H, W) pixels; UserError if the patch does not divide a side."""
+    """Return the (h, w) patches of an image of (H, W) pixels; raise UserError unless the patch divides its sides."""
     for side in size:
         if side % patch_size or side == 0:
             below = side // patch_size * patch_size
@@ -110,7 +110,7 @@ class Encoder(nn.Module):
         mean: Channels = IMAGENET_MEAN,
         std: Channels = IMAGENET_STD,
     ) -> None:
-        """Wrap a timm transformer; UserError where its last block can't be taken apart, as without a class token."""
+        """Wrap a timm transformer; raise UserError if its last block is not supported, or it has no class token."""
         super().__init__()
         _check_supported(vit)
         if position_resize not in get_args(PositionResize):
@@ -137,10 +137,10 @@ class Encoder(nn.Module):
         num_heads: int,
         position_resize: PositionResize = "dino",
     ) -> "Encoder":
-        """An encoder with these weights; width, depth, native grid, MLP and biases are read off their shapes.
+        """Return an encoder with these weights; width, depth, native grid, MLP and biases are read from their shapes.
 
-        Names are DINO's, which are timm's. LayerNorm's eps is 1e-6. Raises UserError where the tensors do not make a
-        plain vision transformer of this patch and number of heads.
+        Names are DINO's, which are timm's. LayerNorm's eps is 1e-6. Raises UserError if the tensors are not those of a
+        plain vision transformer with this patch and number of heads.
         """
         tensors = unwrap("the state dict", state_dict)
         tensors.pop("mask_token", None)
@@ -150,15 +150,15 @@ class Encoder(nn.Module):
 
     @staticmethod
     def from_pretrained(name: str, weights: str = "pretrained") -> "Encoder":
-        """The encoder called `name`: a timm name, or `vit_shapes`, the small one shipped with this package.
+        """Return the encoder `name`: a timm name, or `vit_shapes`, the small one in this package.
 
-        `weights`: "pretrained" (timm's from the hub; the shipped file), "random" (the same at every call), or a path
-        or URI of a `.pth` or `.safetensors` file. A safetensors file whose metadata holds `patch_size` and
-        `num_heads`, as our own pretraining writes it, describes its encoder by itself: `name` may then be any name
-        that timm does not have. Position embeddings are resized as DINO does for names that end in `.dino`, otherwise
-        as timm does.
+        `weights`: "pretrained" (timm's from the hub; the packaged file), "random" (the same at every call), or a path
+        or URI of a `.pth` or `.safetensors` file. A safetensors file whose metadata have `patch_size` and `num_heads`,
+        as written by our own pretraining, describes its encoder: `name` may then be any name that timm does not have.
+        Position embeddings are resized as in DINO for names that end in `.dino`, otherwise as in timm.
 
-        Raises UserError for an unknown name and for weights which are missing, of other shapes, or not plain tensors.
+        Raises UserError for an unknown name and for weights that are missing, have other shapes, or are not plain
+        tensors.
         """
         if not timm.is_model(name):
             return _self_described(name, weights)
@@ -176,7 +176,7 @@ class Encoder(nn.Module):
         """Return an encoder of the same shape with random weights, the same at every call.
 
         Raises:
-            UserError: its transformer is not a plain one, whose shape its tensors tell.
+            UserError: its transformer is not a plain one, so its shape can't be read from its tensors.
         """
         if not isinstance(self.vit, VisionTransformer):
             raise UserError(
@@ -188,7 +188,7 @@ class Encoder(nn.Module):
             vit = _vit_of_shapes(self.vit.state_dict(), self.patch_size, self.num_heads)
         return Encoder(vit, position_resize=self.position_resize, mean=self.mean, std=self.std)
 
-    # What one can ask of it, from least to most work.
+    # Outputs, from least to most work.
 
     def attention_map(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w"]:
         """Return the class token's attention to each patch in the last block, averaged over heads.
@@ -200,7 +200,7 @@ class Encoder(nn.Module):
         return self._patch_columns(row).mean(1).reshape(-1, *grid)
 
     def saliency(self, images: Float[Tensor, "B 3 H W"], *, times_mean: float | int = 1) -> Bool[Tensor, "B h w"]:
-        """Return which patches are salient: attention above `times_mean` times the image's mean (the paper's is 1)."""
+        """Return which patches are salient: attention above `times_mean` times the image's mean (1 in the paper)."""
         attention = self.attention_map(images)
         return attention > times_mean * attention.mean((1, 2), keepdim=True)
 
@@ -222,7 +222,7 @@ class Encoder(nn.Module):
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> EncoderOutput:
         """Return class token, patch tokens and the class token's attention (see `EncoderOutput`).
 
-        Raises UserError where the patch does not divide a side of the images.
+        Raises UserError unless the sides of the images are multiples of the patch.
         """
         tokens, query, key, grid = self._all_tokens(images)
         attention = self._patch_columns(self._class_row(query[:, :, :1], key))
@@ -263,7 +263,7 @@ class Encoder(nn.Module):
             maps = combined_maps(self._patch_columns(row).mean(1), gain * gradient_scale)
         return maps.reshape(*maps.shape[:2], *grid)
 
-    # The transformer's parts.
+    # Parts of the transformer.
 
     @property
     def _attn(self) -> Any:
@@ -272,11 +272,11 @@ class Encoder(nn.Module):
     def _enter_last_block(
         self, images: Float[Tensor, "B 3 H W"]
     ) -> tuple[Float[Tensor, "B n d"], Float[Tensor, "B n d"], Tensor | None, tuple[int, int]]:
-        """All tokens as the last block gets them, and after its first norm; its rotary embedding if any; the grid."""
+        """Return all tokens before the last block, and after its first norm; its rotary embedding if any; the grid."""
         grid = patch_grid((images.shape[-2], images.shape[-1]), self.patch_size)
         x = self.vit.norm_pre(self._embed(images, grid))
         ropes = self._ropes(grid)
-        for block, rope in zip(self.vit.blocks[:-1], ropes, strict=False):  # the last one's is left over
+        for block, rope in zip(self.vit.blocks[:-1], ropes, strict=False):  # the embedding of the last block remains
             x = block(x) if rope is None else block(x, rope=rope)
         return x, self.vit.blocks[-1].norm1(x), ropes[-1], grid
 
@@ -284,7 +284,7 @@ class Encoder(nn.Module):
         vit = self.vit
         patches = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
         prefix = torch.cat([token for token in (vit.cls_token, vit.reg_token) if token is not None], 1)
-        prefix = prefix.expand(images.shape[0], -1, -1)  # not len(): an export leaves this side open
+        prefix = prefix.expand(images.shape[0], -1, -1)  # not len(), because this side is variable in an export
         if vit.pos_embed is None:
             return torch.cat([prefix, patches], 1)
         placeless = 0 if vit.no_embed_class else vit.num_prefix_tokens
@@ -294,7 +294,7 @@ class Encoder(nn.Module):
         return torch.cat([prefix, patches], 1) + position
 
     def _ropes(self, grid: tuple[int, int]) -> Sequence[Tensor | None]:
-        """Each block's rotary embedding of the patches, (hw, 2 dh) or by head; None where positions are not rotary."""
+        """Return each block's rotary embedding of the patches, (hw, 2 dh) or by head; None for other positions."""
         rope = getattr(self.vit, "rope", None)
         if rope is None:
             return [None] * self.depth
@@ -304,7 +304,7 @@ class Encoder(nn.Module):
     def _all_tokens(
         self, images: Float[Tensor, "B 3 H W"]
     ) -> tuple[Float[Tensor, "B n d"], Float[Tensor, "B heads n dh"], Float[Tensor, "B heads n dh"], tuple[int, int]]:
-        """All tokens after the final norm, the last block's queries and keys, and the grid."""
+        """Return all tokens after the final norm, the last block's queries and keys, and the grid."""
         x, normed, rope, grid = self._enter_last_block(images)
         query, key = _heads(self._attn, 0, normed, rope), _heads(self._attn, 1, normed, rope)
         mixed = F.scaled_dot_product_attention(query, key, _heads(self._attn, 2, normed, None))
@@ -313,7 +313,7 @@ class Encoder(nn.Module):
     def _class_row(
         self, query: Float[Tensor, "B heads 1 dh"], key: Float[Tensor, "B heads n dh"]
     ) -> Float[Tensor, "B heads 1 n"]:
-        """Attention of the class token to all tokens, in float32."""
+        """Return the attention of the class token to all tokens, in float32."""
         with torch.autocast(query.device.type, enabled=False):
             scale: float = self._attn.scale
             return ((query.float() * scale) @ key.float().transpose(2, 3)).softmax(-1)
@@ -327,7 +327,7 @@ class Encoder(nn.Module):
         normed: Float[Tensor, "B n d"],
         mixed: Float[Tensor, "B heads n dh"],
     ) -> Float[Tensor, "B n d"]:
-        """The last block after its attention has mixed values, and the final norm, for any part of the tokens.
+        """Apply the rest of the last block, after its attention has mixed values, and the final norm, to any tokens.
 
         `x` is the block's input, `normed` the same after norm1.
         """
@@ -361,7 +361,7 @@ def _check_supported(vit: Any) -> None:
 
 
 def _heads(attn: Any, part: int, normed: Float[Tensor, "B n d"], rope: Tensor | None) -> Float[Tensor, "B heads n dh"]:
-    """Queries (part 0), keys (1) or values (2) of these tokens, by head; `rope` turns all but the prefix tokens."""
+    """Return queries (part 0), keys (1) or values (2) of tokens, by head; `rope` rotates all except prefix tokens."""
     if attn.qkv is None:
         y = (attn.q_proj, attn.k_proj, attn.v_proj)[part](normed)
     else:
@@ -385,7 +385,7 @@ def _bias(attn: Any, part: int) -> Tensor | None:
 
 
 def _scaled(block: Any, part: int, y: Float[Tensor, "B n d"]) -> Float[Tensor, "B n d"]:
-    """LayerScale of a block's attention (1) or MLP (2), by either of timm's two names for it."""
+    """Return LayerScale of a block's attention (1) or MLP (2), by either of timm's two names for it."""
     if isinstance(block, Block):
         scaled: Tensor = (block.ls1, block.ls2)[part - 1](y)
         return scaled
@@ -410,20 +410,20 @@ def _resize_positions(
     prefix: int,
     how: PositionResize,
 ) -> Float[Tensor, "1 n d"]:
-    """Position embeddings of the first `prefix` tokens, kept, and of a `native` grid of patches, resized to `grid`."""
+    """Return position embeddings: those of `prefix` tokens unchanged, those of a `native` grid resized to `grid`."""
     if grid == native:
         return position
     if how == "timm":
         resized: Tensor = resample_abs_pos_embed(position, list(grid), list(native), num_prefix_tokens=prefix)
         return resized
     patches = position[:, prefix:].float().transpose(1, 2).reshape(1, -1, *native)  # (1, n, d) -> (1, d, h, w)
-    # The tenth is DINO's guard against a floor to one patch too few. It shifts every sample, so it has to stay.
+    # The tenth is DINO's guard against rounding down to one patch too few. It shifts every sample, so it must stay.
     factor = [(side + 0.1) / side_native for side, side_native in zip(grid, native, strict=True)]
     patches = F.interpolate(patches, scale_factor=factor, mode="bicubic")
     return torch.cat([position[:, :prefix], patches.flatten(2).transpose(1, 2).to(position.dtype)], 1)
 
 
-# Building one.
+# Construction.
 
 
 def _create(name: str, *, pretrained: bool = False) -> Any:
@@ -453,7 +453,7 @@ def fetch_command(name: str) -> str:
 def _of_timm(vit: Any) -> Encoder:
     _check_supported(vit)
     known = vit.pretrained_cfg
-    # The name decides, not how a file wraps the weights: the same weights are the same encoder.
+    # The name decides, not the format of the file: the same weights give the same encoder.
     how: PositionResize = "dino" if known.get("tag") == "dino" else "timm"
     return Encoder(vit, position_resize=how, mean=tuple(known["mean"]), std=tuple(known["std"]))
 
@@ -467,7 +467,7 @@ def _from_file(name: str, uri: str) -> Encoder:
     for said, own in (("patch_size", patch_size), ("num_heads", heads)):
         if file.metadata.get(said, str(own)) != str(own):
             raise UserError(
-                f"{what} don't fit: they say {said}={file.metadata[said]}, and it has {own}; give --encoder.name a "
+                f"{what} don't fit: they say {said}={file.metadata[said]}, but it has {own}; give --encoder.name a "
                 "name that timm does not have, and the file describes its encoder",
                 code="weights-misfit",
             )
@@ -478,14 +478,14 @@ def _from_file(name: str, uri: str) -> Encoder:
     if position is not None and (position.ndim != 3 or position.shape[0] != 1):
         raise _misfit(what, "pos_embed", position, vit.pos_embed)
     if position is not None and vit.pos_embed is not None:
-        # Keep the file's own grid: resized once, at each image, and never a second time while loading.
+        # Keep the file's own grid: it is resized once, for each image, and not a second time while loading.
         side = math.isqrt(position.shape[1])
         if side**2 + (0 if vit.no_embed_class else vit.num_prefix_tokens) == position.shape[1]:
             vit.set_input_size(img_size=(side * vit.patch_embed.patch_size[0],) * 2)
     module = eva if isinstance(vit, Eva) else vision_transformer
     try:
         tensors = module.checkpoint_filter_fn(file.tensors, vit)
-    except Exception as error:  # timm resizes what has other shapes, and trips over some
+    except Exception as error:  # timm resizes tensors of other shapes, and fails for some
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{what} don't fit: {reason}; check the encoder's name, patch size and heads", code="weights-misfit"
@@ -495,9 +495,9 @@ def _from_file(name: str, uri: str) -> Encoder:
 
 
 def is_self_described(weights: str) -> bool:
-    """Tell whether `weights` is a safetensors file whose metadata says its patch and heads, as our pretraining's does.
+    """Return True if `weights` is a safetensors file with patch and heads in its metadata, as from our pretraining.
 
-    A file that is missing or damaged does not: whoever reads its weights says so.
+    It is False for a missing or damaged file, which is reported when its weights are read.
     """
     return weights.endswith(".safetensors") and {"patch_size", "num_heads"} <= read_metadata(weights).keys()
 
@@ -531,7 +531,7 @@ def _unknown(name: str) -> UserError:
 
 
 def _vit_of_shapes(tensors: Mapping[str, Tensor], patch_size: int, num_heads: int) -> VisionTransformer:
-    """An untrained transformer into which these tensors fit."""
+    """Return an untrained transformer into which these tensors fit."""
     try:
         width = tensors["patch_embed.proj.weight"].shape[0]
         positions = tensors["pos_embed"].shape[1]
@@ -574,7 +574,7 @@ def _vit_of_shapes(tensors: Mapping[str, Tensor], patch_size: int, num_heads: in
 
 
 def _load(vit: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Load every tensor by name, or raise the UserError that names the first which does not fit."""
+    """Load every tensor by name; raise a UserError that names the first one that does not fit."""
     wanted = vit.state_dict()
     for name in wanted.keys() | tensors.keys():
         if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:

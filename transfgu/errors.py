@@ -1,4 +1,4 @@
-"""Two ways to fail that are nobody's bug: a user's mistake, and one bad input among many good ones."""
+"""Define the two expected kinds of failure: a user's mistake, and one bad input among many good ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ class UserError(Exception):
 
     Args:
         message: the line; runs of white space become one space.
-        code: a stable name of the kind of mistake, such as `preset-unknown`: first the thing, then the trouble. The
-            words of a message may change, its code may not, so tests and scripts match the code. `docs/errors.md`
-            lists all codes.
+        code: a stable name of the kind of mistake, such as `preset-unknown`: first the thing, then the problem. The
+            text of a message may change, its code may not, so tests and scripts match the code. `docs/errors.md` lists
+            all codes.
     """
 
     def __init__(self, message: str, code: str) -> None:
@@ -31,16 +31,16 @@ class UserError(Exception):
 
 
 class BadInput(Exception):
-    """One image or label that can't be used; the run goes on without it.
+    """One image or label that can't be used; the run continues without it.
 
-    The message is the reason, such as ``truncated image``, short enough to be a row of a table: stages count
-    bad inputs by reason, name them in the report, and end the run once their share passes the recipe's.
+    The message is the reason, such as ``truncated image``, short enough for a row of a table: stages count bad inputs
+    by reason, name them in the report, and end the run if their share exceeds the recipe's.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """One input that was not used: its name in the data set, and why."""
+    """One unused input: its name in the data set, and the reason."""
 
     name: str
     reason: str
@@ -48,7 +48,7 @@ class LeftOut:
 
 @dataclass(frozen=True, kw_only=True)
 class BadShare:
-    """The share of unusable inputs up to which a run goes on without them."""
+    """The maximum share of unusable inputs with which a run continues."""
 
     limit: int | float
     """0 to 1."""
@@ -64,7 +64,7 @@ class BadShare:
 
         Args:
             bad: inputs that can't be used; the error names the first three.
-            total: number of all inputs, these included.
+            total: number of all inputs, including these.
             what: plural of the input, such as `validation images`.
             at_least: more bad inputs may follow, because not all have been read yet.
         """
@@ -72,7 +72,7 @@ class BadShare:
             raise self.error(bad, total, what, at_least=at_least)
 
     def error(self, bad: Sequence[LeftOut], total: int, what: str, *, at_least: bool = False) -> UserError:
-        """Return the error of :meth:`check`, whatever the share."""
+        """Return the error of :meth:`check`, for any share."""
         count = f"at least {len(bad)}" if at_least else str(len(bad))
         share = f"{len(bad) / max(1, total):.0%}"
         first = ", ".join(f"{x.name} ({x.reason})" for x in bad[:3])
@@ -84,12 +84,12 @@ class BadShare:
 
     @property
     def or_raise(self) -> str:
-        """The second remedy of a message, which follows the first; empty without a flag."""
+        """The second remedy of a message; empty without a flag."""
         return f", or raise {self.flag} from {self.limit:g}" if self.flag else ""
 
 
 def in_words(error: BaseException) -> str:
-    """What went wrong in one line; that memory ran out is said first, whoever found it out."""
+    """Return an error as one line, in which a lack of memory comes first, whatever library reported it."""
     text = str(error) if isinstance(error, UserError) else " ".join(repr(error).split())[:300]
     kinds = {kind.__name__ for kind in type(error).__mro__}
     signs = ("out of memory", "can't allocate memory", "running low on memory")

@@ -1,6 +1,6 @@
-"""Declare, check and describe the fields of a recipe: each carries its meaning and unit once, as metadata.
+"""Declare, check and describe the fields of a recipe: each has its meaning and unit once, as metadata.
 
-The command line's ``--help`` and the documents are made from it.
+The command line's ``--help`` and the documents are generated from the metadata.
 """
 
 import dataclasses
@@ -11,18 +11,18 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 from transfgu.errors import UserError
 
 MISSING = object()
-"""Stands for a value that is not there where None may be one."""
+"""Marks a missing value where None is a valid one."""
 
 
 def field(default: Any, doc: str, unit: str = "", **history: Any) -> Any:
-    """One field of a recipe.
+    """Declare one field of a recipe.
 
     Args:
-        default: its value unless a preset or the user gives another.
+        default: its value unless a preset or the user sets another.
         doc: its meaning, for `--help` and the documents.
-        unit: of its value.
-        history: `before`, for a field that is younger than the first format: the value that runs made before it
-            had; `was`, a tuple of the dotted names that it had earlier.
+        unit: unit of its value.
+        history: `before`, for a field that is newer than the first format: the value that earlier runs had; `was`, a
+            tuple of its former dotted names.
     """
     return dataclasses.field(default=default, metadata={"doc": doc, "unit": unit, **history})
 
@@ -34,12 +34,12 @@ def check(good: bool, message: str, code: str = "field-range") -> None:
 
 
 def listed(value: Any) -> Any:
-    """A tuple as a list, as YAML and JSON have it; any other value as it is."""
+    """Return a tuple as a list, as in YAML and JSON; other values are unchanged."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def written(value: Any) -> str:
-    """Return a field's value as a flag takes it: `320x320`, `0.5,0.4`, `true`; :func:`convert` reads it back."""
+    """Return a field's value in the syntax of flags: `320x320`, `0.5,0.4`, `true`; :func:`convert` reads it."""
     if isinstance(value, list | tuple):
         is_size = len(value) == 2 and all(isinstance(v, int) for v in value)
         return ("x" if is_size else ",").join(map(str, value))
@@ -48,20 +48,20 @@ def written(value: Any) -> str:
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """One field as a person meets it: dotted name, type, meaning and unit."""
+    """One field as users see it: dotted name, type, meaning and unit."""
 
     name: str
     kind: Any
     doc: str
     unit: str
     before: Any = MISSING
-    """The value that runs had before the field came; MISSING for a field of the first format."""
+    """The value that runs had before the field existed; MISSING for a field of the first format."""
     was: tuple[str, ...] = ()
-    """Its former dotted names, the first one first."""
+    """Its former dotted names, the oldest first."""
 
 
 def field_infos(recipe: type, prefix: str = "") -> dict[str, FieldInfo]:
-    """Every field of a recipe's dataclass by dotted name, components' fields included."""
+    """Return every field of a recipe's dataclass by dotted name, including fields of components."""
     hints = get_type_hints(recipe)
     infos: dict[str, FieldInfo] = {}
     for f in dataclasses.fields(recipe):
@@ -74,7 +74,7 @@ def field_infos(recipe: type, prefix: str = "") -> dict[str, FieldInfo]:
 
 
 def convert(name: str, kind: Any, value: Any) -> Any:
-    """`value`, which may be text, as the type `kind` of field `name`.
+    """Convert `value`, which may be text, to the type `kind` of field `name`.
 
     Lists are written ``1,2`` or ``1 2`` or ``1x2``.
 
@@ -95,7 +95,7 @@ def convert(name: str, kind: Any, value: Any) -> Any:
             )
             if args[-1] is not Ellipsis and len(items) != len(args):
                 raise UserError(
-                    f"{name} takes {len(args)} numbers, as in {'x'.join(['320'] * len(args))}, not {value}",
+                    f"{name} takes {len(args)} numbers, such as {'x'.join(['320'] * len(args))}, not {value}",
                     code="field-length",
                 )
             return tuple(convert(name, args[0], i) for i in items)
@@ -113,7 +113,7 @@ def convert(name: str, kind: Any, value: Any) -> Any:
 
 
 def kind_name(kind: Any) -> str:
-    """A field's type in words."""
+    """Return a field's type as text."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))

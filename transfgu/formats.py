@@ -1,7 +1,7 @@
-"""The format of the files that a run writes: a number in each, so that any later version can read or refuse them.
+"""Check the format number in the files of a run, so that any later version can read or refuse them.
 
-A version reads every format up to its own. What changed from one to the next is written down here and in
-`transfgu.recipe`, where a field that came later says which value the runs before it had.
+A version reads every format up to its own. The changes from one format to the next are listed here and in
+`transfgu.recipe`, where a later field declares the value that earlier runs had.
 
 ==  ==========================================================================================================
 1   No number in the files; recipes, manifests, checkpoints and trials as of version 0.1.0 at its first golden run.
@@ -20,25 +20,25 @@ from transfgu.errors import UserError
 FORMAT = 2
 """The format that this version writes."""
 KEY = "format"
-"""The number's name in JSON and YAML."""
+"""Name of the number in JSON and YAML."""
 WEIGHTS_KEY = "transfgu_format"
-"""Its name in the metadata of a weight file, where `format` means the library that wrote it."""
+"""Name of the number in the metadata of a weight file, where `format` is the library that wrote it."""
 
 
 def stamp(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `tree` with the format's number in front, ready to be written."""
+    """Return `tree` with the format number added in front."""
     return {KEY: FORMAT, **tree}
 
 
 def check(number: object, name: str) -> int:
-    """Return the format of a file, 1 where it carries no number.
+    """Return the format of a file; 1 if it has no number.
 
     Args:
-        number: what the file says; None: nothing.
-        name: what an error calls the file.
+        number: the number in the file; None: none.
+        name: name of the file in error messages.
 
     Raises:
-        UserError: a later version wrote the file, or `number` is no format.
+        UserError: a later version wrote the file, or `number` is not a format.
     """
     if number is None:
         return 1
@@ -52,7 +52,7 @@ def check(number: object, name: str) -> int:
         )
     if found > FORMAT:
         raise UserError(
-            f"{name} has format {found}, and this version of transfgu reads formats up to {FORMAT}: "
+            f"{name} has format {found}, but this version of transfgu reads formats up to {FORMAT}: "
             "install the version that wrote it, or a later one",
             code="format-newer",
         )
@@ -60,18 +60,18 @@ def check(number: object, name: str) -> int:
 
 
 def read_json(data: bytes | str, name: str, remedy: str) -> dict[str, Any]:
-    """Parse a JSON object of ours and check its format.
+    """Parse a JSON object of a run and check its format.
 
     Args:
         data: the file's content.
-        name: what an error calls the file.
-        remedy: what the user should do about a damaged file.
+        name: name of the file in error messages.
+        remedy: remedy for a damaged file.
 
     Returns:
-        The object without its format's number.
+        The object without its format number.
 
     Raises:
-        UserError: the file is damaged, or of a format to come.
+        UserError: the file is damaged, or has a newer format.
     """
     with damage(name, remedy):
         tree = json.loads(data)
@@ -83,17 +83,17 @@ def read_json(data: bytes | str, name: str, remedy: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def damage(name: str, remedy: str) -> Iterator[None]:
-    """Turn whatever a reader of our own files stumbles over into one line.
+    """Turn errors of parsing a run's own file into one line.
 
     Args:
-        name: what the error calls the file.
-        remedy: what the user should do about it.
+        name: name of the file in the error message.
+        remedy: remedy for a damaged file.
 
     Raises:
-        UserError: the body raised an error of a parser, or of a value that is missing or of another type.
+        UserError: the block raised a parser's error, or found a value missing or of another type.
     """
     try:
         yield
-    # JSON's and UTF-8's are ValueErrors; a bracket that is opened ten thousand times is a RecursionError.
+    # Errors of JSON and UTF-8 are ValueErrors; ten thousand nested brackets give a RecursionError.
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError):
         raise UserError(f"{name} is damaged: {remedy}", code="file-damaged") from None

@@ -27,27 +27,27 @@ from transfgu.errors import UserError
 from transfgu.store.scratch import Scratch
 from transfgu.whitening import Moments, Whitening, moment_step, moments
 
-CHUNK = 1024  # rows; with 384 columns a chunk is 1.5 MB, and the sums find in cache what the assignment read
-_BLOCK = 16  # chunks whose bounds are looked at together: threads wait for each other at every call that Python makes
+CHUNK = 1024  # rows; with 384 columns a chunk is 1.5 MB, so the sums read from the cache what the assignment has read
+_BLOCK = 16  # chunks whose bounds are checked together, because threads wait for each other at every call from Python
 _STARTS = 8
 _START_ITERATIONS = 5
 _SEED_CANDIDATES = 4
 _SPLIT = 1 / 1024  # relative, alternating in sign; FAISS splits clusters by as much
-_SEARCH_ERROR = 4e-6  # of FAISS's squared distances, relative to the squared lengths of what is between
-_BOUND_ERROR = 3e-5  # relative, of float32 bounds that hundreds of moves are added to
-# What is found of a row must not depend on how many are looked at with it: FAISS would take another way for a few.
+_SEARCH_ERROR = 4e-6  # error of FAISS's squared distances, relative to the squared lengths of the vectors
+_BOUND_ERROR = 3e-5  # relative error of float32 bounds after adding hundreds of moves
+# Results for a row must not depend on the number of rows searched together: FAISS uses another method for a few.
 faiss.cvar.distance_compute_blas_threshold = 1
 
 
 @dataclass(frozen=True)
 class KMeansResult:
-    """What K-Means found.
+    """The result of K-Means.
 
     Args:
         centroids: the k means.
-        counts: rows nearest to each centroid.
+        counts: number of rows nearest to each centroid.
         inertia: sum over all rows of the squared distance to the nearest centroid.
-        iterations: updates made before assignments stopped changing, or the limit was reached.
+        iterations: updates until assignments stopped changing, or the limit was reached.
     """
 
     centroids: Float32[ndarray, "k d"]
@@ -58,13 +58,13 @@ class KMeansResult:
 
 @dataclass(frozen=True)
 class Assignment:
-    """One pass over some rows, to be added to those over others.
+    """The result of one pass over some rows; results of several can be added.
 
     Args:
         sums: sum of the rows nearest to each centroid, on the grid that all passes share.
-        counts: their number.
+        counts: number of these rows.
         inertia: sum of squared distances to the nearest centroid.
-        changed: rows whose nearest centroid was another one in the pass before.
+        changed: number of rows whose nearest centroid was another one in the previous pass.
     """
 
     sums: Float64[ndarray, "k d"]
@@ -85,13 +85,13 @@ class Grid:
     """Multiples of one power of two, fine enough for any row and coarse enough that sums of all rows are exact.
 
     Args:
-        rows: how many rows there are in all.
-        largest: the largest absolute value among them.
+        rows: total number of rows.
+        largest: their largest absolute value.
     """
 
     def __init__(self, rows: int, largest: float) -> None:
-        # A float64 near 3 * 2^e has its last bit at 2^(e - 51): adding this number and taking it away rounds to that
-        # bit, the same way whatever else is added later. |sum| <= 2^e leaves all of its multiples exact.
+        # A float64 near 3 * 2^e has its last bit at 2^(e - 51): adding this number and subtracting it again rounds to
+        # that bit, whatever else is added later. |sum| <= 2^e keeps all of its multiples exact.
         bound = max(rows * largest, float(np.finfo(np.float32).tiny))
         self.offset = 3.0 * 2.0 ** (math.ceil(math.log2(bound)) + 1)
 
@@ -99,7 +99,7 @@ class Grid:
         return isinstance(other, Grid) and self.offset == other.offset
 
     def round(self, rows: Float32[ndarray, "n d"]) -> Float64[ndarray, "n d"]:
-        """`rows` on the grid."""
+        """Return `rows` rounded to the grid."""
         shifted: ndarray = rows + np.float64(self.offset)
         shifted -= self.offset
         return shifted
@@ -113,14 +113,14 @@ class Shards(ABC):
     """Rows in one or several processes, ordered as in one long array."""
 
     rows: int
-    """How many there are."""
+    """Number of rows."""
 
     largest: float
-    """Their largest absolute value; not finite if one of theirs is not."""
+    """Their largest absolute value; not finite if one value is not."""
 
     @abstractmethod
     def best_start(self, rows: Int[ndarray, " n"], k: int, seed: int) -> Float32[ndarray, "k d"]:
-        """Of several starts on the rows of these numbers, the centroids of least inertia."""
+        """Return the centroids of least inertia among several starts on the rows of these numbers."""
 
     @abstractmethod
     def take(self, rows: Int[ndarray, " n"]) -> Float32[ndarray, "n d"]:
@@ -132,7 +132,7 @@ class Shards(ABC):
 
     @abstractmethod
     def moments(self, step: float) -> Moments:
-        """Return sums over all rows, from which a whitening follows; see :func:`transfgu.whitening.moments`."""
+        """Return sums over all rows from which a whitening is computed; see :func:`transfgu.whitening.moments`."""
 
     @abstractmethod
     def whitened(self, whitening: Whitening) -> "Shards":
@@ -140,20 +140,19 @@ class Shards(ABC):
 
     @abstractmethod
     def means_before(self, centroids: Float32[ndarray, "k d"]) -> Float32[ndarray, "k d"]:
-        """Of whitened rows: for each centroid the mean, before whitening, of the rows that are nearest to it.
+        """For whitened rows: return the mean, before whitening, of the rows nearest to each centroid.
 
         A centroid without rows gets the mean of all.
         """
 
 
 class Shard(Shards):
-    """Rows in the memory of one process, worked through by its threads.
+    """Rows in the memory of one process, processed by its threads.
 
     Args:
-        pieces: (n, d) arrays; chunks do not cross from one to the next. Contiguous float32 is used where it lies,
-            anything else is copied.
-        threads: how many; None: one for each core that the process may use.
-        scratch: where the pieces lie, if they lie on disk; whitened rows are put there, too.
+        pieces: (n, d) arrays; chunks do not extend from one to the next. Contiguous float32 is used without a copy.
+        threads: number of threads; None: one per core that the process may use.
+        scratch: file of the pieces, if they are on disk; whitened rows are stored there, too.
     """
 
     def __init__(self, pieces: Sequence[ndarray], threads: int | None = None, scratch: Scratch | None = None) -> None:
@@ -163,22 +162,22 @@ class Shard(Shards):
         self._scratch = scratch
         self._starts = np.cumsum([0, *map(len, self._blocks)])
         self._labels = [np.full(len(b), -1, np.int32) for b in self._blocks]
-        # Of each row: a distance that its centroid is not beyond, and one that no other centroid is within.
+        # For each row: an upper bound of the distance to its centroid, and a lower bound of those to all others.
         self._bounds = [np.empty((2, len(b)), np.float32) for b in self._blocks]
         self._threads = threads or cores()
-        # Blocks are shared out to Python threads, each a single OpenMP thread: what is found of a row must not depend
-        # on how many there are, and no core waits for another at the end of every chunk.
+        # Blocks are divided among Python threads, each with a single OpenMP thread: results for a row must not depend
+        # on the number of threads, and no core waits for another after every chunk.
         self._pool = ThreadPoolExecutor(self._threads, initializer=faiss.omp_set_num_threads, initargs=(1,))
         self.rows = int(self._starts[-1])
         measures = np.array([*self._pool.map(self._measure, self._blocks)]).reshape(-1, 3)
         self.largest = float(measures[:, 0].max(initial=0))  # keeps NaN
         self._reach = measures[:, 1]
         self._squares = float(measures[:, 2].sum())
-        # Of the latest pass; its grid is None where there was none.
+        # Results of the latest pass; the grid is None if there was none.
         self._grid: Grid | None = None
         self._centroids = np.empty((0, 0))
         self._sums, self._counts = np.empty((0, 0)), np.empty(0, np.int64)
-        self._before: Shard | None = None  # of whitened rows: the rows as they were
+        self._before: Shard | None = None  # for whitened rows: the original rows
 
     def _measure(self, block: Float32[ndarray, "n d"]) -> tuple[float, float, float]:
         measured = _measure(block)
@@ -186,7 +185,7 @@ class Shard(Shards):
         return measured
 
     def _release(self, block: Float32[ndarray, "n d"]) -> None:
-        """Give back the memory of a block that lies on disk."""
+        """Release the memory of a block on disk."""
         if self._scratch:
             self._scratch.release(block)
 
@@ -203,11 +202,11 @@ class Shard(Shards):
             moves = _Moves(np.linalg.norm(wide - self._centroids, axis=1))
         else:
             self._sums, self._counts = np.zeros(wide.shape), np.zeros(len(wide), np.int64)
-        self._grid = None  # until all is up to date
+        self._grid = None  # until everything is updated
         index: Any = faiss.IndexFlatL2(centroids.shape[1])
         index.add(centroids)
         lengths = np.square(wide).sum(1)
-        numbers = iter(range(len(self._blocks)))  # one for all threads: whichever is free takes the next block
+        numbers = iter(range(len(self._blocks)))  # shared by all threads: a free thread takes the next block
         passes = self._pool.map(
             lambda _: self._assign(index, float(lengths.max()), wide.shape, moves, grid, numbers), range(self._threads)
         )
@@ -217,7 +216,7 @@ class Shard(Shards):
             self._counts += counts
             changed += count
         self._grid, self._centroids = grid, wide
-        # The sum of |x - c|^2, multiplied out.
+        # The sum of |x - c|^2, expanded.
         inertia = self._squares - 2 * float((wide * self._sums).sum()) + float(lengths @ self._counts)
         return Assignment(self._sums.copy(), self._counts.copy(), max(0.0, inertia), changed)
 
@@ -230,7 +229,7 @@ class Shard(Shards):
         grid: Grid,
         numbers: Iterator[int],
     ) -> tuple[Float64[ndarray, "k d"], Int[ndarray, " k"], int]:
-        """What the blocks of these numbers add to sums and counts, and how many of their rows changed."""
+        """Return the contribution of blocks to sums and counts, and the number of their rows that changed."""
         k = shape[0]
         sums, counts, changed = np.zeros(shape), np.zeros(k, np.int64), 0
         for number in numbers:
@@ -259,14 +258,14 @@ class Shard(Shards):
     def _looked_at(
         self, labels: Int32[ndarray, " n"], doubted: Int[ndarray, " m"] | None
     ) -> Iterator[slice | Int[ndarray, " c"]]:
-        """A block's rows that are looked at, a chunk at a time; slices, which copy nothing, where they are all."""
+        """Yield the rows of a block to check, in chunks; slices, which copy nothing, if all are checked."""
         if doubted is None or len(doubted) == len(labels):
             yield from (slice(i, i + CHUNK) for i in range(0, len(labels), CHUNK))
         else:
             yield from (doubted[i : i + CHUNK] for i in range(0, len(doubted), CHUNK))
 
     def moments(self, step: float) -> Moments:
-        """Return sums over all rows, from which a whitening follows; see :func:`transfgu.whitening.moments`."""
+        """Return sums over all rows from which a whitening is computed; see :func:`transfgu.whitening.moments`."""
 
         def of_block(block: Float32[ndarray, "n d"]) -> Moments:
             found = functools.reduce(Moments.__add__, (moments(rows, step) for rows in _cut([block])))
@@ -292,11 +291,11 @@ class Shard(Shards):
         return shard
 
     def _like(self, pieces: Sequence[ndarray]) -> "Shard":
-        """Other rows, where these are."""
+        """Return a shard with other rows in the same place."""
         return Shard(pieces, self._threads, self._scratch)
 
     def means_before(self, centroids: Float32[ndarray, "k d"]) -> Float32[ndarray, "k d"]:
-        """Of whitened rows: for each centroid the mean, before whitening, of the rows that are nearest to it."""
+        """For whitened rows: return the mean, before whitening, of the rows nearest to each centroid."""
         before = self._before
         if before is None:
             raise ValueError("these rows are not whitened")
@@ -306,7 +305,7 @@ class Shard(Shards):
     def sums_before(
         self, centroids: Float32[ndarray, "k d"], grid: Grid, grid_before: Grid
     ) -> tuple[Float64[ndarray, "k d"], Int[ndarray, " k"]]:
-        """Of whitened rows: sums, before whitening, and number of the rows that are nearest to each centroid."""
+        """For whitened rows: return sums, before whitening, and number of the rows nearest to each centroid."""
         assert self._before
         counts = self.assign(centroids, grid).counts
         before = self._before
@@ -334,9 +333,9 @@ class Shard(Shards):
         return np.concatenate([np.empty(0), *itertools.chain.from_iterable(parts)])
 
     def starts(self, k: int, seed: int, numbers: Sequence[int]) -> list[tuple[float, Float32[ndarray, "k d"]]]:
-        """The starts of these numbers: inertia over all rows and centroids after a few iterations, for each.
+        """Yield, for the starts of these numbers, inertia over all rows and centroids after a few iterations.
 
-        Every start draws from its own generator, so that it is the same whoever makes it.
+        Every start has its own generator, so it is the same in any process.
         """
         rows = np.concatenate(self._blocks)
         grid = Grid(self.rows, self.largest)
@@ -345,7 +344,7 @@ class Shard(Shards):
         return [(result.inertia, result.centroids) for result in found]
 
     def best_start(self, rows: Int[ndarray, " n"], k: int, seed: int) -> Float32[ndarray, "k d"]:
-        """Of several starts on the rows of these numbers, the centroids of least inertia."""
+        """Return the centroids of least inertia among several starts on the rows of these numbers."""
         return least(Shard([self.take(rows)], self._threads).starts(k, seed, START_NUMBERS))
 
 
@@ -367,8 +366,8 @@ def means(sums: Float64[ndarray, "k d"], counts: Int[ndarray, " k"]) -> Float32[
 def whitened(shards: Shards) -> Shards:
     """Whiten rows by their own covariance, then scale them to unit length.
 
-    Where one shared property of all rows (such as how bright a window is) varies most, distances say little else; after
-    whitening each direction counts alike.
+    If one property of all rows (such as the brightness of a window) varies most, distances reflect little else; after
+    whitening all directions have the same weight.
 
     Raises:
         UserError: a row that is not finite.
@@ -395,19 +394,20 @@ def cluster(
     resume: tuple[int, ndarray] | None = None,
     after: Callable[[int, ndarray], None] | None = None,
 ) -> KMeansResult:
-    """Cluster rows by K-Means: Lloyd's iterations over all rows from a start, by default a good one on a sample.
+    """Run K-Means by Lloyd's iterations over all rows from a start, by default the best of several on a sample.
 
-    It ends when a pass changes no assignment, or after `iterations` updates. A cluster that has lost all rows takes
-    half of the largest one. The result depends on rows, their order, k and seed alone.
+    It ends when a pass changes no assignment, or after `iterations` updates. A cluster that has lost all rows gets half
+    of the largest one. The result depends only on rows, their order, k and seed.
 
     Args:
         shards: the rows.
         k: number of clusters.
-        iterations: updates at most.
-        seed: of the sample and of the starts.
-        start: `best` of several k-means++ starts on a sample, or the rows that `faiss` starts from with this seed.
-        resume: updates made by an earlier attempt, and the centroids it had come to.
-        after: called after every update with the number of updates made and the centroids.
+        iterations: maximum number of updates.
+        seed: seed of the sample and of the starts.
+        start: `best` of several k-means++ starts on a sample, or `faiss`: the rows from which FAISS starts with this
+            seed.
+        resume: number of updates of an earlier attempt, and its last centroids.
+        after: called after every update with the number of updates and the centroids.
 
     Raises:
         UserError: more clusters than rows, or a row that is not finite.
@@ -416,7 +416,7 @@ def cluster(
     """
     if not 0 < k <= shards.rows:
         raise UserError(
-            f"{k} clusters can't be made of {shards.rows} features: ask for 1 to {shards.rows}",
+            f"{k} clusters are too many for {shards.rows} features: choose 1 to {shards.rows}",
             code="concepts-too-many",
         )
     _check_finite(shards)
@@ -438,7 +438,7 @@ def _lloyd(
     after: Callable[[int, ndarray], None] | None = None,
 ) -> KMeansResult:
     assignment, settled = assign(centroids), False
-    # What the first pass changed says nothing: the pass before it may have been another clustering's.
+    # Changes of the first pass mean nothing, because the previous pass may belong to another clustering.
     while made < iterations and not settled:
         centroids = update(assignment)
         made += 1
@@ -450,10 +450,10 @@ def _lloyd(
 
 
 def update(assignment: Assignment) -> Float32[ndarray, "k d"]:
-    """The mean of each cluster; a cluster without rows and the largest one part what the largest has.
+    """Return the mean of each cluster; a cluster without rows shares the rows of the largest one.
 
-    The two are moved apart by 1/1024 of each coordinate, up and down in turn, as FAISS does; FAISS draws the cluster
-    to split, here it is the largest.
+    The two are moved apart by 1/1024 of each coordinate, up and down in turn, as in FAISS; FAISS draws the cluster to
+    split, here it is the largest.
     """
     counts = assignment.counts.astype(np.float64)
     means = assignment.sums / np.maximum(counts, 1)[:, None]
@@ -467,7 +467,7 @@ def update(assignment: Assignment) -> Float32[ndarray, "k d"]:
 
 
 def sample_rows(rows: int, k: int, seed: int) -> Int[ndarray, " n"]:
-    """Ascending numbers of the rows that starts are tried on: 256 a cluster (FAISS's measure), 10,000 at least."""
+    """Return ascending numbers of the rows for the starts: 256 per cluster (as in FAISS), at least 10,000."""
     size = min(rows, max(256 * k, 10_000))
     return np.sort(np.random.default_rng(seed).choice(rows, size, replace=False, shuffle=False))
 
@@ -483,7 +483,7 @@ def faiss_rows(rows: int, k: int, seed: int) -> Int[ndarray, " k"]:
 
 
 def _plus_plus(rows: Float32[ndarray, "n d"], k: int, generator: np.random.Generator) -> Float32[ndarray, "k d"]:
-    """Seeds far apart: each is the best of a few draws in proportion to the squared distance from those before."""
+    """Return seeds far apart: each is the best of a few draws with probability proportional to the squared distance."""
     size = min(len(rows), max(16 * k, 4096))
     rows = rows[generator.choice(len(rows), size, replace=False)]
     chosen = [int(generator.integers(size))]
@@ -491,7 +491,7 @@ def _plus_plus(rows: Float32[ndarray, "n d"], k: int, generator: np.random.Gener
     while len(chosen) < k:
         heights = np.cumsum(distances, dtype=np.float64)
         draws = generator.random(_SEED_CANDIDATES)
-        # Where every row lies on a seed already, there is nothing to choose by.
+        # If every row equals a seed, all choices are the same.
         drawn = np.searchsorted(heights, draws * heights[-1], side="right") if heights[-1] else draws * size
         candidates = np.minimum(drawn.astype(np.int64), size - 1)
         nearer = np.minimum(distances, _squared(rows, rows[candidates]))
@@ -506,36 +506,36 @@ def _squared(rows: Float32[ndarray, "n d"], seeds: Float32[ndarray, "c d"]) -> F
 
 
 class _Moves:
-    """How far each centroid has moved since the pass before, and what that does to bounds."""
+    """The distance that each centroid has moved since the previous pass, and its effect on bounds."""
 
     def __init__(self, own: Float64[ndarray, " k"]) -> None:
         self._own = own
-        self._others = np.full(len(own), own.max())  # the farthest that any other has moved
+        self._others = np.full(len(own), own.max())  # the largest move of any other centroid
         if len(own) > 1:
             self._others[own.argmax()] = np.partition(own, -2)[-2]
 
     def in_doubt(
         self, labels: Int32[ndarray, " n"], upper: Float32[ndarray, " n"], lower: Float32[ndarray, " n"]
     ) -> Int[ndarray, " m"]:
-        """The rows that may have another nearest centroid now; bounds are brought up to date."""
+        """Return the rows that may have another nearest centroid now, and update the bounds."""
         upper += self._own[labels]
         lower -= self._others[labels]
         return np.flatnonzero(upper >= lower - _BOUND_ERROR * np.abs(lower))
 
 
 def _cut(blocks: Sequence[ndarray]) -> Iterator[ndarray]:
-    """All blocks, a chunk at a time."""
+    """Yield all blocks in chunks."""
     return (block[i : i + CHUNK] for block in blocks for i in range(0, len(block), CHUNK))
 
 
 def _gains(k: int, labels: Int[ndarray, " n"]) -> Any:
-    """A sparse (k, n) matrix with a single 1 in each column, in the row that its label says."""
+    """Return a sparse (k, n) matrix with a single 1 in each column, in the row of its label."""
     n = len(labels)
     return sparse.csc_array((np.ones(n), labels, np.arange(n + 1)), shape=(k, n))
 
 
 def _measure(block: Float32[ndarray, "n d"]) -> tuple[float, float, float]:
-    """The largest absolute value, and of the rows' squared lengths the largest and their sum."""
+    """Return the largest absolute value, the largest of the rows' squared lengths, and their sum."""
     chunks = [block[i : i + CHUNK] for i in range(0, len(block), CHUNK)]
     extremes = [x for chunk in chunks for x in (chunk.min(), chunk.max())]
     squares = np.concatenate([np.square(chunk, dtype=np.float64).sum(1) for chunk in chunks])

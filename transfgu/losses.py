@@ -23,9 +23,9 @@ from transfgu.transfer import to_device
 from transfgu.workers import worker_count
 
 FOREGROUND = 0.1
-"""A pixel is foreground, to the uncertainty, where some map scaled to [0, 1] exceeds this."""
+"""Threshold of the uncertainty's foreground: pixels where some map scaled to [0, 1] exceeds it."""
 
-# To type checkers an int is a float; to the run-time checks of the tests it is not.
+# Type checkers accept an int as a float; the run-time checks of the tests do not.
 Real = float | int
 Permutation = Int[Tensor, " C"] | Int[np.ndarray, " C"] | Sequence[int]
 
@@ -35,15 +35,15 @@ class PixelLosses(NamedTuple):
 
     peer: Float[Tensor, "B h w"]
     uncertainty: Float[Tensor, "B h w"]
-    """1 - (p' - p''), whether the pixel is counted or not."""
+    """1 - (p' - p''), for counted and other pixels."""
     counted: Bool[Tensor, "B h w"]
-    """The pixels whose uncertainty counts: all, or the foreground where there is a background class."""
+    """Pixels whose uncertainty counts: all, or the foreground if there is a background class."""
     labels: Int[Tensor, "B h w"]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss, its three terms, and the labels it was computed against."""
+    """The loss, its three terms, and the labels used for it."""
 
     total: Float[Tensor, ""]
     peer: Float[Tensor, ""]
@@ -55,21 +55,21 @@ class Loss:
 class Shares(NamedTuple):
     """The weights of an image and of a counted pixel in the global batch, times the number of workers.
 
-    With that factor, the *average* over workers, which is what data-parallel training takes of gradients, is
-    the value of the global batch, however unequal the workers' slices.
+    With that factor, the *average* over workers, which data-parallel training takes of gradients, is the value of the
+    global batch, for slices of any sizes.
     """
 
     image: Float[Tensor, ""]
     pixel: Float[Tensor, ""]
     certain: "Certain | None" = None
-    """Which pixels have a label; None: all."""
+    """Pixels with a label; None: all."""
 
 
 class Certain(NamedTuple):
-    """The pixels of a global batch whose maps say most clearly which class they are of."""
+    """The pixels of a global batch whose class is clearest in the maps."""
 
     level: Int[Tensor, " C"]
-    """Of each class: the lowest `margin_levels` that is certain."""
+    """The lowest certain `margin_levels` of each class."""
     pixel: Float[Tensor, ""]
     """Weight of one certain pixel, as in `Shares`."""
 
@@ -86,7 +86,7 @@ def batch_shares(
             the most certain ones of those whose largest scaled map is the class's.
     """
     images, _, height, width = maps.shape
-    # Filled on the device: a copy from the host would wait for what a GPU still has to do.
+    # Filled on the device, because a copy from the host would wait for queued work of a GPU.
     counts = torch.full((2,), images, dtype=torch.int64, device=maps.device)
     counts[1] = images * height * width
     if background_threshold is not None:
@@ -99,7 +99,7 @@ def batch_shares(
 
 
 def _certain(maps: Float[Tensor, "B K h w"], background_threshold: Real | None, share: Real) -> Certain:
-    """Find the levels from a histogram, whose counts add up over workers exactly."""
+    """Find the levels from a histogram, whose counts add up exactly over workers."""
     evidence = map_evidence(maps.float(), background_threshold)
     labels, levels = margin_levels(evidence)
     classes = evidence.shape[1]
@@ -110,7 +110,7 @@ def _certain(maps: Float[Tensor, "B K h w"], background_threshold: Real | None, 
         dist.all_reduce(counts)
     above = counts.view(classes, LEVELS).flip(1).cumsum(1).flip(1)  # pixels of this level or a higher one
     wanted = (above[:, :1].double() * share).ceil()
-    level = (above >= wanted).sum(1) - 1  # `above` never rises: the last level that still has enough
+    level = (above >= wanted).sum(1) - 1  # `above` never increases: the last level with enough pixels
     kept = above.gather(1, level[:, None]).sum()
     return Certain(level=level, pixel=worker_count() / kept.clamp(min=1))
 
@@ -119,20 +119,20 @@ LEVELS = 1 + (24 << 7)
 
 
 def margin_levels(evidence: Float[Tensor, "B C h w"]) -> tuple[Int[Tensor, "B h w"], Int[Tensor, "B h w"]]:
-    """Return each pixel's class of largest evidence, and by how much it leads, in levels.
+    """Return each pixel's class of largest evidence, and its lead, in levels.
 
     Evidence is 0 to 1. Maps of one image differ by little, so levels are finer for smaller leads: a level is 1/128 of
     the power of two below the lead. Leads of 2^-24 and less are level 0, a lead of 1 is the last, `LEVELS` - 1.
     """
     top, order = evidence.topk(2, dim=1)
     lead = top[:, 0] - top[:, 1]
-    # Positive float32 numbers are in the order of their bits: 8 of exponent (127 stands for 2^0), then 23 of mantissa.
+    # Positive float32 numbers are ordered like their bits: 8 of exponent (127 means 2^0), then 23 of mantissa.
     levels = (lead.float().contiguous().view(torch.int32) >> 16) - ((127 - 24) << 7)
     return order[:, 0], levels.clamp(0, LEVELS - 1).long()
 
 
 def map_evidence(maps: Float[Tensor, "B K h w"], background_threshold: Real | None) -> Float[Tensor, "B C h w"]:
-    """Scale maps to [0, 1] over an image's concepts, with the background in front if there is one."""
+    """Scale maps to [0, 1] over an image's concepts; with a background, it comes first."""
     scaled = scale_maps(maps)
     if background_threshold is None:
         return scaled
@@ -154,13 +154,13 @@ def pixel_losses(
     background_threshold: Real | None = None,
     certain: Certain | None = None,
 ) -> PixelLosses:
-    """Peer loss, uncertainty and pseudo label of each pixel; arguments as in `bootstrapping_loss`.
+    """Return peer loss, uncertainty and pseudo label of each pixel; arguments as in `bootstrapping_loss`.
 
     With `certain` the peer loss of all other pixels is 0.
     """
     concepts = logits.shape[1] - (background_threshold is not None)
     if maps.shape[1] != concepts:
-        raise ValueError(f"{logits.shape[1]} classes need {concepts} maps an image, not {maps.shape[1]}")
+        raise ValueError(f"{logits.shape[1]} classes need {concepts} maps per image, not {maps.shape[1]}")
     if teacher_logits is not None and permutation is None:
         raise ValueError("a teacher needs the permutation of classes that makes its negative labels")
 
@@ -187,7 +187,7 @@ def pixel_losses(
     if certain is not None:
         peer = peer * is_certain
 
-    # Without the background: at foreground pixels the question is which concept it is, not whether it is one.
+    # Without the background, because foreground pixels only need a choice between concepts.
     probabilities = logits[:, logits.shape[1] - concepts :].softmax(dim=1)
     if concepts == 1:
         uncertainty = 1 - probabilities[:, 0]  # no second class: p'' is 0
@@ -198,10 +198,10 @@ def pixel_losses(
 
 
 def diversity(class_embeddings: Float[Tensor, "B C d"]) -> Float[Tensor, " B"]:
-    """1 + the mean cosine over the C (C - 1) / 2 pairs of each image's class embeddings, of unit length.
+    """Return 1 + the mean cosine over the C (C - 1) / 2 pairs of each image's class embeddings, of unit length.
 
-    The squared length of the embeddings' sum holds every pair twice, and each embedding with itself: the sum
-    over pairs costs C d, not C^2 d.
+    The squared length of the embeddings' sum contains every pair twice, and each embedding with itself: the sum over
+    pairs costs C d, not C^2 d.
     """
     classes = class_embeddings.shape[1]
     own = class_embeddings.square().sum(dim=(1, 2))
@@ -224,7 +224,7 @@ def loss_share(
 ) -> Loss:
     """Return the share of these images in the loss of the global batch: sum over parts, average over workers.
 
-    Arguments are those of `bootstrapping_loss`, and the ``shares`` of the whole slice they are part of.
+    Arguments are those of `bootstrapping_loss`, and the ``shares`` of the whole slice that contains these images.
     """
     pixels = pixel_losses(
         logits,
@@ -257,29 +257,28 @@ def bootstrapping_loss(
     background_threshold: Real | None = None,
     certain_share: Real = 1,
 ) -> Loss:
-    """``L = L_peer + omega_1 L_div + omega_2 L_unc`` of a batch.
+    """Return ``L = L_peer + omega_1 L_div + omega_2 L_unc`` of a batch.
 
-    Where ``torch.distributed`` is initialised, every worker must call it with its slice of the global batch.
-    Values are then the global batch's on every worker, and gradients are such that their average over
-    workers, as DistributedDataParallel takes it, is the global batch's.
+    If ``torch.distributed`` is initialised, every worker must call it with its slice of the global batch. Values are
+    then those of the global batch on every worker, and the average of the gradients over workers, as computed by
+    DistributedDataParallel, is that of the global batch.
 
     Args:
-        logits: of the student, P before its softmax.
-        class_embeddings: of the student, unit length.
+        logits: student's logits: P before its softmax.
+        class_embeddings: student's class embeddings, unit length.
         maps: pseudo-label maps, unscaled: they are scaled to [0, 1] over all concepts of an image.
-        teacher_logits: of the teacher, on the same images; without them labels come from the maps alone, and
-            the peer loss is the cross entropy with them.
+        teacher_logits: teacher's logits for the same images; without them labels come from the maps alone, and the peer
+            loss is the cross entropy with them.
         omega_1: weight of the diversity.
         omega_2: weight of the uncertainty.
         alpha: weight of the negative label's cross entropy.
-        permutation: of the C classes, for the negative labels; the same on every worker. Required with a
-            teacher.
+        permutation: of the C classes, for the negative labels; the same on every worker. Required with a teacher.
         background_threshold: T_bg, in units of scaled maps. If given, class 0 is background, and C = K + 1.
         certain_share: the peer loss is the mean over this share of each class's pixels, the most certain ones; see
             `batch_shares`.
 
     Raises:
-        ValueError: the maps are not one a class, or a teacher comes without a permutation.
+        ValueError: there is not one map per class, or a teacher without a permutation.
     """
     loss = loss_share(
         batch_shares(maps, background_threshold, certain_share),

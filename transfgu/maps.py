@@ -8,12 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-_REACH = 2  # patches to each side that a patch takes its new value from
+_REACH = 2  # neighbours on each side of a patch
 _TEMPERATURE = 0.2  # of the softmax over cosines
 
 
 def scale_maps(maps: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
-    """Scale each image's maps to [0, 1] over all its classes and places; a constant image gives zeros.
+    """Scale each image's maps to [0, 1] over all its classes and patches; a constant image gives zeros.
 
     Source: TransFGU (Yin et al. 2022), pseudo labels in its published losses.
     """
@@ -34,15 +34,15 @@ def background_map(scaled: Float[Tensor, "B K h w"], threshold: float | int) -> 
 def refine_maps(
     maps: Float[Tensor, "B K h w"], tokens: Float[Tensor, "B hw d"], steps: int
 ) -> Float[Tensor, "B K h w"]:
-    """Replace each patch's values, `steps` times, by the mean over its neighbours that look alike.
+    """Replace each patch's values, `steps` times, by the mean over similar neighbours.
 
-    Neighbours are the 5 x 5 patches around a patch, itself included, as far as they are in the image. Their weights are
-    the softmax of the cosines of their tokens with the patch's, divided by 0.2.
+    Neighbours are the 5 x 5 patches around a patch, including itself, inside the image. Their weights are the softmax
+    of the cosines of their tokens with the patch's, divided by 0.2.
 
     Args:
-        maps: of all concepts.
+        maps: maps of all concepts.
         tokens: patch tokens of the same patches, in row-major order.
-        steps: 0 returns the maps as they are.
+        steps: 0 returns the maps unchanged.
 
     Source: random walks along affinities of patches, as in AffinityNet (Ahn and Kwak 2018), section 3.3.
     """

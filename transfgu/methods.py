@@ -26,26 +26,26 @@ class Method:
     """One method."""
 
     title: str
-    """As tables name it."""
+    """Name of the method in tables."""
     about: str
-    """What training does, a sentence for the report."""
+    """Description of the training for the report, in one sentence."""
     learner: str
-    """`module:class`, made from a `transfgu.learner.Setting`: a `transfgu.learner.Learner`."""
+    """`module:class`, constructed with a `transfgu.learner.Setting`: a `transfgu.learner.Learner`."""
     model: str
-    """`module:function` of a recipe, a list of weights by name, and a device: a list of `transfgu.learner.Model`."""
+    """`module:function` with recipe, list of weights by name, and device; returns `transfgu.learner.Model` objects."""
     check: str = ""
-    """`module:function` of the recipe; it raises UserError where the method can't work. Empty: nothing to check."""
+    """`module:function` with the recipe; it raises UserError if the method can't work. Empty: no check."""
     stages: tuple[str, ...] = _TRAINED
     encoder: bool = False
-    """Whether it uses the frozen encoder."""
+    """True if the method uses the frozen encoder."""
     fields: tuple[str, ...] = ()
     """Fields and components of the recipe that its training depends on, besides :data:`SHARED`."""
     proposals: tuple[str, ...] = ()
-    """Those that its pseudo labels depend on, where they are not TransFGU's concept maps."""
+    """Fields that its pseudo labels depend on, if they are not TransFGU's concept maps."""
     anneals: bool = False
-    """Whether its learning rate depends on the number of epochs, so that more epochs are another training."""
+    """True if its learning rate depends on the number of epochs, so that more epochs are another training."""
     values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Fields in which it differs from a preset's TransFGU, by preset; under "" those of all presets."""
+    """Fields that differ from a preset's TransFGU, by preset; those of all presets by ""."""
 
     @property
     def optimised(self) -> bool:
@@ -71,7 +71,7 @@ OPTIMISED = tuple(
         *("weight_decay", "evaluate_every"),
     )
 )
-"""Those of every method that takes optimiser steps."""
+"""Fields of all methods that take optimiser steps."""
 
 _LIP = ("lip-5", "lip-16", "lip-19")
 _ENCODER = ("encoder.name", "encoder.weights", "encoder.precision")
@@ -100,8 +100,8 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
     {
         TRANSFGU: Method(
             title="TransFGU",
-            about="A small decoder learned masks from these maps. From time to time the decoder itself became the "
-            "teacher, and a new one started from its and the maps' joint answer, so that masks sharpen.",
+            about="A small decoder learned masks from these maps. Regularly the decoder became the teacher, and a new "
+            "decoder learned from the teacher and the maps together, so that masks become sharper.",
             learner="transfgu.training.bootstrapping:Bootstrapping",
             model="transfgu.inference.mask_model:load_models",
             stages=STAGES,
@@ -110,8 +110,8 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "iic": Method(
             title="IIC",
-            about="A convolutional network learned classes that tell as much as they can about the class of the same "
-            "place in another view.",
+            about="A convolutional network learned classes that predict the class of the same place in another view as "
+            "well as possible.",
             learner="transfgu.baselines.iic:IIC",
             model="transfgu.baselines.iic:load_models",
             fields=(*OPTIMISED, "iic"),
@@ -131,22 +131,22 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         ),
         "picie": Method(
             title="PiCIE",
-            about="A convolutional network learned pixel features whose clusters are the same in two colourings and in "
-            "any crop; an over-clustering helped it.",
+            about="A convolutional network learned pixel features with the same clusters in two colourings and in any "
+            "crop; auxiliary over-clustering supports the training.",
             fields=(*OPTIMISED, "picie"),
             **_PICIE,
         ),
         "picie-no-aux": Method(
             title="PiCIE without auxiliary clustering",
-            about="A convolutional network learned pixel features whose clusters are the same in two colourings and in "
-            "any crop.",
+            about="A convolutional network learned pixel features with the same clusters in two colourings and in any "
+            "crop.",
             fields=(*OPTIMISED, *(f"picie.{name}" for name in _PICIE_FIELDS)),
             **_PICIE,
         ),
         "maskcontrast": Method(
             title="MaskContrast",
-            about="A convolutional network learned pixel embeddings that are alike within an object and its views, and "
-            "unlike between objects; the objects' means were then grouped into clusters.",
+            about="A convolutional network learned pixel embeddings that are similar within an object and its views "
+            "and different between objects; the objects' means were then grouped into clusters.",
             learner="transfgu.baselines.maskcontrast:MaskContrast",
             model="transfgu.baselines.maskcontrast:load_models",
             check="transfgu.baselines.maskcontrast:check",
@@ -201,7 +201,7 @@ def method(name: str) -> Method:
     """Return a method by its name.
 
     Raises:
-        UserError: there is none of this name; the message lists them.
+        UserError: there is no such method; the message lists them.
     """
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """How well clusters, matched to classes, segment a data set; NaN where there is nothing to score."""
+    """Scores of clusters matched to classes on a data set; NaN if there is nothing to score."""
 
     mean_iou: float
     """Percent; classes absent from both labels and predictions are left out."""
@@ -26,22 +26,22 @@ class Scores:
     iou: Float[np.ndarray, " C"]
     """Percent, by true class; NaN for a class absent from both labels and predictions."""
     clusters: Int[np.ndarray, " C"]
-    """The cluster matched to each true class; -1 where there are fewer clusters than classes."""
+    """The cluster matched to each true class; -1 if there are fewer clusters than classes."""
 
 
 def confusion_matrix(
     labels: ArrayLike, predictions: ArrayLike, num_classes: int, num_clusters: int | None = None
 ) -> Int[np.ndarray, "C clusters"]:
-    """Counts of pixels, true class by predicted cluster, int64.
+    """Count pixels by true class and predicted cluster, int64.
 
     Args:
-        labels: true classes, of any shape and integer type; those outside [0, ``num_classes``) are ignored.
+        labels: true classes, of any shape and integer type; values outside [0, ``num_classes``) are ignored.
         predictions: clusters, of the same shape.
         num_classes: C.
-        num_clusters: how many clusters there are; C unless given.
+        num_clusters: number of clusters; C unless given.
 
     Raises:
-        ValueError: the shapes differ, or a prediction at a labelled pixel is no cluster.
+        ValueError: the shapes differ, or a prediction at a labelled pixel is not a cluster.
     """
     num_clusters = num_classes if num_clusters is None else num_clusters
     true, predicted = np.asarray(labels), np.asarray(predictions)
@@ -49,7 +49,7 @@ def confusion_matrix(
     true, predicted = true.reshape(-1), predicted.reshape(-1)
     if not len(true):
         return np.zeros((num_classes, num_clusters), np.int64)
-    # Neighbouring pixels mostly agree, so runs of them are counted: there are some twenty times fewer.
+    # Neighbouring pixels mostly agree, so runs of equal pixels are counted: there are about twenty times fewer.
     ends = np.ones(len(true), bool)
     np.not_equal(true[1:], true[:-1], out=ends[:-1])
     ends[:-1] |= predicted[1:] != predicted[:-1]
@@ -86,21 +86,21 @@ def batch_confusion(
     num_classes: int,
     num_clusters: int | None = None,
 ) -> Int[np.ndarray, "C clusters"] | Int[Tensor, "C clusters"]:
-    """As :func:`confusion_matrix`, over all images of a batch, counted on the device that holds them.
+    """Count like :func:`confusion_matrix`, over all images of a batch, on the device that holds them.
 
-    Only C x clusters counts need to leave a GPU then, in place of a prediction for each pixel.
+    Only C x clusters counts are then transferred from a GPU, instead of a prediction per pixel.
 
     Args:
-        labels: true classes; those outside [0, ``num_classes``) are ignored.
+        labels: true classes; values outside [0, ``num_classes``) are ignored.
         predictions: clusters, of the same shape, kind and device.
         num_classes: C.
-        num_clusters: how many clusters there are; C unless given.
+        num_clusters: number of clusters; C unless given.
 
     Returns:
-        Counts of pixels, true class by predicted cluster, int64: an array for arrays, a tensor for tensors.
+        Counts of pixels by true class and predicted cluster, int64: an array for arrays, a tensor for tensors.
 
     Raises:
-        ValueError: the shapes differ, or a prediction at a labelled pixel is no cluster.
+        ValueError: the shapes differ, or a prediction at a labelled pixel is not a cluster.
     """
     if isinstance(labels, Tensor) and isinstance(predictions, Tensor):
         if labels.device.type != "cpu":
@@ -112,12 +112,13 @@ def batch_confusion(
 def confusion_on_device(
     labels: Integer[Tensor, "..."], predictions: Integer[Tensor, "..."], num_classes: int, num_clusters: int
 ) -> Int[Tensor, "C clusters"]:
-    """Count as :func:`confusion_matrix` does, on the tensors' device and without waiting for it."""
+    """Count like :func:`confusion_matrix`, on the tensors' device and without waiting for it."""
     _check_shapes(labels.shape, predictions.shape)
     true, predicted = labels.flatten().long(), predictions.flatten().long()
     labelled = (true >= 0) & (true < num_classes)
     is_cluster = (predicted >= 0) & (predicted < num_clusters)
-    # Two more cells, for pixels without a label and for bad predictions: nothing is selected, so nothing waits.
+    # Two more cells, for pixels without a label and for bad predictions, avoid a selection, which would wait for the
+    # GPU.
     cells = num_classes * num_clusters
     cell = torch.where(is_cluster, num_clusters * true + predicted, cells + 1).where(labelled, cells)
     counts = torch.bincount(cell, minlength=cells + 2)
@@ -138,9 +139,9 @@ def _check_clusters(lowest: int, highest: int, num_clusters: int) -> None:
 
 
 def match_clusters(confusion: Num[np.ndarray, "C clusters"]) -> Int[np.ndarray, " C"]:
-    """For each true class its cluster, one to one, so that the most pixels agree (Hungarian matching).
+    """Return the cluster of each true class, one to one, with most agreeing pixels (Hungarian matching).
 
-    Where there are fewer clusters than classes, the classes left over get -1.
+    If there are fewer clusters than classes, the remaining classes get -1.
     """
     confusion = np.asarray(confusion)
     classes, clusters = linear_sum_assignment(confusion.max(initial=0) - confusion)
@@ -152,12 +153,12 @@ def match_clusters(confusion: Num[np.ndarray, "C clusters"]) -> Int[np.ndarray, 
 def merge_clusters(
     confusion: Int[np.ndarray, "C clusters"], index_of: Int[np.ndarray, " clusters"], count: int
 ) -> Int[np.ndarray, "C count"]:
-    """Add up the counts of clusters that are merged: the matrix of the predictions after merging.
+    """Return the confusion matrix after merging clusters, by summing their counts.
 
     Args:
         confusion: pixels, true class by cluster.
-        index_of: what each cluster becomes, 0 to `count` - 1.
-        count: how many there are then.
+        index_of: new index of each cluster, 0 to `count` - 1.
+        count: number of clusters after merging.
     """
     into = np.zeros((len(index_of), count), np.int64)
     into[np.arange(len(index_of)), index_of] = 1
@@ -166,13 +167,13 @@ def merge_clusters(
 
 
 def scores(confusion: Num[np.ndarray, "C clusters"], ignored: int = 0) -> Scores:
-    """Match clusters to classes, and score; takes the raw matrix of the whole set.
+    """Match clusters to classes, and compute the scores from the matrix of the whole set.
 
     A cluster that is matched to no class (more clusters than classes) is an error wherever it is predicted.
 
     Args:
         confusion: pixels, true class by cluster.
-        ignored: how many of the last clusters are matched to no class.
+        ignored: number of clusters at the end that are not matched.
     """
     confusion = np.asarray(confusion)
     clusters = match_clusters(confusion[:, : confusion.shape[1] - ignored])
@@ -194,20 +195,19 @@ def scores(confusion: Num[np.ndarray, "C clusters"], ignored: int = 0) -> Scores
 
 
 def invariant_information(joint: Int[np.ndarray, "C C"]) -> float:
-    """How much the prediction for a place says about the prediction for the same place in a changed image; no labels.
+    """Return the mutual information between predictions for an image and for a changed version of it; needs no labels.
 
-    The mutual information of the two, in percent of ln C, the most that C classes can have. It is 100 where every
-    class covers as much as any other and the change moves no prediction, and 0 where the two are independent, as
-    where one class is predicted everywhere. It counts predictions, not probabilities, so a training that is rewarded
-    for certainty gains nothing.
+    It is in percent of ln C, the maximum for C classes. It is 100 if all classes cover equal areas and the change does
+    not affect predictions, and 0 if the two predictions are independent, for example if one class is predicted
+    everywhere. It uses predictions, not probabilities, so training for higher certainty does not raise it.
 
-    Source: the objective of Invariant Information Clustering (Ji, Henriques and Vedaldi, ICCV 2019), used to compare
-    models in place of training them.
+    Source: the objective of Invariant Information Clustering (Ji, Henriques and Vedaldi, ICCV 2019), used here to
+    compare models.
 
     Args:
-        joint: places by their class before and after the change.
+        joint: counts of positions by their class before and after the change.
     """
-    counts = (joint + joint.T) / 2  # the change back is as good as the change
+    counts = (joint + joint.T) / 2  # the change can be reversed
     total, classes = counts.sum(), len(counts)
     if not total or classes < 2:
         return 0.0
@@ -220,7 +220,7 @@ def invariant_information(joint: Int[np.ndarray, "C C"]) -> float:
 
 
 def scores_json(score: Scores) -> dict[str, Any]:
-    """Scores as `scores.json` and `metrics.json` hold them; null where there is nothing to score."""
+    """Return the scores as in `scores.json` and `metrics.json`; null if there is nothing to score."""
     return {
         "mean_iou": _number(score.mean_iou),
         "pixel_accuracy": _number(score.pixel_accuracy),

@@ -27,38 +27,37 @@ from transfgu.store.artifacts import Run
 from transfgu.store.lock import hold
 
 UNNAMED = "unnamed"
-"""The folder of masks as they were predicted, beside the folder `masks`."""
-_FILES = 8  # masks at a time
+"""Folder of the original masks, next to the folder `masks`."""
+_FILES = 8  # masks processed at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reindexed:
-    """What happened to a folder of masks."""
+    """Changes in a folder of masks."""
 
     files: int
-    """Files of masks that now hold the named classes."""
+    """Number of rewritten files, which now have the named classes."""
     removed: int
-    """Files that were made after other names were given, so that their unnamed classes are not known: they are removed,
-    and the same prediction makes them again."""
+    """Number of removed files: they were predicted with other names, so their unnamed classes are unknown, and the same
+    prediction predicts them again."""
 
 
 def name_classes(
     run: Run, given: Mapping[int, str], report: Report | None = None, say: Callable[[str], None] = print
 ) -> ClassTable:
-    """Keep names, and merges, of a run's classes; rewrite its `metrics.json` and report.
+    """Store names, and merges, of a run's classes; rewrite its `metrics.json` and report.
 
     Args:
-        run: an evaluated run, or a model's folder, which has no metrics and no report.
-        given: names by index of the unnamed class (`transfgu.sharing.names.parse`); empty: take back those that are
-            there.
-        report: writes the report (`transfgu.report.page.write`); None: it is left as it is.
-        say: is told where the report is, and what is waited for.
+        run: an evaluated run, or a folder with a model, which has no metrics and no report.
+        given: names by index of the unnamed class (`transfgu.sharing.names.parse`); empty: remove existing names.
+        report: writes the report (`transfgu.report.page.write`); None: the report is unchanged.
+        say: called with the report's place, and with the reason for waiting.
 
     Returns:
-        The classes that the run's predictions are in from now on.
+        The new classes of the run's predictions.
 
     Raises:
-        UserError: the run holds no model yet, or another process works on it.
+        UserError: the run has no model yet, or another process works on it.
     """
     recipe = run.recipe()
     if not storage.exists(run.model()):
@@ -82,25 +81,25 @@ def name_classes(
 
 
 def reindex(out: str, run: Run) -> Reindexed:
-    """Bring the masks that `predict` wrote into a folder to the names that the run's classes have now.
+    """Rewrite the masks in a folder of `predict` with the present names of the run's classes.
 
-    It may be stopped, and goes on when it is called again.
+    If it is interrupted, the next call continues.
 
     Args:
         out: URI of the folder: the `--out` of `predict`.
-        run: the run whose model made them.
+        run: the run whose model predicted them.
 
     Returns:
-        How many files were rewritten, and how many were removed.
+        Number of rewritten and of removed files.
 
     Raises:
-        UserError: the folder holds no masks of this run's model.
+        UserError: the folder has no masks of this run's model.
     """
     claim_uri, claim = storage.join(out, CLAIM), read_claim(out)
     if claim["model"] != hashlib.sha256(storage.read_bytes(run.model())).hexdigest():
         raise UserError(
-            f"{storage.shown(out)} holds masks of another model than that of {storage.shown(run.uri)}: name the run "
-            "that made them",
+            f"{storage.shown(out)} has masks of another model than that of {storage.shown(run.uri)}: give the run "
+            "of that model",
             code="masks-of-another-model",
         )
     recipe = run.recipe()
@@ -136,7 +135,7 @@ def reindex(out: str, run: Run) -> Reindexed:
 
 
 def _renamed(uri: str, unnamed: ClassTable, table: ClassTable) -> bytes:
-    """A file of masks, of unnamed classes, in the named ones."""
+    """Rewrite a file of masks from unnamed to named classes."""
     kind = index_type(len(table.names))
     if uri.endswith(".parquet"):
         rows = parquet.read(uri, remedy="delete it, and predict again")
@@ -152,5 +151,5 @@ def _renamed(uri: str, unnamed: ClassTable, table: ClassTable) -> bytes:
 
 
 def as_yaml(table: ClassTable) -> str:
-    """Return names for a user to edit: a line per unnamed class."""
+    """Return names for a user to edit: one line per unnamed class."""
     return yaml.safe_dump({i: table.names[index] for i, index in enumerate(table.index_of)}, allow_unicode=True)

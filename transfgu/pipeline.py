@@ -41,23 +41,23 @@ if TYPE_CHECKING:
 
 _SIZES = ("dataset.image_size", "dataset.feature_size", "dataset.training_size", "windows.size")
 SMALL_SIDE = 128
-"""Encoders that learned from images of fewer pixels a side are small ones; DINO's learned from 224."""
+"""Encoders trained on images with fewer pixels per side are small ones; DINO's was trained on 224."""
 
 
-_OF_METHOD = ("pseudo_labels", "training")  # stages whose artefacts say which method made them
+_OF_METHOD = ("pseudo_labels", "training")  # stages whose artefacts name their method
 
 
 def fit_to_patch(recipe: Recipe, patch_size: int) -> Recipe:
-    """Bring a preset's image sides to the encoder's patch: with patch 14, 320 becomes 322.
+    """Round a preset's image sides to multiples of the encoder's patch: with patch 14, 320 becomes 322.
 
     Raises:
-        UserError: a side that the user gave, rather than the preset, is no multiple of the patch.
+        UserError: a side given by the user, not the preset, is not a multiple of the patch.
     """
     published = preset(recipe.preset, recipe.method).flat()
     flat = recipe.flat()
     changes: dict[str, Any] = {}
     for name in _SIZES:
-        # A training view has half the sides of what it is cropped from.
+        # A training view has half the sides of the image from which it is cropped.
         step = 2 * patch_size if name == "dataset.training_size" and recipe.training.views else patch_size
         near = [max(1, round(side / step)) * step for side in flat[name]]
         if near == flat[name]:
@@ -74,11 +74,11 @@ def fit_to_patch(recipe: Recipe, patch_size: int) -> Recipe:
 
 
 def fit_to_small_encoder(recipe: Recipe) -> Recipe:
-    """Suit preset `folder` to a small encoder whose file describes it, as `transfgu pretrain` writes it.
+    """Adapt preset `folder` to a small encoder whose file describes it, as written by `transfgu pretrain`.
 
-    Images are 8/3 of the side that the encoder learned from, and windows are resized to that side, as in preset
-    `shapes`; other fields are those of `SMALL_ENCODER`. Fields that differ from the preset's values stay, and so does
-    every recipe with another encoder. Where a file alone is given, the encoder is called after it.
+    Images have 8/3 of the side of the encoder's training images, and windows are resized to that side, as in preset
+    `shapes`; other fields are those of `SMALL_ENCODER`. Fields that differ from the preset's values are kept, and every
+    recipe with another encoder is unchanged. If only a file is given, the encoder gets its name.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -99,7 +99,7 @@ def fit_to_small_encoder(recipe: Recipe) -> Recipe:
         side = max(1, round(encoder.native_side * 8 / 3 / step)) * step
         proposed.update(dict.fromkeys(_SIZES, (side, side)))
         proposed.update(SMALL_ENCODER, **{"windows.size": (encoder.native_side, encoder.native_side)})
-    # A method of comparison keeps the values that it sets for all presets.
+    # A method of comparison keeps its values for all presets.
     own = {field_name(name) for name in method(recipe.method).values.get("", {})}
     proposed = {name: value for name, value in proposed.items() if field_name(name) not in own}
     given = recipe.given()
@@ -108,28 +108,28 @@ def fit_to_small_encoder(recipe: Recipe) -> Recipe:
 
 
 def preflight(recipe: Recipe, run: Run) -> Recipe:
-    """Find what would fail later, without Ray: data, encoder, sizes, run folder.
+    """Find mistakes before Ray starts: data, encoder, sizes, run folder.
 
     Returns:
-        The recipe, continued from the run's own where there is one, else suited to a small encoder; its image sides
-        brought to the encoder's patch.
+        The recipe, continued from that of an existing run or adapted to a small encoder, with image sides rounded to
+            the encoder's patch.
 
     Raises:
-        UserError: the first thing found wrong.
+        UserError: the first mistake.
     """
     tracking.names(recipe.compute.track)
     datasets.preflight(recipe)
     storage.check_writable(run.uri)
-    # A run that is there keeps its own fields.
+    # An existing run keeps its own fields.
     recipe = run.continued(recipe) if storage.is_file(run.file("recipe.yaml")) else fit_to_small_encoder(recipe)
     return fit_to_encoder(recipe)
 
 
 def fit_to_encoder(recipe: Recipe) -> Recipe:
-    """Check what the method needs, and bring image sides to the patch of its encoder, if it uses one.
+    """Check the method's requirements, and round image sides to the patch of its encoder, if it uses one.
 
     Raises:
-        UserError: an encoder that can't be had, or what the method's own check finds.
+        UserError: an encoder that is not available, or a mistake found by the method's own check.
     """
     how = method(recipe.method)
     if how.encoder:
@@ -141,13 +141,13 @@ def fit_to_encoder(recipe: Recipe) -> Recipe:
 
 
 def _stage_function(stage: str) -> Callable[..., Outcome]:
-    # Imported when run: each stage brings Ray, and some bring FAISS or torch, which a skipped stage need not load.
+    # Imported when a stage runs, because stages import Ray, FAISS or torch, which skipped stages don't need.
     function: Callable[..., Outcome] = importlib.import_module(f"transfgu.stages.{stage}").run
     return function
 
 
 def stages_until(recipe: Recipe, until: str) -> tuple[str, ...]:
-    """The method's stages up to and including `until`; UserError where it has no such stage."""
+    """Return the method's stages up to and including `until`; raise UserError if it has no such stage."""
     if until not in recipe.stages:
         of = "" if until not in STAGES else f" of method {recipe.method}"
         raise UserError(
@@ -174,20 +174,20 @@ def run_stages(
     """Run the stages up to and including `until`, then write `metrics.json`.
 
     Args:
-        recipe: what to compute.
-        run: where; stages that are complete there are skipped.
+        recipe: recipe of the run.
+        run: folder of the run; complete stages in it are skipped.
         until: the last stage to run.
-        report: writes the report once the run is evaluated (`transfgu.report.page.write`); None: no report is written.
-        names: of the classes, by index, for the run to keep (`transfgu.sharing.names`); None: those that it has.
-        shared: another run, whose stages are used in place where this recipe makes the same (`transfgu.store.reuse`).
+        report: writes the report of an evaluated run (`transfgu.report.page.write`); None: no report.
+        names: names of the classes, by index, to store in the run (`transfgu.sharing.names`); None: keep its names.
+        shared: another run, whose stages are used if this recipe shares them (`transfgu.store.reuse`).
         quiet: print nothing.
-        verbose: let Ray's messages through.
+        verbose: show Ray's messages.
 
     Returns:
         The content of `metrics.json`.
 
     Raises:
-        UserError: a mistake of the user's, before or while the stages run.
+        UserError: a mistake of the user, before or while the stages run.
 
     Examples:
         Eight drawn scenes and one epoch; the second call finds every stage complete:
@@ -226,7 +226,7 @@ def run_stages(
         say(f"{named}: {', '.join(stages)} in {storage.shown(run.uri)}")
         if asked.preset == "folder" and asked.windows.size != recipe.windows.size and not complete["samples"]:
             side = f"{recipe.dataset.image_size[0]} x {recipe.dataset.image_size[1]}"
-            say(f"sizes and training suit encoder {recipe.encoder.name}: images of {side} pixels, see recipe.yaml")
+            say(f"sizes and training fit encoder {recipe.encoder.name}: images of {side} pixels, see recipe.yaml")
         manifests: dict[str, Manifest] = {}
         for stage in recipe.stages:
             if complete[stage]:
@@ -246,11 +246,11 @@ def run_stages(
 
 
 def check_artifacts(recipe: Recipe, run: Run) -> dict[str, bool]:
-    """Which artefacts are complete in the run's folder: of all the method's stages, for they share one `recipe.yaml`.
+    """Return which artefacts of the method's stages are complete in the run's folder; all share one `recipe.yaml`.
 
     Raises:
-        UserError: one holds another method's or another recipe's work, if only in part, or one that is taken from
-            another run is gone.
+        UserError: one was made, completely or in part, by another method or recipe, or one taken from another run is
+            missing.
     """
     reuse.check_present(run)
     for stage in _OF_METHOD:
@@ -279,9 +279,9 @@ def run_stage(
 
 
 def check_shared(recipe: Recipe, run: Run | None) -> None:
-    """Refuse what only one machine of the cluster could read or write, where it has several.
+    """Refuse folders of one machine on a cluster of several nodes.
 
-    An image that a node can't find would be left out as missing, and which one a matter of chance.
+    Images that a node can't find would be left out as missing, and which ones would be random.
 
     Raises:
         UserError: a local folder; the message names its flag.
@@ -294,7 +294,7 @@ def check_shared(recipe: Recipe, run: Run | None) -> None:
 
 
 def _counted(manifest: Manifest) -> str:
-    """How much a stage worked on, such as ``200 images``."""
+    """Return the amount of a stage's work, such as ``200 images``."""
     return f"{manifest.outcome.items} {'windows' if manifest.stage == 'concepts' else 'images'}"
 
 
@@ -345,16 +345,16 @@ def _conclude(
 
 
 def class_table(recipe: Recipe, run: Run, *, named: bool = True) -> ClassTable:
-    """The classes that a run's predictions are in; those without the user's names if not `named`."""
+    """Return the classes of a run's predictions, without the user's names if not `named`."""
     unnamed, _ = unnamed_table(recipe, assignment_of(run.scores()))
     return names_of.named(unnamed, datasets.classes(recipe).colours, names_of.read(run) if named else {})
 
 
 def scores_of(recipe: Recipe, run: Run) -> dict[str, Any]:
-    """What an evaluated run's `metrics.json` says of its scores.
+    """Return the scores of an evaluated run for `metrics.json`.
 
-    Where the user merged or ignored classes, `named` holds the `classes` that predictions are in, and their
-    `mean_iou` and `pixel_accuracy`; the scores beside it are those of the unnamed classes.
+    If the user merged or ignored classes, `named` holds the resulting `classes`, with their `mean_iou` and
+    `pixel_accuracy`; the other scores are those of the unnamed classes.
     """
     found = run.scores() or {}
     for scores in (found, found.get("last", {})):
@@ -369,7 +369,7 @@ def scores_of(recipe: Recipe, run: Run) -> dict[str, Any]:
 
 
 def _named_scores(recipe: Recipe, run: Run, confusion: "Int[np.ndarray, 'C clusters']") -> "Scores":
-    """Scores of a run's decoder in the classes that the user named and merged."""
+    """Return the scores of a run's decoder in the classes that the user named and merged."""
     from transfgu.metrics import merge_clusters, scores
 
     table = class_table(recipe, run)
@@ -378,7 +378,7 @@ def _named_scores(recipe: Recipe, run: Run, confusion: "Int[np.ndarray, 'C clust
 
 
 def made_now() -> dict[str, str]:
-    """When, by which version and on what kind of machine a run was finished, for its report."""
+    """Return when, with which version and on what kind of machine a run was finished, for its report."""
     machine = f"{os.cpu_count()} cores" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
     return {
         "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -388,7 +388,7 @@ def made_now() -> dict[str, str]:
 
 
 def _made(run: Run) -> dict[str, str] | None:
-    """What :func:`made_now` said when the run was finished; None where an earlier version finished it."""
+    """Return the result of :func:`made_now` from the time when the run was finished; None for earlier versions."""
     uri = run.file("metrics.json")
     data = storage.read_bytes_or_none(uri)
     if data is None:
@@ -400,16 +400,16 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
     """Score a decoder on labelled validation images, without training one.
 
     Args:
-        recipe: of the run or of a preset; `decoder.weights`, where set, is scored in place of the run's decoder.
-        run: the run, whose list of samples is used; None: the samples are listed from `recipe.data`.
+        recipe: recipe of the run or of a preset; `decoder.weights`, if set, is scored instead of the run's decoder.
+        run: the run with the list of samples; None: the samples are listed from `recipe.data`.
         quiet: print no progress.
-        verbose: let Ray's messages through.
+        verbose: show Ray's messages.
 
     Returns:
         `mean_iou` and `pixel_accuracy` (percent), `iou` by class, `protocol`, `images`, `left_out`.
 
     Raises:
-        UserError: no decoder, no labels, or a decoder of other classes.
+        UserError: no decoder, no labels, or a decoder with other classes.
     """
     from transfgu.runtime import capacity, connect
     from transfgu.stages import evaluation
@@ -417,7 +417,7 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
     decoder = recipe.decoder.weights or (run.file(MODEL) if run else "")
     if not decoder:
         raise UserError(
-            "what should be evaluated? give --run URI, or a PRESET with --data and --decoder.weights",
+            "there is nothing to evaluate: give --run URI, or a PRESET with --data and --decoder.weights",
             code="flag-missing",
         )
     recipe = recipe if run else fit_to_small_encoder(recipe)
@@ -428,7 +428,7 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
         recipe = fit_to_patch(recipe, encoder.patch_size)
     connect.connect(verbose=verbose, little=lambda: len(rows) <= evaluation.BLOCK_ROWS)
     check_shared(recipe, run)
-    capacity.check_satisfiable(dataclasses.replace(recipe.compute, workers=0))  # a run's own are those that trained
+    capacity.check_satisfiable(dataclasses.replace(recipe.compute, workers=0))  # the run's number is for training
     counted = evaluation.evaluate(recipe, {"model": decoder}, rows, Progress("evaluation", quiet=quiet))
     own = run is not None and storage.absolute(decoder) == storage.absolute(run.model())
     if run is not None and own and class_table(recipe, run).merged:
@@ -439,11 +439,11 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
 
 
 def evaluate_masks(recipe: Recipe, run: Run | None, masks: str, *, quiet: bool = False) -> dict[str, Any]:
-    """Score a folder of masks that any program wrote, on labelled validation images, by the recipe's protocol.
+    """Score a folder of masks from any program, on labelled validation images, with the recipe's protocol.
 
     Args:
-        recipe: of the run or of a preset.
-        run: the run, whose list of samples is used; None: the samples are listed from `recipe.data`.
+        recipe: recipe of the run or of a preset.
+        run: the run with the list of samples; None: the samples are listed from `recipe.data`.
         masks: URI of the folder (see `transfgu.baselines.masks`).
         quiet: print no progress.
 
@@ -451,7 +451,7 @@ def evaluate_masks(recipe: Recipe, run: Run | None, masks: str, *, quiet: bool =
         As :func:`evaluate`.
 
     Raises:
-        UserError: no labels; a mask that is missing, of another size, or with an index that is no class.
+        UserError: no labels; a mask that is missing, of another size, or with an index without a class.
     """
     from transfgu.baselines.masks import score_masks
     from transfgu.metrics import scores
@@ -461,14 +461,14 @@ def evaluate_masks(recipe: Recipe, run: Run | None, masks: str, *, quiet: bool =
 
 
 def _labelled_rows(recipe: Recipe, run: Run | None) -> "pa.Table":
-    """The labelled validation samples of a run, or of `recipe.data`."""
+    """Return the labelled validation samples of a run, or of `recipe.data`."""
     from transfgu.stages import samples
 
     if run:
         rows = samples.labelled(recipe, run)
     elif recipe.dataset.layout not in datasets.LAYOUTS:
         raise UserError(
-            f"the images of {recipe.preset} are drawn by a run: give --run URI in place of the PRESET",
+            f"the images of {recipe.preset} are drawn by a run: give --run URI instead of the PRESET",
             code="data-missing",
         )
     else:
@@ -478,7 +478,7 @@ def _labelled_rows(recipe: Recipe, run: Run | None) -> "pa.Table":
         rows = rows.filter(rows["curated"]) if recipe.dataset.curated else rows
     if not len(rows):
         raise UserError(
-            f"no validation image of {storage.shown(recipe.data) or recipe.preset} has a label to score with",
+            f"no validation image of {storage.shown(recipe.data) or recipe.preset} has a label",
             code="labels-missing",
         )
     return rows
@@ -487,7 +487,7 @@ def _labelled_rows(recipe: Recipe, run: Run | None) -> "pa.Table":
 def evaluation_result(
     recipe: Recipe, run: Run | None, scores: "Scores", images: int, left_out: Sequence[LeftOut]
 ) -> dict[str, Any]:
-    """Return the scores of a run as `metrics.json` has them, with the names of its classes and what was left out."""
+    """Return the scores of a run as `metrics.json` has them, with the names of its classes and the left-out inputs."""
     from transfgu.metrics import scores_json
 
     result = scores_json(scores)
@@ -501,7 +501,7 @@ def evaluation_result(
 
 
 def _by_class(recipe: Recipe, values: list[float | None] | None, run: Run | None) -> dict[str, float | None] | None:
-    """Values by true class, under the user's names where they are one per class."""
+    """Return values by true class, with the user's names if there is one per class."""
     if values is None:
         return None
     table = class_table(recipe, run) if run else None
@@ -510,7 +510,7 @@ def _by_class(recipe: Recipe, values: list[float | None] | None, run: Run | None
 
 
 def baselines(recipe: Recipe, run: Run) -> dict[str, dict[str, Any]]:
-    """Scores, as :func:`evaluate` has them, of what the run's decoder is compared with (`transfgu.baselines.tokens`).
+    """Return the scores of the baselines on a run's images, as in :func:`evaluate` (`transfgu.baselines.tokens`).
 
     Raises:
         UserError: the run has no concepts yet.

@@ -1,4 +1,4 @@
-"""The fields in which each benchmark differs from the recipe's defaults, by dotted or short name."""
+"""List the fields in which each benchmark differs from the recipe's defaults, by dotted or short name."""
 
 import types
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ SMALL_ENCODER: Mapping[str, Any] = types.MappingProxyType(
         "evaluation.scales": (1.0, 1.5), "flip": True,
     }
 )  # fmt: skip
-"""What suits an encoder of a few channels that learned from small images, by measurement (docs/results.md)."""
+"""Measured values for an encoder of a few channels that was trained on small images (docs/results.md)."""
 
 PRESET_FIELDS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
     {
@@ -69,7 +69,7 @@ PUBLISHED: Mapping[str, Any] = types.MappingProxyType(
 """Fields in which a run follows the published code where this project does otherwise; see :func:`published`."""
 
 PRESETS: tuple[str, ...] = tuple(PRESET_FIELDS)
-"""The benchmarks of the paper (Table 1), `folder` for one's own images, and `shapes`, the embedded demonstration."""
+"""The benchmarks of the paper (Table 1), `folder` for your own images, and `shapes`, the embedded demonstration."""
 
 FIRST_FORMAT: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
     {
@@ -79,11 +79,11 @@ FIRST_FORMAT: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
         }
     }
 )  # fmt: skip
-"""Values that presets had in the first file format, where they changed: its recipes do not say what their user gave."""
+"""Former values of presets in the first file format, whose recipes do not list the fields that the user gave."""
 
 
 def published(layout: str) -> Mapping[str, Any]:
-    """Return the fields of :data:`PUBLISHED`, and for COCO's layout that images are shrunk by nearest neighbour.
+    """Return the fields of :data:`PUBLISHED`, and for COCO's layout nearest-neighbour interpolation of images.
 
     Source: damo-cv/TransFGU (utils/kmeans.py, cocostuff_trainval.py, dataloaders, models/segmenter).
     """

@@ -40,19 +40,19 @@ def check_pixels(name: str, value: int) -> None:
 
 
 def _later(default: Any, doc: str, unit: str = "") -> Any:
-    """A field of a component that came after the first format: runs before it had none of its methods."""
+    """Declare a field of a component that is newer than the first format, whose runs had none of its methods."""
     return field(default, doc, unit, before=default)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetRecipe:
-    """What the images are, and the sizes they are brought to."""
+    """Layout, classes and sizes of the images."""
 
     layout: Literal["shapes", "coco", "voc", "cityscapes", "lip", "folder"] = field(
         "shapes", "folder layout of the data set"
     )
     classes: str = field("shapes", "name of the label map and class list; `auto` numbers the concepts")
-    curated: bool = field(False, "train and evaluate on the curated COCO-Stuff ids alone")
+    curated: bool = field(False, "train and evaluate on the curated COCO-Stuff ids only")
     image_size: Size = field((320, 320), "size of images for pseudo labels and evaluation", "pixels, height width")
     feature_size: Size = field((640, 640), "size of images from which windows are cut", "pixels, height width")
     training_size: Size = field(
@@ -69,8 +69,8 @@ class DatasetRecipe:
     )
     max_pixels: int = field(
         MAX_PIXELS,
-        "maximum size of an image; a larger one is left out; tasks that read images ask Ray for the memory that one of "
-        f"this size takes, {DECODING_BYTES} bytes per pixel",
+        "maximum size of an image; larger ones are left out; tasks that read images request the memory for an image of "
+        f"this size: {DECODING_BYTES} bytes per pixel",
         "pixels",
         before=MAX_PIXELS,
     )
@@ -142,13 +142,13 @@ class ConceptsRecipe:
     iterations: int = field(100, "maximum number of K-Means iterations", "iterations")
     start: Literal["best", "faiss"] = field(
         "best",
-        "what K-Means starts from: best of several k-means++ starts on a sample, or, as published, the rows that FAISS "
-        "draws with seed 1",
+        "initial centroids of K-Means; best: the best of several k-means++ starts on a sample; faiss: the rows that "
+        "FAISS draws with seed 1, as published",
         before="best",
     )
     whiten: Literal["none", "foreground", "background", "both"] = field(
         "none",
-        "windows whose features are whitened (no feature varies more than another, none follows another) and brought "
+        "windows whose features are whitened (equal variances, no correlations) and scaled "
         "to unit length before K-Means; both includes the windows of windows.groups all",
         before="none",
     )
@@ -180,8 +180,8 @@ class PseudoLabelsRecipe:
     smoothing: int = field(1, "side of the mean filter on the maps; 1: no filter", "patches")
     refine: int = field(
         0,
-        "steps in which each patch's maps become the mean over those of the 5 x 5 patches around it, weighted by how "
-        "much the encoder's tokens are alike; 0: none",
+        "steps in which each patch's maps become the mean over those of the 5 x 5 patches around it, weighted by the "
+        "similarity of the encoder's tokens; 0: none",
         "steps",
         before=0,
     )
@@ -226,7 +226,7 @@ class TrainingRecipe:
         before="none",
     )
     lr_batch_size: int = field(
-        0, "batch size that training.lr is meant for, with training.lr_scaling; 0: none", "images", before=0
+        0, "batch size for which training.lr was chosen, with training.lr_scaling; 0: none", "images", before=0
     )
     weight_decay: float = field(5e-4, "weight decay on parameters of two or more dimensions")
     omega_1: float = field(1.0, "weight of the diversity loss")
@@ -239,7 +239,7 @@ class TrainingRecipe:
     )
     certain_share: float = field(
         1.0,
-        "share of each class's patches in a batch that have a label: those whose largest map leads the second by most",
+        "share of each class's patches in a batch with a label: those with the largest lead of the best map",
         "0 to 1",
         before=1.0,
     )
@@ -249,20 +249,20 @@ class TrainingRecipe:
     )
     sampler: Literal["shuffle", "published"] = field(
         "shuffle",
-        "order of the images: new in each epoch, or, as published, by torch's DistributedSampler with seed 0, "
-        "alike in each epoch",
+        "order of the images; shuffle: new in each epoch; published: by torch's DistributedSampler with seed 0, the "
+        "same in each epoch",
         before="shuffle",
     )
     colours: Literal["image", "batch"] = field(
         "image",
-        "what jitter, greyscale and blur of the training views are drawn for: each image, or, as published, each batch",
+        "scope of the random jitter, greyscale and blur of training views: each image, or each batch, as published",
         before="image",
     )
-    views: bool = field(True, "random views (jitter, greyscale, blur, crop, flip); off: the resized image itself")
+    views: bool = field(True, "random views (jitter, greyscale, blur, crop, flip); false: the resized image itself")
     evaluate_every: int = field(1, "number of epochs between two evaluations on the validation set", "epochs")
     precision: Literal["auto", "float32", "bfloat16"] = field(
         "auto",
-        "arithmetic of the matrix products of student and teacher in training; auto: bfloat16 on GPUs that have it, "
+        "precision of the matrix products of student and teacher in training; auto: bfloat16 on GPUs that support it, "
         "else float32; the loss is float32",
         before="auto",
     )
@@ -302,7 +302,7 @@ class IICRecipe:
 
     widths: tuple[int, ...] = _later((64, 128, 256, 256, 512, 512), "channels of IIC's six convolutions", "channels")
     auxiliary: int = _later(0, "classes of IIC's over-clustering head; 0: three times the classes", "classes")
-    half_side: int = _later(10, "largest displacement that IIC's loss compares views at", "pixels")
+    half_side: int = _later(10, "maximum displacement between views in IIC's loss", "pixels")
     entropy_weight: float = _later(1.0, "lambda: weight of the marginal entropies in IIC's loss")
     affine: bool = _later(False, "also rotate, shear and scale IIC's second view")
 
@@ -323,8 +323,8 @@ class PiCIERecipe:
     weights: str = _later("pretrained", "its weights: `pretrained`, `random`, or a path or URI (.pth, .safetensors)")
     width: int = _later(128, "channels of PiCIE's pixel features", "channels")
     auxiliary: int = _later(100, "clusters of PiCIE's auxiliary over-clustering", "clusters")
-    init_batches: int = _later(20, "batches at an epoch's start whose pixels give PiCIE's first centroids", "batches")
-    start_iterations: int = _later(20, "K-Means iterations for PiCIE's first centroids", "iterations")
+    init_batches: int = _later(20, "batches at the start of an epoch for PiCIE's initial centroids", "batches")
+    start_iterations: int = _later(20, "K-Means iterations for PiCIE's initial centroids", "iterations")
 
     def __post_init__(self) -> None:
         for name in ("width", "init_batches", "start_iterations"):
@@ -338,13 +338,13 @@ class MaskContrastRecipe:
 
     object_masks: str = _later(
         "",
-        "folder of object masks for MaskContrast, PNGs named as the images, 0 outside the object: a path or URI; "
-        "empty: masks of the encoder's class attention",
+        "folder of object masks for MaskContrast, PNGs with the images' names, 0 outside the object: a path or URI; "
+        "empty: masks from the encoder's class attention",
     )
     backbone: str = _later("resnet50", "MaskContrast's residual network, timm's name")
     weights: str = _later("pretrained", "its weights: `pretrained`, `random`, or a path or URI (.pth, .safetensors)")
     width: int = _later(32, "channels of MaskContrast's pixel embeddings", "channels")
-    queue: int = _later(256, "prototypes of earlier batches that objects are contrasted with", "prototypes")
+    queue: int = _later(256, "prototypes of earlier batches in MaskContrast's loss", "prototypes")
     temperature: float = _later(0.5, "temperature of MaskContrast's contrastive loss")
     momentum: float = _later(0.999, "momentum of MaskContrast's second encoder", "0 to 1")
 
@@ -356,18 +356,18 @@ class MaskContrastRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecipe:
-    """How the scores are counted."""
+    """Protocol and averaging of the scores."""
 
     protocol: Protocol = field(
         "published",
-        "resolution of scoring; published: image and label at dataset.image_size; label: the label's own "
-        "resolution; stego: shorter side to dataset.image_size and centre crop, as others count COCO-Stuff-27 since",
+        "resolution of the scores; published: image and label at dataset.image_size; label: the label's own "
+        "resolution; stego: shorter side to dataset.image_size and centre crop, as in later work on COCO-Stuff-27",
     )
     batch_size: int = field(16, "batch size of evaluation", "images")
     scales: tuple[float, ...] = field(
         (1.0,),
         "image sizes whose logits are averaged in evaluation and prediction, relative to dataset.image_size; the "
-        "scores between epochs are of size 1 alone",
+        "scores between epochs use size 1 only",
         before=(1.0,),
     )
     flip: bool = field(False, "also average with the logits of the image mirrored left to right", before=False)
@@ -379,7 +379,7 @@ class EvaluationRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeRecipe:
-    """Where it runs, and who is told. No artefact depends on it, so it is in no digest."""
+    """Resources, cache and trackers. No artefact depends on them, so they are in no digest."""
 
     workers: int = field(
         0,
@@ -401,20 +401,20 @@ class ComputeRecipe:
     )
     resident_gib: float = field(
         1.0,
-        "maximum size of what a training worker keeps in memory of frozen features, of training images and of "
-        "validation images (1: 2,700 images of 320 x 320); larger sets go through the cache, or are read anew",
+        "maximum size of the frozen features, of the training images and of the validation images that a training "
+        "worker keeps in memory (1: 2,700 images of 320 x 320); larger sets are cached on disk, or read every epoch",
         "GiB",
     )
     cache_folder: str = field(
         "",
-        "folder on each node's own disk where training keeps decoded images and their maps, so that only the first "
+        "folder on each node's own disk for decoded training images and their maps, so that only the first "
         "epoch reads them from storage; empty: the node's environment variable TRANSFGU_CACHE, or transfgu-cache-UID "
-        "among the system's temporary files",
+        "in the system's folder of temporary files",
         before="",
     )
     cache_gib: float = field(
         128.0,
-        "maximum size of all caches in `cache_folder`, of which the least recently used ones are removed (128: "
+        "maximum size of all caches in `cache_folder`; the least recently used ones are removed (128: "
         "COCO's 118,287 images of 320 x 320 take 44 with maps of 27 concepts, 95 of 171); 0: no cache",
         "GiB",
         before=128.0,
@@ -432,7 +432,7 @@ class ComputeRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything a run's result depends on, plus `compute`, on which it does not."""
+    """All settings of a run: everything that its result depends on, and `compute`, which does not change it."""
 
     preset: str = field("shapes", "preset that the recipe started from")
     method: str = field(TRANSFGU, f"method to train: {', '.join(METHODS)}; see docs/methods.md", before=TRANSFGU)
@@ -458,7 +458,7 @@ class Recipe:
         check(self.limit >= 0, f"limit must not be negative, not {self.limit}")
         check(
             self.windows.groups == "both" or self.concepts.stuff == 0 or self.windows.groups == "all",
-            "concepts.stuff needs background windows: set windows.groups to both or all",
+            "concepts.stuff requires background windows: set windows.groups to both or all",
             code="windows-missing",
         )
         check(
@@ -467,31 +467,31 @@ class Recipe:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages that the method runs, in order."""
+        """Stages of the method, in order."""
         return METHODS[self.method].stages
 
     @property
     def background(self) -> bool:
-        """Whether class 0 is a background that no concept stands for (benchmarks without stuff)."""
+        """True if class 0 is a background without a concept (benchmarks without stuff)."""
         return self.concepts.stuff == 0
 
     @property
     def classes(self) -> int:
-        """C: the concepts, and the background where there is one."""
+        """C: the number of concepts, plus 1 if there is a background."""
         return self.concepts.count + int(self.background)
 
     def flat(self) -> dict[str, Any]:
-        """Every field by its dotted name, components in the order of the method; tuples as lists."""
+        """Return every field by its dotted name, components in the order of the method; tuples as lists."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in _walk(self)}
 
     def with_fields(self, values: Mapping[str, Any]) -> "Recipe":
-        """A copy with the fields of the given dotted names replaced.
+        """Return a copy with the fields of the given dotted names replaced.
 
-        A name may be short (``omega_1``) where just one component has it. Values may be text, as from a command line
+        A name may be short (``omega_1``) if only one component has it. Values may be text, as from a command line
         or YAML; they are converted to the field's type.
 
         Raises:
-            UserError: a name that is no field (the message lists near ones), or a value of another type.
+            UserError: a name without a field (the message lists similar ones), or a value of another type.
         """
         tops: dict[str, Any] = {}
         parts: dict[str, dict[str, Any]] = {}
@@ -504,16 +504,16 @@ class Recipe:
         return replace(self, **tops)
 
     def stage_fields(self, stage: str) -> dict[str, Any]:
-        """The fields, by dotted name, that the artefact of `stage` depends on, its predecessors' included."""
+        """Return the fields, by dotted name, that the artefact of `stage` depends on, with those of earlier stages."""
         flat = self.flat()
         if not self.concepts.stuff and self.windows.groups == "both":
-            flat["windows.groups"] = "foreground"  # nothing is clustered from the others, so they are not kept
+            flat["windows.groups"] = "foreground"  # the others are not clustered, so they are not kept
         before = STAGES[: STAGES.index(stage) + 1]
         names = [n for s in self.stages if s in before for n in _own_fields(self, s)]
         return {n: flat[n] for n in FIELDS if n in names}
 
     def ignores(self, name: str) -> str:
-        """Return, for a field by its dotted name that this method does not have, a method that has it; else ""."""
+        """Return a method that has the field `name` (dotted), if this method does not have it; otherwise ""."""
         if name in _all_stage_fields(self):
             return ""
         others = (replace(self, method=other) for other in METHODS)
@@ -522,8 +522,8 @@ class Recipe:
     def digest(self, stage: str) -> str:
         """Hexadecimal SHA-256 of :meth:`stage_fields`, the same in every version.
 
-        Fields count under their first names, and fields that came later only where their value differs from what
-        earlier runs had: so checkpoints that an earlier version named by this digest are found again.
+        Fields count by their first names, and newer fields only if their value differs from that of
+        earlier runs, so that checkpoints named by an earlier version with this digest are found again.
         """
         fields = {
             (FIELDS[name].was or (name,))[0]: value
@@ -539,11 +539,11 @@ class Recipe:
         return given if self.method == TRANSFGU else given | {"method"}
 
     def to_yaml(self, given: Collection[str] | None = None) -> str:
-        """Write the resolved recipe as YAML; :func:`from_yaml` reads it back.
+        """Return the resolved recipe as YAML; :func:`from_yaml` reads it.
 
         Args:
-            given: dotted names of the fields that the user gave, now or when the run began; None: those whose values
-                are not the preset's.
+            given: dotted names of the fields given by the user, now or when the run started; None: fields whose values
+                differ from the preset's.
         """
         tree: dict[str, Any] = {formats.KEY: formats.FORMAT, _GIVEN: sorted(self.given() if given is None else given)}
         for name, value in self.flat().items():
@@ -556,14 +556,14 @@ def from_yaml(text: str | bytes, name: str = "the recipe", *, resolved: bool = F
     """Read a recipe from YAML.
 
     Args:
-        text: the file's content.
-        name: what an error calls the file.
-        resolved: the file is a run's own, and lists every field that its version knew. So is every file that carries
-            a format number. In such a file a field that is missing came later, and takes the value that runs had
-            before it; elsewhere a field that is left out takes the value of the recipe's preset.
+        text: content of the file.
+        name: name of the file in error messages.
+        resolved: the file is that of a run, with every field that its version had; this also holds for files with
+            a format number. A field that is missing in such a file is newer, and gets the value that runs had
+            before it; in other files a missing field gets the value of the recipe's preset.
 
     Raises:
-        UserError: not YAML, a format to come, an unknown preset or field, or a bad value.
+        UserError: not YAML, a newer format, an unknown preset or field, or a bad value.
     """
     tree = _mapping(text, name)
     resolved = resolved or formats.KEY in tree
@@ -579,14 +579,14 @@ def from_yaml(text: str | bytes, name: str = "the recipe", *, resolved: bool = F
         values = upgraded(values)
     which, how = values.get("preset", "shapes"), values.get("method", TRANSFGU)
     if not isinstance(which, str) or not isinstance(how, str):
-        raise UserError(f"{name} must name its preset and its method in words", code="recipe-damaged")
+        raise UserError(f"{name} must name its preset and its method as text", code="recipe-damaged")
     return preset(which, how).with_fields(values)
 
 
 def given_in(text: str | bytes, name: str = "the recipe") -> set[str]:
-    """Return which fields of a run's recipe its user gave, by today's dotted names; the others were its preset's.
+    """Return the fields that the user of a run gave, by present dotted names; the others were its preset's.
 
-    The first format did not say so: there a field counts as given where its value is not that of its preset then.
+    The first format does not list them: there a field counts as given if it differs from its preset at that time.
 
     Raises:
         UserError: as :func:`from_yaml`.
@@ -612,13 +612,13 @@ def _mapping(text: str | bytes, name: str) -> dict[str, Any]:
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields as a run of any earlier version wrote them, by today's names, with those that came later.
+    """Return fields written by a run of any earlier version, by present names, with newer fields added.
 
     Args:
-        values: every field that the version of the run knew, or those of one stage, by dotted name.
+        values: all fields of the run's version, or those of one stage, by dotted name.
 
     Returns:
-        The same under today's names, and each later field with the value that runs had before it.
+        The fields by present names, and each newer field with the value that runs had before it.
     """
     former = _former_names()
     now = {former.get(name, name): value for name, value in values.items()}
@@ -637,7 +637,7 @@ def _walk(recipe: Recipe) -> Iterator[tuple[str, Any]]:
 
 
 FIELDS: dict[str, FieldInfo] = field_infos(Recipe)
-"""Every field of the recipe by dotted name."""
+"""Fields of the recipe by dotted name."""
 
 
 def _former_names() -> dict[str, str]:
@@ -650,14 +650,14 @@ def _short_names() -> dict[str, str]:
 
 
 SHORT_NAMES: Mapping[str, str] = types.MappingProxyType(_short_names())
-"""Names that need no component because just one field has them: ``omega_1`` for ``training.omega_1``."""
+"""Short names, without the component, that only one field has: ``omega_1`` for ``training.omega_1``."""
 
 
 def field_name(name: str) -> str:
-    """The dotted name of a field given by its dotted or short name.
+    """Return the dotted name of a field from its dotted or short name.
 
     Raises:
-        UserError: no such field; the message lists the nearest.
+        UserError: no such field; the message lists similar ones.
     """
     full = SHORT_NAMES.get(name, name)
     full = _former_names().get(full, full)
@@ -670,7 +670,7 @@ def field_name(name: str) -> str:
 
 
 def _own_fields(recipe: Recipe, stage: str) -> list[str]:
-    """The fields that a stage's artefact depends on besides its predecessors'."""
+    """Return the fields that a stage's artefact depends on, without those of earlier stages."""
     how = METHODS[recipe.method]
     if stage == "training":
         shared = () if recipe.method == TRANSFGU else SHARED
@@ -709,7 +709,7 @@ _OWN_FIELDS: Mapping[str, typing.Callable[[Recipe], list[str]]] = types.MappingP
         ],
     }
 )
-# dataset.max_bad_share decides whether a run ends, not what it makes; batch sizes of frozen forwards change speed.
+# dataset.max_bad_share may end a run, but does not change results; batch sizes of frozen forwards change only speed.
 
 
 def _published(**changes: Any) -> Recipe:
@@ -724,7 +724,7 @@ def preset(name: str, how: str = TRANSFGU) -> Recipe:
         how: name of the method.
 
     Raises:
-        UserError: an unknown name; the message lists the good ones.
+        UserError: an unknown name; the message lists the known ones.
     """
     if name not in PRESET_FIELDS:
         raise UserError(f"unknown preset {name}; choose one of {', '.join(PRESETS)}", code="preset-unknown")

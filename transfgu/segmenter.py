@@ -1,7 +1,7 @@
 """Predict with a trained model without Ray: a frozen encoder, a small decoder and a table of classes.
 
-The table maps clusters to classes; in a run with labels it is the Hungarian matching. A model that is saved for sharing
-is a folder like that of a run, with the weights of encoder and decoder and without paths of data.
+The table maps clusters to classes; in a run with labels it is the Hungarian matching. A shared model is a folder like
+that of a run, with the weights of encoder and decoder and without paths of data.
 """
 
 import json
@@ -42,15 +42,15 @@ Classes = Integer[np.ndarray, "H W"]
 Probabilities = Float32[np.ndarray, "C H W"]
 Photo = images.Picture
 
-_AT_ONCE = 16  # images that go through the encoder together
+_AT_ONCE = 16  # images per batch of the encoder
 _ENCODER = "encoder.safetensors"
 
 
 class Segmenter(ModelHubMixin):
-    """Images to class indices. Made by `load`; runs on the device that it was loaded to.
+    """Maps images to class indices. Created by `load`; runs on the device to which it was loaded.
 
-    `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's: what they write and read is this
-    model's folder, on a disk or on the Hub.
+    `save_pretrained`, `from_pretrained` and `push_to_hub` come from huggingface_hub: they write and read this model's
+    folder, on a disk or on the Hub.
 
     Examples:
         The run of `make demo`, on a scene that it was not trained on:
@@ -69,22 +69,22 @@ class Segmenter(ModelHubMixin):
     """
 
     recipe: Recipe
-    """The run's."""
+    """Recipe of the run."""
     scores: Mapping[str, Any] | None
-    """What the run scored, as its `evaluation/scores.json` has it; None where it was not evaluated."""
+    """Scores of the run, from its `evaluation/scores.json`; None if it was not evaluated."""
     classes: tuple[str, ...]
-    """A name for each index that `predict` returns: the one that the user gave (`transfgu name`), where there is one.
+    """A name for each index that `predict` returns; names given by the user (`transfgu name`) come first.
 
-    Where the run had labels, clusters were matched to classes one to one (Hungarian matching, as evaluation does), and
-    these are the classes' names. Without labels it is the index itself, ``concept 7``, and ``background`` for 0 where
+    If the run had labels, clusters were matched to classes one to one (Hungarian matching, as in evaluation), and these
+    are the classes' names. Without labels the name contains the index, ``concept 7``, and is ``background`` for 0 if
     the recipe has one.
     """
     colours: tuple[tuple[int, int, int], ...]
     """A colour for each index: red, green, blue, 0 to 255."""
     class_of: Int[np.ndarray, " clusters"]
-    """Each cluster's class index; clusters of one name have one."""
+    """Class index of each cluster; clusters with the same name have the same index."""
     names: Mapping[int, str]
-    """Names that the user gave, by index of the class without them (`transfgu.sharing.names`)."""
+    """Names given by the user, by index of the unnamed class (`transfgu.sharing.names`)."""
 
     _hub_mixin_config = {}  # noqa: RUF012 - the mixin's own; what it would gather is in recipe.yaml
 
@@ -96,11 +96,11 @@ class Segmenter(ModelHubMixin):
         scores: Mapping[str, Any] | None,
         names: Mapping[int, str] | None = None,
     ) -> None:
-        """Give a model its classes.
+        """Set up a model with its classes.
 
         Args:
             model: of any method, on its device and in evaluation mode.
-            recipe: of the run: the images' size, the classes.
+            recipe: recipe of the run: the images' size, the classes.
             scores: see `scores`.
             names: see `names`; None: none.
         """
@@ -115,16 +115,16 @@ class Segmenter(ModelHubMixin):
 
     @staticmethod
     def load(uri: str | Path, *, device: str = "", named: bool = True) -> "Segmenter":
-        """The model of a run.
+        """Load the model of a run.
 
         Args:
-            uri: the run's folder, a path or URI; it holds `recipe.yaml` and `model.safetensors`.
-            device: as torch names it; a GPU where there is one unless given.
-            named: with the names and merges that the user gave to the run's classes; False: without.
+            uri: the run's folder, a path or URI, with `recipe.yaml` and `model.safetensors`.
+            device: torch's name of the device; by default a GPU if there is one.
+            named: use the names and merges that the user gave to the run's classes.
 
         Raises:
-            UserError: the folder holds no trained run, or its weights are no safetensors file (nothing that could run
-                code is ever loaded), or they are not those of its recipe's decoder.
+            UserError: the folder has no trained run, its weights are not a safetensors file (files that could run code
+                are never loaded), or they are not those of its recipe's decoder.
         """
         run = Run(str(uri))
         recipe = run.recipe()
@@ -149,15 +149,14 @@ class Segmenter(ModelHubMixin):
 
     @property
     def _mask_model(self) -> MaskModel:
-        """TransFGU's model.
+        """Return TransFGU's model.
 
         Raises:
-            UserError: the model is another method's.
+            UserError: the model is of another method.
         """
         if not isinstance(self.model, MaskModel):
             raise UserError(
-                f"a model of method {self.recipe.method} has no encoder and mask decoder to take apart or export: "
-                "use predict",
+                f"a model of method {self.recipe.method} has no separate encoder and mask decoder: use predict",
                 code="model-of-another-method",
             )
         return self.model
@@ -221,31 +220,31 @@ class Segmenter(ModelHubMixin):
         overlap: int = 64,
         orient: bool = True,
     ) -> Classes | Probabilities | list[Classes] | list[Probabilities]:
-        """Which class each pixel is of, or how probable each class is there.
+        """Predict the class of each pixel, or the probability of each class.
 
         As in evaluation, the image is resized to the recipe's size, the logits are averaged over its
-        `evaluation.scales` and `evaluation.flip`, and resized bilinearly to the image's own size. With `tile`, that is
-        done for overlapping tiles of the image, whose logits are blended: small things in a large image are seen, and
+        `evaluation.scales` and `evaluation.flip`, and resized bilinearly to the image's own size. With `tile`, this is
+        done for overlapping tiles of the image, whose logits are blended: small things in a large image are found, and
         an image file of any size can be predicted (above the recipe's `dataset.max_pixels` by the extra `geo`).
         Without it, an image of more pixels than that is refused.
 
         Args:
             image: a PIL image, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8 or uint16, a file's bytes, a
                 path or URI; or a list of these.
-            probabilities: return the classes' probabilities, which take 4 C bytes per pixel, rather than the index of
-                the largest. A class of several clusters has the sum of theirs.
-            tile: height of a tile in pixels of the image; None: the image is predicted whole, and so is one that fits
-                into a tile.
-            overlap: pixels that neighbouring tiles share at least.
-            orient: apply the orientation in EXIF data, so that the mask lies on what a viewer shows; False: on the
-                pixels that are stored.
+            probabilities: return the classes' probabilities, which take 4 C bytes per pixel, instead of the index of
+                the largest. The probability of a merged class is the sum over its clusters.
+            tile: height of a tile in pixels of the image; None: no tiles. An image that fits in one tile is not
+                divided.
+            overlap: minimum number of pixels that neighbouring tiles share.
+            orient: apply the orientation in EXIF data, so that the mask matches the image in a viewer; False: use
+                stored pixels.
 
         Returns:
-            (H, W) indices into `classes`, or (C, H, W) float32 that add up to 1 at each pixel; for a list, one
-            such array for each image. Indices are uint8 (uint16 for more than 256 classes) where tiles were used.
+            (H, W) indices into `classes`, or (C, H, W) float32 that sum to 1 at each pixel; for a list, one such array
+                per image. Indices are uint8 (uint16 for more than 256 classes) if tiles were used.
 
         Raises:
-            UserError: an image that can't be read, or a tile that is no larger than the overlap.
+            UserError: an image that can't be read, or a tile that is not larger than the overlap.
         """
         single = isinstance(image, Image.Image | np.ndarray | bytes | str | Path)
         photos: Sequence[Photo] = [image] if single else image  # type: ignore[assignment, list-item]
@@ -277,12 +276,12 @@ class Segmenter(ModelHubMixin):
             raise _unreadable(photo, error) from None
 
     def strips(self, rows: Rows, tiling: Tiling, *, probabilities: bool = False) -> Iterator[np.ndarray]:
-        """As `predict` with tiles, a strip of rows after the other, for results that are too large to hold.
+        """Yield the results of `predict` with tiles as strips of rows, for results that don't fit in memory.
 
         Args:
             rows: the image (`transfgu.datasets.rasters`).
             tiling: the tiles.
-            probabilities: yield (C, rows, W) probabilities rather than (rows, W) indices.
+            probabilities: yield (C, rows, W) probabilities instead of (rows, W) indices.
         """
         height, width = tiling.size(self.size)
         if rows.height <= height and rows.width <= width:
@@ -315,7 +314,7 @@ class Segmenter(ModelHubMixin):
     def predict_resized(
         self, resized: UInt8[np.ndarray, "n 3 h w"], sizes: Sequence[tuple[int, int]]
     ) -> Iterator[Classes]:
-        """As `predict`, of images that are brought to the recipe's size already.
+        """Yield the results of `predict` for images that already have the recipe's size.
 
         Args:
             resized: the images.
@@ -341,7 +340,7 @@ class Segmenter(ModelHubMixin):
             yield from zip(self.logits(batch), sizes[start : start + _AT_ONCE], strict=True)
 
     def logits(self, batch: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B clusters h w"]:
-        """Logits of every patch, clusters as the decoder orders them; images must have the recipe's size.
+        """Return logits of every patch, with clusters in the decoder's order; images must have the recipe's size.
 
         They are averaged over the recipe's `evaluation.scales` and `evaluation.flip`, as in evaluation, and have the
         patches of the largest scale.
@@ -352,23 +351,23 @@ class Segmenter(ModelHubMixin):
         """Write `encoder.onnx` and `decoder.onnx` into a local folder; see `transfgu.sharing.onnx_export`.
 
         Raises:
-            UserError: the package onnx is not installed, or the encoder's patch does not divide `size`.
+            UserError: the package onnx is not installed, or `size` is not a multiple of the encoder's patch.
         """
         return onnx_export.export(
             self.encode.encoder, self.decoder, self.class_of, Path(folder), size=size or self.size, names=self.classes
         )
 
-    # What huggingface_hub's mixin asks for.
+    # Methods for huggingface_hub's mixin.
 
     def _save_pretrained(self, save_directory: Path) -> None:
         encode: PatchTokens | None = getattr(self.model, "encode", None)
         shared = self.recipe.with_fields(
             {
                 "data": "",
-                "labels": "not shared" if self.recipe.labels else "",  # that there were labels decides on names
+                "labels": "not shared" if self.recipe.labels else "",  # names depend on whether there were labels
                 "encoder.weights": BESIDE + _ENCODER if encode else "pretrained",
                 "decoder.weights": "",
-                # What a network began with is not needed to load it.
+                # Initial weights are not needed to load it.
                 **{f"{component}.weights": "random" for component in ("picie", "maskcontrast")},
                 "maskcontrast.object_masks": "",
             }
@@ -415,18 +414,18 @@ class Segmenter(ModelHubMixin):
         return cls.load(folder, **model_kwargs)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card of this model, filled from its run."""
+        """Return the model card, filled in from the run."""
         return model_card.write_card(self.recipe, self.classes, self.scores, named=bool(self.names))
 
 
 def class_table(
     recipe: Recipe, clusters: Int[np.ndarray, " C"] | None
 ) -> tuple[tuple[str, ...], Int[np.ndarray, " C"]]:
-    """Names of the classes that predictions are in, and each cluster's class index.
+    """Return the names of the classes of predictions, and each cluster's class index.
 
     Args:
-        recipe: the run's.
-        clusters: each true class's cluster, a permutation, as evaluation matched them; None where there were no labels.
+        recipe: recipe of the run.
+        clusters: cluster of each true class, a permutation from evaluation; None without labels.
     """
     if clusters is not None:
         return datasets.classes(recipe).names, np.argsort(clusters)
@@ -435,7 +434,7 @@ def class_table(
 
 
 def assignment_of(scores: Mapping[str, Any] | None) -> Int[np.ndarray, " C"] | None:
-    """Each true class's cluster, as the run's evaluation matched them; None where it had no labels."""
+    """Return the cluster of each true class from the run's evaluation; None without labels."""
     assignment = None if scores is None else scores["assignment"]
     return None if assignment is None else np.array(assignment)
 

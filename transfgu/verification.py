@@ -1,7 +1,7 @@
-"""Read every file of a run's folder, and report damaged files and how to repair each.
+"""Read every file of a run's folder, and report damaged files and their repair.
 
-Nothing is trusted for its name: Parquet files are read to the last row and counted against their stage's manifest,
-checkpoints against their digests, weights for numbers that are not finite. Nothing is written.
+Files are read completely: Parquet files to the last row, with counts compared to their stage's manifest, checkpoints
+with their digests, weights with a check for numbers that are not finite. Nothing is written.
 """
 
 import json
@@ -21,30 +21,30 @@ from transfgu.store.weights import read_weights
 from transfgu.training import checkpoints
 
 T = TypeVar("T")
-_PARTS = ("features", "pseudo_labels")  # stages that leave a file for each block of images
-_WITHOUT = "images without windows"  # a count of a features part that counts no rows
+_PARTS = ("features", "pseudo_labels")  # stages with one file per block of images
+_WITHOUT = "images without windows"  # a count in parts of features that is not a number of rows
 _FOOTER = b"transfgu"  # a part's summary in its Parquet metadata
 
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """One file, or one stage, that is not as it was written."""
+    """A file or a stage that differs from what was written."""
 
     file: str
     """URI."""
     reason: str
     remedy: str
-    """What to delete, and the command that makes it anew."""
+    """Files to delete, and the command that computes them again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What a check found."""
+    """Result of a check."""
 
     files: int
-    """Files read."""
+    """Number of files read."""
     stages: tuple[str, ...]
-    """Complete stages; the others are absent or not finished, which is no damage."""
+    """Complete stages; missing or unfinished stages are not damage."""
     damage: tuple[Damage, ...]
 
 
@@ -55,7 +55,7 @@ def verify(run: Run) -> Verified:
         run: its folder, on any storage.
 
     Raises:
-        UserError: the folder is no run's, its recipe can't be read, or the storage fails.
+        UserError: the folder is not that of a run, its recipe can't be read, or the storage fails.
     """
     recipe = run.recipe()
     files = storage.list_files(run.uri)
@@ -105,7 +105,7 @@ def verify(run: Run) -> Verified:
             damage.append(
                 Damage(
                     file=folder,
-                    reason="a checkpoint whose files are not those that were written",
+                    reason="a checkpoint whose files have changed",
                     remedy=f"delete that folder; training continues from the one before with {again}",
                 )
             )
@@ -122,12 +122,12 @@ def _command(recipe: Recipe, run: Run) -> str:
 
 def _part_remedy(file: str, stage: str, remedy: str, again: str) -> str:
     if stage in _PARTS and file.endswith(".parquet") and remedy.startswith("delete"):
-        return f"delete it and the manifest.json beside it, and run {again}"
+        return f"delete it and its folder's manifest.json, and run {again}"
     return remedy
 
 
 def _attempt(damage: list[Damage], file: str, remedy: str, read: Callable[[], T]) -> T | None:
-    """What `read` returns; where it finds damage, that is noted."""
+    """Return the result of `read`; damage is recorded."""
     try:
         return read()
     except UserError as error:
@@ -140,12 +140,12 @@ def _attempt(damage: list[Damage], file: str, remedy: str, read: Callable[[], T]
 
 
 def _read(file: str) -> None:
-    """Read one file by its kind. Raises UserError, BadInput or ValueError where it is damaged."""
+    """Read one file by its kind. Raises UserError, BadInput or ValueError if it is damaged."""
     kind = file.rpartition(".")[2]
     if kind in ("parquet", "table"):
         parquet.read(file)
     elif kind == "safetensors":
-        read_weights(file)  # which looks at the numbers, too
+        read_weights(file)  # also checks the numbers
     elif kind == "json":
         with formats.damage(storage.shown(file), "compute it again"):
             json.loads(storage.read_bytes(file))
@@ -154,7 +154,7 @@ def _read(file: str) -> None:
 
 
 def _counted(artifact: Artifact, manifest: Manifest, files: list[str], remedy: str) -> Iterator[Damage]:
-    """Compare a complete stage's parts with what its manifest says."""
+    """Compare a complete stage's parts with its manifest."""
     if artifact.stage not in _PARTS:
         return
     covered = 0
@@ -173,11 +173,11 @@ def _counted(artifact: Artifact, manifest: Manifest, files: list[str], remedy: s
             yield Damage(file=file, reason="no summary of a part", remedy=remedy)
             continue
         if metadata.num_rows != rows:
-            yield Damage(file=file, reason=f"{metadata.num_rows} rows, where its summary says {rows}", remedy=remedy)
+            yield Damage(file=file, reason=f"{metadata.num_rows} rows, but its summary has {rows}", remedy=remedy)
     if covered != manifest.outcome.items:
         yield Damage(
             file=artifact.uri,
-            reason=f"parts of {covered} images, where manifest.json says {manifest.outcome.items}",
+            reason=f"parts of {covered} images, but manifest.json has {manifest.outcome.items}",
             remedy=f"delete the manifest.json there, and run again: {remedy.partition('and run ')[2]}",
         )
 

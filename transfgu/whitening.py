@@ -1,8 +1,8 @@
 """Whiten features, with the same result to the last bit however rows are divided among processes.
 
-Rows and matrices are rounded to whole numbers of so few bits that each sum of their products is exact in float64. Then
-neither the order of a sum nor the library that computes it matters: threads, shards and nodes may divide the rows as
-they like.
+Rows and matrices are rounded to whole numbers with so few bits that each sum of their products is exact in float64. So
+results do not depend on the order of a sum or the library that computes it: rows may be divided among threads, shards
+and nodes in any way.
 """
 
 import math
@@ -12,19 +12,19 @@ import numpy as np
 from jaxtyping import Float32, Float64
 from numpy import ndarray
 
-_EXACT = 53  # bits of a float64's whole numbers
-_RIDGE = 0.1  # added to each variance, relative to their mean: directions without variance are not blown up
+_EXACT = 53  # bits of whole numbers in a float64
+_RIDGE = 0.1  # added to each variance, relative to their mean, so that directions without variance are not amplified
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over rows of features, from which mean and covariance follow; those of several shards can be added.
+    """Sums over rows of features, from which mean and covariance are computed; sums of shards can be added.
 
     Args:
-        step: the unit that rows are rounded to, a power of two; see :func:`moment_step`.
-        rows: their number.
-        sums: of the rows, in steps.
-        products: of the rows' outer products, in squares of steps.
+        step: the unit to which rows are rounded, a power of two; see :func:`moment_step`.
+        rows: number of rows.
+        sums: sums of the rows, in steps.
+        products: sums of the rows' outer products, in squares of steps.
     """
 
     step: float

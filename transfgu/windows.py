@@ -1,8 +1,8 @@
 """List sliding windows and select foreground and background ones: in each scale, spans along y times spans along x.
 
-Along one axis the spans start every half side, and the last one touches the grid's end. Whether a window is foreground
-then needs no image: the saliency of patches, weighted by how many pixel rows and columns of each patch the window
-covers.
+Along one axis the spans start at every half side, and the last one ends at the end of the grid. Selecting foreground
+windows needs no image, only the saliency of patches, weighted by the number of pixel rows and columns of each patch in
+the window.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from transfgu.errors import UserError
 
 
 def sliding_windows(grid: tuple[int, int], scales: Sequence[float], patch_size: int = 8) -> Int[ndarray, "N 4"]:
-    """All windows over an image of `grid` = (h, w) patches: rows y0 y1 x0 x1 in pixels, half-open.
+    """Return all windows over an image of `grid` = (h, w) patches: rows y0 y1 x0 x1 in pixels, half-open.
 
     A window's side is `scale` of the image's shorter side, rounded down to whole patches. The windows of each scale
-    cover the image. They are ordered by scale, then top to bottom, then left to right. The last pixel row and column
-    of a window's patches are left out: the published features were cut so.
+    cover the image. They are ordered by scale, then top to bottom, then left to right. The last pixel row and column of
+    a window's patches are left out, as in the published features.
 
-    The published code centres windows on those multiples of half a side that are whole patches. An odd side has only
-    every other one, none that touches the image's end, and no window at all where the first lies too far in. Here a
-    step of half an odd side is rounded to whole patches, alternately down and up, so that odd sides have as many
-    windows as even ones. Even sides, which all published sizes have, give the published windows.
+    The published code centres windows on those multiples of half a side that are whole patches. With an odd side these
+    are only every other one, so no window touches the image's end, and there may be no window at all. Here a step of
+    half an odd side is rounded to whole patches, alternately down and up, so that odd sides have as many windows as
+    even ones. Even sides, which all published sizes have, give the published windows.
 
     Raises UserError if no scale is given, or one is outside (0, 1] or leaves less than one patch.
     Source: TransFGU (Yin et al. 2022).
@@ -53,9 +53,9 @@ def _windows_of_scale(grid: tuple[int, int], scale: float, patch_size: int) -> I
 
 
 def _spans(length: int, side: int, patch_size: int) -> Int[ndarray, "n 2"]:
-    """Pixel spans, along an axis of `length` patches, of windows of `side` patches.
+    """Return the pixel spans, along an axis of `length` patches, of windows of `side` patches.
 
-    From half a side before its centre to half a side behind it, a window touches one patch more than its side has.
+    From half a side before its centre to half a side after it, a window touches one patch more than its side has.
     """
     patches = min(side + 1, length)
     end = length - patches  # where the last window starts
@@ -72,11 +72,11 @@ def select_windows(
     min_foreground: float = 0.5,
     min_background: float = 0.8,
 ) -> tuple[Int[ndarray, " foreground"], Int[ndarray, " background"]]:
-    """Indices of the foreground windows and of the background windows; one window can be in neither.
+    """Return the indices of foreground windows and of background windows; a window can be in neither.
 
-    A window is foreground where its salient share is above `min_foreground`, background where its unsalient share is
-    above `min_background` (shares of the window's pixels, 0 to 1). `windows` are rows y0 y1 x0 x1 in pixels, as
-    `sliding_windows` gives them; `saliency` says which patches are salient. Source: TransFGU (Yin et al. 2022).
+    A window is foreground if its salient share exceeds `min_foreground`, background if its unsalient share exceeds
+    `min_background` (shares of the window's pixels, 0 to 1). `windows` are rows y0 y1 x0 x1 in pixels from
+    `sliding_windows`; `saliency` is True for salient patches. Source: TransFGU (Yin et al. 2022).
     """
     h, w = saliency.shape
     rows = _pixels_by_patch(windows[:, 0], windows[:, 1], h, patch_size)
@@ -92,7 +92,7 @@ def select_windows(
 def _pixels_by_patch(
     start: Int[ndarray, " N"], stop: Int[ndarray, " N"], patches: int, patch_size: int
 ) -> Int[ndarray, "N patches"]:
-    """How many pixels of each patch lie in [start, stop), along one axis."""
+    """Return the number of pixels of each patch in [start, stop), along one axis."""
     edge = np.arange(patches) * patch_size
     overlap: ndarray = np.minimum(stop[:, None], edge + patch_size) - np.maximum(start[:, None], edge)
     return overlap.clip(min=0)

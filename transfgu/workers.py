@@ -1,7 +1,7 @@
-"""Add up and gather values over the workers of a training; without a process group they are the process's own.
+"""Sum and gather values over the workers of a training; without a process group they are the process's own.
 
-A loss that workers share is written as a sum of their parts: each calls `backward` on its own part, and gradients are
-added. Where a part depends on a sum over workers, that sum has a gradient too.
+A loss that workers share is the sum of their parts: each calls `backward` on its own part, and gradients are summed. If
+a part depends on a sum over workers, that sum has a gradient, too.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def worker_count() -> int:
-    """Return the number of workers of the default process group; 1 where there is none."""
+    """Return the number of workers of the default process group; 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -48,8 +48,8 @@ def gather_rows(rows: Shaped[Tensor, "n ..."], keys: Int[np.ndarray, " n"]) -> S
     """Return the rows of all workers in the order of their keys, the same on each; they have no gradient.
 
     Args:
-        rows: of this worker, any number of them.
-        keys: of each row; where two rows have the same key, they stay in their order.
+        rows: rows of this worker, any number.
+        keys: keys of the rows; rows with the same key keep their order.
     """
     order = np.argsort(keys, kind="stable")
     if worker_count() == 1:

@@ -1,4 +1,4 @@
-"""A method's learner without the trainer around it: small images in memory, one worker or one of several."""
+"""Train a method's learner without the trainer: small images in memory, one worker or one of several."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 
 def recipe_of(method: str, **fields: Any) -> Recipe:
-    """A recipe of a method that takes moments: batches of four of six images."""
+    """Return a recipe of a method that trains quickly: batches of four of six images."""
     own = FIELDS.get(method, {})
     sizes = {"image_size": (SIDE, SIDE), "training_size": (SIDE, SIDE)}
     counts = {"training.batch_size": 4, "epochs": 2} if method != "token-kmeans" else {}
@@ -48,9 +48,9 @@ def order_of(recipe: Recipe) -> Order:
 
 
 def inputs(recipe: Recipe, learner: Learner) -> tuple[Tensor, Tensor]:
-    """Scenes, or what the frozen part makes of them, and a plane of object masks: discs of several sizes.
+    """Return scenes, or the frozen part's results for them, and a plane of object masks: discs of several sizes.
 
-    Where the method learns from concept maps, each concept's map is a disc of another image.
+    If the method trains on concept maps, each concept's map is a disc of another image.
     """
     images = torch.from_numpy(
         np.stack([shapes.scene(1, "train", i, SIDE)[0].transpose(2, 0, 1) for i in range(IMAGES)])
@@ -65,7 +65,7 @@ def inputs(recipe: Recipe, learner: Learner) -> tuple[Tensor, Tensor]:
 
 
 def run_epoch(recipe: Recipe, learner: Learner, epoch: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
-    """One epoch as the trainer runs it: its row of the history without scores."""
+    """Run one epoch as the trainer does; returns its row of the history without scores."""
     images, planes = inputs(recipe, learner)
     order = order_of(recipe)
     torch.manual_seed(int(np.random.SeedSequence([recipe.seed, epoch, rank]).generate_state(1)[0]))
@@ -93,7 +93,7 @@ def make(recipe: Recipe, rank: int = 0, world: int = 1) -> Learner:
 
 
 def trained(recipe: Recipe, rank: int = 0, world: int = 1) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """All epochs of a learner: its weights and its rows."""
+    """Run all epochs of a learner; returns its weights and its rows."""
     learner = make(recipe, rank, world)
     rows = [run_epoch(recipe, learner, epoch, rank, world) for epoch in range(recipe.training.epochs)]
     return {name: tensor.detach().clone() for name, tensor in learner.network.state_dict().items()}, rows

@@ -1,4 +1,4 @@
-"""IIC's loss against the published implementation, a transcription of its formula, and what can be said by hand."""
+"""IIC's loss against the published implementation, a transcription of its formula, and results derived by hand."""
 
 import itertools
 import math
@@ -39,7 +39,7 @@ def probabilities(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64
 
 
 def pair(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Two views that gradients are taken of."""
+    """Return two views with gradients."""
     first, second = (probabilities(*shape, seed=seed + n, dtype=dtype).requires_grad_() for n in (0, 1))
     return first, second
 
@@ -112,7 +112,7 @@ def test_is_its_formula(
     collapsed: bool,
     some: bool,
 ) -> None:
-    """Boxes larger than the image too, and masks without a pixel."""
+    """Also boxes larger than the image, and masks without a pixel."""
     views = pair(images, classes, *grid, seed=seed)
     mask = (torch.rand(images, *grid, generator=torch.Generator().manual_seed(seed)) < (0.6 if some else 0)).double()
     expected = literal_loss(*views, mask, weight, half_side, collapsed)
@@ -125,7 +125,7 @@ def test_is_its_formula(
 
 
 def test_next_to_nothing_is_not_nothing() -> None:
-    """Joint probabilities of 1e-9 in single precision: what a logarithm takes for 0 is 2e-16, as published."""
+    """Joint probabilities of 1e-9 in single precision: logarithms are limited at 2e-16 only, as published."""
     logits = torch.tensor([10.0, -10.0])[None, :, None, None] + torch.arange(4.0).reshape(1, 1, 2, 2) / 8
     first, second = (torch.cat([view[:, :1], -view[:, :1]], 1).softmax(1) for view in (logits, logits.flip(3)))
     exact = [view.double().requires_grad_() for view in (first, second)]
@@ -164,7 +164,7 @@ def test_independent_views_tell_nothing() -> None:
 
 
 def test_the_affine_map_brings_the_second_view_back() -> None:
-    """A mirrored second view, and the mirror as the map: as good as the first view twice."""
+    """A mirrored second view, with the mirror as the map, equals the first view twice."""
     view, mask = probabilities(2, 3, 4, 5), torch.ones(2, 4, 5)
     mirror = torch.tensor([[-1.0, 0, 0], [0, 1, 0]], dtype=torch.float64).expand(2, 2, 3)
     plain = mutual_information_loss(view, view, identity(2).double(), mask, half_side=1)
@@ -246,7 +246,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 def test_agrees_with_a_convolution() -> None:
-    """The published way: one view is the kernel that the other one is convolved with."""
+    """The published method: one view is the kernel of a convolution with the other one."""
     first, second = (probabilities(3, 4, 9, 7, seed=n) for n in (0, 1))
     joint = displaced_joint(first, second, identity(3).double(), torch.ones(3, 9, 7), half_side=2)
     torch.testing.assert_close(joint, F.conv2d(first.movedim(1, 0), second.movedim(1, 0), padding=2))
@@ -267,7 +267,7 @@ def test_each_head_gives_probabilities_at_the_images_size() -> None:
 
 
 def test_the_published_network_has_its_parameters() -> None:
-    """By hand: 9 weights for each pair of channels of a 3 x 3 convolution, two numbers of batch norm for a channel."""
+    """By hand: 9 weights per pair of channels of a 3 x 3 convolution, two numbers of batch norm per channel."""
     network = SegmentationNetwork(15, 45)
     channels = (5, 64, 128, 256, 256, 512, 512)
     trunk = sum(9 * a * b + 2 * b for a, b in itertools.pairwise(channels))
@@ -275,7 +275,7 @@ def test_the_published_network_has_its_parameters() -> None:
 
 
 def test_class_maps_stay_in_place() -> None:
-    """What one pixel changes lies around that pixel: at most 4 + 2 + 2 x (2 + 4) pixels away, and upsampling's 2."""
+    """A changed pixel changes only its surroundings: up to 4 + 2 + 2 x (2 + 4) pixels away, plus upsampling's 2."""
     network = SegmentationNetwork(2, 4, widths=SMALL).eval()
     images = torch.full((1, 3, 64, 64), 0.5)
     changed = images.clone()
@@ -288,7 +288,7 @@ def test_class_maps_stay_in_place() -> None:
 
 
 def test_edges_by_hand() -> None:
-    """A white half on the right: Sobel's leftward derivative is -4 beside the edge, and there is no other."""
+    """A white right half: Sobel's leftward derivative is -4 at the edge, and all others are 0."""
     images = torch.zeros(1, 3, 5, 6)
     images[..., 3:] = 1
     grey = 0.2989 + 0.587 + 0.114
@@ -304,7 +304,7 @@ def test_a_network_of_nothing_is_refused() -> None:
 
 
 def test_training_raises_the_information() -> None:
-    """From next to nothing to more than a third of the most there could be, log 2, with both classes in use."""
+    """From almost nothing to more than a third of the maximum, log 2, with both classes in use."""
     torch.manual_seed(0)
     images = torch.zeros(4, 3, 16, 16)
     images[..., 8:] = 1
@@ -328,7 +328,7 @@ def test_training_raises_the_information() -> None:
 
 
 def two_colours(size: tuple[int, int]) -> Tensor:
-    """Smooth images, which resampling there and back hardly changes."""
+    """Smooth images, which change little when resampled in both directions."""
     y, x = torch.meshgrid(torch.linspace(0, 1, size[0]), torch.linspace(0, 1, size[1]), indexing="ij")
     return (255 * torch.stack((x, y, (x + y) / 2)))[None].round().to(torch.uint8)
 
@@ -355,7 +355,7 @@ def test_the_second_view_comes_back_into_place(affine: bool, size: tuple[int, in
 
 
 def test_rotation_is_in_pixels_whatever_the_sides() -> None:
-    """Without a mirror image, shear and scale are small, so a matrix in pixels is nearly orthogonal."""
+    """Without a mirror image, shear and scale are small, so a matrix in pixels is almost orthogonal."""
     size = (11, 101)
     sides = np.array([size[1] - 1, size[0] - 1])
     for matrix in draw_pairs(range(20), size, seed=0, epoch=0, affine=True).first_to_second:

@@ -1,4 +1,4 @@
-"""Every method of comparison as the trainer drives it: alone, by two workers, and begun again from a checkpoint."""
+"""Every method of comparison in the trainer: alone, with two workers, and resumed from a checkpoint."""
 
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
@@ -24,12 +24,12 @@ Outcome = dict[str, tuple[dict[str, Tensor], list[dict[str, Any]]]]
 
 
 def one_epoch(method: str) -> Recipe:
-    """Of one epoch: the next one's K-Means would begin from features that differ in the last bit."""
+    """One epoch only, because K-Means of the next one would start from features that differ in the last bit."""
     return recipe_of(method, **({} if method == "token-kmeans" else {"epochs": 1}))
 
 
 def run_all(rank: int, folder: str) -> Outcome:
-    """One of two workers: every method's training."""
+    """Train every method as one of two workers."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )
@@ -117,7 +117,7 @@ def test_iic_trains_its_heads_in_turns() -> None:
 
 
 def test_maskcontrast_tells_things_from_stuff() -> None:
-    """By hand: the object logit is 3 in the left half and -3 in the right one, embeddings are unit vectors."""
+    """By hand: the object logit is 3 in the left half and -3 in the right half, embeddings are unit vectors."""
     recipe = recipe_of("maskcontrast")
     model = make(recipe).model
     network = model.network  # type: ignore[attr-defined]

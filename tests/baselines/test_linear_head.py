@@ -1,4 +1,4 @@
-"""Softmax regression on tokens whose pseudo labels they tell."""
+"""Softmax regression on tokens that determine their pseudo labels."""
 
 from collections.abc import Iterator
 

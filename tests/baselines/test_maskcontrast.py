@@ -1,4 +1,4 @@
-"""MaskContrast's losses against the published implementation, their formulae, and what can be said by hand."""
+"""MaskContrast's losses against the published implementation, their formulae, and results derived by hand."""
 
 import copy
 import math
@@ -60,7 +60,7 @@ def test_contrastive_loss_agrees_with_the_published_one(reference: Reference) ->
 
 
 def test_contrastive_loss_by_hand() -> None:
-    """Two one-pixel objects at right angles, each its key's equal, and a queue that holds the second one."""
+    """Two orthogonal one-pixel objects, each equal to its key, and a queue that contains the second one."""
     query = torch.tensor([[2.0, 0.0], [0.0, 3.0]])[..., None, None]
     ones, queue = torch.ones(2, 1, 1), torch.tensor([[0.0], [1.0]])
     found = contrastive_loss(query, 5 * query, ones, ones, queue, temperature=0.5)
@@ -148,7 +148,7 @@ def test_balanced_cross_entropy_agrees_with_the_published_one(reference: Referen
 
 
 def test_balanced_cross_entropy_by_hand() -> None:
-    """One object pixel of four: it weighs 3/4, and each of the others 1/4; at 0 each loses log 2."""
+    """One object pixel of four: its weight is 3/4, that of the others 1/4; at logit 0 each loses log 2."""
     labels = torch.tensor([[1, 0, 0, 0]])
     assert balanced_cross_entropy(torch.zeros(1, 4), labels).item() == pytest.approx(1.5 * math.log(2) / 4)
     sure = torch.tensor([[math.log(3), 0.0, 0.0, 0.0]])

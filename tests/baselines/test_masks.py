@@ -1,4 +1,4 @@
-"""Masks of any program are scored on the same pixels as a run, and what does not fit is refused in one line."""
+"""Masks from any program are scored on the same pixels as a run, and unsuitable ones are refused in one line."""
 
 import shutil
 from pathlib import Path
@@ -34,7 +34,7 @@ def rows(made: MadeRun) -> pa.Table:
 
 @pytest.fixture
 def masks(made: MadeRun, rows: pa.Table, tmp_path: Path) -> Path:
-    """What jobs/predict.py writes: indexed PNGs of class indices, beside the file that explains them."""
+    """Write masks like `transfgu predict`: indexed PNGs of class indices, next to the file that describes them."""
     segmenter = Segmenter.load(made.run.uri)
     colours = np.array(segmenter.colours, np.uint8)
     (tmp_path / "out" / "masks").mkdir(parents=True)
@@ -46,7 +46,7 @@ def masks(made: MadeRun, rows: pa.Table, tmp_path: Path) -> Path:
 
 
 def own_scores(recipe: Recipe, made: MadeRun, rows: pa.Table) -> dict[str, object]:
-    """What the run's own evaluation counts."""
+    """Return the counts of the run's own evaluation."""
     batch = read_labelled_rows(rows, recipe=recipe, protocol=recipe.evaluation.protocol)
     counted = evaluation.Count(recipe, [made.run.file("model.safetensors")], 1)(batch)["confusions"][0, 0]
     found = scores(counted)

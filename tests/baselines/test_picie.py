@@ -1,4 +1,4 @@
-"""PiCIE's steps against the published implementation, its formulae, and what can be said by hand."""
+"""PiCIE's steps against the published implementation, its formulae, and results derived by hand."""
 
 import math
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def test_assignment_agrees_with_the_published_one(reference: Reference, view: in
 
 
 def test_assignment_by_hand() -> None:
-    """Unit length first, then Euclidean: (3, 0) is (1, 0), which is nearer to (0.5, 0) than to (3, 0)."""
+    """Normalised first, then Euclidean: (3, 0) becomes (1, 0), which is nearer to (0.5, 0) than to (3, 0)."""
     features = torch.tensor([[3.0, 0.0], [0.0, 0.1]]).mT[None, :, None]  # (1, 2, 1, 2): pixels (3, 0) and (0, 0.1)
     centroids = torch.tensor([[3.0, 0.0], [0.5, 0.0], [0.0, 1.0], [0.0, -1.0]])
     labels, weights = assign(features, centroids)
@@ -80,7 +80,7 @@ def test_loss_agrees_with_the_published_one(reference: Reference) -> None:
 
 
 def test_loss_by_hand() -> None:
-    """One pixel a view, at right angles; each is of its own centroid, and of no other."""
+    """One pixel per view, orthogonal; each belongs to its own centroid only."""
     first, second = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1), torch.tensor([0.0, 5.0]).view(1, 2, 1, 1)
     zero, one = (torch.full((1, 1, 1), label) for label in (0, 1))
     centroids, weights = torch.eye(2), torch.tensor([0.3, 0.7])
@@ -194,7 +194,7 @@ def test_features_have_a_quarter_of_the_images_sides() -> None:
 
 @pytest.mark.parametrize("prefix", ["", "module.encoder_q."])
 def test_weights_are_read_from_a_file(tmp_path: Path, prefix: str) -> None:
-    """A file of torchvision's names, with a classifier; and one of MoCo's, with the key encoder beside."""
+    """A file with torchvision's names and a classifier, and one with MoCo's names and the key encoder."""
     full = timm.create_model("resnet18", pretrained=False)
     tensors = {prefix + name: tensor for name, tensor in full.state_dict().items()}
     if prefix:
@@ -222,7 +222,7 @@ def smooth(height: int, width: int) -> Tensor:
 
 
 def test_features_of_the_second_view_lie_where_the_first_view_s_do() -> None:
-    """With the pixels themselves for features: cut before or after, it is the same picture."""
+    """With pixels as features, cutting before or after gives the same picture."""
     images = smooth(64, 96).expand(6, -1, -1, -1)
     drawn = draw_transforms(range(6), seed=0, epoch=0)
     nothing = draw_transforms([], seed=0, epoch=0).colours
@@ -283,7 +283,7 @@ def test_mini_batch_kmeans_agrees_with_the_published_one(reference: Reference) -
 
 @pytest.mark.parametrize("make", [torch.tensor, np.array])
 def test_a_step_by_hand(make: Callable[[object], Tensor | np.ndarray]) -> None:
-    """Three rows before and one new one move a centroid a quarter of the way; one without rows stays."""
+    """Three earlier rows and one new one move a centroid by a quarter of the distance; one without rows stays."""
     kmeans = MiniBatchKMeans(make([[1.0, 0.0], [-1.0, 0.0]]), make([3, 5]))
     loss = kmeans.update(make([[0.6, 0.8]]))
     torch.testing.assert_close(torch.as_tensor(kmeans.centroids).float(), torch.tensor([[0.9, 0.2], [-1.0, 0.0]]))

@@ -9,7 +9,7 @@ from transfgu.views import GREY
 
 
 def test_features_of_two_patches_by_hand() -> None:
-    """The upper patch is grey of one shade; of the lower one the right half is white, the left half black."""
+    """The upper patch has one shade of grey; of the lower one the right half is white, the left half black."""
     image = torch.full((1, 3, 16, 8), 51, dtype=torch.uint8)
     image[:, :, 8:, :4] = 0
     image[:, :, 8:, 4:] = 255

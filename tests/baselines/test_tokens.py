@@ -86,7 +86,7 @@ def test_a_patch_is_of_the_nearest_centroid(tmp_path: Path) -> None:
 
 
 def test_standardised_numbers_weigh_the_same(tmp_path: Path) -> None:
-    """A number in other units, or with an offset, changes no cluster; without standardisation it does."""
+    """Other units or an offset of a channel change no cluster with standardisation, and do without it."""
     made = make_run(tmp_path)
     train = pq.read_table(made.run.file("samples/train.parquet"))
     images = np.stack([image for image, _ in validation(made)])
@@ -109,7 +109,7 @@ def test_standardised_numbers_weigh_the_same(tmp_path: Path) -> None:
 
 
 def test_predictions_are_averaged_over_sizes_and_mirror_images(tmp_path: Path) -> None:
-    """Of an image that is twice as large and of its mirror image, brought to the finest grid and back to its sides."""
+    """For an image of twice the size and its mirror image, resized to the finest grid and averaged."""
     made = make_run(tmp_path)
     encode = PatchTokens(made.recipe.encoder, torch.device("cpu"))
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 24)).astype(np.uint8)
@@ -151,7 +151,7 @@ def test_an_untrained_encoder_is_another(tmp_path: Path) -> None:
 
 
 def test_a_probe_reads_classes_off_tokens(tmp_path: Path) -> None:
-    """Bright discs on dark noise: colour alone tells them, to within the patches that the disc's edge crosses."""
+    """Bright discs on dark noise: colour alone separates them, except at patches on the edge of a disc."""
     photographs(tmp_path)
     recipe = small(tmp_path, **{"encoder.weights": str(tmp_path / "encoder.safetensors")})
     count, found = module.probe(recipe)

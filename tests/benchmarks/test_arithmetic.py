@@ -1,4 +1,4 @@
-"""What the bounds are made of: counts of operations that hold by hand."""
+"""The bounds count operations correctly, by hand."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Bare:
 
 
 def forward_operations(side: int) -> int:
-    """Of a plain ViT: the patches' projection; in each block four d x d and two d x 4 d products, and attention."""
+    """A plain ViT: the patches' projection; in each block four d x d and two d x 4 d products, and attention."""
     patches = (side // PATCH) ** 2
     n = patches + 1
     return 2 * patches * 3 * PATCH**2 * D + DEPTH * (2 * n * 12 * D**2 + 2 * 2 * n**2 * D)

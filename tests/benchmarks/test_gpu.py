@@ -1,4 +1,4 @@
-"""The report of a GPU, made of parts that end well, fail, or take too long; and what its readers find in files."""
+"""The report of a GPU from parts that succeed, fail, or take too long, and from the files that they write."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What ingest costs: files read per sample, counted in the process and at an S3 server; speed is not tested."""
+"""Files read per sample during ingest, counted in the process and at an S3 server; speed is not tested."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A rehearsal runs, is killed and resumes; at sizes where its figures mean nothing, what they are of is tested."""
+"""A rehearsal runs, is killed and resumes, at sizes at which its figures mean nothing; what they measure is tested."""
 
 import json
 import sys

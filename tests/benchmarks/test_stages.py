@@ -1,4 +1,4 @@
-"""The real stages are timed, at sizes where the figures mean nothing: what is tested is what they are figures of."""
+"""The real stages are timed at sizes at which figures mean nothing; what they measure is tested."""
 
 from pathlib import Path
 

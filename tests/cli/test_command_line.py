@@ -1,4 +1,4 @@
-"""The command line: one flag a field, and every mistake in one line."""
+"""The command line: one flag per field, and every mistake in one line."""
 
 import subprocess
 import sys
@@ -100,7 +100,7 @@ def test_a_mistake_on_the_command_line_needs_no_ray_and_shows_no_trace() -> None
 
 
 class Wrapped(Exception):
-    """As Ray wraps what a worker raised."""
+    """An error as Ray wraps exceptions of workers."""
 
     def __init__(self, cause: BaseException) -> None:
         super().__init__("a task failed")

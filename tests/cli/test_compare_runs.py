@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "run"
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Run]:
-    """The golden run, and a copy of it with two more things, another score of two classes, and features of its own."""
+    """The golden run, and a copy with two more things, another score of two classes, and its own features."""
     found = [Run(str(tmp_path / name)) for name in ("a", "b")]
     for run in found:
         shutil.copytree(GOLDEN, run.uri)

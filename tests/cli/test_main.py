@@ -1,4 +1,4 @@
-"""The command `transfgu`: every command answers, fast, and is the same function that `jobs/` calls."""
+"""The command `transfgu`: every command answers quickly, and is the same function that `jobs/` calls."""
 
 import json
 import os

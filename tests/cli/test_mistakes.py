@@ -1,6 +1,6 @@
-"""The commonest mistakes at each job's command line: each ends before Ray starts, in one line with the remedy.
+"""The most frequent mistakes at each job's command line: each ends before Ray starts, in one line with the remedy.
 
-What can't be known before is what the cluster has room for: that is told before any work.
+Only the resources of the cluster are unknown before Ray starts; mistakes about them are reported before any work.
 """
 
 import runpy

@@ -1,4 +1,4 @@
-"""What is said of runs: of a finished one, of one that was stopped, of one at work, and of a folder of them."""
+"""The status of runs: a finished one, a stopped one, one in progress, and a folder of runs."""
 
 import json
 import shutil

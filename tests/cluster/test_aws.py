@@ -1,4 +1,4 @@
-"""`ray_cluster.yaml` as `ray up` takes it: schema, defaults, and the bootstrap against a mock of EC2 and IAM."""
+"""`ray_cluster.yaml` for `ray up`: schema, defaults, and the bootstrap against a mock of EC2 and IAM."""
 
 import argparse
 import fnmatch
@@ -207,10 +207,10 @@ def test_profiles_are_completed_where_making_them_was_stopped() -> None:
 
 
 def allows(statements: list[dict[str, Any]], action: str, resource: str, **context: str) -> bool:
-    """Whether a policy of Allow statements with StringEquals conditions, as these are, allows a request.
+    """Return True if a policy of Allow statements with StringEquals conditions, such as these, allows a request.
 
-    AWS compares actions without regard to case, resources with `*` for any text, and a condition on a key that the
-    request does not have is not met.
+    AWS compares actions without case, resources with `*` for any text, and a condition on a key that the request does
+    not have is false.
     """
 
     def listed(value: str | list[str]) -> list[str]:

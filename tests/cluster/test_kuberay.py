@@ -1,4 +1,4 @@
-"""The manifests against the schemas that a cluster's API server would hold them to."""
+"""The manifests against the schemas that a cluster's API server checks."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def groups(cluster: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def containers(tree: Any) -> list[dict[str, Any]]:
-    """Every container of a manifest."""
+    """Return every container of a manifest."""
     if isinstance(tree, dict):
         return [*tree.get("containers", []), *(c for v in tree.values() for c in containers(v))]
     return [c for v in tree for c in containers(v)] if isinstance(tree, list) else []

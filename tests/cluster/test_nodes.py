@@ -1,4 +1,4 @@
-"""What a node runs besides Ray: the image's recipe, its scripts, and the copying of its logs."""
+"""The software of a node besides Ray: the image, its scripts, and the copying of its logs."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""The simulated cluster: what can be told of it without starting it."""
+"""The simulated cluster, without starting it."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""One number sizes every shipped cluster, and on each of them K-Means goes to the GPUs."""
+"""One number sizes every cluster of the project, and on each of them K-Means uses the GPUs."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Bad input of every kind that data sets have, each made here and answered with one line; good neighbours survive."""
+"""Bad input of every kind in data sets, each made here and reported in one line; good images next to it are used."""
 
 import contextlib
 import io
@@ -114,7 +114,7 @@ def test_label(kind: str, tmp_path: Path) -> None:
 
 
 def test_no_flipped_byte_escapes(tmp_path: Path) -> None:
-    """Whatever a decoder makes of damage, it is a picture or a reason."""
+    """A decoder's result for damage is either a picture or a reason."""
     for data in (JPEG, PNG, encode(NOISE, "TIFF"), encode(NOISE, "GIF"), encode(NOISE, "WEBP"), encode(NOISE, "BMP")):
         for at in RANDOM.integers(0, min(len(data), 400), 25):
             with contextlib.suppress(BadInput):
@@ -358,7 +358,7 @@ def test_a_few_losses_are_named_and_the_rest_goes_on(tmp_path: Path) -> None:
 
 
 def spoilt_tree(root: Path, bad: bool) -> Recipe:
-    """VOC: twelve good training images, of every form that is usable, and between them all the bad ones of `IMAGES`."""
+    """VOC: twelve good training images, in every usable form, and between them all the bad ones of `IMAGES`."""
     recipe = voc_tree(root)
     good = {f"{i:02d}": encode(np.ascontiguousarray(np.roll(NOISE, i, 0)), "PNG") for i in range(9)}
     good |= {

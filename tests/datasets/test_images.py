@@ -1,4 +1,4 @@
-"""Decoding: every pixel format comes out as the same eight-bit picture; resizing equals torch's."""
+"""Decoding: every pixel format gives the same eight-bit picture; resizing equals torch's."""
 
 import io
 import struct
@@ -217,7 +217,7 @@ def test_labels_are_raw_samples_of_any_depth(data: bytes, values: np.ndarray, tm
 )
 def test_labels_with_loss_are_refused(kind: str, options: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "label").write_bytes(encode(Image.new("L", (16, 16)), kind, **options))
-    with pytest.raises(BadInput, match=r"changes class indices|without loss"):
+    with pytest.raises(BadInput, match=r"changes class indices|lossless"):
         images.read_label(str(tmp_path / "label"), datasets.classes(preset("pascal-voc")))
 
 

@@ -1,4 +1,4 @@
-"""Layouts: the samples of each benchmark's official folders, on a local tree and on S3, and what a limit keeps."""
+"""Layouts: the samples of each benchmark's official folders, on a local tree and on S3, and the effect of a limit."""
 
 import json
 from pathlib import Path

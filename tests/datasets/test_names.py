@@ -1,4 +1,4 @@
-"""Names that are alike: labels and masks of each image, found before work begins, on any file system."""
+"""Similar names: labels and masks of each image, found before work starts, on any file system."""
 
 import os
 import unicodedata

@@ -1,4 +1,4 @@
-"""Images inside Parquet files and tar shards: the same bytes, under names that keep their order."""
+"""Images inside Parquet files and tar shards: the same bytes, with names that keep their order."""
 
 import io
 import tarfile
@@ -42,7 +42,7 @@ def write_parquet(path: Path, column: pa.Array, name: str = "image", rows: int =
 def unpacked(
     data: Path, folder: Path, limit: int = 0, stretch: int = packed.STRETCH
 ) -> tuple[dict[str, bytes], list[LeftOut]]:
-    """Files by relative name, and what is left out."""
+    """Return files by relative name, and the left-out images."""
     left_out = [x for unit in packed.units(str(data), limit, stretch) for x in packed.unpack(unit, str(folder))]
     return {name: Path(uri).read_bytes() for name, uri in images_in(str(folder), recursive=True).items()}, left_out
 

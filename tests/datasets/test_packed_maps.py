@@ -1,4 +1,4 @@
-"""Packed maps against what a label is made of: the order of concepts at a place, and the image's scaled scores."""
+"""Packed maps keep what labels are made of: the order of concepts at each patch, and the image's scaled values."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from transfgu.maps import scale_maps
 
 
 def close_maps(gap: float = 1e-4, images: int = 2) -> torch.Tensor:
-    """Maps as encoders give them: one attention for all concepts, told apart by gradients of about 1e-4."""
+    """Maps like those of encoders: one attention for all concepts, with gradients that differ by about 1e-4."""
     generator = torch.Generator().manual_seed(0)
     attention = torch.rand(images, 1, 12, 10, generator=generator)
     gain = torch.randn(images, 9, 12, 10, generator=generator) * gap

@@ -1,4 +1,4 @@
-"""Rows of a file against the whole image, as Pillow reads it."""
+"""Rows of a file against the whole image, read by Pillow."""
 
 from pathlib import Path
 

@@ -85,7 +85,7 @@ def test_a_part_that_became_another_is_named(tmp_path: Path) -> None:
 
 
 def plain_parts(folder: Path, maps: np.ndarray) -> list[str]:
-    """As `write_parts`, as the pseudo labels' stage writes and indexes them."""
+    """The same as `write_parts`, written and indexed by the pseudo labels' stage."""
     made: dict[str, tuple[int, dict[str, list[int]]]] = {}
     for uri in write_parts(folder, maps, group=1):
         table = pq.read_table(uri)

@@ -1,4 +1,4 @@
-"""The node's cache of samples: filled once by whoever needs a sample, shared by processes and threads, bounded."""
+"""The node's cache of samples: filled once by the first reader, shared by processes and threads, limited in size."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def maps(position: int) -> np.ndarray:
 
 
 class Reader:
-    """Reads samples through a cache and counts what had to be made; parts are three samples each."""
+    """Reads samples through a cache and counts the decoded ones; parts have three samples each."""
 
     def __init__(self, cache: SampleCache) -> None:
         self.cache, self.images, self.parts = cache, list[int](), list[int]()

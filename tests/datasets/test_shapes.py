@@ -1,4 +1,4 @@
-"""Scenes follow from their numbers alone, and show what their labels say."""
+"""Scenes depend only on their numbers, and show what their labels describe."""
 
 import hashlib
 
@@ -41,7 +41,7 @@ def test_classes_have_names_and_colours_and_all_occur() -> None:
 
 
 def test_labels_lie_where_things_are() -> None:
-    """A thing's colours are vivid and stuff's are not: what is labelled a thing is more saturated on the whole."""
+    """Colours of things are vivid, those of stuff are not: pixels of things are more saturated on average."""
     vivid, dull = [], []
     for index in range(10):
         image, label = shapes.scene(12, "val", index)

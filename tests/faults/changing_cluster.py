@@ -1,8 +1,8 @@
-"""A run on a cluster whose nodes come or go in every stage: `python changing_cluster.py RECIPE RUN removed|added`.
+"""Add or remove nodes in every stage of a run: `python changing_cluster.py RECIPE RUN removed|added`.
 
-Real Ray nodes on one machine; their GPUs are claimed and not there, and what they share is the run's URI. The head has
-no CPU, so all the work is done on nodes that come and go. The last line of standard output is JSON: of each stage, its
-seconds, when the cluster changed, and what was at work then.
+Real Ray nodes on one machine, with declared GPUs that don't exist; they share only the run's URI. The head has no CPU,
+so all work is done on nodes that are added or removed. The last line of standard output is JSON: for each stage, its
+seconds, when the cluster changed, and which process worked then.
 """
 
 import json
@@ -47,7 +47,7 @@ AT_WORK = {
 
 
 class Stage:
-    """A stage that runs in another thread, as nodes are added by the main thread alone."""
+    """A stage that runs in another thread, because only the main thread adds nodes."""
 
     def __init__(self, cluster: Cluster, recipe: Recipe, run: Run, stage: str) -> None:
         self.cluster, self.run, self.stage = cluster, run, stage
@@ -64,7 +64,7 @@ class Stage:
             self._failure.append(error)
 
     def wait(self, there: Callable[[], Any]) -> Any:
-        """What `there` says once it says something."""
+        """Return the result of `there` once it is not empty."""
         while not (found := there()):
             if not self._thread.is_alive():
                 raise SystemExit(f"{self.stage} ended before the cluster changed: {self._failure}")
@@ -72,15 +72,15 @@ class Stage:
         return found
 
     def began(self) -> bool:
-        """Whether there is something of the stage in the run's folder."""
+        """Return True if there are files of the stage in the run's folder."""
         return bool(storage.list_files(self.run.file(self.stage)))
 
     def checkpointed(self) -> bool:
-        """Whether an epoch is done."""
+        """Return True if an epoch is complete."""
         return any(uri.endswith("digests.json") for uri in storage.list_files(self.run.file("ray")))
 
     def at_work(self) -> tuple[Any, str] | None:
-        """A node that works on the stage, and the name of the process that does."""
+        """Return a node that works on the stage, and the name of its process."""
         for node in self.cluster.worker_nodes:
             (raylet,) = node.all_processes["raylet"]
             for process in psutil.Process(raylet.process.pid).children():
@@ -93,11 +93,11 @@ class Stage:
         return None
 
     def changed(self, what: str) -> None:
-        """Take down when the cluster changed."""
+        """Record the time of the change."""
         self._changes.append((round(time.monotonic() - self._started, 1), what))
 
     def end(self) -> dict[str, Any]:
-        """Wait for the stage's end; what there is to tell of it."""
+        """Wait for the stage's end; returns its record."""
         assert self._thread.is_alive(), f"{self.stage} had ended: {self._failure}"
         self._thread.join()
         if self._failure:
@@ -108,18 +108,18 @@ class Stage:
 
 
 def add_node(cluster: Cluster) -> None:
-    """One more."""
+    """Add a node."""
     cluster.add_node(num_cpus=NODE["CPU"], num_gpus=NODE["GPU"])
 
 
 def remove_all(cluster: Cluster) -> None:
-    """Leave the head alone."""
+    """Remove all nodes except the head."""
     for node in list(cluster.worker_nodes):
         cluster.remove_node(node, allow_graceful=False)
 
 
 def with_a_node_removed(cluster: Cluster, recipe: Recipe, run: Run, stage: str) -> dict[str, Any]:
-    """Run a stage on two nodes, and kill one of them that works on it."""
+    """Run a stage on two nodes, and kill one that works on it."""
     while len(cluster.worker_nodes) < NODES:
         add_node(cluster)
     if stage == "training":
@@ -134,7 +134,7 @@ def with_a_node_removed(cluster: Cluster, recipe: Recipe, run: Run, stage: str) 
 
 
 def with_nodes_added(cluster: Cluster, recipe: Recipe, run: Run, stage: str) -> dict[str, Any]:
-    """Begin a stage on a head that can do nothing, and add a node; a second one to a training that has begun."""
+    """Start a stage on a head without CPUs, and add a node; add a second one to a training that has started."""
     remove_all(cluster)
     work = Stage(cluster, recipe, run, stage)
     work.wait(work.began)
@@ -149,7 +149,7 @@ def with_nodes_added(cluster: Cluster, recipe: Recipe, run: Run, stage: str) -> 
 
 
 def main(recipe_file: str, uri: str, how: str) -> None:
-    """Change the cluster in every stage that does its work on it."""
+    """Change the cluster in every stage that works on it."""
     recipe, run = from_yaml(Path(recipe_file).read_text()), Run(uri)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "20"
     os.environ["TRANSFGU_DEVICE"] = "cpu"  # the GPUs are declared, not there

@@ -1,4 +1,4 @@
-"""Commands as processes of their own, as a user starts them."""
+"""Start commands as separate processes, as users do."""
 
 import os
 import subprocess
@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def train(recipe: Recipe, run: str, folder: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
-    """Start `python jobs/train.py` on the recipe, on an embedded cluster of its own, whose logs go to `folder`."""
+    """Start `python jobs/train.py` on the recipe, on its own embedded cluster, with logs in `folder`."""
     file = folder / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     return job("train", ["--recipe", str(file), "--run", run, *flags], folder, **environment)
 
 
 def job(name: str, arguments: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """`python jobs/NAME.py` on an embedded cluster of its own, whose logs go to `folder`."""
+    """Start `python jobs/NAME.py` on its own embedded cluster, with logs in `folder`."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments],
         env={**os.environ, "RAY_TMPDIR": str(folder), **environment},
@@ -32,7 +32,7 @@ def job(name: str, arguments: list[str], folder: Path, **environment: str) -> su
 
 
 def output_of(job: subprocess.Popen[str], seconds: float = 240) -> str:
-    """What it printed, once it has ended well."""
+    """Return the output of a process that ended with success."""
     try:
         told, _ = job.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""The run that nothing disturbed, made once."""
+"""Provide the undisturbed run, made once."""
 
 import shutil
 import tempfile
@@ -22,7 +22,7 @@ class Undisturbed(NamedTuple):
 
 @pytest.fixture(scope="session")
 def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """The whole run on this machine's disk, and the seconds of each stage (the first one's with its workers' start)."""
+    """The whole run on this machine's disk, and the seconds of each stage (the first with the start of workers)."""
     folder = tmp_path_factory.mktemp("undisturbed")
     recipe, run = write_data(folder), Run(str(folder / "run"))
     seconds = {stage: timed_run(recipe, run, stage) for stage in STAGES}
@@ -32,7 +32,7 @@ def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def ray_folder() -> Iterator[Path]:
-    """Where Ray keeps its logs; its path must be short, as sockets lie in it."""
+    """Folder of Ray's logs; its path must be short, because it contains sockets."""
     folder = Path(tempfile.mkdtemp(prefix="tf-", dir="/tmp"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Faults are compared with a run that nothing disturbed: the same pictures, the same recipe, the same artefacts.
+"""Compare runs with faults to an undisturbed run: the same pictures, the same recipe, the same artefacts.
 
 Each case prints a row of the table in `docs/reliability.md`: pytest -m long -s tests/faults
 """
@@ -28,7 +28,7 @@ EPOCHS = 4
 
 
 def write_data(folder: Path, images: int = IMAGES) -> Recipe:
-    """Pictures with labels in a folder, and a recipe for them that takes seconds."""
+    """Write pictures with labels to a folder; returns a recipe for them that takes seconds."""
     for kind in ("images", "labels"):
         (folder / kind).mkdir(parents=True)
     for number in range(images):
@@ -46,14 +46,14 @@ def write_data(folder: Path, images: int = IMAGES) -> Recipe:
 
 
 def timed_run(recipe: Recipe, run: Run, until: str) -> float:
-    """Seconds of a run up to a stage."""
+    """Return the seconds of a run up to a stage."""
     started = time.monotonic()
     pipeline.run_stages(recipe, run, until=until, quiet=True)
     return time.monotonic() - started
 
 
 def copy_until(source: Run, target: Path, stage: str) -> Run:
-    """A run's folder as it was before `stage`."""
+    """Restore a run's folder to its state before `stage`."""
     for before in STAGES[: STAGES.index(stage)]:
         shutil.copytree(source.file(before), target / before)
     if stage == "evaluation":
@@ -62,13 +62,13 @@ def copy_until(source: Run, target: Path, stage: str) -> Run:
 
 
 def part_hashes(run: Run, stage: str) -> dict[str, str]:
-    """What the part files of features or pseudo labels hold, to the bit."""
+    """Return the exact content of the part files of features or pseudo labels."""
     found = sorted(Path(run.file(stage)).glob("part-*.parquet"))
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
 
 
 def assert_same(run: Run, undisturbed: Run, stage: str) -> None:
-    """The artefact of `stage` is what the undisturbed run made, to the bit or to 1e-5 where sums are reduced."""
+    """Check that the artefact of `stage` equals that of the undisturbed run: exactly, or to 1e-5 for reduced sums."""
     if stage in ("features", "pseudo_labels"):
         hashes = part_hashes(run, stage)
         assert hashes
@@ -92,12 +92,12 @@ def assert_same(run: Run, undisturbed: Run, stage: str) -> None:
 
 
 def history(run: Run, column: str = "epoch") -> list[int]:
-    """A column of the training's epochs, in the order in which they ended."""
+    """Return a column of the training's epochs, in the order in which they ended."""
     return [row[column] for row in json.loads(Path(run.file("training/history.json")).read_text())]
 
 
 class Reaper(threading.Thread):
-    """Kills the first process of this test's cluster whose command line holds `pattern`, once `ready` says so."""
+    """Kills the first process of this test's cluster with `pattern` in its command line, once `ready` returns True."""
 
     def __init__(self, pattern: str, ready: Callable[[], bool] = lambda: True) -> None:
         super().__init__(name="reaper", daemon=True)
@@ -106,7 +106,7 @@ class Reaper(threading.Thread):
         self._over = threading.Event()
 
     def run(self) -> None:
-        """Look until there is one."""
+        """Search until there is one."""
         while not self._over.wait(0.02):
             for process in psutil.Process().children(recursive=True) if self._ready() else ():
                 try:

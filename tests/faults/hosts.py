@@ -1,7 +1,7 @@
-"""A host is a process in namespaces of its own: its network, process table, name, /tmp and /dev/shm are nobody else's.
+"""Simulate hosts by processes in their own namespaces: network, processes, host name, /tmp and /dev/shm.
 
-All that is started on it ends with that process, and that one with the process that made it, however it ends: the
-kernel then takes the network and the disks away, and nothing is left to clean up. Needs root.
+All processes on a host end with its first process, and that one ends with its creator, for any reason: the kernel then
+removes network and disks, and nothing remains to clean up. Requires root.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 INTERFACE = "eth0"
-"""What joins a host to the other."""
+"""The connection of a host to the other."""
 
 _TOOLS = ("bash", "hostname", "ip", "mount", "nsenter", "unshare")
 _SPACES = ("--net", "--mount", "--pid", "--uts")
@@ -36,7 +36,7 @@ read -r _
 
 
 def why_not() -> str:
-    """Why no host can be had here; empty where one can."""
+    """Return why hosts are not possible here; empty if they are."""
     if os.geteuid():
         return "namespaces are made by root alone"
     if missing := [tool for tool in _TOOLS if not shutil.which(tool)]:
@@ -46,10 +46,10 @@ def why_not() -> str:
 
 
 class Host:
-    """Its processes see the machine's files, all but /tmp and /dev/shm; nothing else of the machine, nor of others."""
+    """A host, whose processes share only the machine's files with other hosts, except /tmp and /dev/shm."""
 
     def __init__(self, name: str, address: str) -> None:
-        """`address` is what others will know it by, once :func:`join` has joined them."""
+        """Create a host; others use its `address` after :func:`join`."""
         self.name, self.address = name, address
         self._started: list[subprocess.Popen[str]] = []
         self._outer = subprocess.Popen(
@@ -63,10 +63,10 @@ class Host:
         if self._outer.stdout.readline() != "ready\n":
             raise RuntimeError(f"no host {name}")
         self.pid = psutil.Process(self._outer.pid).children()[0].pid
-        """Its first process, as this process knows it."""
+        """The id of its first process, as seen by this process."""
 
     def end(self) -> None:
-        """End it and all that runs on it."""
+        """Stop it and all of its processes."""
         assert self._outer.stdin
         assert self._outer.stdout
         self._outer.stdin.close()
@@ -75,7 +75,7 @@ class Host:
         self._outer.stdout.close()
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[str]:
-        """Start a command on it, whose output goes to `log`."""
+        """Start a command on it, with output to `log`."""
         with log.open("wb") as output:
             started = subprocess.Popen(
                 self._inside("/", command), env=environment, stdout=output, stderr=output, text=True
@@ -86,7 +86,7 @@ class Host:
     def run(
         self, command: Sequence[str], environment: Mapping[str, str], folder: Path, seconds: float
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command on it, in `folder`, for so many seconds at most."""
+        """Run a command on it, in `folder`, with a time limit in seconds."""
         inside = self._inside(str(folder), command)
         return subprocess.run(inside, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
 
@@ -95,7 +95,7 @@ class Host:
 
     @contextmanager
     def network(self) -> Iterator[None]:
-        """Sockets that this thread makes in the body are of the host's network, and stay so."""
+        """Create sockets in this block, by this thread, in the host's network; they stay there."""
         libc = ctypes.CDLL(None, use_errno=True)  # Python has `os.setns` from 3.12 on
         with Path("/proc/thread-self/ns/net").open() as own, Path(f"/proc/{self.pid}/ns/net").open() as its:
             if libc.setns(its.fileno(), 0):
@@ -106,13 +106,13 @@ class Host:
                 libc.setns(own.fileno(), 0)
 
     def get(self, port: int, path: str) -> Any:
-        """The JSON that a server on its loopback device answers."""
+        """Return the JSON answer of a server on its loopback device."""
         with self.network(), urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=30) as answer:
             return json.load(answer)
 
 
 def join(one: Host, other: Host) -> None:
-    """Join two hosts by a cable: the devices at its ends go when either host does."""
+    """Connect two hosts by a virtual cable, which disappears with either host."""
     ends = (INTERFACE, "netns", str(one.pid), "type", "veth", "peer", "name", INTERFACE, "netns", str(other.pid))
     subprocess.run(["ip", "link", "add", *ends], check=True)
     for host in (one, other):
@@ -122,7 +122,7 @@ def join(one: Host, other: Host) -> None:
 
 @contextmanager
 def reachable(host: Host, target: tuple[str, int]) -> Iterator[int]:
-    """A port at the host's address, behind which is what this machine reaches at `target`."""
+    """Open a port at the host's address that forwards to `target` on this machine."""
     with host.network():
         listening = socket.create_server((host.address, 0))
     with listening:

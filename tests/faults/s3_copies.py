@@ -1,4 +1,4 @@
-"""To a bucket and back."""
+"""Copy runs to a bucket and back."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from transfgu.store.artifacts import Run
 
 
 def on_s3(recipe: Recipe, s3: str) -> Recipe:
-    """The recipe with its data and encoder in the bucket."""
+    """Return the recipe with its data and encoder in the bucket."""
     source = Path(recipe.data).parent
     for file in [*source.glob("images/*"), *source.glob("labels/*"), source / "encoder.safetensors"]:
         storage.write_bytes(storage.join(s3, str(file.relative_to(source))), file.read_bytes())
@@ -17,7 +17,7 @@ def on_s3(recipe: Recipe, s3: str) -> Recipe:
 
 
 def fetched(s3: str, folder: Path) -> Run:
-    """A copy of the run on this machine's disk."""
+    """Copy the run to this machine's disk."""
     prefix = storage.join(s3, "run")
     for uri in storage.list_files(prefix):
         target = folder / uri.removeprefix(prefix + "/")

@@ -1,8 +1,7 @@
-"""A run beside an object store of which little is free: `python small_store.py RECIPE RUN HELD`, a process of its own.
+"""Run with an almost full object store: `python small_store.py RECIPE RUN HELD`, a separate process.
 
-HELD bytes of the store are an array that this process looks at the whole time, which Ray can't spill therefore: what
-has to make room is the stages' own. Printed last, as JSON: for each stage what was spilled and restored, in bytes, and
-its seconds.
+HELD bytes of the store are an array in use by this process, which Ray therefore can't spill: it must spill the objects
+of the stages. The last output is JSON: for each stage the spilled and restored bytes, and its seconds.
 """
 
 import json
@@ -25,7 +24,7 @@ from transfgu.store.artifacts import Run
 
 
 def moved() -> tuple[int, int]:
-    """Bytes that Ray has spilled and restored so far."""
+    """Return the bytes that Ray has spilled and restored so far."""
     stats = get_memory_info_reply(state).store_stats
     return stats.spilled_bytes_total, stats.restored_bytes_total
 

@@ -1,4 +1,4 @@
-"""Clusters that change under a run: nodes that are removed and added in every stage, and Ray's autoscaler."""
+"""Clusters that change during a run: nodes removed and added in every stage, and Ray's autoscaler."""
 
 import json
 import os
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def slow(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """As `undisturbed`, with a training long enough for a node to come: Ray looks for new ones every 20 s."""
+    """Like `undisturbed`, with a training long enough for a new node: Ray checks for new ones every 20 s."""
     folder = tmp_path_factory.mktemp("slow")
     sizes = {"dataset.image_size": (128, 128), "dataset.training_size": (192, 192)}
     recipe, run = write_data(folder).with_fields({**sizes, "epochs": 8, "passes": 2}), Run(str(folder / "run"))
@@ -35,9 +35,9 @@ def slow(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Undistu
 
 
 def on_a_cluster_of_its_own(command: list[str], folder: Path, seconds: float) -> str:
-    """What a process printed that starts Ray nodes and has a process table of its own, as nodes outlive who began them.
+    """Return the output of a process that starts Ray nodes in its own process namespace, because nodes outlive it.
 
-    They are on the loopback device alone, as on systems where Ray knows no clusters.
+    They use the loopback device only, as on systems without Ray clusters.
     """
     settings = {
         "RAY_AUTH_MODE": "disabled",
@@ -59,7 +59,7 @@ def on_a_cluster_of_its_own(command: list[str], folder: Path, seconds: float) ->
 
 
 def changed(same: Undisturbed, tmp_path: Path, ray_folder: Path, s3: str, how: str) -> tuple[Run, dict[str, Any]]:
-    """A whole run in whose every stage the cluster changed, and what there is to tell of each."""
+    """A whole run with a change of the cluster in every stage, and the record of each."""
     file = tmp_path / "recipe.yaml"
     file.write_text(on_s3(same.recipe, s3).with_fields({"resize_seconds": 5.0}).to_yaml())
     script = [sys.executable, str(Path(__file__).parent / "changing_cluster.py")]
@@ -79,12 +79,12 @@ def test_a_node_removed_in_every_stage(undisturbed: Undisturbed, tmp_path: Path,
     assert (workers[0], workers[-1]) == (2, 1)
     repeated = {
         "concepts": "reading the features",
-        "training": f"the epoch in hand; workers by epoch: {workers}",
-        "evaluation": "the batch in hand",
+        "training": f"the epoch in progress; workers by epoch: {workers}",
+        "evaluation": "the batch in progress",
     }
     for stage, what in told.items():
         lost = what["seconds"] - undisturbed.seconds[stage]
-        row("node removed", stage, "goes on by itself", lost, repeated.get(stage, "the parts in hand"))
+        row("node removed", stage, "continues by itself", lost, repeated.get(stage, "the parts in progress"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a process table is given by root alone")
@@ -96,12 +96,12 @@ def test_nodes_added_in_every_stage(slow: Undisturbed, tmp_path: Path, ray_folde
         lost = what["seconds"] - slow.seconds[stage]
         outcome, repeated = "waits for it, then goes on", "none"
         if stage == "training":
-            outcome, repeated = "goes on with both", f"the epoch in hand; workers by epoch: {workers}"
+            outcome, repeated = "goes on with both", f"the epoch in progress; workers by epoch: {workers}"
         row("node added", stage, outcome, lost, repeated)
 
 
 def simulated(recipe: Recipe, folder: Path, run: str, *arguments: str) -> list[int]:
-    """Train on a simulated cluster; how many GPU nodes there were, whenever that changed."""
+    """Train on a simulated cluster; returns the number of GPU nodes at every change."""
     file = folder / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     job = [sys.executable, str(ROOT / "jobs" / "train.py"), "--recipe", str(file), "--run", run, *arguments]

@@ -1,4 +1,4 @@
-"""A comparison that is killed leaves no training behind."""
+"""A killed comparison leaves no training behind."""
 
 import signal
 import subprocess
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.long, pytest.mark.ray]
 
 
 def trainings(folder: Path) -> list[psutil.Process]:
-    """Processes of trainings below a folder."""
+    """Return the processes of trainings below a folder."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []

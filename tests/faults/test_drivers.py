@@ -1,4 +1,4 @@
-"""Whole runs by the command, as processes of their own, whose drivers are killed."""
+"""Whole runs by the command, as separate processes whose drivers are killed."""
 
 import signal
 import time

@@ -1,4 +1,4 @@
-"""`ray job submit`, twice, on a head that was started for it: the first does all the work, the second nothing."""
+"""Submit a job twice by `ray job submit` on a head started for it: the first does all the work, the second none."""
 
 import json
 import os
@@ -33,7 +33,7 @@ ADDRESS = f"http://127.0.0.1:{PORTS['dashboard-port']}"
 
 
 def environment() -> dict[str, str]:
-    """As in an activated environment, and without a cluster."""
+    """Environment variables of an activated environment without a cluster."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     found = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     found["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -43,7 +43,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture
 def head(ray_folder: Path) -> Iterator[None]:
-    """A fresh local head whose dashboard answers at `ADDRESS`."""
+    """A new local head whose dashboard answers at `ADDRESS`."""
     log = ray_folder / "head.log"
     flags = [f"--{name}={port}" for name, port in PORTS.items()]
     command = [RAY, "start", "--head", "--block", "--dashboard-host=127.0.0.1", "--num-cpus=4", *flags]
@@ -80,7 +80,7 @@ def answers() -> bool:
 
 
 def submit(recipe: Path, run: Run) -> tuple[str, float]:
-    """What the job printed, and how long it took."""
+    """Return the job's output and duration."""
     started = time.monotonic()
     says = json.dumps(
         {"env_vars": {capacity.NODES: "[]"}}

@@ -1,4 +1,4 @@
-"""Pretraining survives what training survives, because it runs on the same trainer."""
+"""Pretraining survives the same faults as training, because it uses the same trainer."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ ONE = ComputeRecipe(workers=1)
 
 
 class Listener(Progress):
-    """Keeps what it is told."""
+    """Records notes."""
 
     def __init__(self) -> None:
         super().__init__("pretraining", quiet=True)
@@ -43,13 +43,13 @@ class Listener(Progress):
 class Undisturbed(NamedTuple):
     images: str
     folder: Path
-    """Holds the weights of one worker, and the work in hand that made them."""
+    """Holds the weights of an undisturbed pretraining with one worker, and its work in progress."""
 
     def job(self, out: Path) -> PretrainingJob:
         return PretrainingJob(images=self.images, out=str(out / "vit.safetensors"), recipe=RECIPE, image_size=16)
 
     def copy(self, target: Path) -> PretrainingJob:
-        """A job whose work in hand is all there, but for the weights."""
+        """Return a job with complete work in progress, but without weights."""
         shutil.copytree(self.folder, target)
         (target / "vit.safetensors").unlink()
         return self.job(target)
@@ -82,7 +82,7 @@ def test_one_of_two_workers_killed(pretrained: Undisturbed, tmp_path: Path) -> N
     assert "ray::RayTrainWorker" in reaper.killed
     assert_same(disturbed.out, tmp_path / "undisturbed")
     assert listener.notes[-1].startswith("step 20 of 20")
-    row("one of two workers killed", "pretraining", "goes on by itself", None, "its epoch in hand")
+    row("one of two workers killed", "pretraining", "continues by itself", None, "its epoch in hand")
 
 
 def test_the_driver_killed_and_run_again(pretrained: Undisturbed, tmp_path: Path, ray_folder: Path) -> None:
@@ -121,7 +121,7 @@ def test_the_last_checkpoint_cut_short(pretrained: Undisturbed, tmp_path: Path) 
     assert [note for note in listener.notes if note.startswith("step")] == [listener.notes[-1]]
     assert listener.notes[-1].startswith("step 20 of 20")
     assert_same(cut.out, pretrained.folder)
-    row("checkpoint cut short", "pretraining", "goes on from the one before", None, f"one epoch of {EPOCHS}")
+    row("checkpoint cut short", "pretraining", "continues from the previous checkpoint", None, f"one epoch of {EPOCHS}")
 
 
 def test_a_loss_that_is_no_number_is_one_line_and_not_tried_again(pretrained: Undisturbed, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Processes that die and files that are cut short, in every stage they can hit."""
+"""Killed processes and truncated files in every stage that they can affect."""
 
 import os
 import shutil
@@ -42,7 +42,7 @@ def test_a_process_that_dies(
         seconds = timed_run(undisturbed.recipe.with_fields(fields), run, stage)
     assert pattern in reaper.killed
     assert_same(run, undisturbed.run, stage)
-    row(fault, stage, "goes on by itself", seconds - undisturbed.seconds[stage], "its work in hand")
+    row(fault, stage, "continues by itself", seconds - undisturbed.seconds[stage], "its work in hand")
 
 
 @pytest.mark.parametrize("method", ["picie", "maskcontrast"])
@@ -59,7 +59,7 @@ def test_the_worker_of_a_method_of_comparison_that_dies(method: str, tmp_path: P
     assert "ray::RayTrainWorker" in reaper.killed
     assert history(run) == [1, 2, 3]
     assert_same(run, wanted, "training")
-    row(f"worker killed, {method}", "training", "goes on by itself", lost, "its work in hand")
+    row(f"worker killed, {method}", "training", "continues by itself", lost, "its work in hand")
 
 
 @pytest.mark.ci_long
@@ -115,7 +115,7 @@ def test_the_last_checkpoint_cut_short(
     assert_same(run, undisturbed.run, "training")
     seconds = time.monotonic() - started
     with capsys.disabled():
-        row("checkpoint cut short", "training", "goes on from the one before", seconds, "one epoch of 4")
+        row("checkpoint cut short", "training", "continues from the previous checkpoint", seconds, "one epoch of 4")
 
 
 @pytest.mark.ci_long

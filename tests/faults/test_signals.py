@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM to every job, at any moment: one line, exit code 130 or 143, soon, and nothing is left behind."""
+"""SIGINT and SIGTERM to every job, at any moment: one line, exit code 130 or 143, soon, and nothing left behind."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ KINDS = {
     "INT, INT": ([INT, INT], False),
     "TERM, INT ignored": ([TERM], True),
 }
-"""The signals sent, and whether the job inherits SIGINT as ignored, as from a shell script that starts it with `&`."""
+"""The signals sent, and True if the job inherits SIGINT as ignored, as from a shell script that starts it with `&`."""
 
 JOBS = {
     "train": "--recipe RECIPE --run OUT",
@@ -39,7 +39,7 @@ JOBS = {
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
-    """Paths that stand in the command lines of the jobs: a recipe, its images, and a made run."""
+    """Paths in the command lines of the jobs: a recipe, its images, and a made run."""
     folder = tmp_path_factory.mktemp("jobs")
     recipe = folder / "recipe.yaml"
     (folder / "data").mkdir()
@@ -51,7 +51,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
 
 @pytest.fixture
 def words(places: Mapping[str, str], tmp_path: Path, ray_folder: Path) -> Iterator[dict[str, list[str]]]:
-    """The command line of each job, whose output goes to a folder of the test."""
+    """Return the command line of each job, with output in a folder of the test."""
     shutil.copytree(places["MADE"], tmp_path / "made")
     own = {"MADE": str(tmp_path / "made"), "OUT": str(tmp_path / "out")}
     found = {}
@@ -64,7 +64,7 @@ def words(places: Mapping[str, str], tmp_path: Path, ray_folder: Path) -> Iterat
 
 
 def started(job: psutil.Process, name: str) -> bool:
-    """Whether a descendant's command line holds `name`."""
+    """Return True if a descendant's command line contains `name`."""
     for process in job.children(recursive=True):
         try:
             if name in " ".join(process.cmdline()):
@@ -75,7 +75,7 @@ def started(job: psutil.Process, name: str) -> bool:
 
 
 def catches_term(job: psutil.Process) -> bool:
-    """Whether the job has a handler for SIGTERM: Python takes a while to come to it, longer on a busy machine."""
+    """Return True if the job has a handler for SIGTERM, which Python sets after a while, later on a busy machine."""
     status = Path(f"/proc/{job.pid}/status").read_text()
     (caught,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
     return bool(int(caught, 16) >> (TERM - 1) & 1)
@@ -89,7 +89,7 @@ MOMENTS: dict[str, Callable[[psutil.Process], bool]] = {
 
 
 def check(job: str, kind: str, moment: str, words: list[str], folder: Path) -> None:
-    """Start the job, send it the signals at the moment, and look at how it ends."""
+    """Start the job, send it the signals at the moment, and check how it ends."""
     signals, ignored = KINDS[kind]
     running = subprocess.Popen(
         [sys.executable, *words],

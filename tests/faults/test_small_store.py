@@ -1,4 +1,4 @@
-"""An object store that is too small for what the stages put there, so that Ray spills their blocks to the disk."""
+"""An object store that is too small for the stages' objects, so that Ray spills them to the disk."""
 
 import json
 import os
@@ -21,7 +21,7 @@ STORE, HELD = 80 << 20, 76 << 20  # the least that Ray takes; what is left has n
 
 
 def measured(recipe: Recipe, run: Run, folder: Path, held: int, **environment: str) -> dict[str, dict[str, float]]:
-    """Of each stage what was spilled and restored, in bytes, and its seconds."""
+    """Return the spilled and restored bytes of each stage, and its seconds."""
     file = folder / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     done = subprocess.run(

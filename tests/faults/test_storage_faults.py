@@ -1,6 +1,6 @@
-"""Whole runs by the command, from S3 to S3, through a gateway that refuses some requests, or is gone for a while.
+"""Whole runs by the command, from S3 to S3, through a gateway that refuses requests or is unreachable for a while.
 
-Data, labels, encoder and run folder all lie there. The runs are small, as what such faults cost goes by the request.
+Data, labels, encoder and run folder are all on S3. The runs are small, because such faults cost time per request.
 """
 
 import base64
@@ -51,7 +51,7 @@ class Busy:
 
 
 class Outages:
-    """Hangs up on every request for a while, once in each stage: from the first that asks for what it works on."""
+    """Closes connections for a while, once in each stage: from its first request for its inputs."""
 
     def __init__(self) -> None:
         self._wanted = {
@@ -62,7 +62,7 @@ class Outages:
             "evaluation": "/labels/",
         }
         self.stages: list[str] = []
-        """Those that have met theirs."""
+        """Stages that have had their fault."""
         self._stage, self._back = "", 0.0
         self._lock = threading.Lock()
 
@@ -79,17 +79,17 @@ class Outages:
 
 @dataclass(frozen=True)
 class Done:
-    """A whole run that ended well."""
+    """A whole run that ended with success."""
 
     run: Run
-    """A copy of its folder on this machine's disk."""
+    """Copy of its folder on this machine's disk."""
     seconds: Mapping[str, float]
-    """Of each stage."""
+    """Seconds of each stage."""
     asked: list[Asked]
     told: str
-    """What the command printed."""
+    """Output of the command."""
     ray: Path
-    """Where Ray kept its logs."""
+    """Folder of Ray's logs."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ class Bucket:
 
     uri: str
     recipe: Recipe
-    """Finds them there."""
+    """Return the recipe with data in the bucket."""
     endpoint: str
     folder: Path
-    """On this machine's disk."""
+    """Return the recipe with data on this machine's disk."""
 
     def whole_run(self, name: str, gateway: Gateway) -> Done:
         """Run `python jobs/train.py` through the gateway, with tokens in its environment.
@@ -126,7 +126,7 @@ class Bucket:
 
 
 def requests(asked: Iterable[Asked]) -> Counter[str]:
-    """How many came in each stage."""
+    """Return the number of requests in each stage."""
     counts, stage = Counter[str](), "before"
     for one in asked:
         if begun := _BEGINS.match(one.line):
@@ -136,7 +136,7 @@ def requests(asked: Iterable[Asked]) -> Counter[str]:
 
 
 def made(asked: Iterable[Asked]) -> Counter[str]:
-    """How often each part and each checkpoint was written."""
+    """Return how often each part and each checkpoint was written."""
     lines = [one.line for one in asked if one.fault is None]
     return Counter(line for line in lines if re.search(r"^PUT .*(/part-|/student\.safetensors)", line))
 
@@ -184,7 +184,7 @@ def test_one_request_in_five_is_answered_503(undisturbed_on_s3: Done, throttled:
     assert_nothing_made_twice(throttled)
     more = sum(throttled.seconds.values()) - sum(undisturbed_on_s3.seconds.values())
     what = f"S3 answers 503 to {refused} of {len(throttled.asked)} requests"
-    row(what, "whole run", "goes on by itself", more, "those requests; no part or epoch twice")
+    row(what, "whole run", "continues by itself", more, "those requests; no part or epoch twice")
 
 
 def test_s3_is_gone_for_a_while_in_every_stage(undisturbed_on_s3: Done, bucket: Bucket) -> None:
@@ -199,7 +199,7 @@ def test_s3_is_gone_for_a_while_in_every_stage(undisturbed_on_s3: Done, bucket: 
     for stage in outages.stages:
         more = done.seconds[stage] - undisturbed_on_s3.seconds[stage]
         lost = f"{refused[stage] - 1} requests; no part or epoch twice"
-        row(f"S3 gone for {OUTAGE_SECONDS:.0f} s", stage, "goes on by itself", more, lost)
+        row(f"S3 gone for {OUTAGE_SECONDS:.0f} s", stage, "continues by itself", more, lost)
 
 
 @pytest.mark.ci_long
@@ -228,12 +228,12 @@ def test_no_secret_is_written_anywhere(throttled: Done, bucket: Bucket, tmp_path
 
 
 def files(folder: Path) -> list[Path]:
-    """All regular files below a folder."""
+    """Return all regular files below a folder."""
     return [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
 
 
 def holding(among: Iterable[Path], value: str) -> list[Path]:
-    """The files that hold the value, as it is or in base64, in compressed columns of Parquet, too."""
+    """Return the files that contain the value, as it is or in base64, including compressed columns of Parquet."""
     forms = [value.encode()]
     for lead in range(3):  # base64 takes three bytes at a time: the value looks different by its place in a text
         encoded = base64.b64encode(bytes(lead) + value.encode())
@@ -243,7 +243,7 @@ def holding(among: Iterable[Path], value: str) -> list[Path]:
 
 
 def contents(file: Path) -> bytes:
-    """What a file holds; of Parquet, its columns and its metadata instead of their compressed form."""
+    """Return the content of a file; for Parquet, its columns and metadata instead of the compressed form."""
     if file.suffix != ".parquet":
         return file.read_bytes()
     table = pq.read_table(file)

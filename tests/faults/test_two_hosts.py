@@ -1,4 +1,4 @@
-"""A run on two hosts that share no disk: what passes between them is Ray's, gloo's, or an object in the bucket."""
+"""A run on two hosts without a shared disk: they exchange data only by Ray, Gloo and objects in the bucket."""
 
 import os
 import sys
@@ -35,13 +35,13 @@ class Cluster(NamedTuple):
     environment: dict[str, str]
 
     def state(self, what: str) -> list[dict[str, Any]]:
-        """All that Ray knows of its nodes, actors or tasks, those that are gone included."""
+        """Return Ray's information about nodes, actors or tasks, including those that have ended."""
         answer = self.head.get(DASHBOARD, f"api/v0/{what}?limit=10000&detail=true")
         found: list[dict[str, Any]] = answer["data"]["result"]["result"]
         return found
 
     def addresses(self, what: str, wanted: dict[str, str]) -> set[str]:
-        """Of the hosts on which there were such actors or tasks."""
+        """Return the hosts on which such actors or tasks ran."""
         nodes = {node["node_id"]: node["node_ip"] for node in self.state("nodes")}
         return {nodes[row["node_id"]] for row in self.state(what) if wanted.items() <= row.items()}
 
@@ -78,7 +78,7 @@ def cluster(s3_endpoint: str, tmp_path: Path) -> Iterator[Cluster]:
 
 
 def start_ray(cluster: Cluster, logs: Path) -> None:
-    """A head, and a worker that joins it; both are there when it returns."""
+    """Start a head and a worker that joins it; returns when both are present."""
     flags = ["--block", f"--num-cpus={HOST_CPUS}", f"--object-store-memory={400 << 20}"]
     own = {name: value for name, value in cluster.environment.items() if name != "RAY_ADDRESS"}
     lead = ["--head", f"--port={PORT}", "--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD}"]
@@ -95,7 +95,7 @@ def start_ray(cluster: Cluster, logs: Path) -> None:
 
 
 def living(cluster: Cluster) -> set[str]:
-    """The addresses of Ray's nodes."""
+    """Return the addresses of Ray's nodes."""
     try:
         return {node["node_ip"] for node in cluster.state("nodes") if node["state"] == "ALIVE"}
     except OSError:  # the dashboard is not up yet

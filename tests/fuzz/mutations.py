@@ -35,9 +35,9 @@ def damaged(data: bytes, others: Sequence[bytes], random: np.random.Generator) -
     """Return `data` after one to four changes.
 
     Args:
-        data: what to change.
-        others: files to take pieces from.
-        random: decides.
+        data: bytes to change.
+        others: files from which pieces are taken.
+        random: source of random numbers.
     """
     found = bytearray(data)
     for _ in range(int(random.integers(1, 5))):
@@ -67,7 +67,7 @@ def damaged(data: bytes, others: Sequence[bytes], random: np.random.Generator) -
 
 
 def odd_tree(tree: Any, random: np.random.Generator) -> Any:
-    """Return a tree of plain values with one to three values replaced by odd ones, removed, or nested deeply."""
+    """Return a tree of plain values with one to three values replaced by unusual ones, removed, or nested deeply."""
     found = json.loads(json.dumps(tree))
     for _ in range(int(random.integers(1, 4))):
         places: list[tuple[Any, Any]] = []

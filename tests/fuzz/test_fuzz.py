@@ -1,7 +1,7 @@
-"""Whatever a file holds, it is read, or refused in one line: no other error, no hang, and bounded memory.
+"""Any content of a file is read, or refused in one line: no other error, no hang, and bounded memory.
 
-`pytest tests/fuzz --fuzz-seconds 7200 --fuzz-seed 5` goes on for two hours. A failure names the seed and the case, and
-leaves its file.
+`pytest tests/fuzz --fuzz-seconds 7200 --fuzz-seed 5` runs for two hours. A failure names the seed and the case, and
+keeps its file.
 """
 
 import dataclasses
@@ -42,11 +42,11 @@ from transfgu.store.artifacts import Manifest, Run
 from transfgu.store.weights import read_weights
 
 CASES = 15
-"""Cases of each kind where no time is given."""
+"""Number of cases of each kind if no time is given."""
 SLOWEST = 20.0
-"""Seconds that a case may take; a busy machine is allowed for."""
+"""Time limit of a case in seconds, long enough for a busy machine."""
 MOST_BYTES = 12 * MAX_PIXELS
-"""Memory that the largest image may take: its pixels as decoded, as RGB, and on the way between."""
+"""Memory limit for the largest image: its decoded pixels, as RGB, and intermediate arrays."""
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VOC = datasets.classes(preset("pascal-voc"))
@@ -115,7 +115,7 @@ def tables() -> Files:
 
 
 def trees() -> Mapping[str, Any]:
-    """JSON files of ours by what reads them."""
+    """Readers of our JSON files by file."""
     run = GOLDEN / "run"
     trial = {"number": 0, "parameters": {"training.lr": 0.1}, "status": "complete", "history": [{"epoch": 1}]}
     return {
@@ -203,7 +203,7 @@ def bytes_of(files: Files) -> Callable[[np.random.Generator], bytes]:
 
 
 def texts_of(trees_: Sequence[Any], dump: Callable[[Any], str]) -> Callable[[np.random.Generator], bytes]:
-    """Odd trees, and damaged text of whole ones."""
+    """Yield unusual trees, and damaged text of valid ones."""
     files = [dump(tree).encode() for tree in trees_]
 
     def make(random: np.random.Generator) -> bytes:
@@ -239,7 +239,7 @@ KINDS: Mapping[str, Callable[[], Kind]] = {
 
 @contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the body after so many seconds."""
+    """Raise TimeoutError in the block after so many seconds."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"it took more than {seconds:g} s")

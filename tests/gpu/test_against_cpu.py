@@ -1,7 +1,7 @@
-"""A GPU computes what a CPU does: every step of the method on both, in float32 and in bfloat16.
+"""A GPU computes the same as a CPU: every step of the method on both, in float32 and in bfloat16.
 
-`TRANSFGU_GPU_TESTS=cpu` puts the CPU in the GPU's place, to try the tests themselves. Tolerances in float32 are for
-sums of some hundred products in another order. bfloat16 keeps 8 bits, so each product is off by up to 2^-9 of itself.
+`TRANSFGU_GPU_TESTS=cpu` uses the CPU instead of the GPU, to try the tests themselves. Tolerances in float32 allow sums
+of some hundred products in another order. bfloat16 keeps 8 bits, so each product has a relative error of up to 2^-9.
 """
 
 import os
@@ -162,7 +162,7 @@ def test_loss_and_its_gradient(gpu: torch.device, with_teacher: bool, background
 
 
 def trained(device: torch.device, half: bool = False, wrap: bool = False) -> tuple[list[float], dict[str, Tensor]]:
-    """Totals of six steps with a teacher, one of them skipped, and the weights after them."""
+    """Return the totals of six steps with a teacher, one of them skipped, and the weights after them."""
     tokens, maps = (tensor.to(device) for tensor in made_batch())
     student, teacher = decoder().to(device), decoder(1).to(device)
     optimiser = make_optimiser(student, 1e-3)
@@ -303,7 +303,7 @@ def test_a_batch_that_does_not_fit_is_halved(gpu: torch.device) -> None:
 
 @pytest.mark.ray
 def test_two_workers_share_one_gpu_by_halves(tmp_path: Path, ray_cluster: None) -> None:
-    """Their weights are those of one worker: gradients go by Gloo, from one GPU."""
+    """Their weights are those of one worker; gradients are exchanged by Gloo, from one GPU."""
     weights = []
     for workers in (1, 2):
         (tmp_path / str(workers)).mkdir()

@@ -1,4 +1,4 @@
-"""Averaging by hand, where encoder and decoder are functions that one can work out, and against a single pass."""
+"""Averaging by hand, with simple functions as encoder and decoder, and against a single pass."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ from transfgu.stages import evaluation, samples
 
 
 class RedOfEachPixel(PatchTokens):
-    """Patches of one pixel, whose token is its red: 0 to 255."""
+    """An encoder with patches of one pixel, whose token is its red value: 0 to 255."""
 
     def __init__(self) -> None:
         self.encoder = SimpleNamespace(patch_size=1, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # type: ignore[assignment]
@@ -37,7 +37,7 @@ class RedOfEachPixel(PatchTokens):
 
 
 class Squares(MaskDecoder):
-    """The first class's logit is the square of a token, the second's the token times its place in the row."""
+    """A decoder: the first class's logit is the square of a token, the second's the token times its column."""
 
     def __init__(self, columns: int) -> None:
         super().__init__(3, 2, num_heads=1)
@@ -49,7 +49,7 @@ class Squares(MaskDecoder):
 
 
 def row(*values: int) -> Tensor:
-    """An image of one row of pixels, of this red."""
+    """Return an image of one row of pixels with these red values."""
     return torch.tensor(values, dtype=torch.uint8).expand(1, 3, 1, -1)
 
 

@@ -1,4 +1,4 @@
-"""The device of a worker: its own GPU, or the CPU; never the CPU in place of a GPU that was asked for."""
+"""The device of a worker: its own GPU, or the CPU; never the CPU if a GPU was requested."""
 
 import pytest
 import torch

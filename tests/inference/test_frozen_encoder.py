@@ -1,4 +1,4 @@
-"""The frozen encoder against the encoder's own methods, one image or window at a time, and in any company."""
+"""The frozen encoder against the encoder's own methods, one image or window at a time, and in any batch."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A device with room for so many rows, played by a function that raises what torch raises."""
+"""Out of memory on a simulated device, a function that raises the same errors as torch above so many rows."""
 
 import logging
 

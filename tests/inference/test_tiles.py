@@ -1,4 +1,4 @@
-"""Tiles of an image against all of their logits enlarged and added up at once."""
+"""Tiles of an image against the sum of all their logits, enlarged at once."""
 
 import numpy as np
 import pytest
@@ -57,13 +57,13 @@ def test_enlarging_is_torchs(cells: int, pixels: int) -> None:
 
 
 def pooled(batch: Tensor) -> Tensor:
-    """A model of two classes that sees each patch of 8 pixels alone, and its place in the tile."""
+    """A model of two classes that depends only on each patch of 8 pixels, and its position in the tile."""
     red, blue = F.avg_pool2d(batch.float(), 8).unbind(1)[::2]
     return torch.stack((red - red.mean(dim=(1, 2), keepdim=True), blue), dim=1)
 
 
 class Watched(ArrayRows):
-    """An image that notes which rows are asked for."""
+    """An image that records the requested rows."""
 
     def __init__(self, image: np.ndarray) -> None:
         super().__init__(image)

@@ -1,4 +1,4 @@
-"""Plans whose figures hold by hand."""
+"""Plans with figures derived by hand."""
 
 import pytest
 

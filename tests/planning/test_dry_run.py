@@ -1,4 +1,4 @@
-"""What a run would do is told before it is done, in the numbers that the run then has."""
+"""A dry run describes the work of a run beforehand, with the numbers that the run then has."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from transfgu.store.artifacts import Run
 
 @pytest.fixture
 def recipe(tmp_path: Path, ray_cluster: None) -> Recipe:
-    """Six images of 8 x 8 patches: windows of 4 x 4 patches in steps of 2, nine an image."""
+    """Six images of 8 x 8 patches, with nine windows per image: 4 x 4 patches in steps of 2."""
     photographs(tmp_path)
     return small(tmp_path, **{"windows.scales": (0.5,), "passes": 2})
 

@@ -1,4 +1,4 @@
-"""What the figures are made of: turns, medians, and a table that holds by hand."""
+"""Turns, medians and the table of measurements, by hand."""
 
 import subprocess
 import sys

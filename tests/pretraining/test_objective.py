@@ -62,7 +62,7 @@ def test_sinkhorn_of_two_samples_by_hand() -> None:
 
 
 def test_sinkhorn_converges_to_equal_columns() -> None:
-    """Of [[3, 1], [1, 1]] the doubly stochastic scaling is [[a, 1 - a], [1 - a, a]], a^2 / (1 - a)^2 = 3."""
+    """For [[3, 1], [1, 1]] the doubly stochastic scaling is [[a, 1 - a], [1 - a, a]], a^2 / (1 - a)^2 = 3."""
     logits = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])
     a = math.sqrt(3) / (1 + math.sqrt(3))
     torch.testing.assert_close(objective.sinkhorn(logits, 1.0, 50), torch.tensor([[a, 1 - a], [1 - a, a]]))
@@ -100,7 +100,7 @@ def test_rolled_mosaic_keeps_tiles_and_places_together() -> None:
 
 
 def test_attention_held_to_a_tile_sees_that_tile_alone() -> None:
-    """One block, so tokens at its entrance are local: changing other tiles must not change the feature at all."""
+    """With one block, tokens before it are local: changing other tiles must not change the feature at all."""
     torch.manual_seed(0)
     encoder = objective.new_encoder(PretrainingRecipe(**{**vars(SMALL), "depth": 1}))
     views = torch.randn(4, 3, 8, 8, generator=generator())
@@ -191,7 +191,7 @@ def test_a_view_of_the_whole_grey_image_stays_grey() -> None:
 
 
 def test_hues_of_photographs_turn_a_little() -> None:
-    """Sky blue, (0.3, 0.5, 0.9): drawn, any channel may lead; within 36 degrees blue does, or nothing where grey."""
+    """Sky blue, (0.3, 0.5, 0.9): in drawn views any channel may lead; within 36 degrees only blue, or none if grey."""
     images = torch.tensor([0.3, 0.5, 0.9])[:, None, None].expand(200, 3, 4, 4)
     mean, deviation = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
 
@@ -262,7 +262,7 @@ def test_schedule_at_its_landmarks() -> None:
 
 
 def test_neighbours_vote() -> None:
-    """Two far clusters, each of one class but for one stray in the half that asks."""
+    """Two distant clusters, each of one class except for one stray sample in the half that searches."""
     features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]).repeat(2, 1)
     classes = torch.tensor([0, 0, 1, 1, 0, 1, 1, 1])
     assert objective.nearest_neighbour_accuracy(features, classes, 2) == 0.75

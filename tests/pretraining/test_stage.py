@@ -1,4 +1,4 @@
-"""Pretraining on a real cluster: a folder of images to weights that the encoder reads, through a lost attempt."""
+"""Pretraining on a real cluster: from a folder of images to weights for the encoder, with one lost attempt."""
 
 from pathlib import Path
 
@@ -159,7 +159,7 @@ def test_an_image_is_cut_square_about_its_centre(tmp_path: Path) -> None:
 
 
 def test_several_squares_of_an_image_are_parts_of_it(tmp_path: Path) -> None:
-    """A ramp of a level per column, 40 rows: a square of side s about column x has s levels, x in their middle."""
+    """A ramp of one level per column, 40 rows: a square of side s around column x has s levels, x in their middle."""
     ramp = np.repeat(np.arange(120, dtype=np.uint8)[None, :, None], 40, axis=0).repeat(3, axis=2)
     Image.fromarray(ramp).save(tmp_path / "a.png")
     first, *others = stage.cut_squares(str(tmp_path / "a.png"), 4, 30)
@@ -173,7 +173,7 @@ def test_several_squares_of_an_image_are_parts_of_it(tmp_path: Path) -> None:
 
 
 def test_an_older_pretraining_goes_on_under_its_name() -> None:
-    """Its name is the digest of the fields that it had; a younger field counts where it differs."""
+    """Its name is the digest of its fields at that time; a newer field counts only if it differs."""
     job = PretrainingJob(images="photos", out="vit.safetensors", recipe=PretrainingRecipe(orient=False))
     assert job.digest() == "13a6eed86cde"
     blue = PretrainingJob(images="photos", out="vit.safetensors", recipe=PretrainingRecipe(orient=False, hue=36.0))

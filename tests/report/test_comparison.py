@@ -1,4 +1,4 @@
-"""A comparison's table is the mean of its runs, beside what was published, and its page shows their masks."""
+"""A comparison's table has the means of its runs and the published figures, and its page shows their masks."""
 
 import csv
 import io

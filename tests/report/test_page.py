@@ -1,4 +1,4 @@
-"""The report of a small run: whole, self-contained, well-formed, and true to the artefacts."""
+"""The report of a small run: complete, self-contained, well-formed, and consistent with the artefacts."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ _VOID = {"meta", "link", "img", "br", "input"}
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and gathers what tests ask about."""
+    """Checks that tags nest, and collects what the tests check."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The search's report: charts whose coordinates are worked out by hand, and a page that holds together."""
+"""The search's report: charts with coordinates derived by hand, and a well-formed page."""
 
 import re
 from html.parser import HTMLParser
@@ -13,7 +13,7 @@ from transfgu.search import trials
 
 
 class Page(HTMLParser):
-    """Every tag that opens is closed; ids are unique, and links within the page lead somewhere."""
+    """Checks that every open tag is closed, ids are unique, and links within the page have targets."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

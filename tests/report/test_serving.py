@@ -1,4 +1,4 @@
-"""The page to try a run with: who may open it, what it answers, and what it does in a browser."""
+"""The page to try a run: its access, its answers, and its behaviour in a browser."""
 
 import asyncio
 import base64
@@ -6,18 +6,16 @@ import http.client
 import io
 import json
 import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import aiohttp
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.refusals import refused
+from tests.report.browser import browser, chromium
 from transfgu.datasets.shapes import scene
 from transfgu.report.serving import MAX_BODY, Playground
 from transfgu.segmenter import Segmenter
@@ -47,7 +45,7 @@ def photograph(kind: str = "PNG") -> bytes:
 def ask(
     server: Playground, method: str, path: str, body: bytes = b"", *, token: str | None = "", **headers: str
 ) -> tuple[int, bytes, dict[str, str]]:
-    """Status, body and headers of an answer; `token` None: without a cookie."""
+    """Return status, body and headers of an answer; `token` None: without a cookie."""
     port = server.server_address[1]
     if token is not None:
         headers["Cookie"] = f"transfgu={token or server.token}"
@@ -116,106 +114,39 @@ def test_an_address_that_is_taken(server: Playground) -> None:
         Playground(server.run, port=server.server_address[1])
 
 
-class Browser:
-    """A page in headless Chromium, by its debugging protocol."""
-
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        self._socket, self._number = socket, 0
-        self.errors: list[str] = []
-
-    async def do(self, method: str, **params: Any) -> dict[str, Any]:
-        self._number += 1
-        await self._socket.send_json({"id": self._number, "method": method, "params": params})
-        while True:
-            message = await self._socket.receive_json(timeout=60)
-            kind, told = message.get("method"), message.get("params", {})
-            if kind == "Runtime.exceptionThrown":
-                self.errors.append(str(told["exceptionDetails"]))
-            elif kind == "Log.entryAdded" and told["entry"]["level"] == "error":
-                self.errors.append(str(told["entry"]))
-            elif kind == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning"):
-                self.errors.append(str(told["args"]))
-            if message.get("id") == self._number:
-                assert "error" not in message, message
-                return dict(message["result"])
-
-    async def value(self, script: str) -> Any:
-        found = await self.do("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
-
-    async def until(self, script: str) -> None:
-        for _ in range(300):
-            if await self.value(script):
-                return
-            await asyncio.sleep(0.1)
-        raise AssertionError(f"{script} did not become true")
-
-
 async def drive(server: Playground, port: int, photo: Path, shots: Path) -> list[str]:
-    """Use the page as a person would; returns the console's errors."""
-    async with aiohttp.ClientSession() as session:
-        for _ in range(300):
-            try:
-                async with session.get(f"http://127.0.0.1:{port}/json") as answer:
-                    pages = [page for page in await answer.json(content_type=None) if page["type"] == "page"]
-                if pages:
-                    break
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.1)
-        async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-            browser = Browser(socket)
-            for domain in ("Runtime", "Log", "Page", "DOM"):
-                await browser.do(f"{domain}.enable")
-            await browser.do("Page.navigate", url=server.address)
-            await browser.until("location.pathname + location.search === '/' && document.readyState === 'complete'")
-            assert await browser.value("document.querySelectorAll('#names input').length") == 10
-            root = (await browser.do("DOM.getDocument"))["root"]["nodeId"]
-            found = await browser.do("DOM.querySelector", nodeId=root, selector="#file")
-            await browser.do("DOM.setFileInputFiles", files=[str(photo)], nodeId=found["nodeId"])
-            await browser.until("!by('result').hidden && by('photo').complete && by('photo').naturalWidth === 128")
-            alphas = "[...by('mask').getContext('2d').getImageData(0, 0, 128, 128).data].filter((_, i) => i % 4 === 3)"
-            assert await browser.value(f"{alphas}.every(a => a === 153)")  # 60 %
-            set_opacity = "by('opacity').value = 100; by('opacity').dispatchEvent(new Event('input'));"
-            assert await browser.value(f"{set_opacity} {alphas}.every(a => a === 255)")
-            first = "document.querySelector('#classes input')"
-            assert await browser.value(f"{first}.click(); const i = +{first}.dataset.index; "
-                                       f"{alphas}.every((a, p) => (a === 0) === (mask.data[p] === i))")  # fmt: skip
-            assert await browser.value(f"by('none').click(); {alphas}.every(a => a === 0)")
-            await browser.value("by('all').click()")
-            for width in (390, 1440):
-                await browser.do(
-                    "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
-                )
-                assert await browser.value("document.documentElement.scrollWidth <= innerWidth"), width
-                shot = await browser.do("Page.captureScreenshot", captureBeyondViewport=True)
-                (shots / f"serve-{width}.png").write_bytes(base64.b64decode(shot["data"]))
-            await browser.value("by('name0').value = 'dart board'; by('names').requestSubmit()")
-            await browser.until("document.readyState === 'complete' && classes[0].name === 'dart board'")
-            return browser.errors
+    """Use the page as a user does; returns the console's errors."""
+    async with browser(port) as page:
+        await page.do("Page.navigate", url=server.address)
+        await page.until("location.pathname + location.search === '/' && document.readyState === 'complete'")
+        assert await page.value("document.querySelectorAll('#names input').length") == 10
+        root = (await page.do("DOM.getDocument"))["root"]["nodeId"]
+        found = await page.do("DOM.querySelector", nodeId=root, selector="#file")
+        await page.do("DOM.setFileInputFiles", files=[str(photo)], nodeId=found["nodeId"])
+        await page.until("!by('result').hidden && by('photo').complete && by('photo').naturalWidth === 128")
+        alphas = "[...by('mask').getContext('2d').getImageData(0, 0, 128, 128).data].filter((_, i) => i % 4 === 3)"
+        assert await page.value(f"{alphas}.every(a => a === 153)")  # 60 %
+        set_opacity = "by('opacity').value = 100; by('opacity').dispatchEvent(new Event('input'));"
+        assert await page.value(f"{set_opacity} {alphas}.every(a => a === 255)")
+        first = "document.querySelector('#classes input')"
+        assert await page.value(f"{first}.click(); const i = +{first}.dataset.index; "
+                                   f"{alphas}.every((a, p) => (a === 0) === (mask.data[p] === i))")  # fmt: skip
+        assert await page.value(f"by('none').click(); {alphas}.every(a => a === 0)")
+        await page.value("by('all').click()")
+        for width in (390, 1440):
+            await page.resize(width)
+            assert await page.value("document.documentElement.scrollWidth <= innerWidth"), width
+            shot = await page.do("Page.captureScreenshot", captureBeyondViewport=True)
+            (shots / f"serve-{width}.png").write_bytes(base64.b64decode(shot["data"]))
+        await page.value("by('name0').value = 'dart board'; by('names').requestSubmit()")
+        await page.until("document.readyState === 'complete' && classes[0].name === 'dart board'")
+        return page.errors
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
 def test_the_page_in_a_browser(server: Playground, tmp_path: Path) -> None:
     photo = tmp_path / "photo.png"
     photo.write_bytes(photograph())
-    chromium = subprocess.Popen(
-        [
-            *("chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"),
-            *(f"--user-data-dir={tmp_path / 'profile'}", "--no-first-run", "about:blank"),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert chromium.stderr
-        line = next(line for line in chromium.stderr if "DevTools listening" in line)
-        drained = threading.Thread(target=chromium.stderr.read, daemon=True)
-        drained.start()
-        port = int(line.partition("ws://127.0.0.1:")[2].partition("/")[0])
+    with chromium(tmp_path) as port:
         assert asyncio.run(drive(server, port, photo, tmp_path)) == []
-    finally:
-        chromium.kill()
-        chromium.wait()
     assert names.read(server.run) == {0: "dart board"}

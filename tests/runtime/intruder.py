@@ -1,8 +1,8 @@
-"""What another user can do with the ports of a Ray cluster: `python intruder.py UID GCS_ADDRESS PORT ...`.
+"""Try what another user can do with the ports of a Ray cluster: `python intruder.py UID GCS_ADDRESS PORT ...`.
 
-Prints JSON: for each port, what each kind of request was answered; and whether a function that workers run could be
-replaced. The environment holds the token that is tried, if any. Root starts this, so that Python is found wherever it
-lies; it becomes the other user before it does anything.
+Prints JSON: for each port, the answer to each kind of request; and whether a function that workers run could be
+replaced. The environment contains the token to try, if any. Root starts this, so that Python is found in any folder; it
+becomes the other user before it does anything.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ PATHS = ("/api/version", "/api/jobs/", "/api/job_agent/jobs/", "/metrics", "/get
 
 
 def grpc_status(port: int, method: str) -> str:
-    """Name of the status of a call without a message."""
+    """Return the name of the status of a call without a message."""
     token = os.environ.get("RAY_AUTH_TOKEN")
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         call = channel.unary_unary(f"/{method}")
@@ -46,7 +46,7 @@ def grpc_status(port: int, method: str) -> str:
 
 
 def http_status(port: int, path: str) -> str:
-    """Status of a GET, or the kind of error; `metrics` where figures for Prometheus are answered, whatever the path."""
+    """Return the status of a GET, or the kind of error; `metrics` if Prometheus figures are returned for any path."""
     token = os.environ.get("RAY_AUTH_TOKEN")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
@@ -61,7 +61,7 @@ def http_status(port: int, path: str) -> str:
 
 
 def replaced_function(gcs: str) -> str:
-    """Try to read the functions that the cluster's workers unpickle, and to put another in place of one."""
+    """Try to read the functions that the cluster's workers unpickle, and to replace one."""
     try:
         client = vars(_raylet)["GcsClient"](address=gcs)
         keys = client.internal_kv_keys(b"", b"fun", 10)

@@ -1,4 +1,4 @@
-"""What is asked of a cluster: by what it may come to have, not only by what is there."""
+"""Requests to a cluster are checked against the nodes that it may have, not only those present."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ from transfgu.runtime.folders import RayFolders
 
 
 def cluster(monkeypatch: pytest.MonkeyPatch, *there: dict[str, float], may_be: str = "") -> None:
-    """A cluster of these nodes, of which one says what may be added."""
+    """A cluster of these nodes, one of which declares what may be added."""
     nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"memory": 1e9, **node}} for node in there]
     nodes.append({"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}})
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
@@ -37,7 +37,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch, *there: dict[str, float], may_be: s
 
 @pytest.fixture
 def listener() -> Iterator[str]:
-    """Address of a port that accepts connections."""
+    """Return the address of a port that accepts connections."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 

@@ -1,4 +1,4 @@
-"""A user's mistake that is raised in another process arrives with its message and its code."""
+"""A user's mistake raised in another process keeps its message and its code."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Parts: what makes one, what makes it complete, and when bad images end a run. The stages test how they run on Ray."""
+"""Parts: how they are made, when they are complete, when bad images end a run. Tests of stages run them on Ray."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ SIZE = (40, 24)
 
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
-    """Five samples, the second and the third of them bad."""
+    """Five samples, of which the second and the third are bad."""
     return samples.load(write_run(tmp_path_factory.mktemp("parts"), [2, 3, 40, 4, 5]), "train")
 
 

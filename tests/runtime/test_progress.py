@@ -1,4 +1,4 @@
-"""Progress lines, as a terminal and as a log see them."""
+"""Progress lines on a terminal and in a log."""
 
 import io
 
@@ -6,7 +6,7 @@ from transfgu.runtime.progress import Progress
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock that is set manually."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -41,7 +41,7 @@ def test_without_a_total_nothing_is_said_of_what_is_left() -> None:
 
 
 def test_another_unit_has_a_rate_of_its_own() -> None:
-    """367 images, then 700 steps at two a second: not a negative rate, nor one that mixes both."""
+    """367 images, then 700 steps at two per second: the rate is neither negative nor mixed."""
     out = Terminal()
     clock = Clock()
     progress = Progress("pretraining", stream=out, clock=clock)

@@ -1,4 +1,4 @@
-"""Each private or developer API of Ray that the package uses is there and does what it is used for.
+"""Each private or developer API of Ray that the package uses exists and works as expected.
 
 A test that fails here after an upgrade names the API that Ray dropped or changed.
 """
@@ -24,7 +24,7 @@ SUBCLASSED = {
     "ray.tune.search.Searcher": ("suggest", "on_trial_result", "on_trial_complete", "save", "restore"),
     "ray.tune.schedulers.TrialScheduler": ("CONTINUE", "PAUSE", "STOP", "on_trial_result"),
 }
-"""Developer APIs that the package's classes inherit from, and what is overridden or used of them."""
+"""Developer APIs from which the package's classes inherit, with the attributes that are overridden or used."""
 
 pytestmark = pytest.mark.ray
 
@@ -77,7 +77,7 @@ def test_check_alive_of_the_gcs(ray_cluster: None) -> None:
 
 
 def test_services_get_node(ray_cluster: None) -> None:
-    """Ray looks its node up where it is replaced."""
+    """Ray finds its node with the replaced function."""
     assert "services.get_node(" in inspect.getsource(importlib.import_module("ray._private.node"))
     with ray_internals.patience(0.5):
         assert services.get_node(ray.get_runtime_context().gcs_address, ray.get_runtime_context().get_node_id())
@@ -86,7 +86,7 @@ def test_services_get_node(ray_cluster: None) -> None:
 @pytest.mark.long
 @pytest.mark.ci_long
 def test_services_get_node_of_a_node_that_is_not_there(ray_cluster: None) -> None:
-    """It raises RuntimeError, after 30 s."""
+    """Ray raises RuntimeError after 30 s."""
     address = ray.get_runtime_context().gcs_address
     with ray_internals.patience(0.5):
         started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Another user of the machine reaches nothing of an embedded cluster: not its ports, its sockets, nor its token."""
+"""Another user of the machine has no access to an embedded cluster: neither its ports, its sockets, nor its token."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ pytestmark = [
 
 
 def listening() -> set[int]:
-    """Ports on which this process and its descendants listen."""
+    """Return the ports on which this process and its descendants listen."""
     found = set()
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
         if "moto" in process.name():
@@ -38,7 +38,7 @@ def listening() -> set[int]:
 
 
 def intrude(*words: str, **environment: str) -> Any:
-    """What the script printed, run by another user."""
+    """Return the output of the script, run by another user."""
     done = subprocess.run(
         [sys.executable, str(INTRUDER), str(NOBODY), *words],
         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "RAY_BACKEND_LOG_LEVEL": "fatal", **environment},

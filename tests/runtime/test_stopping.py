@@ -1,4 +1,4 @@
-"""Processes that end with their parent, also where that is killed."""
+"""Processes that end with their parent, even if it is killed."""
 
 import subprocess
 import sys

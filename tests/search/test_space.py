@@ -1,4 +1,4 @@
-"""Ranges as a person writes them, and what is wrong with them in one line."""
+"""Ranges as users write them, and their mistakes in one line."""
 
 import numpy as np
 import pytest

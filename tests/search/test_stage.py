@@ -1,4 +1,4 @@
-"""Searches on a real cluster: what is shared is made once, what is killed goes on, what fails is told."""
+"""Searches on a real cluster: shared stages are computed once, killed searches continue, failures are reported."""
 
 import dataclasses
 import json
@@ -84,7 +84,7 @@ def test_gpus_are_divided() -> None:
 
 
 def test_nodes_with_gpus_read_for_themselves() -> None:
-    """Else those that come first, full of workers, would wait for those that come last."""
+    """Otherwise the first nodes, full of workers, would wait for the last ones."""
     nodes = [*[{"CPU": 4.0, "GPU": 1.0}] * 8, {"CPU": 64.0}]
     four = allot(nodes, asked(trials=50, gpus_per_trial=0.25))
     # Three CPUs for four workers, and a tenth for each one's trial; in all there were (96 - 9) / 32 for each.
@@ -164,7 +164,7 @@ def test_a_small_search(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
 @pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_trials_that_are_stopped_give_back_what_they_held(tmp_path: Path) -> None:
-    """Each trial is compared with those that ended their first epoch before it; not all can be the best so far."""
+    """Each trial is compared with those that have finished their first epoch, and not all can be the best so far."""
     rates = "lr=grid(0.003,0.001,0.0001,0.00001,0.000001)"
     run_search(search(tmp_path, rates, epochs=2, trials=5, searcher="grid"), quiet=True)
     trials = Ledger(str(tmp_path / "search")).trials.values()
@@ -197,7 +197,7 @@ def test_what_is_searched_upstream_is_made_once_for_each_value(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        ("stuff=grid(2,5000)", "5000 concepts can't be made of"),  # raises
+        ("stuff=grid(2,5000)", "5000 concepts are too many for"),  # raises
         ("passes=grid(1,1000000000000)", "out of memory: "),  # a permutation of 48 TB
         ("lr=grid(0.001,1e30)", "training diverged: loss "),
     ],
@@ -302,7 +302,7 @@ run_search(search(Path({folder!r}), "omega_1=uniform(0.5,2)", epochs=2, schedule
 
 @pytest.mark.long
 def test_two_workers_a_trial_half_a_gpu_and_hardly_a_cpu(tmp_path: Path) -> None:
-    """One CPU of the two stays free, so two trials of two workers share the other one."""
+    """One of the two CPUs stays free, so two trials of two workers share the other one."""
     script = tmp_path / "driver.py"
     script.write_text(textwrap.dedent(SCRIPT.format(root=str(ROOT), folder=str(tmp_path))))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRANSFGU_DEVICE": "cpu"}  # the GPU is declared, not there

@@ -1,4 +1,4 @@
-"""What follows from the trials' records, by hand."""
+"""Results computed from the trials' records, by hand."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def row(epoch: int, mean_iou: float | None, accuracy: float = 50.0, label_free: 
 
 
 def trial(number: int, *values: float, status: str = "finished", omega_1: float | None = None) -> Trial:
-    """A trial that reached these mIoUs, and label_free ten times as much."""
+    """Return a trial with these mIoUs, and label_free ten times as large."""
     history = [row(i + 1, v, label_free=10 * v) for i, v in enumerate(values)]
     parameters = {"training.omega_1": float(number) if omega_1 is None else omega_1}
     return Trial(number=number, parameters=parameters, epochs=4, status=status, history=history)
@@ -84,7 +84,7 @@ def test_records_are_read_back(tmp_path: Path) -> None:
 
 
 def test_a_record_of_constant_alpha_is_read_back(tmp_path: Path) -> None:
-    """`alpha` is a shorthand of the search, and no field of the recipe."""
+    """`alpha` is a shorthand of the search, not a field of the recipe."""
     ledger = Ledger(str(tmp_path))
     ledger.save(Trial(number=0, parameters={"alpha": 0.05, "training.omega_1": 2.0}, epochs=4))
     assert Ledger(str(tmp_path)).trials[0].parameters == {"alpha": 0.05, "training.omega_1": 2.0}

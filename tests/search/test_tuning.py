@@ -1,4 +1,4 @@
-"""What Ray Tune's searcher and scheduler make of a search's records, by hand and without a cluster."""
+"""Ray Tune's searcher and scheduler with a search's records, by hand and without a cluster."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def status(folder: Path, number: int) -> str:
 
 
 def test_asha_compares_at_its_rungs(tmp_path: Path) -> None:
-    """Reduction 2: after epochs 1 and 2 a trial goes on if it reaches the median of those before it."""
+    """Reduction 2: after epochs 1 and 2 a trial continues if it reaches the median of those before it."""
     asked = search(tmp_path, reduction=2)
     ledger = ledger_of(tmp_path, *(trial(n, status="running") for n in range(5)))
     told = recorder(asked, ledger)
@@ -147,7 +147,7 @@ def test_tpe_goes_where_trials_did_well(tmp_path: Path) -> None:
 
 
 def test_tune_can_keep_both(tmp_path: Path) -> None:
-    """Tune writes its searcher and its scheduler into its own folder when it starts."""
+    """Tune writes its searcher and its scheduler to its own folder when it starts."""
     ledger = ledger_of(tmp_path, trial(0, 30, 31))
     asked = search(tmp_path)
     for kept in (Proposals(asked, ledger), recorder(asked, ledger)):

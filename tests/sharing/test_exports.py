@@ -1,4 +1,4 @@
-"""Exported masks, read back by the tools' own libraries, or by their published descriptions."""
+"""Exported masks, read by the tools' own libraries, or according to their published descriptions."""
 
 import io
 import json
@@ -70,7 +70,7 @@ def test_the_panoptic_pixels_are_the_masks(tmp_path: Path) -> None:
 
 
 def painted(rings: list[list[tuple[float, float]]], size: tuple[int, int]) -> np.ndarray:
-    """Polygons filled at eight times the size, as their corners lie between pixels."""
+    """Fill polygons at eight times the size, because their corners are between pixels."""
     picture = Image.new("L", (8 * size[1], 8 * size[0]))
     for ring in rings:
         ImageDraw.Draw(picture).polygon([(8 * x, 8 * y) for x, y in ring], fill=1)
@@ -78,7 +78,7 @@ def painted(rings: list[list[tuple[float, float]]], size: tuple[int, int]) -> np
 
 
 def test_cvat_reads_polygons_of_its_labels(tmp_path: Path) -> None:
-    """By the description of `CVAT for images 1.1`."""
+    """Read masks according to the description of `CVAT for images 1.1`."""
     root = ElementTree.parse(written("cvat", tmp_path)).getroot()
     assert root.findtext("version") == "1.1"
     assert [label.findtext("name") for label in root.iter("label")] == ["cow & calf", "ring"]
@@ -95,7 +95,7 @@ def test_cvat_reads_polygons_of_its_labels(tmp_path: Path) -> None:
 
 
 def test_label_studio_reads_percent_of_the_image(tmp_path: Path) -> None:
-    """By the description of its predictions' format."""
+    """Read masks according to the description of the format of its predictions."""
     tasks = json.loads(written("labelstudio", tmp_path).read_text())
     view = ElementTree.parse(tmp_path / "labelstudio.xml").getroot()
     (image,), (labels,) = view.findall("Image"), view.findall("PolygonLabels")

@@ -1,4 +1,4 @@
-"""Names and merges as a table of integers, and what users write."""
+"""Names and merges as a table of integers, and the syntax of users' files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The exported graphs against PyTorch, pixels to class logits, on sizes and batches that they were not traced with."""
+"""The exported graphs against PyTorch, from pixels to class logits, with other sizes and batches than in the export."""
 
 from pathlib import Path
 

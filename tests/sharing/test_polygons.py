@@ -1,4 +1,4 @@
-"""Outlines against the pixels that they enclose, as pycocotools fills them."""
+"""Outlines against the pixels that they enclose, filled by pycocotools."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a stage begins with: a run's folder that lists small pictures, some of them bad, and a tiny random encoder."""
+"""Create the inputs of a stage: a run's folder with small pictures, some of them bad, and a tiny random encoder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ BAD = {3: "truncated image", 40: "missing image", 69: "unreadable image"}
 
 
 def write_run(folder: Path, indices: Sequence[int] = range(IMAGES), *, bad: bool = True, split: str = "train") -> Run:
-    """A run of the pictures of these numbers, those of `BAD` spoilt."""
+    """Create a run of the pictures with these numbers; those in `BAD` are damaged."""
     (folder / "images").mkdir(parents=True)
     rows = []
     for index, number in enumerate(indices):
@@ -38,7 +38,7 @@ def write_run(folder: Path, indices: Sequence[int] = range(IMAGES), *, bad: bool
 
 
 def recipe_of(folder: Path, **fields: object) -> Recipe:
-    """A recipe for that run: windows of both groups, and what `fields` says, by short names."""
+    """Return a recipe for that run: windows of both groups, and the fields in `fields`, by short names."""
     return preset("folder").with_fields(
         {
             "encoder.name": "tiny",
@@ -56,7 +56,7 @@ def recipe_of(folder: Path, **fields: object) -> Recipe:
 
 
 def picture(number: int) -> np.ndarray:
-    """A disc on a noisy ground, 64 x 64 or, every fifth, 48 x 80."""
+    """Draw a disc on a noisy background, 64 x 64 or, every fifth, 48 x 80."""
     random = np.random.default_rng(number)
     height, width = (48, 80) if number % 5 == 4 else (SIDE, SIDE)
     y, x = np.mgrid[:height, :width]
@@ -66,7 +66,7 @@ def picture(number: int) -> np.ndarray:
 
 
 def spoil(path: Path, how: str) -> None:
-    """Make an image a bad one, for the reason `how`."""
+    """Damage an image, for the reason `how`."""
     if how == "missing image":
         path.unlink()
     elif how == "truncated image":

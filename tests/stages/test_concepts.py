@@ -1,4 +1,4 @@
-"""The stage on parts small enough to look through, against K-Means of the same rows in one process."""
+"""The stage on small parts, against K-Means of the same rows in one process."""
 
 import functools
 import itertools
@@ -35,7 +35,7 @@ def recipe_of(**fields: object) -> Recipe:
 
 
 def made_windows(images: int, seed: int = 0) -> pa.Table:
-    """Six windows an image: four of three things, two of two kinds of stuff, far apart."""
+    """Six windows per image: four of three things, two of two kinds of stuff, far apart."""
     generator = np.random.default_rng(seed)
     n = 6 * images
     group = np.tile(["foreground", "background", "foreground"], n // 3)
@@ -392,7 +392,7 @@ def test_two_actors_and_a_lost_one_make_no_difference(tmp_path: Path, ray_cluste
 
 @pytest.mark.ray
 def test_whitened_groups_on_two_actors_and_after_a_loss(tmp_path: Path, ray_cluster: None) -> None:
-    """Foreground windows alone are whitened; concepts are means of their features as they were."""
+    """Only foreground windows are whitened; concepts are means of their original features."""
     import ray
 
     windows = made_windows(25, seed=5)

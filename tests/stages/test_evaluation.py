@@ -38,7 +38,7 @@ def made(tmp_path: Path) -> MadeRun:
 
 
 def counted(recipe: Recipe, made: MadeRun, weights: str, names: list[str], *, own_size: bool) -> np.ndarray:
-    """The confusion matrix one image and one class at a time."""
+    """Compute the confusion matrix one image and one class at a time."""
     encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
     decoder = MaskDecoder.from_state_dict(safetensors.torch.load_file(weights), num_heads=3)
     matrix = np.zeros((10, 10), np.int64)
@@ -60,7 +60,7 @@ def counted(recipe: Recipe, made: MadeRun, weights: str, names: list[str], *, ow
 
 
 def counted_here(recipe: Recipe, decoders: dict[str, str], made: MadeRun) -> dict[str, np.ndarray]:
-    """What the stage's reader and actor count of all images, without Ray around them."""
+    """Return the counts of the stage's reader and actor for all images, without Ray."""
     rows = samples.labelled(recipe, made.run)
     batch = read_labelled_rows(rows, recipe=recipe, protocol=recipe.evaluation.protocol)
     counts = evaluation.Count(recipe, list(decoders.values()), 1)(batch)

@@ -1,4 +1,4 @@
-"""The feature stage on a real local Ray: against the encoder's own methods, and against itself otherwise run."""
+"""The feature stage on a real local Ray: against the encoder's own methods, and against itself in other runs."""
 
 import re
 from dataclasses import replace
@@ -46,14 +46,14 @@ class Made(NamedTuple):
 
 @pytest.fixture(scope="module")
 def made(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """The whole stage by one actor, on 70 pictures of which three are bad."""
+    """The whole stage with one actor, on 70 pictures of which three are bad."""
     folder = tmp_path_factory.mktemp("features")
     recipe, run = recipe_of(folder, actors=1), write_run(folder)
     return Made(folder, recipe, run, features.run(recipe, run, PROGRESS))
 
 
 def block_of(run: Run, recipe: Recipe, first: int = 0, count: int = IMAGES) -> pa.Table:
-    """What `EncodeWindows` gets, in this process."""
+    """Return the input of `EncodeWindows`, in this process."""
     read = parts.ReadImages(size=recipe.dataset.feature_size, interpolation="bilinear")
     return read(samples.load(run, "train").slice(first, count))
 
@@ -93,7 +93,7 @@ def test_files_are_parts_and_say_what_they_cover(made: Made) -> None:
 
 
 def known(outcome: Outcome) -> Outcome:
-    """An outcome without what depends on the machine."""
+    """Return an outcome without its machine-dependent parts."""
     return replace(outcome, details={n: v for n, v in outcome.details.items() if n != "bottleneck"})
 
 

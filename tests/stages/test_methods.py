@@ -1,4 +1,4 @@
-"""The methods of comparison as whole runs: their stages, files, prediction, report, and what is refused before Ray."""
+"""The methods of comparison as whole runs: stages, files, prediction, report, and mistakes refused before Ray."""
 
 import json
 from pathlib import Path
@@ -143,7 +143,7 @@ def test_a_recipe_is_read_as_it_was_written(method: str, name: str) -> None:
 
 
 def test_a_method_counts_in_the_digest_of_its_own_runs_alone() -> None:
-    """TransFGU's digests are those of before there were others; see the golden run."""
+    """TransFGU's digests are the same as before there were other methods; see the golden run."""
     digests = {method: preset("shapes", method).digest("training") for method in METHODS}
     assert len(set(digests.values())) == len(METHODS)
     assert preset("shapes").with_fields({"iic.half_side": 3}).digest("training") == digests["transfgu"]

@@ -1,4 +1,4 @@
-"""A training of more epochs finds the last checkpoint of one with fewer, and nothing else's."""
+"""A training with more epochs finds the last checkpoint of one with fewer, and no other."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ RECIPE = preset("shapes").with_fields({"epochs": 5})
 
 
 def leave(run: Run, recipe: Recipe, epochs: int, inputs: str = "inputs", name: str = "checkpoint") -> Path:
-    """A sealed checkpoint of so many epochs, as the training of `recipe` leaves it."""
+    """Write a sealed checkpoint of so many epochs, like the training of `recipe`."""
     folder = Path(run.file("ray")) / f"training-{recipe.digest('training')[:12]}-{inputs}" / name
     folder.mkdir(parents=True)
     (folder / "student.safetensors").write_bytes(b"weights after %d" % epochs)

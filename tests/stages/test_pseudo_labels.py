@@ -1,4 +1,4 @@
-"""The pseudo-label stage on a real local Ray: against the encoder's own maps, and against itself otherwise run."""
+"""The pseudo-label stage on a real local Ray: against the encoder's own maps, and against itself in other runs."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +39,7 @@ class Made(NamedTuple):
 
 @pytest.fixture(scope="module")
 def made(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """The whole stage by one actor, on 70 pictures of which three are bad."""
+    """The whole stage with one actor, on 70 pictures of which three are bad."""
     folder = tmp_path_factory.mktemp("pseudo_labels")
     recipe, run = recipe_of(folder, actors=1, gradient_scale=0.5), write_run(folder)
     write_concepts(run)

@@ -1,4 +1,4 @@
-"""The samples stage: scenes drawn by tasks are those of the generator, and an interrupted attempt is gone on with."""
+"""The samples stage: scenes drawn by tasks equal those of the generator, and an interrupted attempt continues."""
 
 import io
 from pathlib import Path

@@ -48,7 +48,7 @@ COMMON = {
 
 
 class Listener(Progress):
-    """Keeps what it is told."""
+    """Records notes."""
 
     def __init__(self) -> None:
         super().__init__("training", quiet=True)
@@ -80,7 +80,7 @@ class Killer(Listener):
 
 
 def one_process(recipe: Recipe, made: MadeRun) -> tuple[dict[str, Tensor], list[float]]:
-    """The same training as one loop without workers: the last student, and each epoch's mean loss."""
+    """Run the same training as one loop without workers; returns the last student, and each epoch's mean loss."""
     encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
     torch.manual_seed(recipe.seed)
     student = MaskDecoder(
@@ -183,13 +183,13 @@ def test_two_workers_train_as_one_process_does(tmp_path: Path, ray_cluster: None
 
 
 def rotated(table: pa.Table) -> pa.Table:
-    """The same images, each in the next one's place."""
+    """Return the same images, each in the place of the next."""
     images = table["image"].to_pylist()
     return table.set_column(table.column_names.index("image"), "image", pa.array(images[1:] + images[:1]))
 
 
 def test_what_a_training_goes_on_from(tmp_path: Path) -> None:
-    """Other images, labels or concepts are told; by whom pseudo labels were made, and in which parts, is not."""
+    """Other images, labels or concepts change it; the division of pseudo labels into parts does not."""
     made = make_run(tmp_path)
     images, validation = training_images(made.run), samples.labelled(made.recipe, made.run)
 

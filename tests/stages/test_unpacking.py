@@ -1,4 +1,4 @@
-"""Images inside Parquet files and tar shards are, once unpacked, the samples that the same images as files are."""
+"""Images inside Parquet files and tar shards are, once unpacked, the same samples as image files."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def recipe_of(data: Path, **fields: object) -> Recipe:
 
 
 def listed(recipe: Recipe, run: Run) -> list[bytes]:
-    """Contents of the training samples, in their order."""
+    """Return the contents of the training samples, in order."""
     outcome = samples.run(recipe, run, Progress("samples", quiet=True))
     artifact = run.artifact("samples")
     artifact.begin(recipe)

@@ -38,7 +38,7 @@ def lock_of(uri: str) -> dict[str, object]:
 
 
 def write_lock(uri: str, **fields: object) -> None:
-    """A lock as another machine's process would have left it."""
+    """Write a lock like that of a process on another machine."""
     content = {"id": "other", "host": "elsewhere", "process": "another-boot/pid:[1]/7@1", "beats": 3, **fields}
     storage.write_bytes(storage.join(uri, store_lock.FILE), json.dumps(content).encode())
 
@@ -126,7 +126,7 @@ def test_a_lock_that_was_cut_short_is_a_dead_runs(tmp_path: Path, said: list[str
 
 
 def test_of_two_that_take_over_a_dead_runs_lock_one_holds_it(tmp_path: Path, said: list[str]) -> None:
-    """Both have found it dead; the other one writes, settles, and only then do we get to write."""
+    """Both have found it dead; the other one writes and waits, and only then does this one write."""
     timing = Timing(settle=0.01)
     file = tmp_path / store_lock.FILE
     file.write_text("{}")

@@ -1,4 +1,4 @@
-"""Whole runs from object storage to object storage, and what is wrong with it, said before work starts."""
+"""Whole runs from object storage to object storage, and mistakes about it, reported before work starts."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def upload(name: str, samples: Path, uri: str) -> str:
 
 
 def small(name: str, data: str, weights: str) -> Recipe:
-    """A preset on small images, so that a run takes little more than its processes' start."""
+    """A preset with small images, so that a run takes little more than starting its processes."""
     sizes = {"image_size": (64, 64), "feature_size": (128, 128), "training_size": (64, 64), "windows.size": (64, 64)}
     if name == "cityscapes":
         sizes |= {"image_size": (64, 128), "feature_size": (128, 256), "training_size": (64, 128)}

@@ -1,4 +1,4 @@
-"""A pickle that runs code when it is read, planted wherever a file of a run is read: refused, or never read."""
+"""A pickle that runs code when it is read, in place of each file of a run: refused, or never read."""
 
 import os
 import pickle
@@ -35,7 +35,7 @@ from transfgu.training.scoring import Mirror, Validation
 
 
 class Planted:
-    """Unpickled, it leaves a file behind."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self._canary = canary
@@ -100,7 +100,7 @@ def test_planted_in_a_file_it_is_refused_in_one_line(
 
 
 def column(form: str, canary: Path) -> pa.Array:
-    """One row that is, holds or is described by the pickle, as any file may name the types that Ray registers."""
+    """A row that is, contains or is described by the pickle, because any file may name the types that Ray registers."""
     pickled = pickle.dumps(Planted(canary))
     values = pa.ExtensionArray.from_storage(ArrowPythonObjectType(), pa.array([pickled], pa.large_binary()))
     forms: dict[str, Callable[[], pa.Array]] = {
@@ -114,7 +114,7 @@ def column(form: str, canary: Path) -> pa.Array:
 
 
 def plant(file: Path, form: str, canary: Path) -> None:
-    """A Parquet file of one row, whose columns have the names that any reader asks for."""
+    """A Parquet file of one row, with the column names of all readers."""
     made = column(form, canary)
     names = "index name image label curated group feature y0 x0 y1 x1 maps h w part row pixels concept distance"
     metadata = None

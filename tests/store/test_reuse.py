@@ -1,4 +1,4 @@
-"""Stages that a run takes from another: the longest row of first stages that both recipes share, and nothing else."""
+"""Stages taken from another run: the longest sequence of first stages that both recipes share, and no others."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Arrays on disk: they read as what was written, take no memory when released, and leave nothing behind."""
+"""Arrays on disk: they keep their content, use no memory when released, and leave nothing behind."""
 
 import errno
 import gc
@@ -11,7 +11,7 @@ from transfgu.store.scratch import Scratch, available_memory
 
 
 def mapped_memory() -> int:
-    """Bytes of files that are mapped into this process's memory now."""
+    """Return the bytes of files that are mapped into this process's memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(1024 * int(s.split()[1]) for s in lines if s.startswith(("RssFile", "RssShmem")))
 

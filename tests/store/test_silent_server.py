@@ -13,7 +13,7 @@ from transfgu.store import storage
 
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The endpoint of this test: a server that reads nothing and writes nothing."""
+    """The endpoint of this test: a server that never reads or writes."""
     held = []
 
     def accept(server: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""Storage: the same behaviour on a local tree and on S3, and one line for whatever goes wrong."""
+"""Storage: the same behaviour on a local tree and on S3, and one line for every error."""
 
 import errno
 import os
@@ -70,7 +70,7 @@ def test_what_depends_on_what_is_there(root: str) -> None:
 
 @pytest.mark.s3
 def test_of_two_that_replace_a_file_at_once_one_does(s3: str, s3_endpoint: str, faults: Gateway) -> None:
-    """Another's contents come between our look and our writing."""
+    """Another process writes between our reading and our writing."""
     uri, bucket = f"{s3}/x", s3.removeprefix("s3://")
     storage.write_bytes(uri, b"dead")
 

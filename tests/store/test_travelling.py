@@ -1,4 +1,4 @@
-"""The filesystem that may travel: what pyarrow's own does, with nothing in it but the scheme."""
+"""The file system that can be pickled: it behaves like pyarrow's own, and contains nothing but the scheme."""
 
 import pickle
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Weights under other names than ours, and what lies in place of weights; each is told by its cause."""
+"""Weights with other names, and files in place of weights; each error names its cause."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_two_networks_of_which_none_is_meant() -> None:
 
 
 def test_a_file_of_ours_keeps_its_names(tmp_path: Path) -> None:
-    """As PiCIE's: a ResNet within a network, which has more than that."""
+    """Like PiCIE's: a ResNet inside a larger network."""
     tensors = {"centroids": torch.ones(2, 3), "features.backbone.layer1.0.conv1.weight": torch.ones(1, 1, 3, 3)}
     ours = save(tmp_path / "ours.safetensors", tensors, **{formats.WEIGHTS_KEY: str(formats.FORMAT)})
     assert read_weights(ours).tensors.keys() == tensors.keys()

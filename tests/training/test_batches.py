@@ -143,7 +143,7 @@ def test_without_room_or_wish_there_is_no_cache(
 
 
 def test_a_cache_holds_images_as_the_orientation_turns_them(tmp_path: Path) -> None:
-    """Orientation 6: what is stored in the upper left corner is shown in the upper right one."""
+    """Orientation 6: the upper left corner of the stored image is the upper right one of the shown image."""
     (tmp_path / "run").mkdir()
     made = make_run(tmp_path / "run")
     name = training_images(made.run)["image"][0].as_py()

@@ -1,4 +1,4 @@
-"""The board by itself, mostly without Ray; training and pretraining use it through Ray in their own tests."""
+"""The board alone, mostly without Ray; training and pretraining use it through Ray in their own tests."""
 
 import subprocess
 import sys
@@ -109,7 +109,7 @@ def test_progress_forgets_the_errors_before_it() -> None:
 
 
 class Collective(Exception):
-    """As torch's are."""
+    """An error like torch's."""
 
     __module__ = "torch.distributed"
 

@@ -1,4 +1,4 @@
-"""Which checkpoint is gone on from: the newest whole one, whatever became of the others."""
+"""The checkpoint from which training resumes is the newest complete one, whatever happened to the others."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which backend gradients go by, and what happens where it needs GPUs that are not there."""
+"""The backend for exchanging gradients, and the error if it requires GPUs that are missing."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Teacher updates and alpha, against tables written down by hand from the published recipes."""
+"""Teacher updates and alpha, against tables written by hand from the published recipes."""
 
 import pytest
 

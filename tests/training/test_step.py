@@ -1,4 +1,4 @@
-"""The step: what it does to weights, and that slicing a batch over workers or parts of a slice changes nothing."""
+"""The training step: its effect on weights, and equal results for any division of a batch."""
 
 import functools
 import logging
@@ -61,7 +61,7 @@ def make_decoder(classes: int, seed: int = 0) -> MaskDecoder:
 
 
 class SmallMemory(nn.Module):
-    """A decoder on a device with room for so many images: more fail in the middle of the backward pass."""
+    """A decoder on a device with memory for so many images: more fail in the middle of the backward pass."""
 
     def __init__(self, decoder: MaskDecoder, room: int) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ def test_out_of_memory_halves_and_says_so_once(caplog: pytest.LogCaptureFixture)
             torch.testing.assert_close(snapshot(cramped.decoder)[name], value, rtol=1e-6, atol=1e-6)
         batch.step(cramped, optimiser, part=result.part)
     assert [record.getMessage() for record in caplog.records] == [
-        "out of memory: training batch taken 1 images at a time, not 4"
+        "out of memory: training batch processed 1 images at a time, not 4"
     ]
 
 
@@ -289,7 +289,7 @@ def test_other_errors_are_not_taken_for_memory() -> None:
 
 @pytest.mark.gpu
 def test_out_of_memory_on_a_real_device() -> None:
-    """Memory for a batch of 64 through a decoder of a published size, then a limit that it does not fit."""
+    """Memory for a batch of 64 through a decoder of a published size, then a limit that is too small for it."""
     torch.manual_seed(0)
     patches, maps = torch.randn(64, 400, 384, device="cuda"), torch.rand(64, 27, 20, 20, device="cuda")
     steps = []
@@ -320,8 +320,11 @@ SLICES = {
     "barren": (slice(0, 2), slice(2, 4)),
     "certain": (slice(0, 1), slice(1, 4)),
 }
-"""By name, the images of each worker; all of ``barren``'s second are without a foreground pixel, and ``certain``'s
-peer loss counts half of each class's pixels."""
+"""The images of each worker by name.
+
+All of ``barren``'s second are without a foreground pixel, and ``certain``'s peer loss counts half of each class's
+pixels.
+"""
 
 
 def make_batch(slices: str, background: bool) -> Batch:
@@ -353,7 +356,7 @@ def three_steps(batch: Batch, rows: slice, room: int = IMAGES, wrap: bool = True
 
 
 def loss_and_gradients(batch: Batch, rows: slice) -> dict[str, Any]:
-    """The loss itself through an ordinary DistributedDataParallel, its own hooks averaging gradients."""
+    """The loss through an ordinary DistributedDataParallel, whose own hooks average gradients."""
     student: nn.Module = make_decoder(batch.classes)
     if dist.is_initialized():
         student = DistributedDataParallel(student)
@@ -365,7 +368,7 @@ def loss_and_gradients(batch: Batch, rows: slice) -> dict[str, Any]:
 
 
 def alpha_of_opposite_signs(negative: bool) -> float:
-    """An alpha for which the two slices' totals differ in sign, and that of their batch is as asked for.
+    """An alpha for which the two slices' totals differ in sign, and that of their batch is the requested one.
 
     Each total falls along a line in alpha; the batch's root lies between the slices'.
     """
@@ -414,7 +417,7 @@ def run_everything(rank: int, folder: Path) -> Outcome:
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory, two_processes: ProcessPoolExecutor) -> list[Outcome]:
-    """What two real workers, joined by gloo, came to; by rank."""
+    """Results of two real workers, connected by gloo, by rank."""
     folder = tmp_path_factory.mktemp("workers")
     return list(two_processes.map(run_everything, range(2), [folder, folder]))
 
@@ -422,7 +425,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory, two_processes: ProcessPool
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("slices", SLICES)
 def test_two_workers_average_to_one_process(workers: list[Outcome], slices: str, background: bool) -> None:
-    """The loss's values, on each worker, and its gradient, as DistributedDataParallel averages it."""
+    """The loss's values, on each worker, and its gradient, averaged as by DistributedDataParallel."""
     expected = loss_and_gradients(make_batch(slices, background), ALL)
     for outcome in workers:
         actual = outcome["loss", slices, background]
@@ -455,7 +458,7 @@ def test_students_need_no_wrapper(workers: list[Outcome], background: bool) -> N
 
 @pytest.mark.parametrize("negative", [False, True])
 def test_all_workers_skip_or_none(workers: list[Outcome], negative: bool) -> None:
-    """One worker's own total is positive and the other's is not: the batch's decides for both."""
+    """One worker's own total is positive and the other's is not: the batch's total decides for both."""
     first, second = (outcome["signs", negative] for outcome in workers)
     assert first["skipped"] is second["skipped"] is negative
     torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)

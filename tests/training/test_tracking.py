@@ -1,4 +1,4 @@
-"""Each tracker is read back by its own format; one that fails is given up, and nothing else is."""
+"""Each tracker's output is read in its own format; a tracker that fails is dropped without other effects."""
 
 import io
 import struct
@@ -34,7 +34,7 @@ def recipe_of(track: str) -> Recipe:
 
 
 def events(file: Path) -> list[Event]:
-    """The records of a file: length, its checksum, the event, its checksum."""
+    """Yield the records of a file: length, its checksum, the event, its checksum."""
     data, found, at = file.read_bytes(), [], 0
     while at < len(data):
         (length,) = struct.unpack_from("<Q", data, at)
@@ -86,7 +86,7 @@ def test_a_tracker_that_fails_is_given_up(tmp_path: Path) -> None:
     trackers.epoch(ROW, None)
     trackers.epoch(ROW, None)
     assert len(notes) == 1
-    assert notes[0].startswith("tracking by tensorboard is given up: can't write")
+    assert notes[0].startswith("tracking with tensorboard has stopped: can't write")
 
 
 def test_pictures_are_pairs_in_rows(tmp_path: Path) -> None:

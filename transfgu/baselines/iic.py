@@ -27,7 +27,7 @@ from transfgu.recipe import Recipe, Size
 from transfgu.views import GREY, Colours, change_colours
 from transfgu.workers import differentiable_sum, worker_count
 
-# # Type checkers accept an int as a float; the run-time checks of the tests do not.
+# Type checkers accept an int as a float; the run-time checks of the tests do not.
 Real = float | int
 
 _SMALLEST = sys.float_info.epsilon  # smallest probability in a logarithm, as published
@@ -100,7 +100,7 @@ def displaced_joint(
     counted = mask.to(precision)[:, None]
     warped = warp(second.to(precision), second_to_first.to(precision))
     joint: Tensor = _CrossCorrelation.apply(first.to(precision) * counted, warped * counted, half_side, block_bytes)
-    # # Where no pixel of one view meets a pixel of the other, the transform leaves only its rounding error.
+    # Where no pixel of one view meets a pixel of the other, the transform leaves only its rounding error.
     total = joint.detach().sum((0, 1))
     return joint * (total > _ROUNDING * total.max())
 
@@ -116,11 +116,11 @@ def information_loss(
         total = total.detach()  # the published gradient treats this as a constant
     joint = joint / total.masked_fill(total == 0, 1)
     joint = (joint + joint.transpose(0, 1)) / 2
-    # # The joint is symmetric, so both marginals are equal.
+    # The joint is symmetric, so both marginals are equal.
     marginal = joint.sum(0).clamp(min=_SMALLEST).log()
     information = joint.clamp(min=_SMALLEST)
     information = information * (information.log() - weight * (marginal[:, None] + marginal[None]))
-    # # A displacement without pixels has no distribution.
+    # A displacement without pixels has no distribution.
     return -(information * (total > 0)).sum() / total.numel()
 
 
@@ -322,7 +322,7 @@ def draw_pairs(samples: Sequence[int], size: tuple[int, int], *, seed: int, epoc
     angle = np.radians(60 * turn - 30) * affine
     sheared = angle + np.radians(20 * shear - 10) * affine
     length = 0.8 + 0.4 * scale if affine else np.ones(batch)
-    # # The columns are the images of the axes, x before y, in pixels.
+    # The columns are the images of the axes, x before y, in pixels.
     matrix = np.array([[np.cos(angle), -np.sin(sheared)], [np.sin(angle), np.cos(sheared)]]).transpose(2, 0, 1)
     matrix = matrix * length[:, None, None]
     sides = np.array([max(size[1] - 1, 1), max(size[0] - 1, 1)])
@@ -393,7 +393,7 @@ class IIC:
             )
             for one, other in seen
         ]
-        # # All workers compute the loss of the whole batch, and each contributes its share.
+        # All workers compute the loss of the whole batch, and each contributes its share.
         share = torch.stack(losses).mean() / worker_count()
         assert self.optimiser
         return optimise(self._network, self.optimiser, {"total": share})[1]

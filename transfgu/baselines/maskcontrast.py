@@ -37,7 +37,7 @@ from transfgu.recipe import Recipe, Size
 from transfgu.views import Colours, change_colours
 from transfgu.workers import gather_rows, sum_over_workers, worker_count
 
-# # Type checkers accept an int as a float; the run-time checks of the tests do not.
+# Type checkers accept an int as a float; the run-time checks of the tests do not.
 Real = float | int
 
 _ENET = 1.02  # limits class weights to 1 / log 1.02 = 50
@@ -406,7 +406,7 @@ class MaskContrast:
         )
         if taken:
             update_momentum_encoder(self.teacher, self._network.embedding, how.momentum)
-            # # Use the order of a single worker: each worker has every `world`-th image of the batch.
+            # Use the order of a single worker: each worker has every `world`-th image of the batch.
             mine = object_prototypes(keys.float(), key_mask)
             self._network.queue.push(gather_rows(mine, batch.slots))
         return pending

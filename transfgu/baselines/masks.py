@@ -105,7 +105,7 @@ def _classes(uri: str) -> list[str]:
     text = storage.read_bytes_or_none(claim)
     if text is None:
         return []
-    with formats.damage(storage.shown(claim), "delete it, and the masks beside it"):
+    with formats.damage(storage.shown(claim), "delete it and the masks next to it"):
         return [str(found["name"]) for found in json.loads(text).get("classes", [])]
 
 

@@ -453,10 +453,10 @@ class PiCIE:
             training.batch_size, setting.images * training.passes
         )
         self._view = tuple(side // 2 for side in self.recipe.dataset.training_size)
-        # # For each view: labels by batch, on the host, and the share of pixels of each cluster.
+        # For each view: labels by batch, on the host, and the share of pixels of each cluster.
         self._labels: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         self._weights: dict[str, tuple[Tensor, Tensor]] = {}
-        # # The auxiliary loss and the main one have the same value at chance level.
+        # The auxiliary loss and the main one have the same value at chance level.
         main, auxiliary = (
             head_balance(self.recipe.classes, how.auxiliary) if self.recipe.method == "picie" else (1.0, 0.0)
         )

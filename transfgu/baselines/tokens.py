@@ -159,7 +159,7 @@ def bottom_up(
 
     def likeness(tokens: Float[Tensor, "B d h w"]) -> Float[Tensor, "B K h w"]:
         seen = (tokens - mean[:, None, None]) / deviation[:, None, None]
-        # # The nearest centroid c of a token x has the largest 2 x c - |c|^2, because |x| is the same for all c.
+        # The nearest centroid c of a token x has the largest 2 x c - |c|^2, because |x| is the same for all c.
         return torch.einsum("bdhw,kd->bkhw", seen, 2 * centroids) - centroids.square().sum(1)[:, None, None]
 
     return lambda images: averaged(recipe.evaluation, encode, images, likeness, smoothing)

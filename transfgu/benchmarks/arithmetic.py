@@ -74,7 +74,7 @@ class Bare:
     def _use_cores(self) -> None:
         torch.set_float32_matmul_precision("highest")
         allow_tf32(self.recipe.training, self.device)  # a recipe with another setting may have been measured before
-        # # Ray or another library may change the number of threads between calls of an actor.
+        # Ray or another library may change the number of threads between calls of an actor.
         if self.device.type == "cpu":
             use_cores(1)
             faiss.omp_set_num_threads(cores())
@@ -122,7 +122,7 @@ class Bare:
             self.frozen.encoder.vit.forward_features(batch)
 
     def forward_pace(self, images: int, repeats: int) -> Timing:
-        """Time patch tokens of decoded images at evaluation's size, beside a bare forward of a normalised batch."""
+        """Time patch tokens of decoded images at evaluation's size; the bound is a bare forward of a batch."""
         self._use_cores()
         size = self.recipe.dataset.image_size
         batch = torch.randn(images, 3, *size, device=self.device)
@@ -259,7 +259,7 @@ class Bare:
             ours=ours,
             bound=bound,
             peak_bytes=peak.bytes,
-            # # FLOPs are counted in this thread only, and on CPUs the encoder uses others, so the bare forward is
+            # FLOPs are counted in this thread only, and on CPUs the encoder uses others, so the bare forward is
             # counted instead.
             flops=_flops(lambda: self._bare_forward(images)) + _flops(lambda: loop.step(tokens, maps)),
         )
@@ -273,7 +273,7 @@ class Bare:
             before: PendingStep | None = None
             for step in range(steps):
                 images, maps = loop.views(step)
-                # # An image without random crops has the same tokens in every epoch, so its tokens are in memory.
+                # An image without random crops has the same tokens in every epoch, so its tokens are in memory.
                 queued = loop.step(self._tokens(images) if self.recipe.training.views else known, maps)
                 if before:
                     before.result()  # read one step late, as the training worker does

@@ -205,7 +205,7 @@ def _small(recipe: Recipe, root: str, folder: Path) -> Recipe:
             "dataset.feature_size": (2 * _SIDE, 2 * _SIDE),
             "windows.size": (_SIDE, _SIDE),
             "windows.scales": (0.5,),
-            # # An untrained encoder's attention is even: these thresholds leave both kinds of windows.
+            # An untrained encoder's attention is even: these thresholds leave both kinds of windows.
             "windows.min_foreground": 0.5,
             "windows.min_background": 0.5,
             "training.epochs": EPOCHS,

@@ -192,8 +192,8 @@ class _Bench:
 
         timing = self._beside_forwards("features", "EncodeWindows", ours, work)
         details = {
-            "windows per image": sum(counts.values()) / self._images,
-            "bytes per image": self._kept(folder) / self._images,
+            "windows an image": sum(counts.values()) / self._images,
+            "bytes an image": self._kept(folder) / self._images,
         }
         return replace(timing, details=details)
 
@@ -235,8 +235,8 @@ class _Bench:
 
         timing = self._beside_forwards("pseudo-labels", "MapConcepts", ours, lambda: work)
         details = {
-            "bytes per image": self._kept(folder) / self._images,
-            "reading [s per image and core]": self._reading(folder),
+            "bytes an image": self._kept(folder) / self._images,
+            "reading [s an image and core]": self._reading(folder),
         }
         return replace(timing, details=details)
 

@@ -1,11 +1,13 @@
 """Time each stage and compare it with a lower bound, or plan a full data set from such measurements.
 
-`transfgu benchmark [features|concepts|pseudo-labels|training|evaluation|all] [--preset P]` measures; `transfgu
-benchmark ingest --preset P --images N` measures how fast a training worker reads its samples; `transfgu benchmark
-rehearse --preset P --images N` runs all stages on N small images, with one kill and resume; `transfgu benchmark
-many-rows --rows N` clusters N x 384 features in one process, on disk if they don't fit in memory; `transfgu benchmark
-plan PRESET --images N --gpus G` plans. The encoder is untrained unless --encoder.weights is given, because the speed of
-arithmetic does not depend on the weights; the number of windows that are kept does.
+`transfgu benchmark [features|concepts|pseudo-labels|training|evaluation|all] [--preset P]` measures;
+`transfgu benchmark ingest --preset P --images N` measures how fast a training worker reads its samples;
+`transfgu benchmark rehearse --preset P --images N` runs all stages on N small images, with one kill and resume;
+`transfgu benchmark many-rows --rows N` clusters N x 384 features in one process, on disk if they don't fit in memory;
+`transfgu benchmark plan PRESET --images N --gpus G` plans.
+
+The encoder is untrained unless --encoder.weights is given, because the speed of arithmetic does not depend on the
+weights; the number of windows that are kept does.
 """
 
 import argparse
@@ -77,7 +79,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.stage == "many-rows":
         _many_rows(recipe, arguments)
         return
-    # # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
+    # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu import pipeline
     from transfgu.benchmarks import stages as benchmarks
     from transfgu.encoder import Encoder

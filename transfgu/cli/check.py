@@ -42,7 +42,7 @@ def _verify(uri: str) -> None:
             f"{', '.join(PRESETS)}: give one of them",
             code="run-missing",
         )
-    # # Import torch only now, because it takes seconds.
+    # Import torch only now, because it takes seconds.
     from transfgu.verification import verify
 
     found = verify(run)

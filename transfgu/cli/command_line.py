@@ -367,7 +367,7 @@ def preset_table() -> str:
 def run_job(job: Callable[[], None]) -> NoReturn:
     """Run a job's main function and exit; mistakes of users, SIGINT and SIGTERM print one line and no stack trace."""
     if "--verbose" not in sys.argv:
-        # # A thread of Ray prints messages about lost processes past all loggers; this is read when Ray is imported.
+        # A thread of Ray prints messages about lost processes past all loggers; this is read when Ray is imported.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     stopping.install()
     waits.tell(_say)
@@ -379,7 +379,7 @@ def run_job(job: Callable[[], None]) -> NoReturn:
             stopping.end()
         if not isinstance(error, Exception):
             raise
-        # # Ray wraps exceptions of tasks and actors in its own.
+        # Ray wraps exceptions of tasks and actors in its own.
         cause = find_user_error(error)
         if cause is None:
             raise

@@ -57,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> None:
     uri = arguments.run or str(Path.home() / "transfgu" / f"compare-{recipe.preset}")
     storage.check_writable(uri)
     base = ["--recipe", arguments.recipe] if arguments.recipe else [recipe.preset]
-    # # Import torch only now, because it takes seconds: mistakes on the command line are reported at once.
+    # Import torch only now, because it takes seconds: mistakes on the command line are reported at once.
     from transfgu.baselines.comparison import Comparison, compare, score_untrained
     from transfgu.report import comparison as report
 

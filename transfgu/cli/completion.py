@@ -1,7 +1,8 @@
 """Print the completion script of a shell, which completes commands, flags, presets, choices and files.
 
-bash: `transfgu completion bash > ~/.local/share/bash-completion/completions/transfgu`; zsh: `transfgu completion zsh >
-FOLDER/_transfgu`, a folder of `$fpath`; fish: `transfgu completion fish > ~/.config/fish/completions/transfgu.fish`.
+bash: `transfgu completion bash > ~/.local/share/bash-completion/completions/transfgu`;
+zsh: `transfgu completion zsh > FOLDER/_transfgu`, a folder of `$fpath`;
+fish: `transfgu completion fish > ~/.config/fish/completions/transfgu.fish`.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """List every kind of user's mistake in the documents, as the code raises them.
 
-The list comes from the package's own source, so it has exactly the codes that can be raised. `python -m
-transfgu.cli.error_page docs/errors.md` writes the page (`make docs`).
+The list comes from the package's own source, so it has exactly the codes that can be raised.
+`python -m transfgu.cli.error_page docs/errors.md` writes the page (`make docs`).
 """
 
 import ast

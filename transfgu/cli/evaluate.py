@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.print_config:
         print_config(recipe)
         return
-    # # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
+    # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu import pipeline
 
     if arguments.masks:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
 from transfgu.errors import UserError
-from transfgu.sharing import exports
-from transfgu.sharing.exports import FORMATS, check_format
+from transfgu.sharing.exports import GEOTIFF, NAMES, check_format
 from transfgu.store import storage
 
 
@@ -19,7 +18,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add = made.add_argument
     add("--masks", metavar="URI", required=True, help="masks as PNGs: the --out of `transfgu predict`")
     add("--images", metavar="URI", required=True, help="the images: the --images of `transfgu predict`")
-    add("--to", metavar="FORMAT", required=True, help=f"one of {', '.join(FORMATS)}")
+    add("--to", metavar="FORMAT", required=True, help=f"one of {', '.join(NAMES)}")
     add("--out", metavar="URI", help="folder for the file (default: that of --masks)")
     add_outlines(made)
     return made
@@ -52,11 +51,13 @@ def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance:
         least: regions of fewer pixels are left out.
 
     Returns:
-        The file's URI.
+        URI of the file, or of the folder of files.
 
     Raises:
         UserError: there are no masks as PNGs, no such format or class.
     """
+    from transfgu.datasets.listing import find_images
+    from transfgu.sharing import exports, geotiff
     from transfgu.stages.prediction import mask_names, read_claim
 
     claim = read_claim(masks)
@@ -69,10 +70,16 @@ def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance:
         exports.ExportedClass(index=c["index"], name=c["name"], colour=(c["colour"][0], c["colour"][1], c["colour"][2]))
         for c in claim["classes"]
     ]
+    names = [name.strip() for name in classes.split(",") if name.strip()]
+    if kind == GEOTIFF:
+        uris = find_images(images, recursive=True).files
+        files = {
+            mask: (uris[name], storage.join(masks, "masks", f"{mask}.png")) for name, mask in mask_names(images).items()
+        }
+        return geotiff.write(files, known, out or masks, chosen=exports.chosen(known, names) if names else None)
     found = exports.predicted(
         mask_names(images), lambda name: storage.read_bytes_or_none(storage.join(masks, "masks", f"{name}.png"))
     )
-    names = [name.strip() for name in classes.split(",") if name.strip()]
     outlines = exports.Outlines(tolerance=tolerance, least=least)
     return exports.write(kind, found, exports.chosen(known, names), out or masks, outlines)
 

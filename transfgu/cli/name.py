@@ -1,8 +1,8 @@
 """Name the classes of a finished run, and merge classes by giving them the same name; nothing is trained again.
 
-`transfgu name RUN > names.yaml` writes the present names, one per line. Edit the file and run `transfgu name RUN
-names.yaml`: the report, `Segmenter`, exports and new masks use the names. Name concepts that are no class `ignore`.
-`--masks OUT` updates earlier masks to the same classes; `--undo` removes the names.
+`transfgu name RUN > names.yaml` writes the present names, one per line. Edit the file and run
+`transfgu name RUN names.yaml`: the report, `Segmenter`, exports and new masks use the names. Name concepts that are no
+class `ignore`. `--masks OUT` updates earlier masks to the same classes; `--undo` removes the names.
 """
 
 import sys
@@ -34,7 +34,7 @@ def main(words: Sequence[str] | None = None) -> None:
         raise UserError("--undo removes names: leave out FILE", code="flags-conflict")
     run = Run(given.run)
     text = storage.read_bytes(given.file) if given.file else b""
-    # # Import torch only now, because it takes seconds: mistakes on the command line are reported at once.
+    # Import torch only now, because it takes seconds: mistakes on the command line are reported at once.
     from transfgu import naming, pipeline
     from transfgu.report.page import write
     from transfgu.sharing.names import parse

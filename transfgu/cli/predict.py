@@ -12,7 +12,7 @@ from transfgu.cli.command_line import Parser, add_compute, add_output, compute_o
 from transfgu.errors import UserError
 from transfgu.fields import convert
 from transfgu.runtime.progress import Progress
-from transfgu.sharing.exports import FORMATS, check_format
+from transfgu.sharing.exports import NAMES, check_format
 from transfgu.store import storage
 
 
@@ -39,10 +39,10 @@ def parser(words: Sequence[str] = ()) -> Parser:
         metavar="N",
         type=int,
         default=0,
-        help="predict large images in overlapping tiles of this side [pixels]; 0: no tiles (default: 0)",
+        help="predict large images in overlapping tiles of this height [pixels]; 0: no tiles (default: 0)",
     )
     add("--overlap", metavar="N", type=int, default=64, help="overlap of neighbouring tiles [pixels] (default: 64)")
-    add("--export", metavar="FORMAT", help=f"also export the masks, as one of {', '.join(FORMATS)}")
+    add("--export", metavar="FORMAT", help=f"also export the masks, as one of {', '.join(NAMES)}")
     export.add_outlines(made)
     add(
         "--orient",
@@ -85,7 +85,7 @@ def main(words: Sequence[str] | None = None) -> None:
         if given.format != "png":
             raise UserError("--export requires masks as PNGs: leave out --format parquet", code="flags-conflict")
     compute = compute_of(given)
-    # # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
+    # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu.stages.prediction import PredictionJob, predict
 
     own = ("run", "images", "out", "format", "overlays", "tile", "overlap", "max_pixels")

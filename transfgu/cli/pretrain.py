@@ -63,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> None:
         settings = {name: listed(value) for name, value in vars(recipe).items()}
         print(yaml.safe_dump(settings, sort_keys=False), end="")
         return
-    # # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
+    # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu.pretraining.stage import SHAPES, PretrainingJob, pretrain
     from transfgu.runtime import capacity, connect
     from transfgu.training import tracking

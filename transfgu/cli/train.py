@@ -20,6 +20,7 @@ from transfgu.cli.command_line import (
 from transfgu.errors import UserError
 from transfgu.methods import STAGES, TRANSFGU
 from transfgu.recipe import Recipe
+from transfgu.runtime import failures
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
 
@@ -96,7 +97,8 @@ def main(words: Sequence[str] | None = None) -> None:
         for line in describe(recipe, run, until=given.until, shared=shared, verbose=given.verbose):
             print(line)
     else:
-        # # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
+        failures.check_ray()
+        # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
         from transfgu.pipeline import run_stages
         from transfgu.report.page import write
 

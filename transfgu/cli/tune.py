@@ -77,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> None:
         gpus_per_trial=arguments.gpus_per_trial,
         **{name: getattr(arguments, name) for name in own},
     )
-    # # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
+    # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu.report.search import write
     from transfgu.search.stage import run_search
 

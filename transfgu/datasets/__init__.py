@@ -39,10 +39,10 @@ _PRESET_OF = {"coco": "coco-stuff-27", "voc": "pascal-voc", "cityscapes": "citys
 
 
 def list_samples(recipe: Recipe, split: str) -> pa.Table:
-    """The samples of a split: rows of `SCHEMA` (index, name, image, label, curated), sorted by name.
+    """Return the samples of a split: rows of `SCHEMA` (index, name, image, label, curated), sorted by name.
 
     Args:
-        recipe: its layout, data, labels, limit and `dataset.curated` count.
+        recipe: its layout, data, labels, limit and `dataset.curated` are used.
         split: "train" or "validation".
 
     Raises:
@@ -52,7 +52,7 @@ def list_samples(recipe: Recipe, split: str) -> pa.Table:
 
 
 def listing(recipe: Recipe, split: str) -> Listing:
-    """As :func:`list_samples`, with what was left out. No image is opened."""
+    """Return the same as :func:`list_samples`, with left-out samples. No image is opened."""
     layout = LAYOUTS[recipe.dataset.layout]
     found = layout.listing(recipe, split)
     if not found.table.num_rows:
@@ -66,7 +66,7 @@ def listing(recipe: Recipe, split: str) -> Listing:
 
 
 def preflight(recipe: Recipe) -> None:
-    """What can be known of the data before work starts, with a few requests and without listing it.
+    """Check the data before work starts, with a few requests and without listing it.
 
     Raises:
         UserError: data that is missing, empty, unreadable or in another layout; labels that are missing or not for this
@@ -76,7 +76,7 @@ def preflight(recipe: Recipe) -> None:
     classes(recipe)
     if recipe.dataset.curated and layout != "coco":
         raise UserError(
-            f"--dataset.curated names COCO-Stuff ids, and preset {recipe.preset} is not COCO: leave it out",
+            f"--dataset.curated selects COCO-Stuff ids, but preset {recipe.preset} is not COCO: leave it out",
             code="curated-unsupported",
         )
     if labels and layout != "folder":
@@ -108,8 +108,8 @@ def preflight(recipe: Recipe) -> None:
                 )
     if labels and storage.resolved(labels) == storage.resolved(data):
         raise UserError(
-            f"--labels {storage.shown(labels)} and --data {storage.shown(data)} are one folder: labels would be "
-            "trained on as photographs, so lay them in a folder of their own",
+            f"--labels {storage.shown(labels)} and --data {storage.shown(data)} are the same folder: labels would be "
+            "used as photographs, so put them in a separate folder",
             code="labels-among-images",
         )
     if missing := LAYOUTS[layout].missing(data):

@@ -1,4 +1,4 @@
-"""List Cityscapes: a sample's name, city_sequence_frame, is the common part of the names of its image and label."""
+"""List Cityscapes: the name of a sample, city_sequence_frame, is the common part of the names of image and label."""
 
 from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair
 from transfgu.datasets.names import stems

@@ -1,7 +1,7 @@
 """Read the classes of each benchmark from a JSON file: names, colours, and the class of each pixel value.
 
 The classes of a benchmark are in the order of the published results, things first, then stuff; with a background it is
-class 0. A pixel value is a class, or is ignored, or can't occur, which tells a wrong data set from a right one.
+class 0. A pixel value is a class, or is ignored, or can't occur, which reveals a wrong data set.
 """
 
 import functools
@@ -20,7 +20,7 @@ Colour = tuple[int, int, int]
 
 
 class _Entry(TypedDict):
-    """One class list as stored: `values` is the class of each pixel value, None where it can't occur."""
+    """One class list as stored: `values` is the class of each pixel value, None if it can't occur."""
 
     names: list[str]
     colours: list[str] | None  # hexadecimal
@@ -33,10 +33,10 @@ class Classes:
     """The C classes of a data set's labels.
 
     Args:
-        names: one a class; the background, where there is one, is class 0.
+        names: one per class; the background, if there is one, is class 0.
         colours: red, green, blue of each class, 0 to 255.
-        label_map: class of each pixel value; -1 where it is ignored or can't occur.
-        known: whether a pixel value can occur in a label.
+        label_map: class of each pixel value; -1 if it is ignored or can't occur.
+        known: True for pixel values that can occur in a label.
     """
 
     names: tuple[str, ...]
@@ -46,14 +46,14 @@ class Classes:
 
 
 def classes(recipe: Recipe) -> Classes:
-    """The classes that a recipe's labels are read as, and that its results are named and painted by.
+    """Return the classes of a recipe: labels are read as these, and results have their names and colours.
 
     Raises:
-        UserError: no such class list, or the recipe's concepts are not as many as its classes.
+        UserError: no such class list, or the recipe has another number of concepts.
     """
     name, count = recipe.dataset.classes, recipe.classes
     if name == "auto":
-        # A label's values are bare numbers, and a name tells the index that stands in the masks.
+        # Values of such labels are bare numbers, so a name shows the index in the masks.
         word = "class" if recipe.labels else "concept"
         first = int(recipe.background)
         names = [f"{word} {i}" for i in range(first, recipe.classes)]
@@ -74,21 +74,21 @@ def classes(recipe: Recipe) -> Classes:
 
 
 def class_lists() -> tuple[str, ...]:
-    """Names that `dataset.classes` may have."""
+    """Return the names for `dataset.classes`."""
     return (*_data(), "shapes", "auto")
 
 
 def index_type(classes: int) -> type[np.uint8] | type[np.uint16]:
-    """Return the type of the numbers that masks of so many classes consist of."""
+    """Return the integer type of masks with so many classes."""
     return np.uint8 if classes <= 256 else np.uint16
 
 
 @functools.cache
 def palette(count: int) -> tuple[Colour, ...]:
-    """`count` colours, each as far from those before it as 9³ candidates allow; the first is black.
+    """Return `count` colours, each as far from the earlier ones as 9³ candidates allow; the first is black.
 
-    Distances are weighted as eyes weigh red, green and blue (the "redmean" formula), so that neighbours in the list
-    can be told apart; a longer palette begins with a shorter one.
+    Distances weight red, green and blue as eyes do (the "redmean" formula), so that colours next to each other in the
+    list are distinguishable; a longer palette starts with a shorter one.
     """
     steps = np.linspace(0, 255, 9).round()
     candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
@@ -105,13 +105,13 @@ def palette(count: int) -> tuple[Colour, ...]:
 
 
 def _as_indices(names: list[str], colours: tuple[Colour, ...] | None) -> Classes:
-    """Classes whose pixel values are their indices; 255 is ignored."""
+    """Return classes whose pixel values are their indices; 255 is ignored."""
     label_map = np.full(256, -1, np.int16)
     count = min(len(names), 255)
     label_map[:count] = np.arange(count)
     known = label_map >= 0
     known[255] = True
-    # Without a background, black is left to what is ignored.
+    # Without a background, black is used for ignored pixels.
     skip = 0 if names[0] == "background" else 1
     return Classes(
         names=tuple(names), colours=colours or palette(len(names) + skip)[skip:], label_map=label_map, known=known

@@ -23,7 +23,7 @@ _OVERLAP = 64  # bytes; longer than any match
 
 @functools.cache
 def curated_names(split: str) -> frozenset[str]:
-    """The curated COCO-Stuff subset of IIC and PiCIE: 49,628 training and 2,174 validation images."""
+    """Return the curated COCO-Stuff subset of IIC and PiCIE: 49,628 training and 2,174 validation images."""
     data = (resources.files("transfgu.datasets") / _CURATED[split]).read_bytes()
     return frozenset(lzma.decompress(data).decode().split())
 
@@ -32,11 +32,11 @@ def annotated_names(uri: str, chunk_bytes: int = 1 << 24) -> set[str] | None:
     """Return the names of the images that an instances JSON annotates; None if there is no such file.
 
     Args:
-        uri: of the file.
-        chunk_bytes: how much of it is read at a time.
+        uri: URI of the file.
+        chunk_bytes: number of bytes read at a time.
 
     Raises:
-        UserError: the file is cut off, or annotates nothing.
+        UserError: the file is truncated, or annotates nothing.
     """
     if not storage.is_file(uri):
         return None
@@ -44,12 +44,12 @@ def annotated_names(uri: str, chunk_bytes: int = 1 << 24) -> set[str] | None:
     rest = b""
     for chunk in storage.read_chunks(uri, chunk_bytes):
         rest += chunk
-        # A number at the very end may go on in the next chunk: it is met again there.
+        # A number at the very end may continue in the next chunk, where it is found again.
         ids.update(int(m[1]) for m in _IMAGE_ID.finditer(rest) if m.end() < len(rest))
         rest = rest[-_OVERLAP:]
     if not rest.rstrip().endswith(b"}") or not ids:
         raise UserError(
-            f"{storage.shown(uri)} is cut off or annotates no image: fetch it again, or remove it",
+            f"{storage.shown(uri)} is truncated or annotates no image: download it again, or remove it",
             code="annotations-damaged",
         )
     return {f"{i:012d}" for i in ids}

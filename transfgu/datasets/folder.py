@@ -1,12 +1,12 @@
 """List the images of any folder: each image file is a sample, named by its relative path.
 
-Where the folder has sub-folders for training and validation, as exporters name them (`train`, `training`; `val`,
-`valid`, `validation`, `dev`; in any case, and in a folder `images` or not), these are the splits, and other folders,
-such as `test`, are counted. Else all images are both: nothing is learned from labels, so what was trained on can be
-scored too, and everybody's images get a prediction.
+If the folder has sub-folders for training and validation, with the usual names (`train`, `training`; `val`, `valid`,
+`validation`, `dev`; in any case, also inside a folder `images`), these are the splits, and other folders, such as
+`test`, are counted. Otherwise every image is in both splits: nothing is learned from labels, so training images can be
+scored, too, and all images get a prediction.
 
-Labels, if any, lie in a tree of their own under the same relative names (`names.labels_of`), as PNGs of class indices
-(255: ignored). With splits, a validation image without its label is left out, and named; in a single tree those with
+Labels, if any, are in a separate tree with the same relative names (`names.labels_of`), as PNGs of class indices (255:
+ignored). With splits, a validation image without its label is left out, and reported; without splits, images with
 labels are scored.
 """
 
@@ -23,7 +23,7 @@ _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
 }
-_IMAGES = "images/"  # a folder that holds the splits, beside one of labels
+_IMAGES = "images/"  # a folder with the splits, next to one with labels
 
 
 def _list(recipe: Recipe, split: str) -> Listing:
@@ -43,7 +43,7 @@ def _list(recipe: Recipe, split: str) -> Listing:
 
 
 def _splits(images: Iterable[str]) -> dict[str, list[str]]:
-    """The images of each split; empty where there are not both."""
+    """Return the images of each split; empty unless both exist."""
     inner = _IMAGES if images and all(name.startswith(_IMAGES) for name in images) else ""
     splits: dict[str, list[str]] = {}
     for name in images:
@@ -54,8 +54,8 @@ def _splits(images: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _without(found: Images, label_root: str, data: str) -> dict[str, str]:
-    """The images that are no labels: those that do not lie in the labels' folder, whatever links lead there."""
-    if storage.within(data, label_root):  # labels lie around the images
+    """Return the images without labels: those outside the labels' folder, with links resolved."""
+    if storage.within(data, label_root):  # the labels' folder contains the images
         return dict(found.files)
     inside = cache(lambda folder: storage.within(folder, label_root))
     return {name: uri for name, uri in found.files.items() if not inside(uri.rpartition("/")[0])}
@@ -70,14 +70,14 @@ def _labels(images: Mapping[str, str], label_root: str, data: str) -> dict[str, 
     if images and not labels:
         raise UserError(
             f"no label below {storage.shown(label_root)} has the relative name of an image "
-            f"below {storage.shown(data)}: name them alike, as in birds/1.jpg and birds/1.png",
+            f"below {storage.shown(data)}: use the same names, such as birds/1.jpg and birds/1.png",
             code="labels-missing",
         )
     return labels
 
 
 FOLDER = Layout(
-    expected="images (.jpg, .png, ...) at any depth, in train/ and val/ if they are to be told apart",
+    expected="images (.jpg, .png, ...) at any depth, in train/ and val/ for separate splits",
     needed=(),
     listing=_list,
 )

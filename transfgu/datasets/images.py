@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 try:
     import cv2
-except ImportError:  # Pillow and NumPy then do the same, in more than twice the time
+except ImportError:  # Pillow and NumPy do the same, but take twice as long
     cv2 = None  # type: ignore[assignment]
 try:
     import pillow_heif
@@ -36,14 +36,14 @@ from transfgu.store import storage
 
 Size = tuple[int, int]
 Picture = Image.Image | np.ndarray | bytes | str | Path
-"""What :func:`pixels_of` takes."""
+"""Inputs of :func:`pixels_of`."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Pillow warns of large images, which are used, and of damage, which is told as a reason.
+# Ignore Pillow's warnings about large images, which are used, and about damage, which is reported as a reason.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# Formats that are decoded by a library, never by a program that runs what the file says (as PostScript would be).
+# Only formats decoded by a library, not by a program that executes the file (as for PostScript).
 Image.init()
 if pillow_heif is not None:
     pillow_heif.register_heif_opener(thumbnails=False)
@@ -51,7 +51,7 @@ _FORMATS = tuple(
     f for f in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "HEIF") if f in Image.OPEN
 )
 HEAD = 32
-"""Bytes at the start of a file that tell whether it is an image."""
+"""Number of bytes at the start of a file that show whether it is an image."""
 _STARTS = (
     *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
     *(b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),
@@ -61,8 +61,8 @@ _LOSSY = ("jpeg", "tiff_jpeg", "webp")  # compressions of a TIFF
 _PGM = re.compile(rb"P[25]\s(?:\s|#[^\n]*\n)*\d+(?:\s|#[^\n]*\n)+\d+(?:\s|#[^\n]*\n)+(\d+)")
 _WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _ORIENTATION = 0x0112  # EXIF's and TIFF's tag
-_BACK = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # the orientation that undoes another
-_LABEL_FORMATS = ("PNG", "TIFF", "GIF", "BMP", "PPM")  # without loss, and of one channel
+_BACK = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # the inverse of each orientation
+_LABEL_FORMATS = ("PNG", "TIFF", "GIF", "BMP", "PPM")  # lossless, with one channel
 _BAND_PIXELS = 1 << 20  # that are converted at a time
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 if cv2 is not None:
@@ -70,12 +70,12 @@ if cv2 is not None:
 
 
 def pixels_of(source: Picture, *, orient: bool = False, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
-    """Red, green and blue of an image, 8 bits each, in whatever form it is given.
+    """Return red, green and blue of an image, 8 bits each, from any kind of source.
 
     Args:
         source: a path or URI; a file's bytes; a PIL image; or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of
             uint8 or uint16. 16-bit greys are divided by 257, a fourth channel is dropped.
-        orient: apply EXIF's orientation, where `source` has one.
+        orient: apply EXIF's orientation, if `source` has one.
         max_pixels: maximum size of an image that is decoded here; an array has been.
 
     Raises:
@@ -103,34 +103,34 @@ def is_image(head: bytes) -> bool:
 
 
 def read_image(uri: str, *, orient: bool = False, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
-    """As :func:`pixels_of`, of a file."""
+    """Return the same as :func:`pixels_of`, for a file."""
     return decode_image(_read(uri, "image"), orient=orient, max_pixels=max_pixels)
 
 
 def decode_file(
     data: bytes | None, *, orient: bool = False, max_pixels: int = MAX_PIXELS
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """As :func:`pixels_of`, of a file's bytes, or of None for a file that is missing."""
+    """Return the same as :func:`pixels_of`, for a file's bytes, or for None if the file is missing."""
     if data is None:
         raise BadInput("missing image")
     return decode_image(data, orient=orient, max_pixels=max_pixels)
 
 
 def decode_image(data: bytes, *, orient: bool = False, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
-    """As :func:`pixels_of`, of a file's bytes."""
+    """Return the same as :func:`pixels_of`, for a file's bytes."""
     if (pixels := decode_jpeg(data, max_pixels)) is not None:
         return _turned(pixels, _orientation(Image.open(io.BytesIO(data), formats=("JPEG",)))) if orient else pixels
     picture, turned = _decode(data, "image", max_pixels)
     orientation = _orientation(picture) if orient else 1
     pixels = _picture_pixels(picture)
     del picture  # its memory is needed to turn the pixels
-    if turned != 1:  # by Pillow, as it does with TIFF alone
+    if turned != 1:  # by Pillow, which does this for TIFF only
         return pixels if orient else _turned(pixels, _BACK[turned])
     return _turned(pixels, orientation)
 
 
 def read_rows(items: Iterable[Item], read: Callable[[Item], Result]) -> Iterator[tuple[Result | None, str]]:
-    """What `read` makes of each item, in order, or the reason why that one can't be used.
+    """Yield the result of `read` for each item, in order, or the reason why the item can't be used.
 
     Args:
         items: such as URIs, or rows of a table.
@@ -184,8 +184,8 @@ def _picture_pixels(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
                 band = band.convert("RGBA")
             pixels[rows] = np.asarray(band.convert("RGB"))
         return pixels
-    except (ValueError, OSError):  # a PIL image that was opened and not read yet is read here
-        raise BadInput(f"damaged image, or of mode {picture.mode}, which has no way to RGB") from None
+    except (ValueError, OSError):  # an opened PIL image may be read only now
+        raise BadInput(f"damaged image, or of mode {picture.mode}, which can't be converted to RGB") from None
 
 
 def _bands(height: int, width: int) -> Iterator[slice]:
@@ -202,19 +202,19 @@ def _check_size(picture: Image.Image, what: str, most: int) -> None:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 (as stored) where there is none, or EXIF is damaged."""
+    """Return EXIF's orientation, 1 to 8; 1 (as stored) if there is none, or EXIF is damaged."""
     try:
         if picture.format == "TIFF" and not getattr(picture, "is_animated", False):
             picture.load()
             return 1  # Pillow has applied it
         found = picture.getexif().get(_ORIENTATION, 1)
-    except Exception:  # whatever a parser of foreign bytes raises
+    except Exception:  # a parser of foreign bytes may raise anything
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _turned(pixels: Any, orientation: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Stored pixels as an orientation of EXIF shows them (TIFF 6.0, tag 274)."""
+    """Return stored pixels in an orientation of EXIF (TIFF 6.0, tag 274)."""
     if orientation > 4:  # rows and columns change places
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
@@ -227,18 +227,18 @@ def _turned(pixels: Any, orientation: int) -> UInt8[np.ndarray, "H W 3"]:
 def read_label(
     uri: str | None, classes: Classes, image_shape: Size | None = None, *, max_pixels: int = MAX_PIXELS
 ) -> Int16[np.ndarray, "H W"]:
-    """A label as class indices, -1 where it is ignored.
+    """Read a label as class indices, -1 for ignored pixels.
 
     Args:
-        uri: a file without loss, such as a PNG, whose raw samples `classes` explains: grey of 1 to 16 bits, or indices
-            of a palette. A 4-bit sample of 3 is class 3, whatever grey it is shown in.
+        uri: a lossless file, such as a PNG, with raw samples for `classes`: grey of 1 to 16 bits, or indices of a
+            palette. A 4-bit sample of 3 is class 3, whatever grey viewers show.
         classes: from :func:`transfgu.datasets.classes`.
-        image_shape: height and width that the label must have, those of its image, pixels; None: any.
+        image_shape: required height and width, those of the image, pixels; None: any.
         max_pixels: maximum size of a label.
 
     Raises:
-        BadInput: missing, unreadable, in a format with loss, of another size, or with values that its data set does
-            not have.
+        BadInput: missing, unreadable, in a lossy format, of another size, or with values that the data set does not
+            have.
         UserError: the storage fails.
     """
     if uri is None:
@@ -261,10 +261,10 @@ def read_label(
 
 
 def read_mask(uri: str) -> Int16[np.ndarray, "H W"]:
-    """A mask of class indices that any program wrote: the values of one channel, or of a palette, as they are stored.
+    """Read a mask of class indices from any program: the stored values of one channel, or of a palette.
 
     Raises:
-        BadInput: missing, unreadable, of several channels, in a format with loss, or with values beyond 16 bits.
+        BadInput: missing, unreadable, of several channels, in a lossy format, or with values beyond 16 bits.
         UserError: the storage fails.
     """
     values = _samples(_read(uri, "mask"), "mask", MAX_PIXELS)
@@ -276,18 +276,18 @@ def read_mask(uri: str) -> Int16[np.ndarray, "H W"]:
 def resize(
     image: UInt8[np.ndarray, "H W 3"], size: Size, interpolation: Literal["bilinear", "nearest"] = "bilinear"
 ) -> UInt8[np.ndarray, "3 h w"]:
-    """An image brought to `size` (height, width; pixels), channels first.
+    """Return an image resized to `size` (height, width; pixels), channels first.
 
-    Bilinear is torch's `interpolate` without antialias or aligned corners, rounded to whole numbers; nearest is that
-    of torch and OpenCV. With OpenCV one value in 2,000 is another by 1 than without, where the exact result lies half
-    way between two whole numbers.
+    Bilinear is torch's `interpolate` without antialias or aligned corners, rounded to whole numbers; nearest is that of
+    torch and OpenCV. With OpenCV one value in 2,000 differs by 1, where the exact result is halfway between two whole
+    numbers.
     """
     if image.shape[:2] == size:
         return np.ascontiguousarray(image.transpose(2, 0, 1))
     if interpolation == "nearest":
         return np.ascontiguousarray(_nearest(image, size).transpose(2, 0, 1))
-    if cv2 is not None and image.shape[:2] != (2 * size[0], 2 * size[1]):  # where OpenCV would round halves upward
-        # Of 16-bit numbers OpenCV takes the mean in float32; of 8-bit numbers, in 11 bits and not faster.
+    if cv2 is not None and image.shape[:2] != (2 * size[0], 2 * size[1]):  # in this case OpenCV rounds halves upward
+        # OpenCV averages 16-bit numbers in float32; 8-bit numbers with 11 bits only, and no faster.
         planes = np.empty((3, *size), np.uint8)
         if image.size > 3 * _BAND_PIXELS:  # a plane after the other takes a third of the memory
             for plane in range(3):
@@ -299,7 +299,7 @@ def resize(
         return planes
     (y0, y1, wy), (x0, x1, wx) = (_neighbours(n, m) for n, m in zip(image.shape[:2], size, strict=True))
     planes = image.transpose(2, 0, 1)
-    # The two axes are separate; the one that shrinks more goes first, and leaves less for the other.
+    # The two axes are separable; resize the one with the larger reduction first, which leaves less work.
     if size[0] * image.shape[1] <= size[1] * image.shape[0]:
         planes = _blend(planes[:, y0], planes[:, y1], wy[:, None])
         planes = _blend(planes[:, :, x0], planes[:, :, x1], wx)
@@ -311,7 +311,7 @@ def resize(
 
 
 def resize_label(label: Int16[np.ndarray, "H W"], size: Size) -> Int16[np.ndarray, "h w"]:
-    """A label brought to `size` (height, width; pixels) by nearest neighbour."""
+    """Return a label resized to `size` (height, width; pixels) by nearest neighbour."""
     return label if label.shape == size else np.ascontiguousarray(_nearest(label, size))
 
 
@@ -327,13 +327,13 @@ def _read(uri: str, what: str) -> bytes:
 
 
 def _samples(data: bytes, what: str, max_pixels: int, image_shape: Size | None = None) -> Integer[np.ndarray, "H W"]:
-    """Raw samples of an image of one channel, as they are stored: Pillow spreads those of 2 and 4 bits over 8."""
+    """Return the stored samples of an image with one channel; Pillow would scale those of 2 and 4 bits to 8."""
     picture, turned = _decode(data, what, max_pixels, image_shape)
     kind = picture.format or ""
     if kind not in _LABEL_FORMATS or str(picture.info.get("compression")) in _LOSSY:
         if kind in ("JPEG", "MPO", "JPEG2000", "TIFF"):
             raise BadInput(f"{what} in {'JPEG' if kind != 'JPEG2000' else 'JPEG 2000'}, which changes class indices")
-        raise BadInput(f"{what} in {kind}, not in a format without loss: PNG, TIFF, GIF, BMP, PGM")
+        raise BadInput(f"{what} in {kind}, not in a lossless format: PNG, TIFF, GIF, BMP, PGM")
     if picture.mode not in ("L", "P", "1", *_WIDE):
         raise BadInput(f"{what} of mode {picture.mode}, not one channel of class indices")
     values = np.asarray(picture)
@@ -359,7 +359,7 @@ def _looked_up(values: Integer[np.ndarray, "H W"], table: Integer[np.ndarray, " 
 
 
 def _depth(picture: Image.Image, data: bytes, shown_top: int) -> tuple[int, bool]:
-    """The largest sample that a grey image can hold, and whether 0 is stored for white."""
+    """Return the largest sample that a grey image can hold, and whether 0 is stored for white."""
     if picture.format == "PNG" and data[25] == 0:  # IHDR: bit depth, colour type grey
         return min((1 << data[24]) - 1, shown_top), False
     if picture.format == "TIFF":
@@ -376,12 +376,12 @@ def _decode(data: bytes, what: str, max_pixels: int, image_shape: Size | None = 
 
     Args:
         data: a file's bytes.
-        what: what an error calls the picture.
+        what: name of the picture in error messages.
         max_pixels: maximum size.
-        image_shape: of the image whose label it is, height and width, pixels; None: it is none.
+        image_shape: height and width of the label's image, pixels; None: not a label.
 
     Returns:
-        The picture, and the orientation that Pillow applied to it by itself, 1 for none.
+        The picture, and the orientation that Pillow applied by itself, 1 for none.
 
     Raises:
         BadInput: it can't be used.
@@ -407,24 +407,24 @@ def _decode(data: bytes, what: str, max_pixels: int, image_shape: Size | None = 
         raise BadInput(f"{what} of more than {MAX_PIXELS} pixels") from None
     except BadInput:
         raise
-    except Exception as error:  # decoders meet damage with whatever error lies nearest
+    except Exception as error:  # decoders raise various errors for damaged files
         truncated = "truncated" in str(error).lower()
         raise BadInput(f"truncated {what}" if truncated else f"damaged {what}") from None
 
 
 def decode_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"] | None:
-    """Decode a JPEG by OpenCV, whose libjpeg-turbo gives Pillow's pixels, or return None where that is Pillow's work.
+    """Decode a JPEG by OpenCV, whose libjpeg-turbo gives Pillow's pixels; return None if Pillow must decode it.
 
-    A file must be whole to its end, as OpenCV does not say so where one is cut off.
+    The file must be complete, because OpenCV does not report truncated files.
     """
     if cv2 is None or not (data.startswith(_JPEG_START) and data.endswith(_JPEG_END)):
         return None
     try:
-        picture = Image.open(io.BytesIO(data), formats=("JPEG",))  # which reads no more than the header
+        picture = Image.open(io.BytesIO(data), formats=("JPEG",))  # reads only the header
         if picture.mode not in ("RGB", "L") or min(picture.size) < 2 or picture.width * picture.height > max_pixels:
             return None
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    except Exception:  # Pillow says what is wrong
+    except Exception:  # Pillow reports the error
         return None
     if pixels is None or pixels.shape != (picture.height, picture.width, 3):
         return None
@@ -432,7 +432,7 @@ def decode_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, 
 
 
 def _neighbours(length: int, wanted: int) -> tuple[Any, Any, Any]:
-    """For each of `wanted` pixels the two pixels of `length` it lies between, and the second one's weight."""
+    """Return for each of `wanted` pixels its two neighbours among `length` pixels, and the weight of the second."""
     centre = np.maximum((np.arange(wanted, dtype=np.float32) + 0.5) * np.float32(length / wanted) - 0.5, 0)
     first = np.minimum(centre.astype(np.intp), length - 1)
     return first, np.minimum(first + 1, length - 1), (centre - first).astype(np.float32)

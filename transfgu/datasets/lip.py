@@ -1,4 +1,4 @@
-"""LIP (Look into Person), single persons: one list, one image folder and one label folder for each split."""
+"""List LIP (Look into Person), single persons: one list, one image folder and one label folder per split."""
 
 from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, read_names
 from transfgu.datasets.names import stems

@@ -37,7 +37,7 @@ IMAGE_SUFFIXES = (
 )
 
 
-_KINDS = 8  # suffixes that are counted one by one
+_KINDS = 8  # number of suffixes counted separately
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,8 @@ class Listing:
 
     Args:
         table: rows of `SCHEMA`, sorted by name; `index` is the row's position.
-        left_out: what belongs to the split and can't be used, for a file that is not there.
-        notes: counts for the report, such as images that no annotation names.
+        left_out: unusable samples of the split, because a file is missing.
+        notes: counts for the report, such as images without an annotation.
     """
 
     table: pa.Table
@@ -60,8 +60,8 @@ class Layout:
     """One benchmark's folder layout.
 
     Args:
-        expected: the layout in words, for a message.
-        needed: folders and files below the data set's, without which it is not this layout.
+        expected: the layout as text, for a message.
+        needed: folders and files below the data set's folder that this layout requires.
         listing: lists a split ("train" or "validation") of a recipe's data.
     """
 
@@ -70,7 +70,7 @@ class Layout:
     listing: Callable[[Recipe, str], Listing]
 
     def missing(self, data: str) -> list[str]:
-        """Those of `needed` that are not below `data`."""
+        """Return the entries of `needed` that are missing below `data`."""
         with ThreadPoolExecutor(len(self.needed) or 1) as pool:
             there = pool.map(lambda n: storage.exists(storage.join(data, n)), self.needed)
             return [n for n, found in zip(self.needed, there, strict=True) if not found]
@@ -83,13 +83,13 @@ class Images:
     files: Mapping[str, str]
     """URI by path relative to the folder, sorted."""
     versions: Mapping[str, storage.Version]
-    """Size and time of change by the same paths; links that lead nowhere have none."""
+    """Size and modification time by the same paths; broken links have none."""
     passed: Mapping[str, int]
-    """How many other files there are, by suffix or reason, most first."""
+    """Numbers of other files, by suffix or reason, largest first."""
 
     @property
     def passed_text(self) -> str:
-        """Return in words what is not read, as `3 .mp4, 1 hidden`; empty for nothing."""
+        """Return the unread files as text, such as `3 .mp4, 1 hidden`; empty if there are none."""
         return ", ".join(f"{count} {kind}" for kind, count in self.passed.items())
 
 
@@ -101,8 +101,8 @@ def images_in(folder: str, *, recursive: bool = False) -> dict[str, str]:
 def find_images(folder: str, *, recursive: bool = False) -> Images:
     """Find the image files below `folder`: by suffix, and files without a suffix by their first bytes.
 
-    Hidden files and folders are passed over. A link that leads nowhere counts as an image if it is named as one, so
-    that it is named as missing.
+    Hidden files and folders are skipped. A broken link with the name of an image counts as an image, so that it is
+    reported as missing.
 
     Raises:
         UserError: the storage can't be read.
@@ -142,7 +142,7 @@ def find_images(folder: str, *, recursive: bool = False) -> Images:
 
 
 def in_parallel(*tasks: Callable[[], dict[str, str]]) -> list[dict[str, str]]:
-    """The results of independent listings, which wait for the storage at the same time."""
+    """Return the results of independent listings, which wait for the storage at the same time."""
     with ThreadPoolExecutor(len(tasks)) as pool:
         return [f.result() for f in [pool.submit(t) for t in tasks]]
 
@@ -157,18 +157,18 @@ def pair(
     curated: Callable[[str], bool] | None = None,
     notes: Mapping[str, int] | None = None,
 ) -> Listing:
-    """The listing of a split from what its folders hold.
+    """Return the listing of a split from the content of its folders.
 
-    `recipe.limit` keeps the first usable samples by name; what is left out beyond them is not counted. With
-    `recipe.dataset.curated` the validation split is the curated samples alone, and a limit takes curated ones first.
+    `recipe.limit` keeps the first usable samples by name; left-out samples after them are not counted. With
+    `recipe.dataset.curated` the validation split has only the curated samples, and a limit takes curated ones first.
 
     Args:
-        recipe: whose data it is.
+        recipe: recipe with the data.
         split: "train" or "validation".
         names: samples that belong to the split.
         images: URIs by name.
-        labels: URIs by name; None where the data set has no labels at all.
-        curated: whether a name is in the curated subset; None: the layout has none, all are.
+        labels: URIs by name; None if the data set has no labels.
+        curated: returns True for names in the curated subset; None: the layout has no such subset.
         notes: for the listing.
     """
     is_curated = curated or (lambda _: True)
@@ -197,7 +197,7 @@ def pair(
 def table(
     names: list[str], images: Mapping[str, str], labels: Mapping[str, str], curated: Callable[[str], bool]
 ) -> pa.Table:
-    """A table of `SCHEMA` of samples in the order of `names`."""
+    """Return a table of `SCHEMA` with samples in the order of `names`."""
     return pa.table(
         [
             pa.array(range(len(names)), pa.int32()),
@@ -211,20 +211,20 @@ def table(
 
 
 def read_names(uri: str, known: Mapping[str, str]) -> list[str]:
-    """Read the samples of a list file: one per line, in any of the ways that such lists are written.
+    """Read the samples of a list file: one per line, in any of the usual forms.
 
     A line is a sample's name, or a path to its image, with or without its suffix, and may have further columns. The
-    whole line is tried first, as names may hold spaces, then its first column.
+    whole line is tried first, because names may contain spaces, then its first column.
 
     Args:
-        uri: of the list, in UTF-8 or UTF-16, with or without a byte order mark.
+        uri: URI of the list, in UTF-8 or UTF-16, with or without a byte order mark.
         known: images by name.
 
     Returns:
-        The names; of a line that fits no image, its first column without folders and suffix.
+        The names; for a line without an image, its first column without folders and suffix.
 
     Raises:
-        UserError: it is not there, is no text, or names nothing.
+        UserError: the file is missing, is not text, or names nothing.
     """
     data = storage.read_bytes(uri)
     try:
@@ -233,17 +233,17 @@ def read_names(uri: str, known: Mapping[str, str]) -> list[str]:
             raise ValueError
     except ValueError:
         raise UserError(
-            f"{storage.shown(uri)} is not a text file of names: fetch it again, or save it as UTF-8",
+            f"{storage.shown(uri)} is not a text file of names: download it again, or save it as UTF-8",
             code="list-damaged",
         ) from None
     names = [name for line in text.splitlines() if (name := _named(composed(line.strip()), known))]
     if not names:
-        raise UserError(f"{storage.shown(uri)} names no image: fetch it again", code="list-damaged")
+        raise UserError(f"{storage.shown(uri)} names no image: download it again", code="list-damaged")
     return names
 
 
 def _named(line: str, known: Mapping[str, str]) -> str:
-    """The sample that a line of a list names; empty for none."""
+    """Return the sample that a line of a list names; empty if there is none."""
     first = re.split(r"[\t,;]|\s+", line)[0]
     for text in dict.fromkeys((line, first)):
         file = text.replace("\\", "/").rpartition("/")[2]

@@ -1,6 +1,6 @@
 """Read an image's maps from the part files of the pseudo labels, by one range of bytes.
 
-A small index beside the parts holds the places, so a shuffled order needs one request per image and no footers.
+A small index next to the parts holds the places, so a shuffled order needs one request per image and no footers.
 """
 
 import functools
@@ -17,12 +17,12 @@ from transfgu.errors import UserError
 from transfgu.store import parquet, storage
 
 INDEX = "index.table"
-"""The index beside the parts; not `.parquet`, which parts are."""
+"""File name of the index; not `.parquet`, which is for parts."""
 PLACE = ("part", "row", "offset", "bytes", "h", "w")
-"""Columns of a table of images that say where an image's maps lie."""
+"""Columns of a table of images that hold the places of their maps."""
 
-_OPEN_FILES = 16  # part files a reading process keeps open; a footer takes some 50 KB
-_WHOLE = 4  # images of a part from which on the part is read whole
+_OPEN_FILES = 16  # open part files per reading process; a footer takes about 50 KB
+_WHOLE = 4  # from this number of images, the part is read as a whole
 _SCHEMA = pa.schema(
     [
         ("index", pa.int32()),
@@ -40,11 +40,11 @@ def places(data: bytes) -> dict[str, list[int]]:
     """Find the maps in a part file's bytes.
 
     Returns:
-        For each row `index`, `h`, `w`, and `offset` and `bytes` of its maps; `offset` is -1 where maps are compressed
-        or share a row group.
+        For each row `index`, `h`, `w`, and `offset` and `bytes` of its maps; `offset` is -1 if maps are compressed or
+            share a row group.
 
     Raises:
-        UserError: the bytes are no Parquet file of plain columns.
+        UserError: the bytes are not a Parquet file with plain columns.
     """
     file = parquet.parsed(data, "a part of the pseudo labels")
     table = file.read(columns=["index", "h", "w", "maps"])
@@ -57,7 +57,7 @@ def places(data: bytes) -> dict[str, list[int]]:
         offset = -1
         if groups == len(table):
             chunk = file.metadata.row_group(row).column(column)
-            # The last page of a row group of one row ends in the value's length, four bytes, and the value.
+            # The last page of a row group of one row ends with the value's length, four bytes, and the value.
             start = chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
             offset = start + chunk.total_compressed_size - maps.size
         if offset < 4 or data[offset - 4 : offset + maps.size] != maps.size.to_bytes(4, "little") + bytes(maps):
@@ -87,15 +87,15 @@ def _table(part: str, found: Mapping[str, Sequence[int]]) -> pa.Table:
 
 
 def index_maps(parts: list[str], sizes: Sequence[int] | None = None) -> pa.Table:
-    """Return where each image's maps are, from the index beside the parts; parts that it lacks are opened.
+    """Return the places of the images' maps, from the index next to the parts; parts missing there are opened.
 
     Args:
         parts: URIs of part files in one folder.
-        sizes: theirs, bytes, where they are known: a part of another size than the index says is opened.
+        sizes: sizes of the files in bytes, if known: a part with another size than in the index is opened.
 
     Returns:
         `index` (of the sample) int32, `part` (URI) string, `row` (within it) int32, `offset` and `bytes` of the maps
-        (-1 where they are not one range of bytes), their `h` and `w` (0 where they are not known).
+            (-1 if they are not one range of bytes), their `h` and `w` (0 if unknown).
     """
     folder = parts[0].rpartition("/")[0] if parts else ""
     known = _indexed(folder)
@@ -126,7 +126,7 @@ def _indexed(folder: str) -> dict[str, tuple[int, pa.Table]]:
 
 
 def _opened(part: str) -> pa.Table:
-    """A part's rows by its footer, or its column `index` where the footer does not say."""
+    """Return a part's rows from its footer, or from its column `index` if the footer does not list them."""
     with parquet.opened(part) as file:
         metadata = file.metadata
         column = file.schema_arrow.get_field_index("index")
@@ -141,16 +141,16 @@ def _opened(part: str) -> pa.Table:
 
 
 def maps_shape(rows: pa.Table) -> tuple[int, int, int]:
-    """Return planes, h and w of the images' packed maps, as the first of the rows has them."""
+    """Return planes, h and w of the images' packed maps, taken from the first row."""
     planes, h, w = read_maps(rows.slice(0, 1)).shape[1:]
     return planes, h, w
 
 
 def read_maps(rows: pa.Table) -> Int16[np.ndarray, "n planes h w"]:
-    """Packed maps of the images whose places the columns `PLACE` say, of which all but `part` and `row` may be absent.
+    """Read the packed maps of images at the places in the columns `PLACE`; only `part` and `row` are required.
 
     Raises:
-        UserError: a part is not there, or is another one than was indexed.
+        UserError: a part is missing, or differs from the indexed one.
     """
     columns = {name: rows[name].to_pylist() for name in PLACE if name in rows.column_names}
     found: dict[int, np.ndarray] = {}
@@ -176,7 +176,7 @@ def read_maps(rows: pa.Table) -> Int16[np.ndarray, "n planes h w"]:
 
 
 def _read_range(part: str, offset: int, length: int, h: int, w: int, *, whole: bytes | None) -> Any:
-    # With the four bytes before it that hold its length.
+    # Includes the four bytes before it, which hold its length.
     data = storage.read_range(part, offset - 4, length + 4) if whole is None else whole[offset - 4 : offset + length]
     if data is None or len(data) != length + 4 or int.from_bytes(data[:4], "little") != length:
         raise _changed(part)

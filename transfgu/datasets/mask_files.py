@@ -9,13 +9,13 @@ from transfgu.datasets.names import composed, stem
 from transfgu.errors import UserError
 from transfgu.store import storage
 
-CLAIM = "prediction.json"  # lies beside the folder `masks` of what transfgu predict wrote
+CLAIM = "prediction.json"  # in the --out of transfgu predict, next to the folder `masks`
 
 
 def no_objects(images: str) -> UserError:
-    """Return the error to raise where MaskContrast has nothing to learn from in `images`."""
+    """Return the error for `images` without any object for MaskContrast."""
     return UserError(
-        f"the class attention leaves no object in {images}: give a folder of masks by --maskcontrast.object_masks, or "
+        f"the class attention finds no object in {images}: give a folder of masks by --maskcontrast.object_masks, or "
         "lower --windows.saliency_factor",
         code="objects-missing",
     )
@@ -24,19 +24,19 @@ def no_objects(images: str) -> UserError:
 def find_masks(rows: pa.Table, uri: str) -> dict[str, str]:
     """Find the mask of each image: the one whose path agrees with the longest end of the image's path.
 
-    The mask of ``val2017/0001.jpg`` is ``val2017/0001.png``, else ``0001.png``, in whatever folder that lies where
-    there is one of that name. A sample's name in its data set serves as well, such as Cityscapes' names without
+    The mask of ``val2017/0001.jpg`` is ``val2017/0001.png``, or ``0001.png`` in any folder if there is only one with
+    that name. The name of a sample in its data set can be used as well, such as Cityscapes' names without
     ``_leftImg8bit``.
 
     Args:
         rows: samples: `name`, `image` (URI).
-        uri: a folder of masks at any depth, or the `--out` of transfgu predict.
+        uri: a folder of masks with subfolders, or the `--out` of transfgu predict.
 
     Returns:
         The mask's URI by sample name; samples without a mask are missing.
 
     Raises:
-        UserError: the folder holds no masks, or two that could be an image's.
+        UserError: the folder has no masks, or two that could be an image's.
     """
     storage.check_readable(uri)
     folder = storage.join(uri, "masks") if storage.exists(storage.join(uri, CLAIM)) else uri
@@ -59,7 +59,7 @@ def find_masks(rows: pa.Table, uri: str) -> dict[str, str]:
         if len(candidates) > 1:
             two = " and ".join(storage.shown(mask) for mask in sorted(candidates)[:2])
             raise UserError(
-                f"{two} could both be the mask of {name}: keep one of them, or lay the masks in the images' folders",
+                f"{two} could both be the mask of {name}: keep one, or put the masks into the folders of the images",
                 code="masks-ambiguous",
             )
         if candidates:
@@ -67,8 +67,8 @@ def find_masks(rows: pa.Table, uri: str) -> dict[str, str]:
             other = owners.setdefault(candidates[0], name)
             if other != name:
                 raise UserError(
-                    f"{storage.shown(candidates[0])} could be the mask of {other} and of {name}: lay the masks in the "
-                    "images' folders, or name them after whole names, as photo.jpg.png",
+                    f"{storage.shown(candidates[0])} could be the mask of {other} and of {name}: put masks into the "
+                    "images' folders, or use full names, such as photo.jpg.png",
                     code="masks-ambiguous",
                 )
     return found
@@ -78,7 +78,7 @@ def _candidates(name: str, image: str, by_path: Mapping[str, list[str]], by_name
     name, pieces = composed(name), composed(image).split("/")
     for start in range(len(pieces)):
         tail = "/".join(pieces[start:])
-        # The mask of photo.jpg is photo.jpg.png where there is a photo.png as well.
+        # The mask of photo.jpg is photo.jpg.png if there is a photo.png as well.
         for key in (tail, stem(tail)):
             if key in by_path:
                 return by_path[key]

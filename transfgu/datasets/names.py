@@ -1,7 +1,7 @@
-"""Which file belongs to which image: names are compared in Unicode's composed form, and never share an output.
+"""Assign labels and outputs to images by name; names are compared in Unicode's composed form.
 
-A file system may write an accent as one code point (NFC) or as two (NFD), and may hold `A.jpg` and `a.jpg` for one
-name. So labels are found by the composed form, and outputs differ even where case is ignored.
+A file system may store an accent as one code point (NFC) or as two (NFD), and may treat `A.jpg` and `a.jpg` as one
+name. So labels are found by the composed form, and outputs differ even if case is ignored.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from transfgu.errors import UserError
 from transfgu.store import storage
 
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".gif", ".bmp", ".pgm", ".ppm")
-"""Of formats without loss, in which a label can be."""
+"""Suffixes of lossless formats for labels."""
 
 
 def stem(relative: str) -> str:
@@ -28,15 +28,15 @@ def composed(name: str) -> str:
 
 
 def folded(name: str) -> str:
-    """Return what is equal for names that some file system takes for one."""
+    """Return a form that is equal for names which some file systems treat as one."""
     return unicodedata.normalize("NFC", composed(name).casefold())
 
 
 def output_names(images: Sequence[str]) -> list[str]:
     """Name an output file for each image, without an extension; no two share one on any file system.
 
-    It is the image's path without its extension; where images share that, with it; where they still differ only in
-    case or in the form of an accent, with eight digits of the path's SHA-256 besides.
+    The name is the image's path without its extension; if images share that, with the extension; if they still differ
+    only in case or in the form of an accent, with eight digits of the path's SHA-256 added.
 
     Args:
         images: relative paths, all different.
@@ -51,7 +51,7 @@ def output_names(images: Sequence[str]) -> list[str]:
         groups: dict[str, list[int]] = {}
         for i, name in enumerate(found):
             groups.setdefault(folded(name), []).append(i)
-        # `a.png`, the mask of a.jpg, may not lie where a folder `a.png` does.
+        # `a.png`, the mask of a.jpg, must not have the path of a folder `a.png`.
         folders = {key[: at.start()] for key in groups for at in re.finditer("/", key)}
         clashing: list[int] = []
         for key, group in groups.items():
@@ -66,9 +66,9 @@ def output_names(images: Sequence[str]) -> list[str]:
 
 
 def labels_of(images: Iterable[str], labels: Mapping[str, str]) -> dict[str, str]:
-    """Find each image's label: the one named after its whole path (`a.jpg.png`), else after it without its extension.
+    """Find each image's label: named after its full path (`a.jpg.png`), or after its path without extension.
 
-    Of several files of one name those without loss count.
+    If several files have one name, lossless formats are preferred.
 
     Args:
         images: relative paths.
@@ -99,7 +99,7 @@ def labels_of(images: Iterable[str], labels: Mapping[str, str]) -> dict[str, str
             if label in owners:
                 raise UserError(
                     f"{storage.shown(labels[label])} could be the label of {owners[label]} and of {image}: name labels "
-                    f"after whole names, as {owners[label]}.png",
+                    f"by full names, such as {owners[label]}.png",
                     code="names-collide",
                 )
             owners[label] = image
@@ -108,7 +108,7 @@ def labels_of(images: Iterable[str], labels: Mapping[str, str]) -> dict[str, str
 
 
 def stems(files: Mapping[str, str], suffix: str = "") -> dict[str, str]:
-    """Key files by their names alone, composed, without extension and `suffix`; files without `suffix` are dropped.
+    """Key files by their names alone, composed, without extension and `suffix`; skip files without `suffix`.
 
     Raises:
         UserError: two files have one name.

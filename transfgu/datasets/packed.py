@@ -1,8 +1,8 @@
-"""Images inside larger files, image columns of Parquet and tar shards (WebDataset), become files of their own, once.
+"""Unpack images from larger files, image columns of Parquet and tar shards (WebDataset), to files, once.
 
 Training reads images in random order, and a row of Parquet can't be read without its whole row group. So the samples
-stage writes every image's bytes, as they are, to a file, a row group or a stretch of a shard at a time; from there on
-they are a folder like any other.
+stage copies every image's bytes to a file, one row group or one stretch of a shard at a time; later stages read them
+like any other folder.
 """
 
 import re
@@ -22,11 +22,11 @@ from transfgu.store import parquet, storage
 
 SUFFIXES = (".parquet", ".tar")
 COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
-"""Names of an image column, the preferred one first."""
+"""Names of an image column, in order of preference."""
 
-_REMEDY = "fetch it again"
+_REMEDY = "download it again"
 STRETCH = 64 * 2**20
-"""Bytes of a tar shard that are read at once."""
+"""Number of bytes of a tar shard that are read at a time."""
 _SPLIT = re.compile(r"(train|validation|valid|val|test)(?![A-Za-z])")
 _MAGIC = (
     (b"\xff\xd8\xff", ".jpg"),
@@ -44,9 +44,9 @@ class Pack:
     """One file of several images.
 
     Args:
-        uri: of the file.
-        stem: its path below the data, without its ending.
-        split: "train", "val", or "" where its name tells none.
+        uri: URI of the file.
+        stem: its path below the data, without its extension.
+        split: "train", "val", or "" if its name contains none.
     """
 
     uri: str
@@ -56,14 +56,14 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """What is unpacked at a time: a row group, or a stretch of a tar shard.
+    """The images unpacked at a time: a row group, or a stretch of a tar shard.
 
     Args:
         pack: the file.
-        number: of the unit in the file.
+        number: number of the unit in the file.
         first: number of its first image in the file.
-        count: of its images.
-        members: of a tar shard: name, offset and size in bytes of each image.
+        count: number of its images.
+        members: for a tar shard: name, offset and size in bytes of each image.
     """
 
     pack: Pack
@@ -74,7 +74,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """A name for its record: no other unit's."""
+        """Name of its record, unique among units."""
         return f"{self.pack.stem}-{self.number:06d}"
 
 
@@ -84,10 +84,10 @@ def is_pack(uri: str) -> bool:
 
 
 def packs(data: str) -> list[Pack]:
-    """List the files of images that are, or lie below, `data`, by name.
+    """List the files of images that `data` is or contains, by name.
 
-    Files named after a split, or in a folder of its name (`train-00000.parquet`, `val/0.tar`), belong to it. Those of
-    `test` are the validation split where there is no other, and are left out where there is.
+    Files with the name of a split, or in a folder with its name (`train-00000.parquet`, `val/0.tar`), belong to it.
+    Those of `test` are the validation split if there is no other, and otherwise left out.
 
     Args:
         data: URI of a file or a folder.
@@ -109,12 +109,12 @@ def packs(data: str) -> list[Pack]:
 
 
 def units(data: str, limit: int = 0, stretch: int = STRETCH) -> list[Unit]:
-    """List what is to be unpacked; of the files, footers and headers alone are read.
+    """List the units to unpack; only footers and headers of the files are read.
 
     Args:
         data: URI of a file or a folder.
-        limit: images of each split that are enough; 0: all.
-        stretch: bytes of a tar shard that one unit has at most, unless one image has more.
+        limit: sufficient number of images per split; 0: all.
+        stretch: maximum number of bytes of a tar shard in one unit, unless a single image is larger.
 
     Raises:
         UserError: a damaged file, or one without an image column.
@@ -169,16 +169,16 @@ def _stretches(pack: Pack, most: int) -> list[Unit]:
 
 
 def _safe(name: str) -> str:
-    """A member's path below the shard's own folder; empty where it would lead out of it, or is hidden."""
+    """Return a member's path below the shard's own folder; empty if it would lead out of it, or is hidden."""
     parts = [part for part in PurePosixPath(name).parts if part not in ("/", ".")]
     return "" if any(part.startswith((".", "__MACOSX")) for part in parts) else "/".join(parts)
 
 
 def image_column(schema: pa.Schema, uri: str) -> str:
-    """Return the name of the column that holds encoded images: bytes, or a struct with `bytes`.
+    """Return the name of the column with encoded images: bytes, or a struct with `bytes`.
 
     Raises:
-        UserError: there is none, or several of which none has a known name.
+        UserError: there is none, or several without a known name.
     """
     fitting = [name for name, kind in zip(schema.names, schema.types, strict=True) if _holds_bytes(kind)]
     named = [name for name in COLUMNS if name in fitting]
@@ -202,11 +202,11 @@ def unpack(unit: Unit, folder: str) -> list[LeftOut]:
     """Write the images of a unit to files; returns the rows without an image.
 
     Args:
-        unit: what to unpack.
+        unit: the unit.
         folder: URI of the folder; an image's path below it is split, file and name, or number, within the file.
 
     Raises:
-        UserError: the file is no longer what it was, or can't be read.
+        UserError: the file has changed, or can't be read.
     """
     left_out = []
     for name, data in _images(unit):
@@ -220,7 +220,7 @@ def unpack(unit: Unit, folder: str) -> list[LeftOut]:
 
 
 def _images(unit: Unit) -> Iterator[tuple[str, bytes | None]]:
-    """Name and bytes of each image; None for a row without one."""
+    """Yield name and bytes of each image; None for a row without one."""
     if unit.members:
         start = unit.members[0][1]
         last = unit.members[-1]
@@ -243,5 +243,5 @@ def _images(unit: Unit) -> Iterator[tuple[str, bytes | None]]:
 
 
 def _suffix(data: bytes) -> str:
-    """The ending that fits an image's first bytes; whether they are one is seen when it is decoded."""
+    """Return the suffix for an image's first bytes; decoding shows later whether it is one."""
     return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), ".jpg")

@@ -1,6 +1,6 @@
-"""A mask is read by numbers as on a map: every region carries its class's number, so no two colours need be told apart.
+"""Draw the pictures of reports: images, masks and heat maps as data URIs.
 
-What a page embeds is made here: images, masks and heat maps as data URIs.
+Every region of a mask has the number of its class, as on a map, so readers need not distinguish colours.
 """
 
 import base64
@@ -37,15 +37,15 @@ _VIRIDIS = np.array(
     ],
     dtype=np.float32,
 )
-_SMALLEST = 0.02  # share of the picture below which a region gets no number
-_EACH = 3  # regions of one class that get a number
+_SMALLEST = 0.02  # regions with a smaller share of the picture have no number
+_EACH = 3  # regions per class with a number
 _GAP = 2  # px between tiles
-_ROUGH = 96  # px, the longer side of the copy in which places for numbers are sought
+_ROUGH = 96  # px, the longer side of the copy in which places for numbers are searched
 
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """A class's number, and where it stands: percent of the picture's width and height."""
+    """A class's number, and its position: percent of the picture's width and height."""
 
     number: int
     left: float
@@ -53,17 +53,17 @@ class Key:
 
 
 def jpeg(image: Pixels) -> str:
-    """As a data URI."""
+    """Return an image as a data URI."""
     return _data_uri(Image.fromarray(image), "jpeg", quality=82)
 
 
 def png(image: Pixels) -> str:
-    """As a data URI, without loss."""
+    """Return an image as a lossless data URI."""
     return _data_uri(Image.fromarray(image), "png", optimize=True)
 
 
 def shrink(image: Pixels, side: int) -> Resized:
-    """The image with its longer side `side` pixels; as it is where it is smaller."""
+    """Return the image reduced to a longer side of `side` pixels; smaller images are unchanged."""
     height, width = image.shape[:2]
     factor = side / max(height, width)
     if factor >= 1:
@@ -73,7 +73,7 @@ def shrink(image: Pixels, side: int) -> Resized:
 
 
 def paint(mask: Mask, colours: Sequence[Colour], side: int) -> Resized:
-    """A mask in its classes' colours, regions outlined, the longer side `side` pixels; -1 is grey."""
+    """Paint a mask in its classes' colours with outlines of regions, the longer side `side` pixels; -1 is grey."""
     mask = _nearest(mask, side)
     table = np.array([*colours, _UNLABELLED], dtype=np.uint8)  # index -1 is the last
     painted: Resized = table[mask]
@@ -83,7 +83,7 @@ def paint(mask: Mask, colours: Sequence[Colour], side: int) -> Resized:
 
 
 def keys(mask: Mask) -> list[Key]:
-    """For each class the places, in its largest regions, where a number has the most room."""
+    """Return, for each class, the places in its largest regions with the most room for a number."""
     rough = _nearest(mask, _ROUGH)
     found = []
     for number in np.unique(rough[rough >= 0]):
@@ -92,7 +92,7 @@ def keys(mask: Mask) -> list[Key]:
         for region in np.argsort(-sizes, kind="stable")[:_EACH]:
             if sizes[region] < _SMALLEST * rough.size:
                 break
-            # Padded, as the picture's border leaves no more room than another region's.
+            # Padded, because the picture's border is an edge of a region, too.
             inside = np.pad(regions == 1 + int(region), 1)
             room = ndimage.distance_transform_edt(inside)[1:-1, 1:-1]
             y, x = np.unravel_index(room.argmax(), room.shape)
@@ -106,7 +106,7 @@ def _percent(pixel: int, side: int) -> float:
 
 
 def describe(mask: Mask, names: Sequence[str], at_most: int = 5) -> str:
-    """A mask in words: its largest classes with their shares."""
+    """Describe a mask as text: its largest classes with their shares."""
     counts = np.bincount(mask[mask >= 0].ravel(), minlength=1)
     largest = [int(c) for c in np.argsort(-counts, kind="stable")[:at_most] if counts[c]]
     words = [f"{names[c]} {100 * counts[c] / mask.size:.0f} %" for c in largest]
@@ -115,7 +115,7 @@ def describe(mask: Mask, names: Sequence[str], at_most: int = 5) -> str:
 
 
 def glow(image: Pixels, heat: Float[np.ndarray, "h w"]) -> Pixels:
-    """The image in dim grey under the colours of `heat`, 0 to 1, by the scale of :func:`colour_scale`."""
+    """Return the image in dim grey under the colours of `heat`, 0 to 1, by the scale of :func:`colour_scale`."""
     height, width = image.shape[:2]
     grey = np.asarray(Image.fromarray(image).convert("L"), dtype=np.float32)[..., None] * 0.8
     resized = Image.fromarray(heat.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
@@ -124,13 +124,13 @@ def glow(image: Pixels, heat: Float[np.ndarray, "h w"]) -> Pixels:
 
 
 def colour_scale(width: int, height: int) -> Pixels:
-    """A bar of the colours from 0, left, to 1, right."""
+    """Return a bar of the colours from 0, left, to 1, right."""
     row = _viridis(np.linspace(0, 1, width, dtype=np.float32))
     return np.broadcast_to(row.round().astype(np.uint8), (height, width, 3)).copy()
 
 
 def error_map(image: Pixels, prediction: Mask, label: Mask) -> Pixels:
-    """The image in grey, wrong pixels in orange, pixels without a label in flat grey."""
+    """Return the image in grey, with wrong pixels in orange and pixels without a label in flat grey."""
     grey = np.asarray(Image.fromarray(image).convert("L"), dtype=np.float32)[..., None].repeat(3, axis=2)
     wrong = ((label >= 0) & (prediction != label))[..., None]
     painted = np.where(wrong, 0.35 * grey + 0.65 * _WRONG, grey)
@@ -144,12 +144,12 @@ def _viridis(values: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape 3
 
 
 def square(picture: Pixels, side: int) -> Resized:
-    """A picture resized to a square of `side` pixels."""
+    """Return a picture resized to a square of `side` pixels."""
     return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BILINEAR))
 
 
 def tiles(pictures: Sequence[Pixels], side: int, columns: int) -> Resized:
-    """Pictures as squares of `side` pixels, row by row; places left over are grey."""
+    """Arrange pictures as squares of `side` pixels, row by row; unused places are grey."""
     rows, step = -(-len(pictures) // columns), side + _GAP
     sheet = np.full((rows * step - _GAP, columns * step - _GAP, 3), _UNLABELLED, dtype=np.uint8)
     for place, picture in enumerate(pictures):
@@ -159,7 +159,7 @@ def tiles(pictures: Sequence[Pixels], side: int, columns: int) -> Resized:
 
 
 def _nearest(mask: Mask, side: int) -> ResizedMask:
-    """The mask with its longer side `side` pixels, every pixel one that was there."""
+    """Return the mask with a longer side of `side` pixels, by nearest neighbour."""
     height, width = mask.shape
     factor = side / max(height, width)
     rows, columns = (

@@ -1,7 +1,7 @@
-"""Images that are too large to hold are read by rows, from the top down.
+"""Read images that are too large for memory by rows, from the top down.
 
-What Pillow may decode is decoded by it, so that a tiled prediction sees the pixels that a plain one sees. GDAL (through
-rasterio, the extra `geo`) reads what is larger.
+Images within Pillow's limit are decoded by Pillow, so that a tiled prediction gets the same pixels as a plain one. GDAL
+(through rasterio, the extra `geo`) reads larger images.
 """
 
 import io
@@ -18,7 +18,7 @@ from transfgu.errors import BadInput
 from transfgu.recipe import MAX_PIXELS
 from transfgu.store import storage
 
-# GDAL's drivers by a file's first bytes: none that follows a file to others, as VRT does.
+# GDAL's drivers by a file's first bytes, without drivers that read other files, such as VRT.
 _DRIVERS = {
     b"\x89PNG": "PNG",
     b"\xff\xd8\xff": "JPEG",
@@ -28,8 +28,8 @@ _DRIVERS = {
     b"MM\0+": "GTiff",
 }
 
-_GDAL = {"GDAL_CACHEMAX": 64}  # MB: rows are read once, and GDAL would keep a twentieth of the memory's worth of them
-_TAIL = 64  # bytes in which a whole file says that it ends
+_GDAL = {"GDAL_CACHEMAX": 64}  # MB: rows are read once, but GDAL's default cache is a twentieth of the memory
+_TAIL = 64  # bytes at the end that show whether a file is complete
 
 
 class ArrayRows:
@@ -40,15 +40,15 @@ class ArrayRows:
         self.height, self.width = image.shape[:2]
 
     def read(self, start: int, stop: int) -> UInt8[np.ndarray, "rows W 3"]:
-        """The rows `start` to `stop`."""
+        """Return the rows `start` to `stop`."""
         return self._image[start:stop]
 
 
 class RasterRows:
-    """An image file of any size; a row is decoded when it is asked for.
+    """An image file of any size; rows are decoded when they are read.
 
     Raises:
-        BadInput: no raster of 8 or 16 bits, unreadable, or rasterio is not installed.
+        BadInput: not a raster of 8 or 16 bits, unreadable, or rasterio is not installed.
     """
 
     def __init__(self, uri: str, max_pixels: int = MAX_PIXELS) -> None:
@@ -65,7 +65,7 @@ class RasterRows:
         if driver is None:
             raise BadInput(f"{larger} that is not PNG, JPEG or TIFF")
         if (driver == "PNG" and b"IEND" not in tail) or (driver == "JPEG" and b"\xff\xd9" not in tail):
-            raise BadInput("truncated image")  # GDAL fills what is missing with black
+            raise BadInput("truncated image")  # GDAL fills missing data with black
         try:
             with rasterio.Env(**_GDAL), warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)
@@ -86,7 +86,7 @@ class RasterRows:
             raise BadInput(f"image of {self._file.dtypes[0]}, not of 8 or 16 bits")
 
     def read(self, start: int, stop: int) -> UInt8[np.ndarray, "rows W 3"]:
-        """The rows `start` to `stop`.
+        """Return the rows `start` to `stop`.
 
         Raises:
             BadInput: they are damaged.
@@ -108,7 +108,7 @@ class RasterRows:
 
 
 def _ends(uri: str) -> tuple[bytes, bytes]:
-    """The first and the last bytes of a local file."""
+    """Return the first and the last bytes of a local file."""
     path = Path(storage.absolute(uri))
     with path.open("rb") as file:
         head = file.read(4)
@@ -120,9 +120,9 @@ def rows_of(uri: str, *, orient: bool = False, max_pixels: int = MAX_PIXELS) -> 
     """Open an image file to read it by rows: by Pillow, in memory, or a larger one by GDAL.
 
     Args:
-        uri: of the file.
+        uri: URI of the file.
         orient: apply EXIF's orientation, if Pillow reads the file.
-        max_pixels: number of pixels up to which Pillow reads it.
+        max_pixels: maximum number of pixels for Pillow.
 
     Raises:
         BadInput: it can't be used.
@@ -134,12 +134,12 @@ def rows_of(uri: str, *, orient: bool = False, max_pixels: int = MAX_PIXELS) -> 
 
 
 def _pixels(uri: str) -> int:
-    """How many pixels a file says that it has; 0 where Pillow does not know."""
+    """Return the number of pixels in a file's header; 0 if Pillow can't read it."""
     try:
         data: Any = storage.absolute(uri) if storage.is_local(uri) else io.BytesIO(storage.read_bytes(uri))
         with Image.open(data) as picture:
             return picture.width * picture.height
     except Image.DecompressionBombError:  # beyond twice the limit
         return 2 * MAX_PIXELS
-    except Exception:  # whatever is wrong with it, its reader tells
+    except Exception:  # its reader reports the error
         return 0

@@ -1,4 +1,4 @@
-"""Rows of a table of URIs become decoded images and labels; bad input is left out, with the reason."""
+"""Decode rows of a table of URIs to images and labels; bad input is left out, with the reason."""
 
 from typing import Any
 
@@ -20,17 +20,17 @@ def read_training_rows(
     """Decode images and maps.
 
     Args:
-        rows: columns `image` (URI), and, where there are maps, `part` and `row`; others are passed on.
+        rows: columns `image` (URI), and, if there are maps, `part` and `row`; others are passed on.
         size: images are resized to this, bilinear.
         orient: apply EXIF's orientation.
         max_pixels: maximum size of an image.
 
     Returns:
-        The columns of `rows` but `part` and `row`, `image` as (n, 3, H, W) uint8, and `maps` (n, K + 2, h, w) int16,
-        packed as they are kept (see `packed_maps.unpack_maps`), or without planes.
+        The columns of `rows` except `part` and `row`, `image` as (n, 3, H, W) uint8, and `maps` (n, K + 2, h, w) int16,
+            packed as stored (see `packed_maps.unpack_maps`), or without planes.
 
     Raises:
-        UserError: an image that could be read when its maps were made, and now can't.
+        UserError: an image that was readable when its maps were computed, and now is not.
     """
     pixels = np.empty((len(rows), 3, *size), np.uint8)
     uris = rows["image"].to_pylist()
@@ -42,7 +42,7 @@ def read_training_rows(
 
 
 def read_reasons(rows: pa.Table, *, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
-    """Decode images (column `image`, URIs) to find the bad ones: `reason`, empty where all is well."""
+    """Decode images (column `image`, URIs) to find bad ones: `reason` is empty for good ones."""
     reasons = []
     for uri in rows["image"].to_pylist():
         try:
@@ -59,30 +59,29 @@ def training_image(
     """Decode a training image, bilinear to `size`, from its file's bytes (None: the file is missing).
 
     Raises:
-        UserError: it could be read when its maps were made, and now can't.
+        UserError: it was readable when its maps were computed, and now is not.
     """
     try:
         return images.resize(images.decode_file(data, orient=orient, max_pixels=max_pixels), size, "bilinear")
     except BadInput as error:
         raise UserError(
-            f"{storage.shown(uri)} was read for its pseudo label, and now is bad ({error}): put it back",
+            f"{storage.shown(uri)} was read for its pseudo label, but is bad now ({error}): restore it",
             code="image-changed",
         ) from None
 
 
 def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, protocol: Protocol = "published") -> dict[str, Any]:
-    """Decode images and labels; what can't be used is passed on with the reason and a label that counts nothing.
+    """Decode images and labels; unusable rows are passed on with the reason and a label without pixels to count.
 
     Args:
         rows: columns `image` (URI), `label` (URI or null); others are passed on.
-        recipe: says the images' size (`dataset.image_size`, bilinear) and the labels' classes.
-        protocol: "published": labels are resized to the same, nearest; "label": they stay as they are; "stego": both
-            are resized until they just cover that size, and what juts out is cut off evenly (for a square: shorter
-            side, centre crop).
+        recipe: recipe with the images' size (`dataset.image_size`, bilinear) and the labels' classes.
+        protocol: "published": labels are resized to the same size, nearest; "label": they are unchanged; "stego": both
+            are resized to cover that size and cropped at the centre (for a square: shorter side, centre crop).
 
     Returns:
-        The columns of `rows` but `label`, `image` as (n, 3, H, W) uint8, `label` as bytes of int16 with its `height`
-        and `width`, and `reason`, empty where all is well.
+        The columns of `rows` except `label`, `image` as (n, 3, H, W) uint8, `label` as bytes of int16 with its `height`
+            and `width`, and `reason`, empty for good rows.
     """
     classes, how = datasets.classes(recipe), recipe.dataset
     size = how.image_size
@@ -102,7 +101,7 @@ def read_labelled_rows(rows: pa.Table, *, recipe: Recipe, protocol: Protocol = "
             labels.append(np.full((1, 1), -1, np.int16))
             reasons.append(str(error))
     passed = {n: rows[n].to_numpy() for n in rows.column_names if n not in ("image", "label")}
-    # As objects: an array of bytes would drop the zeros at their end.
+    # As objects, because an array of bytes would drop zeros at the end.
     content = np.array([label.tobytes() for label in labels] + [None], object)[:-1]
     return {
         **passed,
@@ -119,7 +118,7 @@ def counted_label(label: Int16[np.ndarray, "H W"], size: Size, protocol: Protoco
 
     Args:
         label: at its own resolution.
-        size: of the images, height and width, pixels.
+        size: height and width of the images, pixels.
         protocol: as for :func:`read_labelled_rows`.
     """
     if protocol == "label":
@@ -131,15 +130,15 @@ def counted_label(label: Int16[np.ndarray, "H W"], size: Size, protocol: Protoco
 
 
 def _centre(image: UInt8[np.ndarray, "H W 3"], size: Size) -> UInt8[np.ndarray, "h w 3"]:
-    """The centre of an image that was resized to cover `size` (torchvision's `Resize` of the shorter side)."""
+    """Return the centre of an image that was resized to cover `size` (torchvision's `Resize` of the shorter side)."""
     whole, there = _covering((image.shape[0], image.shape[1]), size)
     return np.ascontiguousarray(images.resize(image, whole, "bilinear").transpose(1, 2, 0)[there])
 
 
 def _covering(shape: Size, size: Size) -> tuple[Size, tuple[slice, slice]]:
-    """The smallest size of the same proportions that covers `size`, and where its centre of `size` lies."""
+    """Return the smallest size of the same proportions that covers `size`, and the position of its centre crop."""
     height, width = shape
-    if size[0] * width >= size[1] * height:  # too low for that width
+    if size[0] * width >= size[1] * height:  # the height determines the scale
         whole = (size[0], max(size[1], width * size[0] // height))
     else:
         whole = (max(size[0], height * size[1] // width), size[1])
@@ -150,7 +149,7 @@ def _covering(shape: Size, size: Size) -> tuple[Size, tuple[slice, slice]]:
 def read_plain_rows(
     rows: pa.Table, *, size: Size, orient: bool = False, max_pixels: int = MAX_PIXELS
 ) -> dict[str, Any]:
-    """Decode images alone, bilinear to `size`; what can't be read is left out.
+    """Decode images without labels, bilinear to `size`; unreadable ones are left out.
 
     Args:
         rows: column `image` (URI).
@@ -159,7 +158,7 @@ def read_plain_rows(
         max_pixels: maximum size of an image.
 
     Returns:
-        `image` as (n, 3, H, W) uint8, and `good`, whether it is one; a bad one is black.
+        `image` as (n, 3, H, W) uint8, and `good`, False for an unreadable one, which is black.
     """
     pixels = np.zeros((len(rows), 3, *size), np.uint8)
     good = np.ones(len(rows), bool)
@@ -172,7 +171,7 @@ def read_plain_rows(
 
 
 def usable(columns: dict[str, Any]) -> tuple[UInt8[np.ndarray, "n 3 H W"], list[Int16[np.ndarray, "_ _"]]]:
-    """Images and labels of those rows of :func:`read_labelled_rows` that give no reason against it."""
+    """Return images and labels of the rows of :func:`read_labelled_rows` without a reason."""
     good = columns["reason"] == ""
     rows = zip(*(columns[name][good] for name in ("label", "height", "width")), strict=True)
     return columns["image"][good], [np.frombuffer(label, np.int16).reshape(h, w) for label, h, w in rows]

@@ -1,8 +1,8 @@
-"""Training's images, decoded and resized, and their packed maps, in one file on the node's disk.
+"""Cache training's images, decoded and resized, and their packed maps, in one file on the node's disk.
 
-All samples of a data set have the same size, so a sample is found by its position: one read copies it from the file,
-or from the memory in which the system keeps the file. Workers of a node, and the trials of a search, share the file.
-A sample is written by whoever needs it first, under a lock that is given up when its holder dies.
+All samples of a data set have the same size, so a sample is found by its position: one read copies it from the file, or
+from the system's page cache. Workers of a node, and the trials of a search, share the file. The process that first
+needs a sample writes it, under a lock that is released when the process dies.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from jaxtyping import Bool, Int
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-_STRIPES = 256  # lock files that samples and parts share
-_SPARE = 1 << 30  # bytes of the disk that are left free
+_STRIPES = 256  # number of lock files, shared by samples and parts
+_SPARE = 1 << 30  # bytes of the disk that stay free
 _IMAGE, _MAPS = 0, 1
 
 
 FOLDER = "TRANSFGU_CACHE"
-"""Environment variable that names the folder of a node's caches; each node may set its own."""
+"""Environment variable for the folder of a node's caches; each node may set its own."""
 
 
 def default_folder() -> str:
@@ -45,10 +45,10 @@ def default_folder() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a cache holds."""
+    """Description of a cache's content."""
 
     key: str
-    """Digest of all that the samples' bytes depend on."""
+    """Digest of everything that the samples' bytes depend on."""
     samples: int
     image_bytes: int
     maps_bytes: int
@@ -66,17 +66,17 @@ class Layout:
 
 
 class SampleCache:
-    """A cache that is in use; it can't be removed until it is closed or its process ends."""
+    """A cache in use; it can't be removed until it is closed or its process ends."""
 
     def __init__(self, folder: str, layout: Layout, limit: int, *, boot: str | None = None) -> None:
-        """Open the cache, or make an empty one after removing the least recently used ones that are not in use.
+        """Open the cache, or create an empty one after removing the least recently used ones that are not in use.
 
         Args:
-            folder: of all caches of the node.
-            layout: what this one holds.
-            limit: bytes that all caches in `folder` may take. Where the rest of it, or of the disk, is too small for
-                all samples, the first ones are kept.
-            boot: names the time since the machine started; None: as the system says.
+            folder: folder of all caches of the node.
+            layout: content of this one.
+            limit: maximum size of all caches in `folder`, bytes. If the rest of it, or of the disk, is too small for
+                all samples, only the first ones are stored.
+            boot: identifies the time since the machine started; None: from the system.
 
         Raises:
             OSError: the folder can't be written.
@@ -98,12 +98,12 @@ class SampleCache:
         self._full = False
 
     def _ready(self, root: Path, limit: int) -> int:
-        """Make the cache's files unless they are there; returns how many samples they may hold."""
+        """Create the cache's files unless they exist; returns the maximum number of samples in them."""
         layout, about = self.layout, _about(self._folder)
         if about and (about["boot"] == self._boot or (self._folder / "whole").exists()):
             os.utime(self._folder / "use")
             return int(about["kept"])
-        # Of a cache that was not complete when the machine stopped, no one knows what has reached the disk.
+        # If a cache was incomplete when the machine stopped, it is unknown which data reached the disk.
         for file in ("samples.bin", "flags", "whole"):
             (self._folder / file).unlink(missing_ok=True)
         room = _make_room(root, self._folder, layout.samples * layout.sample_bytes, limit)
@@ -120,12 +120,12 @@ class SampleCache:
         return kept
 
     def has(self, positions: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-        """Return which samples are there, image and maps."""
+        """Return True for samples that are stored, image and maps."""
         images, maps = (self._flags[which, positions] != 0 for which in (_IMAGE, _MAPS))
         return np.asarray(images & maps)
 
     def read(self, position: int, image: Any, maps: Any) -> None:
-        """Copy a sample that is there into two contiguous writable arrays of its image and its maps.
+        """Copy a stored sample into two contiguous writable arrays of its image and its maps.
 
         Raises:
             OSError: the file can't be read.
@@ -134,10 +134,10 @@ class SampleCache:
         buffers = [buffer for buffer in buffers if len(buffer)]
         size = sum(map(len, buffers))
         if os.preadv(self._file, buffers, position * self.layout.sample_bytes) != size:
-            raise OSError(errno.EIO, f"{self._folder / 'samples.bin'} is shorter than it was")
+            raise OSError(errno.EIO, f"{self._folder / 'samples.bin'} is shorter than before")
 
     def image(self, position: int, out: Any, make: Callable[[], Any]) -> None:
-        """Copy a sample's image into the array `out`; `make` returns it where it is not there yet."""
+        """Copy a sample's image into the array `out`; if it is not stored yet, `make` returns it."""
         view = _bytes(out)
         if position >= self.kept:
             view[:] = _bytes(make())
@@ -150,13 +150,13 @@ class SampleCache:
             self._write(_IMAGE, position, view)
 
     def maps(self, position: int, out: Any, part: int, others: Int[np.ndarray, " m"], make: Callable[[], Any]) -> None:
-        """Copy a sample's maps into the array `out`; where they are not there yet, those of its whole part are made.
+        """Copy a sample's maps into the array `out`; if they are not stored yet, those of its whole part are read.
 
         Args:
-            position: of the sample.
+            position: position of the sample.
             out: array for its maps.
             part: number of the part.
-            others: positions of the part's samples, this one among them.
+            others: positions of the part's samples, including this one.
             make: returns the maps of all of `others`.
         """
         view = _bytes(out)
@@ -179,7 +179,7 @@ class SampleCache:
                     view[:] = _bytes(made)
 
     def _write(self, which: int, position: int, data: Any) -> None:
-        """Keep an image or maps; where the disk is full, later ones are not kept."""
+        """Store an image or maps; once the disk is full, no more are stored."""
         if self._full:
             return
         offset = position * self.layout.sample_bytes + (self.layout.image_bytes if which == _MAPS else 0)
@@ -193,7 +193,7 @@ class SampleCache:
             logger.warning("%s is full: images that are not in the cache are read again in every epoch", self._folder)
 
     def seal(self) -> None:
-        """Write everything to the disk if every sample is there, so that the cache outlives the machine's restart."""
+        """Write everything to the disk if every sample is stored, so that the cache survives a restart."""
         os.utime(self._folder / "use")
         whole = self._folder / "whole"
         if self.kept == self.layout.samples and not whole.exists() and self._flags.all():
@@ -202,14 +202,14 @@ class SampleCache:
             whole.touch()
 
     def close(self) -> None:
-        """Give the cache up."""
+        """Close the cache."""
         os.close(self._file)
         os.close(self._use)
 
     @contextlib.contextmanager
     def lock(self, number: int) -> Iterator[None]:
-        """Hold the lock of a sample or of a part (its number plus that of all samples), among all processes."""
-        # A mix of the bits: neighbours of one part should not share a lock.
+        """Hold the lock of a sample or of a part (its number plus the number of all samples), among all processes."""
+        # Mix the bits, so that neighbours in a part have different locks.
         with _locked(self._stripes[number * 2654435761 % 2**32 * _STRIPES >> 32]):
             yield
 
@@ -221,7 +221,7 @@ def _bytes(array: Any) -> memoryview:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a file's lock, among threads as among processes: each call opens the file anew."""
+    """Hold a file's lock, among threads as well as processes: each call opens the file again."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -247,7 +247,7 @@ def _about(folder: Path) -> dict[str, Any] | None:
 
 
 def boot_id() -> str:
-    """Return what names the time since the machine started; empty where the system does not say."""
+    """Return an identifier of the time since the machine started; empty if the system does not provide one."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -255,12 +255,12 @@ def boot_id() -> str:
 
 
 def _make_room(root: Path, own: Path, needed: int, limit: int) -> int:
-    """Remove least recently used caches in `root` until `needed` bytes fit; returns how many bytes do."""
+    """Remove least recently used caches in `root` until `needed` bytes fit; returns the number of bytes that fit."""
     others = [p for p in root.iterdir() if p.is_dir() and p != own]
     used = {folder: int((_about(folder) or {"bytes": 0})["bytes"]) for folder in others}
 
     def room() -> int:
-        # What others may still write counts as written.
+        # Bytes that others may still write count as written.
         promised = sum(max(0, size - _on_disk(folder / "samples.bin")) for folder, size in used.items())
         return min(limit - sum(used.values()), shutil.disk_usage(root).free - promised - _SPARE)
 
@@ -287,7 +287,7 @@ def _last_use(folder: Path) -> float:
 
 
 def _remove(folder: Path) -> bool:
-    """Remove a cache unless it is in use; returns whether it did. The lock of all caches must be held."""
+    """Remove a cache unless it is in use; returns True if it was removed. The lock of all caches must be held."""
     handle = os.open(folder / "use", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

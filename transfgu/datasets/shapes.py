@@ -1,14 +1,14 @@
-"""Every image has a random generator of its own, seeded by `(seed, split, index)`, and is drawn from that alone.
+"""Draw the images of the embedded demonstration; each has its own random generator, seeded by `(seed, split, index)`.
 
-So any worker can draw any of the embedded demonstration's images, in any order, and nothing has to be stored, shipped
-or downloaded: labelled scenes for the method, and pictures of single objects, without labels, for pretraining.
+So any worker can draw any image, in any order, and nothing is stored, sent or downloaded: labelled scenes for the
+method, and pictures of single objects, without labels, for pretraining.
 
-A *thing* is known by its shape and its texture, never by its colour, which is free. *Stuff* is known by its
-texture; its colours lie in a broad, characteristic range (walls are reddish, meadows greenish), as they do outdoors.
+A *thing* has a characteristic shape and texture, and any colour. *Stuff* has a characteristic texture; its colours are
+in a broad, characteristic range (walls are reddish, meadows greenish), as they are outdoors.
 """
 
 import colorsys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,7 @@ CLASS_COLOURS = (
 SCENE_SIZE = 128  # px
 OBJECT_SIZE = 72  # px
 
-_SUPERSAMPLING = 2  # edges are smoothed by drawing at twice the size
+_SUPERSAMPLING = 2  # drawing at twice the size smooths edges
 _STREAMS = {"train": 0, "val": 1, "objects": 2}
 
 Random = np.random.Generator
@@ -64,15 +64,23 @@ class _Canvas:
 
 
 def scene(
-    seed: int, split: str, index: int, size: int = SCENE_SIZE
+    seed: int,
+    split: str,
+    index: int,
+    size: int = SCENE_SIZE,
+    *,
+    things: Sequence[int] = range(len(THINGS)),
+    stuff: Sequence[int] = range(len(STUFF)),
 ) -> tuple[UInt8[ndarray, "H W 3"], UInt8[ndarray, "H W"]]:
-    """One labelled scene: one or two stuff regions with a wavy border, and one to three things on them.
+    """Draw a labelled scene: one or two stuff regions with a wavy border, and one to three things on them.
 
     Args:
         seed: the data set's seed.
         split: "train" or "val".
-        index: the scene's number within the split; there is no last one.
+        index: number of the scene in the split; unlimited.
         size: side, px.
+        things: kinds of things that are drawn, as indices into `THINGS`; one at least.
+        stuff: kinds of stuff, as indices into `STUFF`; two at least.
 
     Returns:
         image (size, size, 3) and label (size, size), an index into `CLASS_NAMES`.
@@ -81,7 +89,7 @@ def scene(
         raise ValueError(f"split {split!r} is not one of train, val")
     random = _random(seed, split, index)
     canvas = _Canvas.square(size)
-    first, second = (int(kind) for kind in random.choice(len(STUFF), 2, replace=False))
+    first, second = (stuff[int(kind)] for kind in random.choice(len(stuff), 2, replace=False))
     lens = _Lens(blur=float(random.uniform(0.2, 0.8)), contrast=float(random.uniform(0.5, 0.9)))
     pixels = lens.beyond_focus(_draw_stuff(first, canvas, random))
     label = np.full(canvas.shape, len(THINGS) + first, np.uint8)
@@ -98,7 +106,7 @@ def scene(
         x, y = (float(c) for c in random.uniform(0.12, 0.88, 2) * size)
         if all(np.hypot(x - x2, y - y2) > 0.85 * (radius + radius2) for x2, y2, radius2 in placed):
             placed.append((x, y, radius))
-            kind = int(random.integers(len(THINGS)))
+            kind = things[int(random.integers(len(things)))]
             pixels, inside = _paste_thing(pixels, kind, x, y, radius, canvas, random)
             label[inside] = kind
     centres = slice(_SUPERSAMPLING // 2, None, _SUPERSAMPLING)
@@ -106,12 +114,12 @@ def scene(
 
 
 def object_image(seed: int, index: int, size: int = OBJECT_SIZE) -> UInt8[ndarray, "H W 3"]:
-    """One picture for pretraining: a thing in front of a background out of focus, or stuff alone."""
+    """Draw a picture for pretraining: a thing in front of a background out of focus, or stuff alone."""
     return object_image_and_class(seed, index, size)[0]
 
 
 def object_image_and_class(seed: int, index: int, size: int = OBJECT_SIZE) -> tuple[UInt8[ndarray, "H W 3"], int]:
-    """As `object_image`, with the class drawn: for measuring what was learned, never for learning it."""
+    """Return the picture of `object_image` with its class, for measurements only, not for training."""
     random = _random(seed, "objects", index)
     canvas = _Canvas.square(size)
     background = int(random.integers(len(STUFF)))
@@ -133,7 +141,7 @@ def _random(seed: int, stream: str, index: int) -> Random:
 
 
 def _finish(pixels: Pixels, random: Random) -> UInt8[ndarray, "H W 3"]:
-    """Averages the supersampled pixels, in [0, 1], and adds a camera's noise."""
+    """Average the supersampled pixels, in [0, 1], and add a camera's noise."""
     height, width = (side // _SUPERSAMPLING for side in pixels.shape[:2])
     small = pixels.reshape(height, _SUPERSAMPLING, width, _SUPERSAMPLING, 3).mean((1, 3))
     noisy = small + 0.015 * random.standard_normal(small.shape)
@@ -151,7 +159,7 @@ def _hsv(hue: float, saturation: float, value: float) -> Colour:
 
 
 def _blend(low: Colour, high: Colour, tone: Shaped[ndarray, "h w"]) -> Pixels:
-    """(h, w) tones in [0, 1] -> (h, w, 3) colours from `low` to `high`."""
+    """Map (h, w) tones in [0, 1] to (h, w, 3) colours from `low` to `high`."""
     mixed: Pixels = (low + (high - low) * tone[..., None]).astype(np.float32)
     return mixed
 
@@ -165,10 +173,10 @@ def _beyond_wavy_border(canvas: _Canvas, size: int, random: Random) -> Mask:
 
 @dataclass(frozen=True, kw_only=True)
 class _Lens:
-    """Focused on the things: what lies behind them is blurred and loses contrast, as in most photographs of things."""
+    """A lens focused on the things: the background is blurred and loses contrast, as in most photographs of things."""
 
     blur: float  # standard deviation, pixels of the final image
-    contrast: float  # what is kept of it
+    contrast: float  # remaining share of the contrast
 
     def beyond_focus(self, pixels: Pixels) -> Pixels:
         sigma = self.blur * _SUPERSAMPLING
@@ -225,7 +233,7 @@ _STUFF: tuple[tuple[_Stuff, float, float, tuple[float, float], tuple[float, floa
 
 
 def _draw_stuff(kind: int, canvas: _Canvas, random: Random) -> Pixels:
-    """Stuff that fills the canvas; (H', W', 3)."""
+    """Draw stuff that fills the canvas; (H', W', 3)."""
     texture, hue_centre, hue_spread, saturations, values = _STUFF[kind]
     x, y = _rotate(canvas.x, canvas.y, random.uniform(-0.4, 0.4))
     x, y = x + np.float32(random.uniform(200, 300)), y + np.float32(random.uniform(200, 300))
@@ -265,7 +273,7 @@ def _star(u: Plane, v: Plane) -> Drawing:
 
 
 def _ring(u: Plane, v: Plane) -> Drawing:
-    # Grains of granite: a hash of the cell's place, as good as random.
+    # Grains of granite: a hash of the cell's position, as good as random numbers.
     grain = np.abs(np.sin(np.floor(u / 0.09) * 127.1 + np.floor(v / 0.09) * 311.7) * 43758.5453) % 1
     return abs(np.hypot(u, v) - 0.66) < 0.34, grain
 
@@ -279,7 +287,7 @@ _THINGS: tuple[Callable[[Plane, Plane], Drawing], ...] = (_target, _quilt, _penn
 
 
 def _thing_colours(kind: int, random: Random) -> tuple[Colour, Colour]:
-    """The colours of tone 0 and tone 1: one of any hue, and its counterpart."""
+    """Return the colours of tone 0 and tone 1: one of any hue, and its counterpart."""
     hue, saturation, value = random.random(), random.uniform(0.7, 1), random.uniform(0.75, 1)
     colour, deep = _hsv(hue, saturation, value), _hsv(hue, saturation, 0.45 * value)
     white = _hsv(hue, random.uniform(0, 0.15), random.uniform(0.9, 1.0))
@@ -299,7 +307,7 @@ def _thing_colours(kind: int, random: Random) -> tuple[Colour, Colour]:
 def _paste_thing(
     pixels: Pixels, kind: int, x: float, y: float, radius: float, canvas: _Canvas, random: Random
 ) -> tuple[Pixels, Mask]:
-    """Draws a thing with a soft shadow over `pixels`; returns the result, and where the thing is."""
+    """Draw a thing with a soft shadow over `pixels`; returns the result, and the mask of the thing."""
     u, v = _rotate((canvas.x - x) / radius, (canvas.y - y) / radius, random.uniform(0, 2 * np.pi))
     u = u * np.float32(random.uniform(0.9, 1.1))
     inside, tone = _THINGS[kind](u, v)

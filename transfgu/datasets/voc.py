@@ -1,4 +1,4 @@
-"""Pascal VOC 2012: the lists of ImageSets/Segmentation say which images have a segmentation (1,464 and 1,449)."""
+"""List Pascal VOC 2012: the images in the lists of ImageSets/Segmentation (1,464 and 1,449)."""
 
 from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, read_names
 from transfgu.datasets.names import stems

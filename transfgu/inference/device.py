@@ -1,4 +1,4 @@
-"""The device of a process: its kind, the cores it may use, and the precision it computes with."""
+"""Choose the device of a process, its cores, and its precision."""
 
 import os
 
@@ -8,7 +8,7 @@ from transfgu.errors import UserError
 from transfgu.recipe import EncoderRecipe, TrainingRecipe
 
 DEVICE = "TRANSFGU_DEVICE"
-"""Environment variable that may say `cpu`: compute on the CPU and communicate by Gloo, whatever GPUs nodes declare."""
+"""Environment variable; `cpu` means: compute on the CPU and communicate by Gloo, whatever GPUs nodes declare."""
 
 _NO_GPU = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide all GPUs
 
@@ -26,14 +26,14 @@ def in_bfloat16(recipe: EncoderRecipe | TrainingRecipe, device: torch.device) ->
     """Return True if `recipe.precision` means bfloat16 on `device`; "auto" does on GPUs that compute it natively."""
     if recipe.precision != "auto":
         return recipe.precision == "bfloat16"
-    # GPUs that only emulate it are slower at it than at float32.
+    # GPUs that only emulate it are slower with it than with float32.
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def allow_tf32(recipe: EncoderRecipe | TrainingRecipe, device: torch.device) -> None:
-    """Compute this process's remaining float32 matrix products in TF32 where the recipe computes in bfloat16 on a GPU.
+    """Compute this process's remaining float32 matrix products in TF32 if the recipe computes in bfloat16 on a GPU.
 
-    Where it asks for float32, float32 it is.
+    If the recipe asks for float32, they stay float32.
     """
     if device.type == "cuda" and in_bfloat16(recipe, device):
         torch.set_float32_matmul_precision("high")
@@ -45,10 +45,10 @@ def without_gpus() -> bool:
 
 
 def own_device() -> torch.device:
-    """Return the device of the calling actor or worker: its GPU if it was given one, else the CPU.
+    """Return the device of the calling actor or worker: its GPU if it has one, otherwise the CPU.
 
     Raises:
-        UserError: it was given a GPU, by Ray or by CUDA_VISIBLE_DEVICES, and torch finds none.
+        UserError: it was given a GPU, by Ray or by CUDA_VISIBLE_DEVICES, but torch finds none.
     """
     if without_gpus():
         return torch.device("cpu")
@@ -61,7 +61,7 @@ def own_device() -> torch.device:
 
 
 def no_gpu(which: str) -> UserError:
-    """Return the error to raise where `which` GPU was asked for and torch finds none."""
+    """Return the error for a requested GPU `which` that torch does not find."""
     return UserError(
         f"{which} can't be used: torch {torch.__version__} finds none; check the driver by nvidia-smi and torch by "
         f"torch.cuda.is_available(), or set {DEVICE}=cpu on all nodes to compute without GPUs",

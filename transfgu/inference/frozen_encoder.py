@@ -29,7 +29,7 @@ from transfgu.windows import crop_windows
 
 Result = TypeVar("Result")
 
-_CPU_PATCHES = 2048  # patches a batch at most on CPUs: more leave the caches, and are slower and larger
+_CPU_PATCHES = 2048  # maximum number of patches per batch on CPUs: more don't fit in the caches, and are slower
 
 
 class FrozenEncoder:
@@ -45,14 +45,14 @@ class FrozenEncoder:
         """Load the encoder.
 
         Args:
-            recipe: says which encoder, how precise, and how many patches a batch has.
-            device: where it is to be.
-            processes: that share the machine's cores.
-            images_at_once: the most that a call is given, if that is known: they fill batches of one size then, none
-                of which is larger for nothing. Windows are batched across images, and take no notice.
+            recipe: recipe with the encoder, its precision, and the number of patches per batch.
+            device: device of the encoder.
+            processes: number of processes that share the machine's cores.
+            images_at_once: maximum number of images per call, if known: they then fill batches of one size, without
+                unnecessary padding. Windows are batched across images and are not affected.
 
         Raises:
-            UserError: an encoder or weights that can't be had.
+            UserError: an encoder or weights that are not available.
         """
         self.encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights).to(device)
         self.device = device
@@ -65,7 +65,7 @@ class FrozenEncoder:
             self._patches = min(self._patches, _CPU_PATCHES)
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             self._threads = ThreadPoolExecutor(max(1, cores // processes), "encoder", torch.set_num_threads, (1,))
-        self._fitting: dict[str, int] = {}  # rows that fitted, by kind of batch, once memory ran out
+        self._fitting: dict[str, int] = {}  # rows that fitted, by kind of batch, after memory ran out
 
     @property
     def note(self) -> str:
@@ -149,8 +149,8 @@ class FrozenEncoder:
     def _of_images(
         self, function: Callable[[Tensor], Tensor], images: UInt8[np.ndarray, "n 3 H W"], rows: int, what: str
     ) -> Shaped[np.ndarray, "n ..."]:
-        """`function` of all images, normalised, a batch of `rows` at a time at most."""
-        if self._images_at_once is not None:  # and not how many there are now: a batch's shape is every call's
+        """Apply `function` to all images, normalised, in batches of at most `rows`."""
+        if self._images_at_once is not None:  # not the present number, because all calls must have the same batch shape
             rows = math.ceil(self._images_at_once / math.ceil(self._images_at_once / rows))
 
         def batch(start: int) -> Tensor:
@@ -161,7 +161,7 @@ class FrozenEncoder:
         return self._joined(batch, len(images), rows)
 
     def _joined(self, batch: Callable[[int], Tensor], count: int, rows: int) -> Shaped[np.ndarray, "n ..."]:
-        """What `batch` gives for the first row of every batch, joined. Nothing to do takes one batch, for the shape."""
+        """Join the results of `batch` for the first row of every batch. Without rows, one batch gives the shape."""
         joined: Shaped[np.ndarray, "n ..."] = torch.cat(self.each(batch, range(0, max(1, count), rows))).cpu().numpy()
         return joined
 
@@ -169,7 +169,7 @@ class FrozenEncoder:
         """Return `batch(start)` for each start, without gradients; on CPUs each thread runs one at a time."""
 
         def without_gradients(start: int) -> Result:
-            with torch.no_grad():  # it holds for the thread that asks
+            with torch.no_grad():  # valid only in the calling thread
                 return batch(start)
 
         return list((map if self._threads is None else self._threads.map)(without_gradients, starts))
@@ -187,7 +187,7 @@ class FrozenEncoder:
             return self.encoder.class_tokens(batch).float()
 
     def _normalised(self, images: UInt8[np.ndarray, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
-        # Arrays out of Ray's object store are read-only, which torch warns of; nothing here writes to them.
+        # Arrays from Ray's object store are read-only, so torch warns; nothing here writes to them.
         return normalise(torch.tensor(images, device=self.device), self.encoder.mean, self.encoder.std)
 
     def precision(self) -> torch.autocast | nullcontext[None]:

@@ -1,4 +1,4 @@
-"""Models that read the frozen encoder's patch tokens; TransFGU's own has a mask decoder."""
+"""Define models that read the frozen encoder's patch tokens; TransFGU's own has a mask decoder."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,11 +13,11 @@ from transfgu.recipe import Recipe, Size
 
 
 class TokenModel:
-    """Patch tokens to clusters; see `transfgu.learner.Model`.
+    """Maps patch tokens to clusters; see `transfgu.learner.Model`.
 
     Args:
         encode: the frozen encoder.
-        network: from tokens (B, hw, d) to logits (B, hw, C), on the same device.
+        network: maps tokens (B, hw, d) to logits (B, hw, C), on the same device.
     """
 
     def __init__(self, encode: PatchTokens, network: nn.Module) -> None:
@@ -26,7 +26,7 @@ class TokenModel:
         self._network = network
 
     def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-        """Return pixels as the encoder takes them."""
+        """Return normalised pixels for the encoder."""
         encoder = self.encode.encoder
         return normalise(images.to(self.device), encoder.mean, encoder.std)
 
@@ -65,7 +65,7 @@ def load_models(recipe: Recipe, weights: Sequence[Mapping[str, Tensor]], device:
     """Return the models of several decoders' weights, which share one encoder; see `transfgu.methods.Method`.
 
     Raises:
-        UserError: the encoder can't be had, or weights are not a mask decoder's.
+        UserError: the encoder is not available, or weights are not those of a mask decoder.
     """
     encode = PatchTokens(recipe.encoder, device)
     heads = encode.encoder.num_heads

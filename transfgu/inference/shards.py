@@ -1,6 +1,6 @@
-"""Hold a shard of features in one process: on its GPU if it has one and they fit, else in its own memory.
+"""Hold a shard of features in one process: on its GPU if it has one and they fit, otherwise in its own memory.
 
-A shard is read by the process that holds it, so a Ray actor that is started again reads its own shard again.
+A shard is read by the process that holds it, so a restarted Ray actor reads its own shard again.
 """
 
 import functools
@@ -21,10 +21,10 @@ from transfgu.whitening import Moments, Whitening
 logger = logging.getLogger(__name__)
 
 NEAREST = 8
-"""Windows kept for each concept, to look at."""
+"""Number of windows kept per concept, for the report."""
 
 PLACE = ("index", "y0", "y1", "x0", "x1")
-"""Columns that say where a window is: index of its image, and its sides in pixels."""
+"""Columns with the place of a window: index of its image, and its sides in pixels."""
 
 GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")
 """Files of NVIDIA's driver, on Linux and in WSL."""
@@ -32,11 +32,11 @@ GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")
 
 @dataclass
 class Rows:
-    """Rows of features, in pieces, and for windows where they are: columns index, y0, y1, x0, x1."""
+    """Rows of features, in pieces, and for windows their places: columns index, y0, y1, x0, x1."""
 
     pieces: list[ndarray]
     scratch: Scratch | None = None
-    """Where the pieces lie, if on disk; None: in memory."""
+    """File of the pieces, if on disk; None: in memory."""
     places: list[ndarray] = field(default_factory=list)
 
 
@@ -44,14 +44,14 @@ Source = Callable[[], dict[str, Rows]]
 
 
 class KMeansActor:
-    """One shard, read when it is first needed, in this process or, as a Ray actor, in another."""
+    """One shard, read on first use, in this process or, as a Ray actor, in another."""
 
     def __init__(self, source: Source, threads: int) -> None:
         self._source, self._threads = source, threads
         self._white: dict[str, Shard] = {}
 
-    # Methods that take a whitening are of the whitened rows; without one, of the rows as they are. Each call carries
-    # it, as a restarted actor has none.
+    # Methods with a whitening use the whitened rows; without one, the original rows. Each call passes it, because a
+    # restarted actor has none.
 
     @functools.cached_property
     def _groups(self) -> dict[str, tuple[Shard, list[ndarray]]]:
@@ -70,45 +70,45 @@ class KMeansActor:
         return self._white[group]
 
     def measure(self, group: str, whitening: Whitening | None = None) -> tuple[int, float]:
-        """Number of rows and their largest absolute value, which is not finite if one of theirs is not."""
+        """Return the number of rows and their largest absolute value, which is not finite if one value is not."""
         shard = self._shard(group, whitening)
         return shard.rows, shard.largest
 
     def moments(self, group: str, step: float) -> Moments | None:
-        """Sums from which a whitening follows; None without a row."""
+        """Return the sums from which a whitening is computed; None without rows."""
         shard = self._shard(group, None)
         return shard.moments(step) if shard.rows else None
 
     def sums_before(
         self, group: str, centroids: Float32[ndarray, "k d"], grid: Grid, grid_before: Grid, whitening: Whitening
     ) -> tuple[ndarray, Int[ndarray, " k"]]:
-        """Sums, before whitening, and number of the rows that are nearest to each centroid."""
+        """Return sums, before whitening, and number of the rows nearest to each centroid."""
         sums, counts = self._shard(group, whitening).sums_before(centroids, grid, grid_before)
         return (sums if sums.size else np.zeros_like(centroids, np.float64)), counts
 
     def take(
         self, group: str, rows: Int[ndarray, " n"], whitening: Whitening | None = None
     ) -> Float32[ndarray, "n d"] | None:
-        """The rows of these numbers within the shard; None for none."""
+        """Return the rows with these numbers in the shard; None if there are none."""
         return self._shard(group, whitening).take(rows) if len(rows) else None
 
     def starts(
         self, k: int, seed: int, numbers: Sequence[int], *samples: Float32[ndarray, "_ d"] | None
     ) -> list[tuple[float, Float32[ndarray, "k d"]]]:
-        """K-Means on a sample from the starts of these numbers: inertia and centroids of each."""
+        """Run K-Means on a sample from the starts of these numbers; returns inertia and centroids of each."""
         sample = np.concatenate([s for s in samples if s is not None])
         return own_shard([sample], self._threads).starts(k, seed, numbers)
 
     def assign(
         self, group: str, centroids: Float32[ndarray, "k d"], grid: Grid, whitening: Whitening | None = None
     ) -> Assignment:
-        """One pass over the shard."""
+        """Run one pass over the shard."""
         return self._shard(group, whitening).assign(centroids, grid)
 
     def nearest(
         self, group: str, centroids: Float32[ndarray, "k d"], grid: Grid, whitening: Whitening | None = None
     ) -> pa.Table:
-        """The windows of this shard that may be among the nearest to their concept."""
+        """Return the windows of this shard that may be among the nearest to their concept."""
         shard, places = self._shard(group, whitening), self._groups[group][1]
         shard.assign(centroids, grid)  # a restarted actor has no assignment yet
         columns = {"concept": shard.labels(), **dict(zip(PLACE, np.concatenate(places).T, strict=True))}
@@ -116,9 +116,10 @@ class KMeansActor:
 
 
 def nearest_windows(windows: pa.Table, count: int = NEAREST) -> pa.Table:
-    """Return the `count` windows nearest to each concept, one per image where there are enough images.
+    """Return the `count` windows nearest to each concept, one per image if there are enough images.
 
-    All windows of an image are in one shard, so applying this to the shards' choices gives the choice from all windows.
+    All windows of an image are in one shard, so applying this to the results of all shards gives the result for all
+    windows.
 
     Args:
         windows: columns `concept`, `index` (of the image), `distance`, and others.
@@ -152,15 +153,15 @@ def own_shard(
     *,
     gpu_files: Sequence[str] = GPU_FILES,
 ) -> Shard:
-    """Return the rows in the memory of this process's GPU if it has one and they fit, else in its own.
+    """Return the rows in the memory of this process's GPU if it has one and they fit, otherwise in its own.
 
-    Each process decides for itself: the driver may run on a machine without a GPU.
+    Each process decides for itself, because the driver may run on a machine without a GPU.
 
     Args:
         pieces: arrays of rows, (n, d) each.
         threads: CPU threads of the shard; None: one per core.
-        scratch: where the pieces lie, if on disk.
-        gpu_files: files of which one exists where there is a GPU driver.
+        scratch: file of the pieces, if on disk.
+        gpu_files: files of which one exists if there is a GPU driver.
     """
     if not any(Path(file).exists() for file in gpu_files):  # torch takes seconds to import
         return Shard(pieces, threads, scratch)

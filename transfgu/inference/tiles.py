@@ -1,6 +1,6 @@
-"""Predict an image of any size in overlapping tiles and blend their logits; memory grows with its width alone.
+"""Predict an image of any size in overlapping tiles and blend their logits; memory grows only with its width.
 
-Tiles lie in rows. The logits of a tile are kept per patch, which takes a two-hundredth of the memory per pixel, and are
+Tiles are in rows. The logits of a tile are kept per patch, which takes a two-hundredth of the memory per pixel, and are
 enlarged for a block of pixels at a time. Enlarging (bilinear) and the blending weights are both products of a vertical
 and a horizontal part, so together they are two small matrices per tile.
 """
@@ -18,10 +18,10 @@ from transfgu.datasets import images
 from transfgu.errors import UserError
 from transfgu.recipe import Size
 
-_AT_ONCE = 16  # tiles that go through the encoder together
+_AT_ONCE = 16  # tiles per batch of the encoder
 
 BLENDED = 1 << 25
-"""Blended logits that are held at a time: 128 MiB."""
+"""Maximum number of blended logits in memory: 128 MiB."""
 
 
 @runtime_checkable
@@ -32,16 +32,16 @@ class Rows(Protocol):
     width: int
 
     def read(self, start: int, stop: int) -> UInt8[np.ndarray, "rows W 3"]:
-        """The rows `start` to `stop`; neither is less than in the call before."""
+        """Return the rows `start` to `stop`; neither is less than in the previous call."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How images are cut.
+    """Tiles of an image.
 
     Args:
         tile: height of a tile, in pixels of the image; its width has the proportion of the recipe's `image_size`.
-        overlap: pixels that neighbouring tiles share at least, over which one fades into the other.
+        overlap: minimum number of pixels that neighbouring tiles share, over which they are blended.
     """
 
     tile: int
@@ -61,7 +61,7 @@ class Tiling:
 
 
 def starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Return where tiles begin along a side: as few as overlap enough, evenly spaced; the last ends with the side."""
+    """Return the starts of tiles along a side: as few as possible, evenly spaced; the last ends with the side."""
     if side <= tile:
         return [0]
     count = -(-(side - overlap) // (tile - overlap))
@@ -125,16 +125,16 @@ def strips(
     *,
     blended: int = BLENDED,
 ) -> Iterator[np.ndarray]:
-    """Predict an image, a strip of rows after the other.
+    """Predict an image as strips of rows.
 
     Args:
         image: read from the top down, each row once.
-        size: height and width that tiles are resized to, pixels.
+        size: height and width to which tiles are resized, pixels.
         tiling: the tiles.
-        logits_of: logits of resized tiles.
-        reduce: what is wanted of blended logits, such as the index of the largest: (C, rows, columns) to
-            (..., rows, columns).
-        blended: logits that are blended at a time; it bounds memory and changes no result.
+        logits_of: returns logits of resized tiles.
+        reduce: computes the result from blended logits, such as the index of the largest: (C, rows, columns) to (...,
+            rows, columns).
+        blended: number of logits blended at a time; limits memory and does not change results.
 
     Yields:
         (..., rows, W), from the top down.

@@ -1,7 +1,7 @@
 """Compute patch tokens by the frozen encoder, without gradients, for training and evaluation.
 
-The encoder runs in bfloat16 where the device computes it natively; a batch that does not fit in memory is halved. On
-CPUs each core has its own part of the batch, so cores do not wait for each other after every product.
+The encoder runs in bfloat16 if the device computes it natively; a batch that does not fit in memory is halved. On CPUs
+each core has its own part of the batch, so cores do not wait for each other after every product.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -18,15 +18,15 @@ from transfgu.recipe import EncoderRecipe
 
 
 class PatchTokens:
-    """Images to patch tokens on a device; the recipe says which encoder, and how precise.
+    """Maps images to patch tokens on a device, with the encoder and precision of the recipe.
 
     Args:
-        recipe: of the encoder.
-        device: where it runs.
-        encoder: in place of the recipe's.
+        recipe: recipe with the encoder.
+        device: device of the encoder.
+        encoder: used instead of the recipe's.
 
     Raises:
-        UserError: the encoder or its weights can't be had.
+        UserError: the encoder or its weights are not available.
     """
 
     def __init__(self, recipe: EncoderRecipe, device: torch.device, encoder: Encoder | None = None) -> None:

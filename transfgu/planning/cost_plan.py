@@ -233,7 +233,7 @@ def _training(recipe: Recipe, rates: Rates, images: int, seen: int) -> Cost:
             read=whole * seen,
             gets=STREAMED_REQUESTS * seen,
         )
-    # # The first pass fills the caches of the nodes; later passes read them.
+    # The first pass fills the caches of the nodes; later passes read them.
     return Cost(
         stage="training",
         device=device,

@@ -1,18 +1,18 @@
-"""Self-supervised pretraining of a small ViT whose class attention can be read as a map of objects.
+"""Self-supervised pretraining of a small ViT whose class attention shows where objects are.
 
-Good features are not enough here: a concept map is the class attention of the *last* block and its gradient, so that
-attention has to lie on what the feature speaks of. A tiny ViT does not do so by itself: its blocks mix the whole
-picture into every patch, and its class token into itself, long before the last block. Two pressures prevent that.
+A concept map is the class attention of the *last* block and its gradient, so this attention must cover the objects that
+the feature describes. A tiny ViT does not do this by itself: before the last block, its blocks mix the whole picture
+into every patch, and into the class token. Two measures prevent that.
 
-*Mosaics.* Several pictures are tiled into one, the last block's class attention is held to one tile, and the
-feature must match that tile's picture alone. So patch tokens must stay local: what a patch says is about its place.
+*Mosaics.* Several pictures are tiled into one, the last block's class attention is restricted to one tile, and the
+feature must match the picture of that tile alone. So patch tokens must stay local.
 
-*Forgetting.* Half of the time the class token is set back to its initial value before the last block: its feature
+*Forgetting.* For half of the views the class token is reset to its initial value before the last block, so its feature
 must come from that block's attention alone.
 
 The objective over all views is InfoNCE (van den Oord et al. 2018, as in SimCLR, Chen et al. 2020), which learns from
-the first step, joined after a while by DINO's cross-entropy with a momentum teacher (Caron et al. 2021), which gathers
-instances to clusters; its targets are balanced by Sinkhorn-Knopp's iterations (SwAV, Caron et al. 2020).
+the first step. Later DINO's cross-entropy with a momentum teacher is added (Caron et al. 2021), which groups instances
+into clusters; its targets are balanced by Sinkhorn-Knopp's iterations (SwAV, Caron et al. 2020).
 
 Legend: B images, V views, M mosaics of T tiles, N patches, n = 1 + N tokens, d width, e bottleneck, P prototypes.
 """
@@ -34,14 +34,14 @@ from transfgu.pretraining.recipe import PretrainingRecipe
 from transfgu.workers import sum_over_workers, worker_count
 
 Vit = Any
-"""A VisionTransformer with a class token and learned positions: timm's types leave open whether it has them."""
+"""A VisionTransformer with a class token and learned positions, which timm's types declare as optional."""
 
 
 # ---- the encoder
 
 
 def new_encoder(recipe: PretrainingRecipe) -> VisionTransformer:
-    """A ViT of timm's, whose parameters have DINO's names, without a classifier."""
+    """Return a ViT of timm without a classifier; its parameters have DINO's names."""
     return VisionTransformer(
         img_size=recipe.global_size,
         patch_size=recipe.patch_size,
@@ -54,7 +54,7 @@ def new_encoder(recipe: PretrainingRecipe) -> VisionTransformer:
 
 
 def tokens_before_last_block(encoder: Vit, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B n d"]:
-    """What the last block gets, the class token first: n = 1 + N."""
+    """Return the input of the last block, class token first: n = 1 + N."""
     patches = encoder.patch_embed(images)  # (B, h, w, d)
     _, height, width, _ = patches.shape
     position = encoder.pos_embed
@@ -77,13 +77,13 @@ def class_features(
     forgotten: Bool[Tensor, " B"] | None = None,
     bias: Float[Tensor, "B T n"] | None = None,
 ) -> Float[Tensor, "B T d"]:
-    """The class token after the final norm; of the last block nothing but its row is computed.
+    """Return the class token after the final norm; only its row of the last block is computed.
 
     Args:
         encoder: a plain vision transformer.
         images: normalised.
-        forgotten: where the class token is reset to its initial value before the last block.
-        bias: added to the logits of the last block's class attention, in T ways; none: T = 1.
+        forgotten: True where the class token is reset to its initial value before the last block.
+        bias: added to the logits of the last block's class attention, in T variants; None: T = 1.
     """
     tokens = tokens_before_last_block(encoder, images)
     if forgotten is not None:
@@ -110,16 +110,16 @@ def class_features(
 def mosaic(
     views: Float[Tensor, "B 3 s s"], side: int, patch_size: int, offset: tuple[int, int] = (0, 0)
 ) -> tuple[Float[Tensor, "M 3 S S"], Bool[Tensor, "T N"]]:
-    """Tiles views into squares of `side` x `side`, then rolls them, around the edges, by whole patches.
+    """Tile views into squares of `side` x `side`, and roll them by whole patches, with wrap-around.
 
     Args:
-        views: B a multiple of side^2; tiles are taken from them in order.
+        views: B is a multiple of side^2; tiles are taken in order.
         side: tiles along a side.
         patch_size: px.
         offset: rows and columns to roll by, patches.
 
     Returns:
-        M = B / side^2 mosaics, and which tokens lie in which tile.
+        M = B / side^2 mosaics, and which tokens belong to which tile.
     """
     batch, channels, size, _ = views.shape
     rows = views.reshape(batch // side**2, side, side, channels, size, size).permute(0, 3, 1, 4, 2, 5)
@@ -134,12 +134,12 @@ def mosaic(
 def attention_bias(
     inside: Bool[Tensor, "T N"], mosaics: int, generator: torch.Generator | None = None
 ) -> Float[Tensor, "M T n"]:
-    """What holds the class attention to each tile: minus infinity outside for half of the tiles, less for the others.
+    """Return the bias that restricts class attention to tiles: minus infinity outside half of them, less for others.
 
-    The soft half (1 to 4 nats, and more for more tiles, so that a tile's share of the attention stays about the same)
-    leaves the attention something to do itself: keys of other tiles have to be told apart.
+    The soft half (1 to 4 nats, more with more tiles, so that a tile's share of the attention stays about the same)
+    trains the attention itself: it must distinguish the keys of other tiles.
 
-    The class token's own logit is left as it is: n = 1 + N.
+    The class token's own logit is unchanged: n = 1 + N.
     """
     tiles, _ = inside.shape
     device = inside.device
@@ -160,14 +160,14 @@ def draw_views(
     recipe: PretrainingRecipe,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "B 3 s s"]:
-    """Draw one view of each image: a crop, resized and perhaps mirrored, in other colours, normalised.
+    """Draw one view of each image: a crop, resized, perhaps mirrored, with changed colours, normalised.
 
     Args:
         images: in [0, 1].
         size: side, px.
-        area: smallest and largest share of the image that is seen.
-        recipe: says how far colours change (`hue` to `contrast`).
-        generator: decides what is drawn; none: torch's own.
+        area: smallest and largest share of the image in the crop.
+        recipe: recipe with the ranges of colour changes (`hue` to `contrast`).
+        generator: source of random numbers; None: torch's own.
     """
     batch, device = len(images), images.device
 
@@ -194,13 +194,13 @@ def draw_views(
 
 
 def normalise(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-    """From [0, 1] to what the encoder is fed: ImageNet's mean becomes 0, its deviation 1."""
+    """Normalise [0, 1] to the encoder's input: ImageNet's mean becomes 0, its deviation 1."""
     mean = images.new_tensor(IMAGENET_MEAN)[:, None, None]
     return (images - mean) / images.new_tensor(IMAGENET_STD)[:, None, None]
 
 
 def colour_matrix(turn: Float[Tensor, " B"], saturation: Float[Tensor, " B"]) -> Float[Tensor, "B 3 3"]:
-    """On RGB: turns hues (radians) and scales saturation, in NTSC's space of luminance and two chrominances."""
+    """Return matrices on RGB that rotate hues (radians) and scale saturation, in NTSC's luminance and chrominances."""
     to_yiq = turn.new_tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     cos, sin = saturation * turn.cos(), saturation * turn.sin()
     middle = torch.zeros(len(turn), 3, 3, device=turn.device)
@@ -215,7 +215,7 @@ def colour_matrix(turn: Float[Tensor, " B"], saturation: Float[Tensor, " B"]) ->
 
 
 class Head(nn.Module):
-    """A class feature to what is compared: a unit vector for InfoNCE, and its cosines with prototypes for DINO."""
+    """Maps class features to the vectors that the losses compare: unit vectors, and cosines with the prototypes."""
 
     def __init__(self, recipe: PretrainingRecipe) -> None:
         super().__init__()
@@ -233,14 +233,14 @@ class Head(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, features: Float[Tensor, "B d"]) -> tuple[Float[Tensor, "B e"], Float[Tensor, "B P"]]:
-        """Unit vectors, and their cosines with the prototypes."""
+        """Return unit vectors, and their cosines with the prototypes."""
         unit = F.normalize(self.mlp(features), dim=-1)
         return unit, unit @ F.normalize(self.prototypes, dim=-1).T
 
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """What one step shows of each image: two global views and several local ones, normalised."""
+    """The views of one step: two global and several local ones of each image, normalised."""
 
     globals_: tuple[Float[Tensor, "B 3 s s"], Float[Tensor, "B 3 s s"]]
     locals_: tuple[Float[Tensor, "B 3 t t"], ...]
@@ -252,7 +252,7 @@ class Views:
         recipe: PretrainingRecipe,
         generator: torch.Generator | None = None,
     ) -> "Views":
-        """Views of `images`, in [0, 1]."""
+        """Draw views of `images`, in [0, 1]."""
         size, area = recipe.global_size, recipe.global_area
         first, second = (draw_views(images, size, area, recipe, generator) for _ in range(2))
         size, area = recipe.local_size, recipe.local_area
@@ -261,7 +261,7 @@ class Views:
 
 
 class Student(nn.Module):
-    """The encoder and its head, seeing the last global and the last local view in mosaics."""
+    """The encoder and its head; it receives the last global and the last local view in mosaics."""
 
     def __init__(self, recipe: PretrainingRecipe) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ class Student(nn.Module):
     def forward(
         self, views: Views, generator: torch.Generator | None = None
     ) -> tuple[Float[Tensor, "V B e"], Float[Tensor, "V B P"]]:
-        """Unit vectors and cosines of all views; the two global ones come first."""
+        """Return unit vectors and cosines of all views, the two global ones first."""
         whole, tiled = views.globals_
         features = [self._alone(whole, generator), self._tiled(tiled, self.recipe.global_mosaic, generator)]
         if views.locals_:
@@ -300,7 +300,7 @@ class Student(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A slow average of the student, which sees whole global views, and whose answers are the targets."""
+    """A moving average of the student; it receives whole global views, and its outputs are the targets."""
 
     def __init__(self, student: Student) -> None:
         super().__init__()
@@ -308,20 +308,20 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, views: Views) -> Float[Tensor, "2 B P"]:
-        """Cosines of the two global views with the prototypes."""
+        """Return the cosines of the two global views with the prototypes."""
         features = class_features(self.average.encoder, torch.cat(views.globals_))[:, 0]
         cosines: Tensor = self.average.head(features)[1]
         return torch.stack(cosines.chunk(2))
 
     @torch.no_grad()
     def follow(self, student: Student, momentum: float) -> None:
-        """The average becomes momentum average + (1 - momentum) student."""
+        """Update the average to momentum average + (1 - momentum) student."""
         for mine, theirs in zip(self.average.parameters(), student.parameters(), strict=True):
             mine.lerp_(theirs.detach(), 1 - momentum)
 
 
 def gather_from_workers(mine: Float[Tensor, "V B e"]) -> Float[Tensor, "V all e"]:
-    """Every worker's slice side by side; gradients flow to this worker's alone."""
+    """Return the slices of all workers in order; gradients flow to this worker's slice only."""
     if worker_count() == 1:
         return mine
     parts = [torch.empty_like(mine) for _ in range(worker_count())]
@@ -331,15 +331,15 @@ def gather_from_workers(mine: Float[Tensor, "V B e"]) -> Float[Tensor, "V all e"
 
 
 def sinkhorn(logits: Float[Tensor, "B P"], temperature: float, iterations: int) -> Float[Tensor, "B P"]:
-    """Soft assignments of samples to prototypes, such that every prototype is given an equal share.
+    """Return soft assignments of samples to prototypes, in which all prototypes have equal shares.
 
     Args:
-        logits: this worker's rows of the global batch, all of which are balanced together.
+        logits: this worker's rows of the global batch; all rows are balanced together.
         temperature: divides the logits.
-        iterations: of giving columns, then rows, their sums.
+        iterations: number of normalisations of columns, then rows.
 
     Returns:
-        Rows that sum to 1; columns, over all workers, to samples / P: the more nearly the more iterations.
+        Rows that sum to 1; columns sum, over all workers, to samples / P, more precisely with more iterations.
     """
     shares = (logits.double() / temperature).softmax(1)
     for _ in range(iterations):
@@ -349,9 +349,9 @@ def sinkhorn(logits: Float[Tensor, "B P"], temperature: float, iterations: int) 
 
 
 def contrast(unit: Float[Tensor, "V B e"], temperature: float) -> Float[Tensor, ""]:
-    """InfoNCE between each global view and every later view, both ways.
+    """Return InfoNCE between each global view and every later view, in both directions.
 
-    Each image of the batch is its own class: its two views must be nearer to each other than to those of the others.
+    Each image of the batch is its own class: its two views must be closer to each other than to those of other images.
     """
     views, batch, _ = unit.shape
     own = torch.arange(batch, device=unit.device)
@@ -366,10 +366,10 @@ def contrast(unit: Float[Tensor, "V B e"], temperature: float) -> Float[Tensor, 
 def clustering(
     cosines: Float[Tensor, "V B P"], targets: Float[Tensor, "2 B P"], temperature: float
 ) -> Float[Tensor, ""]:
-    """DINO's cross-entropy of each student view with the teacher's targets for the *other* global view(s).
+    """Return DINO's cross-entropy of each student view with the teacher's targets for the *other* global view(s).
 
     Args:
-        cosines: the student's; its first two views are those that the teacher saw.
+        cosines: the student's; its first two views are the teacher's.
         targets: rows that sum to 1.
         temperature: divides the cosines.
     """
@@ -385,7 +385,7 @@ def clustering(
 
 @dataclass(frozen=True, kw_only=True)
 class StepSchedule:
-    """The numbers that change from step to step."""
+    """The values that change from step to step."""
 
     learning_rate: float
     weight_decay: float
@@ -395,7 +395,7 @@ class StepSchedule:
 
     @classmethod
     def at(cls, step: int, recipe: PretrainingRecipe) -> "StepSchedule":
-        """Those of a step, counted from 0."""
+        """Return the values of a step, counted from 0."""
         progress = step / recipe.steps
         falling = 0.5 * (1 + math.cos(math.pi * progress))
         low, high = recipe.weight_decay
@@ -415,7 +415,7 @@ class StepSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingLoss:
-    """Of the worker's slice; `total` is what is minimised."""
+    """Losses of the worker's slice; `total` is minimised."""
 
     total: Float[Tensor, ""]
     contrast: Float[Tensor, ""]
@@ -429,23 +429,23 @@ def pretraining_loss(
     weight: float,
     recipe: PretrainingRecipe,
 ) -> PretrainingLoss:
-    """InfoNCE, whose weight falls from 1 to `contrast_kept` as that of DINO's cross-entropy, `weight`, rises to 1.
+    """Return InfoNCE, whose weight falls from 1 to `contrast_kept`, plus DINO's cross-entropy with rising weight.
 
-    With several workers each calls it with its slice of the global batch; the *average* over workers of the
-    gradients, as DistributedDataParallel takes it, is then the gradient of the global batch's loss.
+    With several workers each calls it with its slice of the global batch; the *average* of the gradients over workers,
+    as computed by DistributedDataParallel, is the gradient of the global batch's loss.
 
     Args:
         unit: the student's unit vectors.
         cosines: the student's, with its prototypes.
         teacher_cosines: the teacher's, with its own.
-        weight: 0 to 1, see `StepSchedule.clustering_weight`.
+        weight: weight of DINO's cross-entropy, 0 to 1, see `StepSchedule.clustering_weight`.
         recipe: temperatures, and `contrast_kept`.
     """
     balanced = sinkhorn(teacher_cosines.flatten(0, 1), recipe.teacher_temperature, recipe.sinkhorn_iterations)
     targets = balanced.view_as(teacher_cosines)
     instance = contrast(gather_from_workers(unit), recipe.contrast_temperature)
     cluster = clustering(cosines, targets, recipe.student_temperature)
-    # A worker has just its own part of InfoNCE's gradient, where the average is over workers: hence their number.
+    # A worker has only its part of InfoNCE's gradient, but gradients are averaged: multiply by the number of workers.
     scaled = instance * worker_count()
     share = 1 - weight * (1 - recipe.contrast_kept)
     total = share * (scaled - (scaled - instance).detach()) + weight * cluster
@@ -453,7 +453,7 @@ def pretraining_loss(
 
 
 def new_optimizer(student: Student) -> torch.optim.AdamW:
-    """AdamW; group 0 decays, group 1 (biases, norms, class token, positions) never does."""
+    """Return AdamW; group 0 has weight decay, group 1 (biases, norms, class token, positions) does not."""
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in student.named_parameters():
@@ -464,26 +464,26 @@ def new_optimizer(student: Student) -> torch.optim.AdamW:
 
 
 def apply_schedule(optimizer: torch.optim.Optimizer, now: StepSchedule) -> None:
-    """Sets this step's learning rate and weight decay."""
+    """Set this step's learning rate and weight decay."""
     for group in optimizer.param_groups:
         group["lr"] = now.learning_rate
     optimizer.param_groups[0]["weight_decay"] = now.weight_decay
 
 
 def encoder_state(teacher: Teacher) -> dict[str, Tensor]:
-    """What is kept of it all: the teacher's encoder, under DINO's names."""
+    """Return the weights that are kept: the teacher's encoder, with DINO's names."""
     return {name: value.contiguous().cpu() for name, value in teacher.average.encoder.state_dict().items()}
 
 
 def nearest_neighbour_accuracy(
     features: Float[Tensor, "n d"], classes: Int[Tensor, " n"], neighbours: int = 10
 ) -> float:
-    """How often the commonest class among an image's nearest neighbours is its own: the usual test of features.
+    """Return how often the most frequent class among an image's neighbours is its own, a usual test of features.
 
     Args:
-        features: the first half is searched, the second half asks.
-        classes: of the images.
-        neighbours: that vote.
+        features: the second half searches its neighbours in the first half.
+        classes: classes of the images.
+        neighbours: number of neighbours that vote.
     """
     unit, half = F.normalize(features, dim=-1), len(features) // 2
     nearest = (unit[half:] @ unit[:half].T).topk(neighbours, 1).indices

@@ -1,7 +1,7 @@
-"""Pretrain an encoder on Ray: tasks make small square images once, and workers train on these.
+"""Pretrain an encoder on Ray: tasks create small square images once, and workers train on these.
 
 Decoding photographs in every epoch would take longer than training a small ViT. So images are first reduced to one
-small size and kept in parts beside the result; a part that exists is complete. `transfgu.training.fit` runs the
+small size and stored in parts next to the result; an existing part is complete. `transfgu.training.fit` runs the
 training, as it runs the training of a decoder.
 """
 
@@ -37,30 +37,30 @@ from transfgu.training import fit as trainer
 from transfgu.training import tracking
 
 SHAPES = "shapes"
-"""In place of a folder's URI: the embedded demonstration's pictures of single objects."""
+"""Value in place of a folder's URI: drawn pictures of single objects, as for the embedded demonstration."""
 
-_PARTS, _PART_SIZE = 64, 256  # at least so many parts (workers share them), of at most so many images
+_PARTS, _PART_SIZE = 64, 256  # minimum number of parts (workers share them), and maximum number of images per part
 Draw = Callable[[str], list[UInt8[ndarray, "size size 3"]]]
 _BAD_SHARE = BadShare(limit=0.1, flag="")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingJob:
-    """What to pretrain on, and where its results go."""
+    """Images of a pretraining, and the place of its results."""
 
     images: str
-    """URI of a folder, searched at any depth, or `SHAPES`."""
+    """URI of a folder, searched with its subfolders, or `SHAPES`."""
     out: str
-    """URI of the weights: a `.safetensors` file. Work in hand lies beside it, in `OUT.work`."""
+    """URI of the weights: a `.safetensors` file. Work in progress is stored in `OUT.work`."""
     recipe: PretrainingRecipe
     count: int = 12_000
-    """Pictures drawn, where `images` is `SHAPES`."""
+    """Number of drawn pictures, if `images` is `SHAPES`."""
     image_size: int = shapes.OBJECT_SIZE
-    """Side to which the squares that are cut from images are brought; px."""
+    """Side of the small square images; px."""
     squares: int = 1
-    """Squares that are cut from each image of a folder; see `cut_squares`."""
+    """Number of squares per image of a folder; see `cut_squares`."""
     command: str = ""
-    """The command line, to be kept with the weights."""
+    """The command line, stored with the weights."""
 
     def __post_init__(self) -> None:
         if not self.out.endswith(".safetensors"):
@@ -83,11 +83,11 @@ class PretrainingJob:
 
     @property
     def work(self) -> str:
-        """URI of the folder of work in hand; it may be deleted afterwards."""
+        """URI of the folder of work in progress; it may be deleted afterwards."""
         return storage.absolute(self.out) + ".work"
 
     def digest(self) -> str:
-        """Of all that the weights depend on."""
+        """Return a digest of everything that the weights depend on."""
         # The number of squares is part of the listing's digest.
         fields = {**compared_fields(self.recipe), "images": self.images, "count": self.count, "size": self.image_size}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
@@ -95,17 +95,17 @@ class PretrainingJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The images of a job, made small."""
+    """The small images of a job."""
 
     listing: str
-    """Digest of which images were asked for, and of their size."""
+    """Digest of the requested images and their size."""
     parts: tuple[Part, ...]
     left_out: tuple[dict[str, str], ...]
-    """Name and reason of each image that could not be used."""
+    """Name and reason of each unusable image."""
 
     @property
     def images(self) -> int:
-        """How many there are: squares, where they are cut from a folder's images."""
+        """Number of images: of squares, if they are cut from a folder's images."""
         return sum(part.images for part in self.parts)
 
 
@@ -113,7 +113,7 @@ class Prepared:
 
 
 def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
-    """Bring all images to one small size, in parts; parts that are there already are kept.
+    """Resize all images to one small size, in parts; existing parts are kept.
 
     Raises:
         UserError: no image, too few for a batch, or more than a tenth of them unusable.
@@ -158,10 +158,10 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
 
 
 def files(uri: str) -> list[str]:
-    """URIs of the images in a folder, as every job lists them.
+    """Return the URIs of the images in a folder, listed as in every job.
 
     Raises:
-        UserError: the folder can't be read, or holds no image.
+        UserError: the folder can't be read, or has no image.
     """
     storage.check_readable(uri)
     files = list(images_in(uri, recursive=True).values())
@@ -173,11 +173,11 @@ def files(uri: str) -> list[str]:
 
 
 def make_part(row: dict[str, Any], draw: Draw, size: int) -> dict[str, Any]:
-    """Make one part, in a task, unless it is there, and return what it holds.
+    """Create one part, unless it exists, and return the description of its content; runs as a task.
 
     Args:
         row: URI of the part, and the names of its images.
-        draw: from a name to one or more squares, or BadInput.
+        draw: returns one or more squares for a name, or raises BadInput.
         size: side of a square, pixels.
     """
     if not storage.is_file(row["part"]):
@@ -209,10 +209,10 @@ def _draw_part(names: list[str], draw: Draw, size: int) -> bytes:
 def cut_squares(
     uri: str, size: int, count: int = 1, orient: bool = False, max_pixels: int = MAX_PIXELS
 ) -> list[UInt8[ndarray, "size size 3"]]:
-    """Cut squares from an image and bring each to `size` pixels a side.
+    """Cut squares from an image and resize each to `size` pixels a side.
 
-    The first is the largest one about the centre. The others have sides between half of that (`size` at least, where
-    the image has as many pixels) and all of it, and lie anywhere in the image; they follow from the file's name.
+    The first is the largest one around the centre. The others have sides between half of that (at least `size`, if the
+    image has as many pixels) and all of it, at random positions that follow from the file's name.
 
     Raises:
         BadInput: the image can't be read.
@@ -230,7 +230,7 @@ def cut_squares(
 
 def _small(square: UInt8[ndarray, "side side 3"], size: int) -> UInt8[ndarray, "size size 3"]:
     planes = torch.from_numpy(square).permute(2, 0, 1)[None].float()
-    # With antialias: these images are shrunk a lot, and what is learned should not be of aliases.
+    # Use antialias, because these images are reduced a lot and aliasing must not be learned.
     small = torch.nn.functional.interpolate(planes, (size, size), mode="bilinear", antialias=True)
     pixels: UInt8[ndarray, "size size 3"] = small[0].round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     return pixels
@@ -240,7 +240,7 @@ def _small(square: UInt8[ndarray, "side side 3"], size: int) -> UInt8[ndarray, "
 
 
 def pretrain(job: PretrainingJob, compute: ComputeRecipe, progress: Progress) -> Prepared:
-    """Pretrain an encoder and write its weights to `job.out`; run again, it goes on from what is done.
+    """Pretrain an encoder and write its weights to `job.out`; a repeated call continues.
 
     Raises:
         UserError: see `prepare`; a batch that does not divide among the workers; another run that writes `out`; a loss
@@ -266,7 +266,7 @@ def pretrain(job: PretrainingJob, compute: ComputeRecipe, progress: Progress) ->
         )
         found = trainer.fit(
             partial(Pretraining, inputs),
-            # Another recipe or other images must not go on from these weights.
+            # Another recipe or other images must not continue from these weights.
             name=f"pretraining-{job.digest()}-{prepared.listing}",
             folder=storage.join(job.work, "ray"),
             compute=compute,

@@ -1,4 +1,4 @@
-"""Pretrain on one worker: the training that the trainer runs, from parts of small images to a student and a teacher."""
+"""Pretrain on one worker: the training that the trainer runs, from parts of small images to student and teacher."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,18 +47,18 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingInputs:
-    """What a pretraining learns from, and how."""
+    """Images and settings of a pretraining."""
 
     recipe: PretrainingRecipe
     parts: tuple[Part, ...]
     side: int
-    """Of the small images, px."""
+    """Side of the small images, px."""
     resident_gib: float
-    """A worker keeps its images in memory if they take no more, GiB."""
+    """Maximum size of the images that a worker keeps in memory, GiB."""
 
 
 def worker_batch(recipe: PretrainingRecipe, world: int) -> int:
-    """Images of a global batch that each of `world` workers takes.
+    """Return the number of images of a global batch for each of `world` workers.
 
     Raises:
         UserError: they do not fill whole mosaics.
@@ -116,7 +116,7 @@ class Pretraining:
         self.state.take(tensors, history)
 
     def begin(self, epoch: int) -> None:
-        """Seed the views: an epoch that is begun again sees the same ones."""
+        """Seed the views, so that a repeated epoch has the same ones."""
         numbers = np.random.SeedSequence((self.seed, epoch, self._place.rank))
         self._generator.manual_seed(int(numbers.generate_state(1)[0]))
 
@@ -126,7 +126,7 @@ class Pretraining:
         return on_device(batches, self._place.device)
 
     def step(self, batch: Batch, epoch: int, index: int) -> Pending:
-        """One step of AdamW; both losses are those of this worker's slice."""
+        """Take one step of AdamW; both losses are those of this worker's slice."""
         recipe = self.recipe
         now = StepSchedule.at(epoch * self.order.steps + index, recipe)
         apply_schedule(self._optimizer, now)
@@ -138,7 +138,7 @@ class Pretraining:
         loss.total.backward()  # type: ignore[no-untyped-call]
         if not now.train_prototypes:
             self._student.head.prototypes.grad = None
-        # Of gradients that are averaged over workers: all find the same norm, and stop at the same step.
+        # The norm of averaged gradients is the same on all workers, so all stop at the same step.
         norm = torch.nn.utils.clip_grad_norm_(self._student.parameters(), recipe.clip).item()
         if math.isfinite(norm):
             self._optimizer.step()
@@ -146,7 +146,7 @@ class Pretraining:
         return partial(_values, loss.contrast.item(), loss.clustering.item(), norm)
 
     def end(self, epoch: int, results: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-        """Mean losses, and the steps that are done."""
+        """Return mean losses, and the number of finished steps."""
         means = {name: float(np.mean([result[name] for result in results])) for name in results[0]}
         return {**means, "step": epoch * self.order.steps + len(results)}
 
@@ -154,7 +154,7 @@ class Pretraining:
         """See `Training`."""
 
     def files(self) -> tuple[Tensors, dict[str, str]]:
-        """The teacher's encoder, which is what a pretraining is for."""
+        """Return the teacher's encoder, the result of a pretraining."""
         return {"encoder": encoder_state(self._teacher)}, {}
 
     def line(self, row: Mapping[str, Any]) -> str:
@@ -172,7 +172,7 @@ def _values(contrast: float, clustering: float, norm: float) -> Mapping[str, flo
 
 
 def rows_of(parts: Sequence[Part]) -> pa.Table:
-    """Every image of the parts by its place: `part` (URI), `row` (within it)."""
+    """Return all images of the parts by position: `part` (URI), `row` (within it)."""
     uris = pa.array([part.uri for part in parts], pa.string())
     counts = [part.images for part in parts]
     numbers = pa.array(np.repeat(np.arange(len(parts), dtype=np.int32), counts))
@@ -191,7 +191,7 @@ def read_small_images(rows: pa.Table, *, side: int) -> dict[str, Any]:
         The other columns, `image` as (n, 3, side, side) uint8, and `maps` without planes.
 
     Raises:
-        UserError: a part that is gone or damaged.
+        UserError: a part that is missing or damaged.
     """
     pixels: UInt8[ndarray, "n 3 side side"] = np.empty((len(rows), 3, side, side), np.uint8)
     parts, numbers = np.array(rows["part"].to_pylist(), object), rows["row"].to_numpy()
@@ -202,7 +202,7 @@ def read_small_images(rows: pa.Table, *, side: int) -> dict[str, Any]:
             groups = np.searchsorted(sizes.cumsum(), numbers[places], "right")
             needed, found = np.unique(groups, return_inverse=True)
             column = file.read_row_groups(needed.tolist(), columns=["pixels"])["pixels"]
-        # From a row of the part to one of what was read of it.
+        # Map a row of the part to a row of what was read.
         skipped = (sizes.cumsum() - sizes)[needed] - (sizes[needed].cumsum() - sizes[needed])
         for place, row in zip(places, numbers[places] - skipped[found], strict=True):
             image = np.frombuffer(column[int(row)].as_buffer(), np.uint8)

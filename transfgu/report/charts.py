@@ -105,7 +105,7 @@ class Axis:
         return 0.5 if high == low else (value - low) / (high - low)
 
     def ticks(self) -> list[float]:
-        """Return the values to write beside the axis: round values within its ends, or powers of ten."""
+        """Return the values to write along the axis: round values within its ends, or powers of ten."""
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
             powers = [10.0**e for e in range(first, last + 1)]

@@ -24,7 +24,7 @@ from transfgu.store.artifacts import Run
 TABLE = "comparison.csv"
 """The scores, one row per method and seed."""
 SUMMARY = "comparison.md"
-"""Mean and standard deviation of each method, beside the published figures."""
+"""Mean and standard deviation of each method, with the published figures."""
 PAGE = "comparison.html"
 """The same with pictures."""
 
@@ -135,7 +135,7 @@ def write(recipe: Recipe, uri: str, rows: Sequence[Scored]) -> str:
     """Write `comparison.csv`, `comparison.md` and `comparison.html` into the comparison's folder.
 
     Args:
-        recipe: what the runs have in common.
+        recipe: common recipe of the runs.
         uri: the folder.
         rows: the runs, in the order of the table.
 

@@ -45,7 +45,7 @@ _TILE = 72  # px, a window's side
 _READERS = 8  # images read at a time
 _TABLE_CLASSES = 32  # up to this many classes the confusion matrix is a table, above a picture
 _BARS = 12  # best and worst classes shown, if there are more than twice as many classes
-_FREE = ("data", "seed", "encoder.batch_size", "evaluation.batch_size")  # what a benchmark's score may differ in
+_FREE = ("data", "seed", "encoder.batch_size", "evaluation.batch_size")  # fields that don't change a benchmark
 _NAMED = 10  # names of left-out inputs shown per reason
 
 
@@ -72,7 +72,7 @@ def write(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Map
 def render(recipe: Recipe, run: Run, stages: Mapping[str, Manifest], metrics: Mapping[str, Any]) -> str:
     """Return the report as HTML; arguments as in :func:`write`."""
     confusion = _confusion(run)
-    # # Ground truth has the classes of the labels, so if clusters were merged, predictions are shown without the
+    # Ground truth has the classes of the labels, so if clusters were merged, predictions are shown without the
     # merges.
     segmenter = Segmenter.load(run.uri, named=confusion is None or not metrics.get("named"))
     grid = _grid(recipe, run, segmenter)
@@ -159,7 +159,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-# # The sections of the page, one function per section.
+# The sections of the page, one function per section.
 
 
 def _facts(recipe: Recipe, stages: Mapping[str, Manifest]) -> dict[str, Any]:
@@ -386,7 +386,7 @@ def concept_views(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concep
             by_image.setdefault(window["index"], []).append(window)
 
     def cut(item: tuple[int, list[dict[str, Any]]]) -> list[tuple[int, float, pictures.Pixels]]:
-        # # Windows are in pixels of the resized image; scale them to the original image and cut there.
+        # Windows are in pixels of the resized image; scale them to the original image and cut there.
         index, windows = item
         image = images.read_image(
             paths[index].as_py(), orient=recipe.dataset.orient, max_pixels=recipe.dataset.max_pixels

@@ -131,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._is_own_address():
             self._answer(403, "text/plain", b"this address is not the page's own")
         elif parts.path == "/" and token and hmac.compare_digest(token.encode(), self.server.token.encode()):
-            # # Redirect to an address without the token, so that it appears in no history or screenshot.
+            # Redirect to an address without the token, so that it appears in no history or screenshot.
             cookie = f"{_COOKIE}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
             self._answer(303, "text/plain", b"", {"Location": "/", "Set-Cookie": cookie})
         elif not self._is_known():

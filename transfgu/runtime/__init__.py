@@ -1,1 +1,1 @@
-"""Ray as the stages share it: connecting, capacity, work in parts, failures, progress."""
+"""Provide what stages share about Ray: connection, capacity, work in parts, failures, progress."""

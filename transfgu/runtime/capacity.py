@@ -15,7 +15,7 @@ from transfgu.recipe import ComputeRecipe
 from transfgu.store import storage
 
 NODES = "TRANSFGU_NODES"
-"""Environment variable in which a cluster that scales says what nodes it may come to have."""
+"""Environment variable with the nodes that a scaling cluster may have."""
 
 
 _UNKNOWN_MEMORY = 4 << 30  # bytes of a node that an autoscaler is still to add
@@ -26,7 +26,7 @@ class Nodes:
     """A number of nodes with the same resources."""
 
     resources: Mapping[str, float]
-    """Of one of them, as Ray names them: `CPU`, `GPU`."""
+    """Resources of one node, with Ray's names: `CPU`, `GPU`."""
     count: int
 
 
@@ -53,7 +53,7 @@ _only: Nodes | None = None
 
 
 def assume(node: Nodes | None) -> None:
-    """Answer every question as on a cluster of this node alone, without asking Ray; None: ask Ray again."""
+    """Answer all questions as for a cluster of this node alone, without Ray; None: ask Ray again."""
     global _only
     _only = node
 
@@ -126,7 +126,7 @@ def actor_resources(compute: ComputeRecipe) -> dict[str, float]:
     """Return the resources of an encoder actor or training worker, as Ray's `num_cpus` and `num_gpus`.
 
     Raises:
-        UserError: no node that the cluster may come to have could ever hold it.
+        UserError: no node that the cluster may have could ever hold it.
     """
     gpus = compute.gpus_per_actor if cluster_gpus() else 0.0
     if not any(_fit(nodes, compute.cpus_per_actor, gpus) for nodes in possible_nodes()):
@@ -142,7 +142,7 @@ def check_satisfiable(compute: ComputeRecipe) -> None:
     """Refuse, before anything starts, an actor, worker or task that no node can hold and that would wait forever.
 
     Raises:
-        UserError: such a one; the message says how many there may be.
+        UserError: there is one; the message gives the possible number.
     """
     resources = actor_resources(compute)
     cpus, gpus = resources["num_cpus"], resources["num_gpus"]
@@ -159,7 +159,7 @@ def check_satisfiable(compute: ComputeRecipe) -> None:
     total = sum(kind.count * kind.resources["CPU"] for kind in nodes)
     if total < least:
         raise UserError(
-            f"the cluster has {total:g} CPUs, and {least:g} are needed, one of them to read images: add CPUs, or lower "
+            f"the cluster has {total:g} CPUs, but {least:g} are needed, one of them to read images: add CPUs, or lower "
             "--cpus_per_actor or --workers",
             code="cluster-too-small",
         )
@@ -172,11 +172,10 @@ def encoder_pool(compute: ComputeRecipe) -> dict[str, Any]:
 
 
 def _first_actors(compute: ComputeRecipe) -> int:
-    """How many encoder actors begin at once: those that the nodes there can hold, beside one task that reads for them
-    and one that writes.
+    """Return the initial number of encoder actors: as many as the present nodes hold, with two other tasks.
 
-    Left to grow, a pool gets its share of what CPUs Ray Data has not set aside for reading and writing: where an actor
-    takes more than a third of a node, that is not enough for one a node.
+    These tasks read and write. A pool that grows from one actor only gets its share of the CPUs that Ray Data has not
+    reserved for reading and writing: if an actor takes more than a third of a node, this is less than one per node.
     """
     resources, nodes = actor_resources(compute), _nodes_there()
     held = [_fit(node, resources["num_cpus"], resources["num_gpus"]) for node in nodes]
@@ -206,7 +205,7 @@ def check_shared(uri: str, flag: str = "--run") -> None:
     nodes = sum(kind.count for kind in possible_nodes())
     if nodes > 1 and storage.is_local(uri):
         raise UserError(
-            f"{uri} is a folder of one machine, and the cluster has {nodes} nodes: give {flag} a URI all can reach, "
-            "as s3://bucket/run",
+            f"{uri} is a folder of one machine, but the cluster has {nodes} nodes: give {flag} a URI that all reach, "
+            "such as s3://bucket/run",
             code="folder-local",
         )

@@ -1,7 +1,7 @@
-"""Connect to an existing Ray cluster if there is one, else start an embedded local one.
+"""Connect to an existing Ray cluster if there is one, otherwise start an embedded local one.
 
-Whoever reaches a port of Ray can run code, so the embedded cluster asks for a random token that only this user's
-processes know, and keeps its sockets and logs in a folder that only this user can enter.
+Everyone who reaches a port of Ray can run code, so the embedded cluster requires a random token that only this user's
+processes have, and keeps its sockets and logs in a folder that only this user can enter.
 """
 
 import atexit
@@ -23,21 +23,21 @@ from transfgu.runtime import capacity, ray_internals, stopping
 from transfgu.runtime.capacity import NODES, cluster_gpus
 from transfgu.runtime.folders import RayFolders
 
-# Threads that spin while they wait burn what other processes of a small machine need: four times the CPU for a step.
-# glibc returns large blocks to the kernel at every free; faulting them in again costs a third of a small ViT's time.
+# Threads that spin while they wait use CPU time that other processes need: four times as much per step. glibc returns
+# large blocks to the kernel at every free; page faults for new ones take a third of a small ViT's time.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # what a submitted job's environment sets may be said again by the job
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # a job may set variables of its submitted environment again
     "OMP_WAIT_POLICY": "PASSIVE",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
-"""Variables that Ray's processes get, unless the environment has others."""
-_PATIENT_SECONDS = 150.0  # how long Ray may take to start when it is tried again; the first time it waits 30 s
+"""Variables for Ray's processes, unless the environment has others."""
+_PATIENT_SECONDS = 150.0  # Ray's time to start in the second attempt; in the first it is 30 s
 _ADDRESS_SECONDS = 5.0
 
 FOLDERS = RayFolders()
@@ -52,24 +52,24 @@ def connect(
     little: Callable[[], bool] | None = None,
     answer_seconds: float = 15.0,
 ) -> None:
-    """Join the cluster that `RAY_ADDRESS` names (as under `ray job submit`), or start an embedded one on this machine.
+    """Join the cluster in `RAY_ADDRESS` (set by `ray job submit`), or start an embedded one on this machine.
 
     Args:
-        verbose: let Ray's own messages through, and keep its logs until the next start.
+        verbose: show Ray's own messages, and keep its logs until the next start.
         setup_hook: called in every worker process before its first task.
-        little: asked where an embedded cluster would be started on a machine without GPUs. Where it returns True, none
-            is: the work is a single block, which this process does itself (:func:`works_here`).
-        answer_seconds: how long a cluster at `RAY_ADDRESS` may take to answer.
+        little: called before an embedded cluster is started on a machine without GPUs. If it returns True, none is
+            started: the work is a single block, which runs in this process (:func:`works_here`).
+        answer_seconds: maximum time for a cluster at `RAY_ADDRESS` to answer [seconds].
 
     Raises:
-        UserError: `RAY_ADDRESS` names no cluster that answers, or Ray does not start on this machine.
+        UserError: no cluster answers at `RAY_ADDRESS`, or Ray does not start on this machine.
     """
     if ray.is_initialized():
         return
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not verbose:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ core writes past Python's logging
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ core does not use Python's logging
     address = os.environ.get("RAY_ADDRESS", "").strip()
     settings: dict[str, Any] = {
         "log_to_driver": verbose,
@@ -84,21 +84,21 @@ def connect(
     elif _embedded:
         _start({**settings, "runtime_env": environment or None}, verbose=verbose)
     else:
-        # A process on any node must find the same nodes possible as this one does.
+        # Processes on all nodes must compute with the same possible nodes as this one.
         environment["env_vars"] = {n: os.environ[n] for n in (*ENVIRONMENT, NODES) if n in os.environ}
         _join(address, {**settings, "runtime_env": environment}, answer_seconds, verbose=verbose)
     quiet(verbose=verbose)
 
 
 def disconnect() -> None:
-    """Leave the cluster; end an embedded one and remove its folder."""
+    """Leave the cluster; stop an embedded one and remove its folder."""
     if ray.is_initialized():
         ray.shutdown()
     FOLDERS.remove()
 
 
 def _join(address: str, settings: dict[str, Any], answer_seconds: float, *, verbose: bool) -> None:
-    """Join a cluster, after a look whether one answers at the address: Ray itself would wait for minutes."""
+    """Join a cluster, after a check that one answers at the address: Ray itself would wait for minutes."""
     remedy = "unset RAY_ADDRESS to use this machine alone, or name the cluster as HOST:PORT"
     if address == "auto":
         address = ray_internals.address_on_this_machine()
@@ -145,7 +145,7 @@ def _join(address: str, settings: dict[str, Any], answer_seconds: float, *, verb
 
 
 def _token() -> str:
-    """Return the token that Ray will send to a cluster, from where Ray looks for it; empty where there is none."""
+    """Return the token that Ray will send to a cluster, found where Ray looks for it; empty if there is none."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return ""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
@@ -157,17 +157,17 @@ def _token() -> str:
 
 
 def _start(settings: dict[str, Any], *, verbose: bool) -> None:
-    """Start an embedded cluster; a second time, and with more patience, where the machine was too busy for the first.
+    """Start an embedded cluster; try a second time, with more patience, if the machine was too busy for the first.
 
     Raises:
         UserError: Ray does not start, or there is no folder for it.
     """
-    # Nobody takes this machine away with a warning: there is nothing to watch for, by a process of its own.
+    # This machine is not preempted, so no process needs to watch for a warning.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # Its ports are open to this machine alone, as Ray has them where there can't be a cluster (macOS).
+    # Its ports are open to this machine only, as Ray does where there can't be a cluster (macOS).
     ray_internals.stay_on_this_machine()
-    # Ray turns authentication on by itself, unless the mode is set. Its own token lies in a file of the home folder
-    # that others may read.
+    # Ray turns authentication on by itself, unless the mode is set. Its own token is in a file of the home folder
+    # that others may be able to read.
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     before = set(psutil.Process().children(recursive=True))
@@ -185,11 +185,11 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
         ):
             try:
                 ray.init(
-                    # Left to itself Ray joins whatever cluster this machine has a trace of.
+                    # By default Ray joins any cluster of which this machine has a trace.
                     address="local",
                     num_cpus=_cpus(),
                     include_dashboard=False,
-                    _temp_dir=str(folder / "r"),  # Ray opens this one to all users, but not the one around it
+                    _temp_dir=str(folder / "r"),  # Ray opens this folder to all users, but not its parent
                     object_spilling_directory=spill,
                     **settings,
                 )
@@ -198,7 +198,7 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
                 cause = error
         if stopping.requested():
             raise KeyboardInterrupt
-        # Ray knows of its processes only once all have started.
+        # Ray records its processes only after all have started.
         stopping.end_processes(set(psutil.Process().children(recursive=True)) - before)
         with suppress(Exception):
             ray.shutdown()
@@ -207,19 +207,19 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
             print(f"Ray did not start ({_first_line(cause)}): trying again", file=sys.stderr, flush=True)
     raise UserError(
         f"Ray does not start on this machine ({_first_line(cause)}), whose load is {os.getloadavg()[0]:.0f} on "
-        f"{os.cpu_count()} cores: end other work, make memory free, or set RAY_ADDRESS to a cluster that runs",
+        f"{os.cpu_count()} cores: stop other work, free memory, or set RAY_ADDRESS to a running cluster",
         code="ray-start",
     ) from None
 
 
 def _has_gpu() -> bool:
-    import torch  # as whoever has little to do here has done already
+    import torch  # already imported by callers with little work
 
     return torch.cuda.is_available()
 
 
 def _cpus() -> int:
-    """Twice the cores: decoding tasks are short, and a stage's actors must fit beside them on the smallest laptop."""
+    """Return twice the number of cores: decoding tasks are short, and small machines need room for a stage's actors."""
     return max(4, 2 * (os.cpu_count() or 1))
 
 
@@ -228,20 +228,20 @@ def _first_line(error: BaseException) -> str:
 
 
 def works_here() -> bool:
-    """Whether this process does itself what is a single block of work, sooner than an actor for it would have started.
+    """Return True if a single block should run in this process, because starting an actor would take longer.
 
-    So it is where Ray was started for this process alone and no GPU is to be shared: starting takes an actor that
-    encodes six seconds, most of them to import what this process has imported already.
+    This is the case if Ray was started for this process alone and there is no GPU to share: an encoder actor needs six
+    seconds to start, mostly for imports that this process has already done.
     """
     return _embedded and not cluster_gpus()
 
 
 @contextmanager
 def _workers_find_the_package() -> Iterator[None]:
-    """Processes of a cluster that starts meanwhile find it as this one did, from a clone that is not installed, too.
+    """Let processes of a cluster started in this block find the package, even in a clone that is not installed.
 
-    They inherit this as they do the rest of the environment. Said in a `runtime_env`, the processes that Ray starts in
-    advance would be of no use, for they have none.
+    They inherit the variable with the rest of the environment. In a `runtime_env` it would make the processes that Ray
+    starts in advance unusable.
     """
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), before]))
@@ -256,7 +256,7 @@ def _workers_find_the_package() -> Iterator[None]:
 
 @contextmanager
 def _no_stderr() -> Iterator[None]:
-    """Ray's core announces its log level on the file descriptor itself; what goes wrong is raised all the same."""
+    """Silence Ray's core, which writes its log level to the file descriptor itself; errors are still raised."""
     kept = os.dup(2)
     with Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -273,4 +273,4 @@ def quiet(*, verbose: bool = False) -> None:
     if not verbose:
         for name in ("ray", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it raises what it calls an error, too
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors that it logs are also raised

@@ -1,5 +1,6 @@
-"""Take a UserError out of the errors in which Ray wraps what tasks, actors and training workers raise."""
+"""Extract a UserError from the errors in which Ray wraps exceptions of tasks, actors and training workers."""
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ _TOLD = re.compile(r"^(?:transfgu\.errors\.)?UserError: (.+)\n\[([a-z-]+)\]$", r
 
 @contextmanager
 def raises_user_errors() -> Iterator[None]:
-    """Raise the UserError that lies under an error of Ray's in its place, without Ray's stack traces."""
+    """Raise the UserError in an error of Ray, without Ray's stack traces."""
     try:
         yield
     except Exception as error:
@@ -21,18 +22,35 @@ def raises_user_errors() -> Iterator[None]:
         raise UserError(str(mistake), code=mistake.code) from None
 
 
+def check_ray() -> None:
+    """Raise UserError if Ray is not installed; nothing is imported."""
+    if importlib.util.find_spec("ray") is None:
+        raise _no_ray()
+
+
+def _no_ray() -> UserError:
+    return UserError(
+        "Ray is not installed, and this command needs it: install transfgu with all that it needs, or pip install "
+        "'ray[data,default,train,tune]'",
+        code="ray-missing",
+    )
+
+
 def find_user_error(error: BaseException | None) -> UserError | None:
-    """The UserError that lies under Ray's own errors, if one does."""
+    """Return the UserError in Ray's own errors, or one that says that Ray is not installed; None for other errors."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         cause = getattr(error, "cause", None)
-        # What a task raised is both, Ray's error and ours; its text is a stack trace, that of its cause the line.
+        # An exception of a task is both Ray's error and ours; its text is a stack trace, that of its cause is the
+        # line.
         if isinstance(error, UserError) and not isinstance(cause, UserError):
             return error
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "ray":
+            return _no_ray()
         seen.add(id(error))
         failures = getattr(error, "worker_failures", None)
         inner = next(iter(failures.values()), None) if isinstance(failures, dict) else cause
-        # Of what an actor's constructor raised, Ray keeps the text alone.
+        # For an exception in an actor's constructor, Ray keeps only the text.
         if getattr(error, "actor_init_failed", False) and (told := _TOLD.findall(str(error))):
             message, code = told[-1]
             return UserError(message, code)

@@ -51,7 +51,7 @@ class RayFolders:
                 break
         else:
             raise UserError(
-                f"Ray needs a folder for temporary files that can be written and whose path has at most "
+                f"Ray needs a folder for temporary files that is writable and whose path has at most "
                 f"{_LONGEST - len(_PREFIX) - 9} bytes, not {asked}: set TMPDIR to one",
                 code="tmpdir-unusable",
             )

@@ -29,7 +29,7 @@ from transfgu.store import parquet, storage
 _PART_BYTES = 20_000_000  # of decoded pixels: 16 images of 640 x 640
 _PART_IMAGES = 32
 _READ_BYTES = 128 << 20  # of heap that a decoding task needs besides the image in hand: the files and results of a part
-_AHEAD = 3  # blocks of decoded images that may exist for each actor, besides one for each CPU that decodes
+_AHEAD = 3  # decoded blocks per actor, in addition to one per decoding CPU
 _METADATA = b"transfgu"
 
 
@@ -58,14 +58,14 @@ class Summary:
     part: int
     """Index of its first sample."""
     images: int
-    """Samples it covers, those left out included."""
+    """Number of its samples, including left-out ones."""
     left_out: tuple[LeftOut, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
     """Sums of interest, by name."""
     size: int = 0
-    """Bytes of the file, where this process or its driver's was told when the file was written; else 0."""
+    """Bytes of the file, if this process or its driver's was told when the file was written; otherwise 0."""
     places: Mapping[str, list[int]] = field(default_factory=dict)
-    """Where the file keeps each row's maps (`map_files.places`), told likewise."""
+    """Places of each row's maps in the file (`map_files.places`), if told likewise."""
 
     @property
     def file(self) -> str:
@@ -111,7 +111,7 @@ class ReadImages:
         return images.decode_file(data, orient=self.orient, max_pixels=self.max_pixels)
 
     def __call__(self, samples: pa.Table) -> pa.Table:
-        """Raises UserError where the storage fails."""
+        """Raise UserError if the storage fails."""
         pixels = np.zeros((len(samples), 3, *self.size), np.uint8)
 
         def read(data: bytes | None) -> UInt8[np.ndarray, "3 H W"]:
@@ -138,7 +138,7 @@ class ReadImages:
 def usable(block: pa.Table) -> tuple[pa.Table, UInt8[np.ndarray, "n 3 H W"]]:
     """Return the rows of a block of `ReadImages` that have an image, and their images (not copied if all rows have)."""
     column = block["image"]
-    # Joining chunks copies even where there is just one, as there is in a block from Ray.
+    # Joining chunks copies even a single one, which a block from Ray has.
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     pixels = array.to_numpy_ndarray()
     good = np.flatnonzero(block["reason"].is_null().to_numpy())
@@ -204,11 +204,11 @@ class Work:
 
     read: ReadImages
     actor: type[Any]
-    """A class; its calls get a block of `ReadImages`."""
+    """A class; it is called with blocks of `ReadImages`."""
     arguments: Mapping[str, Any]
-    """Of the class's constructor."""
+    """Arguments of the class's constructor."""
     write: Callable[[pa.Table], pa.Table]
-    """From a block of the actor's to :func:`write_part`'s row."""
+    """Turns a block of the actor into the row of :func:`write_part`."""
 
     def plan(self, parts: Sequence[pa.Table], pool: Mapping[str, Any]) -> Dataset:
         """Return the plan for any number of parts; `pool` as in :func:`encoded`."""
@@ -275,23 +275,23 @@ def complete(
     progress: Progress,
     here: Callable[[pa.Table], pa.Table] | None = None,
 ) -> tuple[list[Summary], dict[str, Any]]:
-    """Make the parts of `samples` that are missing in `folder`.
+    """Compute the parts of `samples` that are missing in `folder`.
 
     Args:
-        recipe: says which share of bad images ends the run.
+        recipe: recipe with the maximum share of bad images.
         samples: the sample list.
         folder: URI of the artefact.
-        size: samples a part.
-        plan: from parts to make to a dataset whose last operator is `write_part`'s.
+        size: samples per part.
+        plan: turns parts into a dataset whose last operator is that of `write_part`.
         progress: reports images, and each different note once.
-        here: from one part to `write_part`'s row, in this process; serves where there is one to make, and
+        here: turns one part into `write_part`'s row, in this process; used for a single part if
             `transfgu.runtime.connect.works_here`.
 
     Returns:
-        The summaries of all parts, in order, and for the report what Ray Data says of the work, if it had any.
+        The summaries of all parts, in order, and Ray Data's statistics for the report, if Ray Data was used.
 
     Raises:
-        UserError: too many bad images, or one that a task or an actor raised.
+        UserError: too many bad images, or an error of a task or an actor.
     """
     parts = {part["index"][0].as_py(): part for part in split(samples, size)}
     summaries = {s.part: s for s in _found(folder, parts)}
@@ -299,7 +299,7 @@ def complete(
     done = sum(s.images for s in summaries.values())
 
     def check_bad() -> None:
-        """Raise UserError as soon as there are too many bad images, however good the rest may be."""
+        """Raise UserError as soon as there are too many bad images, even if all others are good."""
         bad = [x for _, summary in sorted(summaries.items()) for x in summary.left_out]
         recipe.dataset.bad_share.check(bad, len(samples), "images", at_least=True)
 
@@ -326,7 +326,7 @@ def complete(
 
 
 def _told(rows: pa.Table) -> Iterator[tuple[Summary, str]]:
-    """What :func:`write_part` tells."""
+    """Yield the content of rows of :func:`write_part`."""
     for row in rows.to_pylist():
         yield Summary.from_json(row["summary"]), row["note"]
 
@@ -338,7 +338,7 @@ def _made(data: Dataset) -> Iterator[tuple[Summary, str]]:
 
 
 def _found(folder: str, parts: Mapping[int, pa.Table]) -> list[Summary]:
-    """Return the summaries of the parts that exist, are complete, and are of the same samples."""
+    """Return the summaries of parts that exist, are complete, and have the same samples."""
     there = {uri.rsplit("/", 1)[-1]: uri for uri in storage.list_files(folder)}
     wanted = [(there[part_file(part)], table) for part, table in parts.items() if part_file(part) in there]
     with ThreadPoolExecutor(16) as pool:
@@ -352,5 +352,5 @@ def read_summary(uri: str, part: pa.Table) -> Summary | None:
         metadata = parquet.opened(uri).metadata.metadata or {}
         summary = Summary.from_json(metadata[_METADATA])
     except (UserError, KeyError, ValueError, TypeError):
-        return None  # damaged since: it is made anew
+        return None  # damaged: it is computed again
     return summary if (summary.part, summary.images) == (part["index"][0].as_py(), len(part)) else None

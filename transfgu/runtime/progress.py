@@ -54,17 +54,17 @@ class Progress:
         self._write(f"{self._stage}: {done}{'' if total is None else f'/{total}'} {unit}  {speed}{left}", final=False)
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if not self._quiet:
             self._write(f"{self._stage}: {text}", final=True)
 
     @property
     def _out(self) -> io.TextIOBase:
-        """The stream; looked up when needed, since Ray Tune pickles who holds this."""
+        """The stream; looked up on each use, because Ray Tune pickles the holder of this object."""
         return self._stream or cast(io.TextIOBase, sys.stderr)
 
     def end(self) -> None:
-        """End a line that is redrawn, so that what is printed next has a line of its own."""
+        """End a redrawn line, so that later output starts on a new line."""
         if self._terminal and self._width:
             self._out.write("\n")
             self._out.flush()
@@ -80,7 +80,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words, such as ``3 min 20 s``."""
+    """Return a duration as text, such as ``3 min 20 s``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

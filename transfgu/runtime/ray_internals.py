@@ -23,7 +23,7 @@ def stay_on_this_machine() -> None:
 
 
 def address_on_this_machine() -> str:
-    """Return HOST:PORT of the cluster that `RAY_ADDRESS=auto` stands for; empty where there is none.
+    """Return HOST:PORT of the cluster for `RAY_ADDRESS=auto`; empty if there is none.
 
     API: `ray._private.services.canonicalize_bootstrap_address`.
     """
@@ -33,14 +33,14 @@ def address_on_this_machine() -> str:
 
 
 def gcs_status(address: str, token: str, seconds: float) -> str:
-    """Return the name of the gRPC status by which the cluster at `address` answers a question: "OK" if it lets one in.
+    """Return the name of the gRPC status with which the cluster at `address` answers: "OK" if it grants access.
 
-    API: the method `ray.rpc.NodeInfoGcsService/CheckAlive`. Ray itself asks again and again, without a word.
+    API: the method `ray.rpc.NodeInfoGcsService/CheckAlive`. Ray itself repeats the request silently.
 
     Args:
         address: HOST:PORT of the cluster's GCS.
         token: the cluster's token; empty: none is sent.
-        seconds: how long to wait for an answer.
+        seconds: maximum time to wait for an answer.
     """
     with grpc.insecure_channel(address) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
@@ -53,9 +53,9 @@ def gcs_status(address: str, token: str, seconds: float) -> str:
 
 @contextmanager
 def patience(seconds: float) -> Iterator[None]:
-    """Let a cluster that the body starts take up to `seconds` for each of its processes; 0: Ray's own 30 s.
+    """Allow a cluster started in the block up to `seconds` for each of its processes; 0: Ray's own 30 s.
 
-    API: `ray._private.services.get_node`, which Ray asks for 30 s whether its raylet is there.
+    API: `ray._private.services.get_node`, which Ray calls for 30 s until its raylet is there.
     """
     if not seconds:
         yield
@@ -86,7 +86,7 @@ def patience(seconds: float) -> Iterator[None]:
 
 
 def show_progress_bars(shown: bool) -> None:
-    """Switch the progress bars of Ray Data on or off for the data sets that this process makes from here on.
+    """Switch the progress bars of Ray Data on or off for data sets that this process creates from now on.
 
     API: `ray.data.DataContext`.
     """
@@ -97,14 +97,14 @@ def show_progress_bars(shown: bool) -> None:
 def data_context(
     *, preserve_order: bool = False, whole_blocks: bool = False, store_bytes: int | float | None = None
 ) -> Iterator[None]:
-    """Make data sets without progress bars, and let exceptions of mapped functions arrive as they were raised.
+    """Create data sets without progress bars, in which exceptions of mapped functions are not wrapped.
 
-    API: `ray.data.DataContext`, whose settings go with each data set that the body makes.
+    API: `ray.data.DataContext`, whose settings belong to each data set created in the block.
 
     Args:
         preserve_order: return blocks in the order of the input.
-        whole_blocks: neither cut nor join blocks, whatever their size.
-        store_bytes: the most that the plan's blocks may take in the object store [bytes]; None: Ray's own limit.
+        whole_blocks: do not divide or join blocks, whatever their size.
+        store_bytes: maximum size of the plan's blocks in the object store [bytes]; None: Ray's own limit.
     """
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -126,8 +126,8 @@ def map_whole_blocks(data: Dataset, actor: type[Any], arguments: Mapping[str, An
 
     Args:
         data: the plan so far.
-        actor: a class; its calls get a block as an Arrow table.
-        arguments: of the class's constructor.
+        actor: a class; it is called with blocks as Arrow tables.
+        arguments: arguments of the class's constructor.
         pool: further arguments of `map_batches`, from `transfgu.runtime.capacity.encoder_pool`.
     """
     return data.map_batches_internal(
@@ -136,7 +136,7 @@ def map_whole_blocks(data: Dataset, actor: type[Any], arguments: Mapping[str, An
 
 
 def map_with_context_of(data: Dataset, write: Callable[[Any], Any]) -> Dataset:
-    """Add an operator that turns each block into one block in tasks, under the settings that `data` was made with.
+    """Add an operator that turns each block into one block in tasks, with the settings of `data`.
 
     API: `Dataset.context`.
     """

@@ -26,14 +26,14 @@ from transfgu.runtime.failures import raises_user_errors
 from transfgu.whitening import Moments, Whitening
 
 ALL = "all"
-"""Name of the rows where there is a single group."""
+"""Name of the rows if there is a single group."""
 
 ADDED_AT_ONCE = 8
-"""Passes that one task adds up, each with as many numbers as the centroids have."""
+"""Passes added by one task; each has as many numbers as the centroids."""
 
 _SHARD_BYTES = 256 << 20  # below this, starting another actor costs more than it saves
-_THREADS = 8  # an actor's at most: more of them wait for each other's Python
-_HELD = 1.3  # bytes in memory for a byte of a shard's files, as it is read and worked on
+_THREADS = 8  # maximum number of threads per actor: more would wait for Python's lock
+_HELD = 1.3  # bytes in memory per byte of a shard's files
 
 
 class SpreadShards(Shards):
@@ -66,7 +66,7 @@ class SpreadShards(Shards):
         self.largest = float(np.max([largest for _, largest in measures]))  # keeps NaN
 
     def best_start(self, rows: Int[ndarray, " n"], k: int, seed: int) -> Float32[ndarray, "k d"]:
-        """The starts are shared out; the sample goes from actor to actor, not through this process."""
+        """Return the best start; starts are divided among actors, and the sample goes from actor to actor directly."""
         samples = self._taken(rows)
         busy = self._actors[: len(START_NUMBERS)]
         shares = [s.tolist() for s in np.array_split(START_NUMBERS, len(busy))]
@@ -86,27 +86,27 @@ class SpreadShards(Shards):
         return [a.take.remote(self._group, r, self._whitening) for a, r in zip(self._actors, own, strict=True)]
 
     def assign(self, centroids: Float32[ndarray, "k d"], grid: Grid) -> Assignment:
-        """One pass over all rows."""
+        """Run one pass over all rows."""
         reference = ray.put(centroids)
         passes = [a.assign.remote(self._group, reference, grid, self._whitening) for a in self._actors]
-        while len(passes) > self._added_at_once:  # what is left is what this process fetches
+        while len(passes) > self._added_at_once:  # this process fetches the rest
             step = self._added_at_once
             groups = [passes[i : i + step] for i in range(0, len(passes), step)]
             passes = [self._add.remote(*group) for group in groups]
         return _added(*fetch(passes))
 
     def moments(self, step: float) -> Moments:
-        """Sums over all rows, from which a whitening follows."""
+        """Return the sums over all rows from which a whitening is computed."""
         found = fetch([a.moments.remote(self._group, step) for a in self._actors])
         total: Moments = functools.reduce(Moments.__add__, [m for m in found if m is not None])
         return total
 
     def whitened(self, whitening: Whitening) -> "SpreadShards":
-        """The rows whitened and of unit length; actors keep those before, too."""
+        """Return the rows whitened and of unit length; actors also keep the original ones."""
         return SpreadShards(self._actors, self._group, ray.put(whitening), self, self._added_at_once)
 
     def means_before(self, centroids: Float32[ndarray, "k d"]) -> Float32[ndarray, "k d"]:
-        """Of whitened rows: for each centroid the mean, before whitening, of the rows that are nearest to it."""
+        """For whitened rows: return the mean, before whitening, of the rows nearest to each centroid."""
         before = self._before
         assert before is not None
         grids = Grid(self.rows, self.largest), Grid(before.rows, before.largest)
@@ -115,7 +115,7 @@ class SpreadShards(Shards):
         return means(np.sum(sums, axis=0), np.sum(counts, axis=0))
 
     def nearest(self, centroids: Float32[ndarray, "k d"], first_concept: int) -> pa.Table:
-        """The windows nearest to each concept, concepts numbered from `first_concept`."""
+        """Return the windows nearest to each concept, with concepts numbered from `first_concept`."""
         grid = Grid(self.rows, self.largest)
         tables = fetch([a.nearest.remote(self._group, centroids, grid, self._whitening) for a in self._actors])
         table = nearest_windows(pa.concat_tables(tables))
@@ -133,16 +133,16 @@ def _added(*passes: Assignment) -> Assignment:
 def start_actors(
     sources: Sequence[Source], nodes: Sequence[Mapping[str, float]], restarts: int, memory: int = 0
 ) -> Iterator[list[Any]]:
-    """An actor for each source, gone at the end; one that is lost is started again, and reads its source again.
+    """Start an actor per source; they are removed at the end. A lost actor is restarted and reads its source again.
 
     Args:
         sources: of each actor.
-        nodes: resources of those that the actors are for.
-        restarts: of each actor at most.
-        memory: bytes that each asks for; 0: it is started wherever there is a CPU for it.
+        nodes: resources of the nodes for the actors.
+        restarts: maximum number per actor.
+        memory: bytes requested per actor; 0: it starts wherever there is a CPU for it.
 
     Raises:
-        UserError: an actor was lost once more than it is started again.
+        UserError: an actor was lost more often than it may be restarted.
     """
     per_node = math.ceil(len(sources) / len(nodes))
     node_cpus = min(node["CPU"] for node in nodes)
@@ -170,14 +170,14 @@ def start_actors(
 
 
 def actor_resources(actors: int, nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return what each actor asks for: up to one CPU and one GPU, less where more actors share them."""
+    """Return the resources that each actor requests: up to one CPU and one GPU, less if more actors share them."""
     shares = {"num_cpus": "CPU", "num_gpus": "GPU"}
     totals = {name: sum(node.get(kind, 0.0) for node in nodes) for name, kind in shares.items()}
     return {name: min(1.0, math.floor(100 * total / actors) / 100) for name, total in totals.items()}
 
 
 def fetch(references: list[Any]) -> list[Any]:
-    """Return what actors answer; raises the UserError of an actor as it was raised there."""
+    """Return the results of actors; raises the UserError of an actor as it was raised there."""
     with raises_user_errors():
         return list(ray.get(references))
 
@@ -191,9 +191,9 @@ def connect_once() -> None:
 def actor_nodes(size: int = 0) -> Sequence[Mapping[str, float]]:
     """Return the resources of the nodes on which actors for features of `size` bytes are started.
 
-    They are those that are there, as far as these have the memory, else all that the cluster may come to have. Where
-    there is neither a node nor a size, they are one of those to come. If any node has a GPU, or may come with one, only
-    nodes with GPUs count.
+    They are the present nodes, if these have the memory, otherwise all that the cluster may have. Without present nodes
+    and without a size, it is one of the possible nodes. If any node has a GPU, or may have one, only nodes with GPUs
+    count.
     """
     there = [n["Resources"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
     may_be = [node for node in capacity.every_possible_node() if node["CPU"]]
@@ -212,7 +212,7 @@ def actor_nodes(size: int = 0) -> Sequence[Mapping[str, float]]:
 def actor_count(size: int, nodes: Sequence[Mapping[str, float]]) -> int:
     """Return the number of actors for features of `size` bytes.
 
-    On nodes with GPUs it is one per GPU, else as many as use every node's cores; fewer if there is not that much work.
+    On nodes with GPUs it is one per GPU, otherwise as many as use every node's cores; fewer if there is little work.
     """
     per_node = math.ceil(min(node["CPU"] for node in nodes) / _THREADS)
     gpus = int(sum(node.get("GPU", 0.0) for node in nodes))
@@ -220,10 +220,10 @@ def actor_count(size: int, nodes: Sequence[Mapping[str, float]]) -> int:
 
 
 def actor_memory(shard: float) -> int:
-    """Bytes of memory that the actor of a shard of so many bytes asks for: what it holds, where nodes may yet come.
+    """Return the bytes of memory that the actor of a shard requests: its content, if nodes may still be added.
 
-    Elsewhere 0: what a machine declares is a share of what was free when Ray began, and an actor that asks for more
-    than any has would wait for ever. It is 0 for a small shard, too, that finds its place anywhere.
+    Otherwise 0: the memory that a node declares was measured when Ray started, and an actor that requests more than any
+    node has would wait forever. It is also 0 for a small shard, which fits anywhere.
     """
     living = sum(bool(node["Alive"]) for node in ray.nodes())
     grows = len(capacity.every_possible_node()) > living
@@ -231,7 +231,7 @@ def actor_memory(shard: float) -> int:
 
 
 def _bounds(rows: int, workers: int) -> list[int]:
-    """Where to cut rows into as many shards of whole chunks."""
+    """Return the bounds of as many shards of whole chunks as there are workers."""
     chunks = math.ceil(rows / CHUNK)
     return sorted({min(rows, chunks * i // workers * CHUNK) for i in range(workers + 1)})
 
@@ -244,7 +244,7 @@ def array_sources(array: ndarray, workers: int) -> list[Source]:
 
 def dataset_sources(dataset: Any, workers: int) -> list[Source]:
     """Divide the rows of a Ray Dataset, in their order, into as many shards of whole chunks as there are workers."""
-    dataset.context.execution_options.preserve_order = True  # row numbers must not depend on which task ends first
+    dataset.context.execution_options.preserve_order = True  # row numbers must not depend on the order of the tasks
     dataset = dataset.materialize()
     bounds = _bounds(dataset.count(), workers)
     _column(dataset.columns())
@@ -260,7 +260,7 @@ def _read_object(reference: Any) -> dict[str, Rows]:
 
 
 def _read_tables(references: Sequence[Any], rows: int) -> dict[str, Rows]:
-    """One array of all the blocks, which are fetched one at a time: its chunks are those of the whole array."""
+    """Return one array of all blocks, which are fetched one at a time; its chunks are those of the whole array."""
     array, start = np.empty((rows, 0), np.float32), 0
     for reference in references:
         table = ray.get(reference)

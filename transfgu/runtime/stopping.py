@@ -1,8 +1,8 @@
-"""End a job on SIGINT or SIGTERM: one line, exit code 130 or 143, no process left, and the run's lock released.
+"""Stop a job on SIGINT or SIGTERM: one line, exit code 130 or 143, no process left, and the run's lock released.
 
-Python runs a signal's handler in the main thread, between two of its instructions, and so not while that thread waits
-inside Ray's core. Ray also replaces handlers: its core aborts on SIGTERM. Therefore the main thread is interrupted
-first, and a thread that reads Python's wake-up pipe ends the process if the main thread has not done so in time.
+Python runs a signal's handler in the main thread between two of its instructions, so not while that thread waits inside
+Ray's core. Ray also replaces handlers: its core aborts on SIGTERM. Therefore the main thread is interrupted first, and
+a thread that reads Python's wake-up pipe ends the process if the main thread does not end in time.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from typing import Any, NoReturn
 
 LINE = "stopped; the same command continues where it stopped"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_GRACE_SECONDS = 7.0  # for the work in hand to be given up in order; a second signal ends this time
-_AGAIN_SECONDS = 1.0  # some programs send a signal to a process and to its group: both within this time are one
+_GRACE_SECONDS = 7.0  # for the work in progress to stop; a second signal ends this time
+_AGAIN_SECONDS = 1.0  # some programs send a signal to a process and to its group: within this time both count as one
 _CLEANUP_SECONDS = 3.0
 _CHECK_SECONDS = 0.005
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux's prctl
 _TIED = "TRANSFGU_END_WITH_STDIN"
 
 _installed = False
-_stderr = 2  # a file descriptor of its own, once installed: the other one may lead nowhere while Ray starts
+_stderr = 2  # replaced by its own file descriptor in install(), because Ray redirects the other one while it starts
 _interrupted = False
 _first = 0
 _ending = threading.Lock()
@@ -37,10 +37,10 @@ _cleanups: list[Callable[[], None]] = []
 
 
 def install() -> None:
-    """Handle SIGINT and SIGTERM in this process, also where it inherited them as ignored. Call it in the main thread.
+    """Handle SIGINT and SIGTERM in this process, even if inherited as ignored. Call it in the main thread.
 
-    The first signal raises KeyboardInterrupt in the main thread, and whoever catches it calls :func:`end`. A process
-    of :func:`start_tied` gets SIGTERM when its parent ends.
+    The first signal raises KeyboardInterrupt in the main thread, and its handler calls :func:`end`. A process of
+    :func:`start_tied` gets SIGTERM when its parent ends.
     """
     global _installed, _stderr
     if _installed:
@@ -51,42 +51,42 @@ def install() -> None:
     os.set_blocking(send, False)
     threading.Thread(target=_watch, args=(receive,), name="signals", daemon=True).start()
     sys.excepthook = _end_or_print
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ray Tune's own returns as if the search were over
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Tune's handler returns as if the search were finished
     _installed = True
     signal.set_wakeup_fd(send, warn_on_full_buffer=False)
-    for number in _SIGNALS:  # last: a signal may come at once, and finds all of the above
+    for number in _SIGNALS:  # last, because a signal may come at once and needs all of the above
         signal.signal(number, _interrupt)
-    if os.environ.pop(_TIED, ""):  # not left to processes that this one starts, whose standard input is another
+    if os.environ.pop(_TIED, ""):  # not passed to child processes, whose standard input is another
         threading.Thread(target=_end_with_stdin, name="parent", daemon=True).start()
 
 
 def start_tied(command: Sequence[str], **how: Any) -> subprocess.Popen[str]:
-    """Start a command that calls :func:`install`, and that ends when this process ends, however it ends.
+    """Start a command that calls :func:`install`, and that ends when this process ends for any reason.
 
-    Its standard input is a pipe whose other end this process alone holds. The operating system closes that end with
-    this process, after SIGKILL too, and the command then ends as after SIGTERM.
+    Its standard input is a pipe whose other end is held by this process only. The operating system closes that end with
+    this process, even after SIGKILL, and the command then ends as after SIGTERM.
 
     Args:
         command: the program and its arguments.
-        how: further arguments of `subprocess.Popen`, but `stdin` and `text`.
+        how: further arguments of `subprocess.Popen`, except `stdin` and `text`.
     """
     environment = {**(how.pop("env", None) or os.environ), _TIED: "1"}
     return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment, **how)
 
 
 def requested() -> bool:
-    """Return True once a signal asked this process to end."""
+    """Return True once a signal has asked this process to end."""
     return bool(_first)
 
 
 def at_end(cleanup: Callable[[], None]) -> None:
-    """Call `cleanup` when a signal ends the process, in three seconds with all others, after its children are gone."""
+    """Call `cleanup` when a signal ends the process, within three seconds for all, after its children have ended."""
     if cleanup not in _cleanups:
         _cleanups.append(cleanup)
 
 
 def ignore() -> None:
-    """Let no signal interrupt the rest, in which nothing is left to do but to exit."""
+    """Ignore signals from now on, when nothing is left to do except to exit."""
     if _installed:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -100,7 +100,7 @@ def end() -> NoReturn:
         sys.stdout.flush()
     with contextlib.suppress(OSError):
         os.write(_stderr, f"{told}{LINE}\n".encode())
-    with contextlib.suppress(OSError):  # whatever ends now has nothing to tell
+    with contextlib.suppress(OSError):  # output of processes that end now is not needed
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
@@ -112,7 +112,7 @@ def end() -> NoReturn:
 
 @contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Keep the handlers of :func:`install` while the body runs, whatever Ray and its core install meanwhile."""
+    """Keep the handlers of :func:`install` in the block, even if Ray and its core install others."""
     if not _installed or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -172,7 +172,7 @@ def _note(number: int) -> None:
     global _first
     if not _first:
         _first = number
-        # An interrupt inside a destructor or a callback can't be raised, and other threads meet processes that end.
+        # An exception can't be raised inside a destructor or a callback, and other threads may see processes end.
         sys.unraisablehook = _say_nothing
         threading.excepthook = _say_nothing
 
@@ -182,7 +182,7 @@ def _say_nothing(*_: Any) -> None:
 
 
 def _watch(receive: int) -> None:
-    """Read the numbers of signals as they come; end the process when it has had time enough."""
+    """Read the numbers of signals as they arrive; end the process after the grace period."""
     while not (found := [n for n in os.read(receive, 64) if n in _SIGNALS]):
         pass
     _note(found[0])
@@ -214,7 +214,7 @@ def _end_descendants() -> None:
     import psutil
 
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)  # children of a process that ends become this process's
+        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)  # this process becomes the parent of orphaned descendants
     deadline = time.monotonic() + 2
     while (found := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
         end_processes(found, 0.3)

@@ -1,1 +1,1 @@
-"""Hyper-parameter search over the recipe's fields."""
+"""Search for better values of the recipe's fields."""

@@ -18,10 +18,10 @@ from transfgu.recipe import FIELDS, Recipe, field_name
 
 Number = int | float
 Parameters = dict[str, Number]
-"""The searched fields' values in one trial, by the names that the ranges have."""
+"""Values of the searched fields in one trial, by the names of the ranges."""
 
 ALPHA = "alpha"
-"""Not a field but a shorthand: alpha held constant, instead of rising after each teacher update as published."""
+"""A shorthand, not a field: a constant alpha, instead of one that rises after each teacher update as published."""
 
 DEFAULT = (
     "omega_1=loguniform(0.1,10)",
@@ -29,7 +29,7 @@ DEFAULT = (
     "alpha_start=uniform(0,0.1)",
     "alpha_step=choice(0,0.01)",
 )
-"""A decade around what is published (1, 0.3, 0.03 rising by 0.01); a step of 0 holds alpha constant."""
+"""A decade around the published values (1, 0.3, 0.03 rising by 0.01); with a step of 0 alpha is constant."""
 DEFAULT_OF_OTHERS = ("lr=loguniform(1e-5,1e-2)",)
 """For methods that have no loss weights to search."""
 DEFAULT_GRID = (
@@ -47,7 +47,7 @@ KINDS = {
     "choice": "choice(a,b,...)",
     "grid": "grid(a,b,...)",
 }
-"""The kinds of range and how each is written; randint includes both its ends."""
+"""Kinds of ranges and their syntax; randint includes both ends."""
 
 _LISTED = ("choice", "grid")
 
@@ -65,12 +65,12 @@ class Range:
 
     @property
     def log(self) -> bool:
-        """Whether its axis is logarithmic."""
+        """True if its axis is logarithmic."""
         return self.kind == "loguniform"
 
     @property
     def listed(self) -> tuple[Number, ...] | None:
-        """Its values, where they can be counted."""
+        """Its values, if they are countable."""
         if self.kind == "randint":
             return tuple(range(int(self.values[0]), int(self.values[1]) + 1))
         return self.values if self.kind in _LISTED else None
@@ -142,12 +142,12 @@ def parse(texts: Sequence[str], recipe: Recipe) -> Space:
     """Parse ``FIELD=KIND(...)`` texts to a space.
 
     Args:
-        texts: one a field; the field's name may be short where just one component has it.
-        recipe: what a trial's values are put into.
+        texts: one per field; the name may be short if only one component has the field.
+        recipe: the recipe into which a trial's values are put.
 
     Raises:
-        UserError: an unknown field, one that is not numeric or changes no result, a range that is empty or that can't
-            be read, or one whose ends the recipe refuses.
+        UserError: an unknown field, a field that is not numeric or changes no result, a range that is empty or can't be
+            read, or a range with ends that the recipe refuses.
     """
     ranges = [_parse(text, recipe) for text in texts]
     fields = [name for r in ranges for name in _fields({r.name: 0})]
@@ -197,7 +197,7 @@ def _parse(text: str, recipe: Recipe) -> Range:
 
 
 def _check_field(name: str, recipe: Recipe) -> bool:
-    """Whether the field's values are whole numbers; raises UserError where it can't be searched."""
+    """Return True if the field has whole numbers; raise UserError if it can't be searched."""
     if other := recipe.ignores("training.alpha_start" if name == ALPHA else name):
         raise UserError(
             f"{name} can't be searched: method {recipe.method} does not have it ({other} has)",

@@ -1,12 +1,12 @@
-"""Trials share every artefact that their recipes have in common, because a folder is named after its stage's digest.
+"""Run the trials of a search on Ray; trials share every artefact that their recipes have in common.
 
-So what no trial searches is computed once, before the search; what some do is computed once for each value that is
-tried. A trial is a Ray Train run of its own, started by Ray Tune; its record is written by the driver alone, with every
-epoch, and is all that a restarted search reads.
+The folder of an artefact is named after its stage's digest. So stages without searched fields are computed once, before
+the search; the others once per value. A trial is a Ray Train run, started by Ray Tune; the driver alone writes its
+record, with every epoch, and a restarted search reads only the records.
 
-Decoding tasks ask for a whole CPU. If trials held every CPU, no trial's images would ever be read: each node keeps one
-CPU free, whatever the number of trials, and trials share the rest, in fractions if need be. Nodes are those that the
-cluster may come to have, as trials are what brings them.
+Decoding tasks require a whole CPU. If trials held every CPU, no images would ever be read: each node keeps one CPU
+free, whatever the number of trials, and trials share the others, in fractions if necessary. All nodes that the cluster
+may have are counted, because trials make an autoscaler add them.
 """
 
 import json
@@ -41,46 +41,46 @@ def upstream(recipe: Recipe) -> tuple[str, ...]:
     return recipe.stages[: recipe.stages.index("training")]
 
 
-_UNLABELLED = 256  # validation images that the criterion without labels is taken on, at even distances
-_TRIAL_CPUS = 0.1  # of the process that starts a trial's workers and waits
-_ATTEMPTS = 3  # in vain, at one epoch, before a trial counts as failed
-_LOST = 10  # times that a trial's own process may be lost with its node
+_UNLABELLED = 256  # validation images of the label-free objective, at equal distances
+_TRIAL_CPUS = 0.1  # for the process that starts a trial's workers and waits
+_ATTEMPTS = 3  # failed attempts at one epoch before a trial counts as failed
+_LOST = 10  # how often a trial's own process may be lost with its node
 
 
 @dataclass(frozen=True)
 class SharedRun(Run):
-    """A run's folder in a search: an artefact is found by what it was made from."""
+    """The folder of a run in a search, in which an artefact is found by its digest."""
 
     made_by: Recipe
 
     def artifact(self, stage: str) -> Artifact:
-        """The folder of a stage's results, the same for all recipes that agree up to that stage."""
+        """Return the folder of a stage's results, the same for all recipes that agree up to that stage."""
         return Artifact(stage, self.file(f"shared/{stage}-{self.made_by.digest(stage)[:12]}"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tables:
-    """What a trial reads besides the maps: URIs of small tables."""
+    """Inputs of a trial besides the maps: URIs of small tables."""
 
     images: str
     validation: str
-    """Empty where no image is labelled."""
+    """Empty if no image is labelled."""
     unlabelled: str
     inputs: str
-    """Digest of what is trained on."""
+    """Digest of the training inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Upstream results of one recipe."""
+    """Results of one recipe's earlier stages."""
 
     computed: list[str]
-    """Stages that had to be run."""
+    """Stages that were computed."""
     tables: Tables
 
 
 def prepare(recipe: Recipe, uri: str, stages: Sequence[str] | None = None, *, quiet: bool = True) -> list[str]:
-    """Run those of `stages` (None: all before training) that are not complete in the search's folder; returns which."""
+    """Run the stages (None: all before training) that are missing in the search's folder; returns their names."""
     run = SharedRun(uri, recipe)
     computed = []
     for stage in upstream(recipe) if stages is None else stages:
@@ -93,7 +93,7 @@ def prepare(recipe: Recipe, uri: str, stages: Sequence[str] | None = None, *, qu
 
 
 def tabulate(recipe: Recipe, uri: str) -> Tables:
-    """Write the tables that training reads, beside the artefact that they belong to: the last one before training.
+    """Write the tables that training reads, next to the last artefact before training.
 
     Raises:
         UserError: no image has a pseudo label, or can be used.
@@ -106,7 +106,7 @@ def tabulate(recipe: Recipe, uri: str) -> Tables:
     count = min(_UNLABELLED, len(validation))
     unlabelled = validation.take(pa.array([i * len(validation) // count for i in range(count)], pa.int64()))
     tables = {"images": images, "validation": labelled, "unlabelled": unlabelled}
-    # Not `.parquet`: those files of the folder are the pseudo labels' parts.
+    # Not `.parquet`, because these files of the folder are parts of the pseudo labels.
     uris = {name: folder.file(f"{name}.table") if len(table) else "" for name, table in tables.items()}
     for name, table in tables.items():
         if len(table):
@@ -115,9 +115,9 @@ def tabulate(recipe: Recipe, uri: str) -> Tables:
 
 
 class Preparer:
-    """An actor that computes what trials do not share with all others, one trial's after the other's.
+    """An actor that computes the artefacts that trials do not share with all others, one trial at a time.
 
-    One at a time: two clusterings side by side could each hold half of the CPUs that both need.
+    Two clusterings at the same time could each hold half of the CPUs that both need, and wait forever.
     """
 
     def prepare(self, recipe: Recipe, uri: str) -> Prepared:
@@ -127,27 +127,27 @@ class Preparer:
 
 @dataclass(frozen=True, kw_only=True)
 class Allotment:
-    """What trials get of a cluster."""
+    """Resources of trials in a cluster."""
 
     concurrent: int
     beside: int
-    """Trials that share a node at most."""
+    """Maximum number of trials that share a node."""
     compute: ComputeRecipe
-    """Of each trial."""
+    """Settings of each trial."""
 
 
 def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
-    """Divide a cluster among trials so that a whole CPU is left on some node, however the rest is spread.
+    """Divide a cluster among trials so that a whole CPU remains on at least one node.
 
-    Of the CPUs as many as there are nodes stay free in all: then one node at least has a whole one.
+    As many CPUs as there are nodes stay free in total, so at least one node has a whole one.
 
     Args:
-        nodes: resources of each node that the cluster may come to have.
-        search: says how many trials at a time, with how many workers and GPUs each; `recipe.compute.cpus_per_actor`
-            is what a worker gets at most.
+        nodes: resources of each node that the cluster may have.
+        search: number of trials at a time, with workers and GPUs of each; `recipe.compute.cpus_per_actor` is the
+            maximum for a worker.
 
     Raises:
-        UserError: the cluster is too small for what is asked.
+        UserError: the cluster is too small for the request.
     """
     nodes = [node for node in nodes if node.get("CPU")]
     wanted, workers = search.recipe.compute, search.workers_per_trial
@@ -173,7 +173,7 @@ def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
     concurrent = min(search.concurrent or most, most, search.count)
     free = total - len(nodes)
     cpus = min(wanted.cpus_per_actor, math.floor(100 * (free / concurrent - _TRIAL_CPUS) / workers) / 100)
-    # Nodes come one by one: those with GPUs must not wait, full of workers, for another that reads for them.
+    # Nodes start one by one: a node with GPUs must not be full of workers and wait for another node to read images.
     for node, slot in zip(nodes, slots, strict=True):
         held = min(slot, concurrent * workers)
         if held and (room := math.floor(100 * ((node["CPU"] - 1) / held - _TRIAL_CPUS / workers)) / 100) > 0:
@@ -190,7 +190,7 @@ def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A search's outcome as far as it came."""
+    """The outcome of a search so far."""
 
     trials: list[Trial]
     stages: dict[str, dict[str, Any]]
@@ -198,10 +198,10 @@ class Found:
 
 
 def run(search: Search, progress: Progress, *, quiet: bool = False, verbose: bool = False) -> Found:
-    """Search from where an earlier attempt in the same folder left off, until there are enough trials or no more time.
+    """Continue a search in its folder, until there are enough trials or the time is over.
 
     Raises:
-        UserError: a folder that holds another search, no labels to maximise mIoU with, a cluster that is too small.
+        UserError: a folder with another search, no labels for mIoU as objective, a cluster that is too small.
     """
     started = time.monotonic()
     _claim(search)
@@ -243,13 +243,13 @@ def run(search: Search, progress: Progress, *, quiet: bool = False, verbose: boo
         progress.note(f"{left} trials to go, {allotment.concurrent} at a time")
         _tune(search, plan, ledger, allotment.concurrent, left, started, progress, verbose=verbose)
     for trial in ledger.trials.values():
-        if trial.status != "running":  # its checkpoints have served
+        if trial.status != "running":  # its checkpoints are no longer needed
             storage.delete(_train_folder(search.uri, trial.number))
     return Found(trials=list(ledger.trials.values()), stages=stages)
 
 
 def _claim(search: Search) -> None:
-    """Take the folder for this search; raises UserError where it holds another one."""
+    """Take the folder for this search; raise UserError if it holds another one."""
     uri = search.file("search.json")
     held = storage.read_bytes_or_none(uri)
     wanted = json.loads(json.dumps(search.identity()))
@@ -273,17 +273,17 @@ def _train_folder(uri: str, number: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What every trial is told."""
+    """Settings of every trial."""
 
     recipe: Recipe
     uri: str
     objective: str
     beside: int
-    """Trials that share a node's cores."""
+    """Number of trials that share a node's cores."""
     tables: Tables | None
-    """Of the shared upstream; None where it is searched."""
+    """Tables of shared stages; None if these stages depend on searched fields."""
     preparer: Any
-    """Handle of the `Preparer`, where there are no shared tables."""
+    """Handle of the `Preparer`, if there are no shared tables."""
 
 
 def _tune(
@@ -297,15 +297,15 @@ def _tune(
     *,
     verbose: bool,
 ) -> None:
-    # Tune has no argument for either: its output prints even with `verbose=0`, and its handler of Ctrl-C takes the
-    # place of the command's own, which stops the search in the same way as every other job.
+    # Tune has no arguments for these: its output prints even with `verbose=0`, and its Ctrl-C handler would replace
+    # the command's own, which stops a search like every other job.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     budget = None
     if search.hours:
         budget = max(1.0, 3600 * search.hours - (time.monotonic() - started))
     folder = storage.join(search.uri, "ray")
-    storage.delete(storage.join(folder, "tune"))  # of a driver that was killed
+    storage.delete(storage.join(folder, "tune"))  # left by a killed driver
     fs, root = storage.travelling(storage.absolute(folder))
 
     tuner = tune.Tuner(
@@ -331,17 +331,17 @@ def _tune(
 
 
 def run_trial(config: Mapping[str, Any], plan: _Plan) -> None:
-    """One trial, in a process of its own: a Ray Train run, from its last checkpoint on.
+    """Run one trial in its own process: a Ray Train run, from its last checkpoint.
 
-    A trial that is stopped ends by itself, as its record says so: Ray Train's controller, killed with the trial's
-    process, would leave its workers' CPUs taken where there is no dashboard, for other trials to wait for.
+    A stopped trial ends itself after reading its record. If Tune killed the trial's process, Ray Train's controller
+    would be killed, too, and without a dashboard its workers would keep their CPUs from other trials.
 
-    Tune is told each epoch's row, and at the end what came of it; a failure is told, not raised, so that Tune runs
-    again only what was lost with its process.
+    Tune receives the row of each epoch, and the outcome at the end. Failures are reported, not raised, so that Tune
+    repeats only trials whose process was lost.
 
     Args:
         config: `number` and `parameters`.
-        plan: what all trials have in common.
+        plan: settings of all trials.
     """
     number: int = config["number"]
     stages: list[str] = []
@@ -351,7 +351,7 @@ def run_trial(config: Mapping[str, Any], plan: _Plan) -> None:
         record.add(row)
         epochs = len(record.history)
         tune.report({"row": json.dumps(row), EPOCH: epochs, VALUE: reported(record, plan.objective)})
-        return Ledger.read(plan.uri, number).status == "running"  # it was written before `report` returned
+        return Ledger.read(plan.uri, number).status == "running"  # the record is written before `report` returns
 
     try:
         recipe = space.apply(plan.recipe, config["parameters"])
@@ -390,17 +390,17 @@ def run_search(
     """Search for a better recipe; writes `trials.json`, `best.yaml` and `metrics.json`.
 
     Args:
-        search: what to try, and where; trials that ended there are kept, and those that did not go on.
+        search: settings and folder; finished trials there are kept, and others continue.
         report: writes the search's report from its trials and metrics, and returns its URI
-            (`transfgu.report.search.write`); None: no report is written.
+            (`transfgu.report.search.write`); None: no report.
         quiet: print nothing.
-        verbose: let Ray's messages through.
+        verbose: show Ray's messages.
 
     Returns:
         The content of `metrics.json`.
 
     Raises:
-        UserError: a mistake of the user's, before or while it runs; every trial failed.
+        UserError: a mistake of the user, before or during the search; all trials failed.
     """
     search = replace(search, recipe=pipeline.preflight(search.recipe, Run(search.uri)))
 

@@ -1,7 +1,7 @@
-"""Keep the records of a search's trials, and say from them which trial won.
+"""Keep the records of a search's trials, and find the best trial in them.
 
-`transfgu.search.tuning` tells Ray Tune's searcher and scheduler what the records hold, so a search that was killed
-continues from them.
+`transfgu.search.tuning` passes the records to Ray Tune's searcher and scheduler, so a killed search continues from
+them.
 """
 
 import json
@@ -28,10 +28,10 @@ STATUSES = ("finished", "stopped", "failed", "running")
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What a search is asked to do; checked when built."""
+    """Settings of a search; checked when built."""
 
     recipe: Recipe
-    """What trials begin from."""
+    """The recipe from which trials start."""
     uri: str
     """The search's folder."""
     space: Space
@@ -40,14 +40,14 @@ class Search:
     searcher: str = "random"
     scheduler: str = "asha"
     grace: int = 1
-    """Epochs after which ASHA first compares."""
+    """Epochs before ASHA first compares trials."""
     reduction: int = 4
-    """ASHA lets the best 1/reduction go on."""
+    """ASHA continues the best 1/reduction of trials."""
     concurrent: int = 0
-    """Trials at a time; 0: as many as the cluster holds."""
+    """Trials at a time; 0: as many as fit in the cluster."""
     workers_per_trial: int = 1
     gpus_per_trial: float = 0.0
-    """0: one a worker, where there are GPUs."""
+    """0: one per worker, if there are GPUs."""
     hours: float = 0.0
     """0: no limit."""
 
@@ -96,7 +96,7 @@ class Search:
         return storage.join(self.uri, name)
 
     def identity(self) -> dict[str, Any]:
-        """Return what must be the same when a search is continued."""
+        """Return the settings that must be the same when a search is continued."""
         fields = {name: value for name, value in self.recipe.flat().items() if not name.startswith("compute.")}
         own = ("objective", "searcher", "scheduler", "grace", "reduction")
         return {**fields, "--search": self.space.shown(), **{f"--{name}": getattr(self, name) for name in own}}
@@ -110,17 +110,17 @@ class Trial:
     """From 0 on."""
     parameters: Parameters
     epochs: int
-    """What its recipe asks for."""
+    """Epochs of its recipe."""
     status: str = "running"
-    """`running` (or the search was stopped meanwhile), `finished`, `stopped` by the scheduler, or `failed`."""
+    """`running` (also if the search was stopped meanwhile), `finished`, `stopped` by the scheduler, or `failed`."""
     reason: str = ""
-    """Why it failed or was stopped."""
+    """Reason of a failure or stop."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """A row an epoch, as training reports it."""
+    """One row per epoch, as reported by training."""
     stages: list[str] = field(default_factory=list)
-    """Stages that had to be computed for this trial."""
+    """Stages that were computed for this trial."""
     repeated: int = 0
-    """Epochs that were trained a second time, because the checkpoint of the first was lost."""
+    """Epochs that were trained twice, because a checkpoint was lost."""
 
     def add(self, row: dict[str, Any]) -> bool:
         """Add the row of an epoch; returns False if the epoch is known, as after a restart from a checkpoint."""
@@ -133,8 +133,8 @@ class Trial:
     def value(self, objective: str, epochs: int | None = None) -> float | None:
         """Return the objective after `epochs` epochs (default: all); None without a score.
 
-        For `mean_iou` that is the mIoU of the epoch whose decoder the run would keep, the one with the highest mIoU +
-        accuracy so far. Without labels the last decoder is kept: `label_free` is the last epoch's.
+        For `mean_iou` it is the mIoU of the epoch with the highest mIoU + accuracy so far, whose decoder a run would
+        keep. Without labels the last decoder is kept, so `label_free` is that of the last epoch.
         """
         rows = [row for row in self.history[:epochs] if row.get(objective) is not None]
         if not rows:
@@ -163,7 +163,7 @@ class Trial:
 
 
 def _read_trial(uri: str) -> Trial:
-    """A trial's record; raises UserError where it is damaged, or of a format to come."""
+    """Return a trial's record; raise UserError if it is damaged or has a newer format."""
     name, remedy = storage.shown(uri), "delete it: the search runs that trial again"
     tree = formats.read_json(storage.read_bytes(uri), name, remedy)
     with formats.damage(name, remedy):
@@ -175,10 +175,10 @@ def _read_trial(uri: str) -> Trial:
 
 
 class Ledger:
-    """The records of a search, in its folder: `trials/0000.json` and so on, one writer."""
+    """The records of a search in its folder, `trials/0000.json` and so on; only one process writes them."""
 
     def __init__(self, uri: str) -> None:
-        """Reads what an earlier attempt left in the search's folder `uri`."""
+        """Read the records of an earlier attempt in the search's folder `uri`."""
         self._uri = uri
         with ThreadPoolExecutor(16) as pool:
             found = sorted(
@@ -202,7 +202,7 @@ class Ledger:
         storage.write_bytes(self._file(self._uri, trial.number), content.encode())
 
     def unfinished(self) -> list[Trial]:
-        """Return the trials that an earlier attempt began and did not end."""
+        """Return the trials that an earlier attempt started and did not finish."""
         return [trial for trial in self.trials.values() if trial.status == "running"]
 
 
@@ -218,7 +218,7 @@ def best(trials: Iterable[Trial], objective: str) -> Trial | None:
 
 
 def rank_correlation(trials: Iterable[Trial], epoch: int | None = None) -> tuple[float | None, int]:
-    """Return Spearman's correlation of `label_free` with mIoU, and the number of trials that it is taken over.
+    """Return Spearman's correlation of `label_free` with mIoU, and its number of trials.
 
     Args:
         trials: failed ones are left out.
@@ -240,12 +240,12 @@ def rank_correlation(trials: Iterable[Trial], epoch: int | None = None) -> tuple
 
 
 def write_results(search: Search, trials: Sequence[Trial], stages: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `trials.json`, `best.yaml` (where a trial has a score) and `metrics.json` into the search's folder.
+    """Write `trials.json`, `best.yaml` (if a trial has a score) and `metrics.json` into the search's folder.
 
     Args:
-        search: what was asked.
-        trials: their records.
-        stages: of the shared stages, `seconds`, `items` and `skipped`, as a run's `metrics.json` has them.
+        search: settings of the search.
+        trials: records of its trials.
+        stages: `seconds`, `items` and `skipped` of the shared stages, as in a run's `metrics.json`.
 
     Returns:
         The content of `metrics.json`.
@@ -313,7 +313,7 @@ def ranked(trials: Iterable[Trial], objective: str) -> list[Trial]:
 
 def _merit(row: Mapping[str, Any]) -> float:
     from transfgu.training.checkpoints import (
-        merit,  # it imports torch, which takes seconds: a command line is parsed without
+        merit,  # imported here, because torch takes seconds and the command line does not need it
     )
 
     return merit(row)

@@ -1,6 +1,6 @@
-"""Connect a search's records with Ray Tune: Optuna proposes trials, and ASHA says which ones to stop.
+"""Connect a search's records with Ray Tune: Optuna proposes trials, and ASHA selects the ones to stop.
 
-The records are the state of a search. Both start from them, so a search that was killed continues from its records.
+The records are the state of a search. Both start from them, so a killed search continues.
 """
 
 import json
@@ -21,9 +21,9 @@ from transfgu.search.space import Parameters, Space
 from transfgu.search.trials import Ledger, Search, Trial
 
 VALUE, EPOCH = "value", "epoch"
-"""What a trial reports to Tune: its objective so far, NaN without a score, and the number of its epochs."""
+"""What a trial reports to Tune: its objective so far, NaN without a score, and its number of epochs."""
 
-_NO_END = 10**9  # epochs; each trial's own number of epochs ends it
+_NO_END = 10**9  # epochs; each trial ends after its own number of epochs
 
 
 def axes(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:
@@ -41,19 +41,19 @@ def axes(space: Space) -> dict[str, optuna.distributions.BaseDistribution]:
 
 
 def reported(trial: Trial, objective: str, epochs: int | None = None) -> float:
-    """Return what a trial reached after `epochs` epochs (all, unless given); NaN without a score."""
+    """Return a trial's value after `epochs` epochs (default: all); NaN without a score."""
     value = trial.value(objective, epochs)
     return math.nan if value is None else value
 
 
 class Proposals(OptunaSearch):
-    """Propose the trials that were begun and not ended, then new ones, and write a record of each."""
+    """Proposes trials that were started and not finished, then new ones, and writes a record of each."""
 
     def __init__(self, search: Search, ledger: Ledger) -> None:
-        """Tell Optuna the trials that ended.
+        """Pass finished trials to Optuna.
 
         Args:
-            search: its searcher says where new values come from: `grid` and `random` know all of them, `tpe` is a
+            search: its searcher is the source of new values: `grid` and `random` know all of them, `tpe` is a
                 tree-structured Parzen estimator over all fields jointly, whose first ten trials are random.
             ledger: records of the search.
         """
@@ -69,7 +69,7 @@ class Proposals(OptunaSearch):
         seed = np.random.SeedSequence([search.recipe.seed, len(ledger.trials)]).generate_state(1)[0]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # Running trials count as bad ones, so that those side by side differ.
+            # Running trials count as bad ones, so that trials at the same time differ.
             sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=int(seed))
         points = [*(trial.parameters for trial in unfinished), *new]
         super().__init__(axes(search.space), metric=VALUE, mode="max", sampler=sampler, points_to_evaluate=points)
@@ -96,19 +96,19 @@ class Proposals(OptunaSearch):
 
 
 class Recorder(FIFOScheduler):
-    """Write every epoch into the trial's record, and whether ASHA stops the trial there.
+    """Writes every epoch into the trial's record, and records whether ASHA stops the trial there.
 
-    A trial that is stopped ends by itself when it has read its record. Tune would kill the trial's process, and with it
-    Ray Train's controller, whose workers would keep their CPUs where there is no dashboard.
+    A stopped trial ends itself after reading its record. If Tune killed the trial's process, Ray Train's controller
+    would be killed, too, and without a dashboard its workers would keep their CPUs.
     """
 
     def __init__(self, search: Search, ledger: Ledger, progress: Progress) -> None:
-        """Tell ASHA the epochs of all records.
+        """Pass the epochs of all records to ASHA.
 
         Args:
-            search: its scheduler says whether trials are stopped.
+            search: its scheduler determines whether trials are stopped.
             ledger: records of the search.
-            progress: is told of each trial that ends.
+            progress: receives a line for each finished trial.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self._search, self._ledger, self._progress = search, ledger, progress
@@ -126,7 +126,7 @@ class Recorder(FIFOScheduler):
                 self._stops(trial, epoch)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Take an epoch's row, or the end of a trial."""
+        """Handle an epoch's row, or the end of a trial."""
         record = self._ledger.trials[trial.config["number"]]
         if "end" in result:
             end = json.loads(result["end"])
@@ -141,12 +141,12 @@ class Recorder(FIFOScheduler):
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Record that the trial's own process was lost once too often."""
+        """Record that the trial's own process was lost too often."""
         record = self._ledger.trials[trial.config["number"]]
         self._end(record, "failed", in_words(trial.get_error() or RuntimeError("its process was lost")))
 
     def _stops(self, record: Trial, epoch: int) -> bool:
-        """Tell ASHA what a trial reached; returns True if ASHA stops it."""
+        """Pass a trial's value to ASHA; returns True if ASHA stops the trial."""
         controller: Any = None
         known: Any = SimpleNamespace(trial_id=record.number)  # the same after a restart, unlike Tune's own name
         if epoch == 1:
@@ -155,7 +155,7 @@ class Recorder(FIFOScheduler):
         return bool(self._asha.on_trial_result(controller, known, result) == TrialScheduler.STOP)
 
     def _end(self, record: Trial, status: str, reason: str) -> None:
-        """Record how the trial ended; what ended it first stays."""
+        """Record how the trial ended; an earlier reason is kept."""
         if record.status != "running":
             self._ledger.save(record)
             return

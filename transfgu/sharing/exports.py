@@ -110,9 +110,9 @@ def write(
 
 
 def check_format(kind: str) -> None:
-    """Raise UserError unless `kind` is one of :data:`FORMATS`."""
-    if kind not in FORMATS:
-        raise UserError(f"there is no export {kind}; choose one of {', '.join(FORMATS)}", code="export-unknown")
+    """Raise UserError unless `kind` is one of :data:`NAMES`."""
+    if kind not in NAMES:
+        raise UserError(f"there is no export {kind}; choose one of {', '.join(NAMES)}", code="export-unknown")
 
 
 def _coco(masks: Iterable[ExportedMask], classes: Sequence[ExportedClass], out: str, outlines: Outlines) -> bytes:
@@ -282,6 +282,12 @@ FORMATS: Mapping[str, tuple[str, _Writer]] = MappingProxyType(
     }
 )
 """File name and writer of each format."""
+
+GEOTIFF = "geotiff"
+"""The format that `transfgu.sharing.geotiff` writes; it needs the files of the images, too."""
+
+NAMES = (*FORMATS, GEOTIFF)
+"""The names of all formats."""
 
 
 def predicted(names: Mapping[str, str], read: Callable[[str], bytes | None]) -> Iterator[ExportedMask]:

@@ -38,11 +38,11 @@ from transfgu.store.scratch import Scratch, available_memory
 
 logger = logging.getLogger(__name__)
 
-_RESTARTS = 5  # of an actor: it goes with its node; but where memory runs out, each new one ends as the last
-_READERS = 4  # parts read at a time, as S3 answers late
+_RESTARTS = 5  # restarts of an actor, which is lost with its node; if memory runs out, every new one is lost, too
+_READERS = 4  # parts read at a time, because of S3's latency
 
 RESIDENT = 8 << 30
-"""Bytes of rows that an actor keeps in memory at most; more lie on its disk."""
+"""Maximum number of bytes of rows that an actor keeps in memory; more are stored on its node's disk."""
 
 SAVE_SECONDS = 30.0
 """Time between two writes of the state of K-Means."""
@@ -51,7 +51,7 @@ PUBLISHED_SEED = 1
 """The seed that the published code gives to FAISS (utils/kmeans.py of damo-cv/TransFGU)."""
 
 PIECE_PARTS = 32
-"""Parts that are joined: a part has a few hundred windows of a group, and chunks of fewer rows than CHUNK are slow."""
+"""Parts joined in a piece, because a part has a few hundred windows per group, and small chunks are slow."""
 
 
 def kmeans(
@@ -107,12 +107,12 @@ def shards(features: Any, workers: int, *, added_at_once: int | None = None) -> 
     """Yield features as shards in memory.
 
     Args:
-        features: as of :func:`kmeans`.
-        workers: as of :func:`kmeans`.
-        added_at_once: as of `SpreadShards`; None: its default.
+        features: as in :func:`kmeans`.
+        workers: as in :func:`kmeans`.
+        added_at_once: as in `SpreadShards`; None: its default.
 
     Raises:
-        UserError: as of :func:`kmeans`.
+        UserError: as in :func:`kmeans`.
     """
     if workers < 1:
         raise UserError(f"workers must be positive, not {workers}", code="argument-invalid")
@@ -133,15 +133,15 @@ def shards(features: Any, workers: int, *, added_at_once: int | None = None) -> 
 def run(recipe: Recipe, run: Run, progress: Progress, *, piece_parts: int = PIECE_PARTS) -> Outcome:
     """Cluster the windows' features into the recipe's concepts: things first, then stuff.
 
-    A concept is the mean of its windows' features. `concepts.whiten` says in which groups the features that are
-    clustered are whitened and of unit length; the concepts are means of the features before that.
+    A concept is the mean of its windows' features. `concepts.whiten` selects the groups whose features are whitened and
+    scaled to unit length before clustering; the concepts are means of the original features.
 
     Reads `features/part-*.parquet`; writes `concepts.safetensors` (centroids, (K, d); counts, (K,)) and
-    `nearest.parquet`: for each concept the windows nearest to it, from different images as far as there are some.
+    `nearest.parquet`: the windows nearest to each concept, from different images if there are enough.
 
     Raises:
-        UserError: no window of a group that concepts are made from, fewer windows than concepts, features that are
-            not finite, or an actor that was lost again and again.
+        UserError: no window of a group that concepts are made from, fewer windows than concepts, features that are not
+            finite, or an actor that was lost repeatedly.
     """
     from transfgu.runtime import spread
 
@@ -243,13 +243,13 @@ def check_group(recipe: Recipe, group: Group, shards: Shards) -> None:
         kind = "" if group.windows == "all" else f"{group.windows} "
         field = "concepts.things and concepts.stuff" if group.name == "concepts" else f"concepts.{group.name}"
         raise UserError(
-            f"{group.count} concepts can't be made of {shards.rows} {kind}windows: use more images (a higher limit), "
+            f"{group.count} concepts are too many for {shards.rows} {kind}windows: use more images (a higher limit), "
             f"more windows.scales, or lower {field}",
             code="concepts-too-many",
         )
     if not math.isfinite(shards.largest):
         raise UserError(
-            f"features of {group.windows} windows hold NaN or infinite values: {encoder} can't do its arithmetic in "
+            f"features of {group.windows} windows have NaN or infinite values: {encoder} can't compute in "
             f"encoder.precision {recipe.encoder.precision}; use float32, or other encoder.weights",
             code="features-not-finite",
         )
@@ -267,11 +267,11 @@ def cluster_group(
     """Cluster the features of one group, continuing where an interrupted attempt stopped.
 
     Args:
-        recipe: says how many iterations there are at most.
-        group: the concepts to make.
+        recipe: recipe with the maximum number of iterations.
+        group: the concepts to compute.
         shards: the group's features.
-        folder: of the stage; the state of K-Means is kept there.
-        progress: is told of each iteration.
+        folder: folder of the stage; the state of K-Means is stored there.
+        progress: reports each iteration.
         save_seconds: time between two writes of the state.
     """
     limit = recipe.concepts.iterations
@@ -316,7 +316,7 @@ def saved_state(folder: Artifact, group: Group) -> tuple[int, ndarray] | None:
         tensors = safetensors.numpy.load(data)
         return int(tensors["iterations"][0]), tensors["centroids"]
     except (safetensors.SafetensorError, KeyError):
-        return None  # damaged since: the iterations are made again
+        return None  # damaged: the iterations are repeated
 
 
 def read_parts(
@@ -326,18 +326,18 @@ def read_parts(
     folder: str = "",
     resident: int = RESIDENT,
 ) -> dict[str, Rows]:
-    """Read the windows of each group; the parts of a piece are joined, the files of one being held twice at most.
+    """Read the windows of each group; parts of a piece are joined, and only one file is in memory twice.
 
     Args:
         pieces: URIs of parts.
-        groups: whose windows are read.
-        size: bytes that all rows take. Where that is more than `resident` or half of the memory that is free, they
-            lie on disk; the result is the same.
-        folder: for those.
+        groups: groups of windows to read.
+        size: bytes of all rows. If they exceed `resident` or half of the free memory, they are stored on disk; the
+            result is the same.
+        folder: folder for these.
         resident: bytes.
 
     Raises:
-        UserError: that folder's disk has become full.
+        UserError: that folder's disk is full.
     """
     scratch = _scratch(folder, size) if size > min(resident, available_memory() / 2) else None
     found = {group.name: Rows([], scratch) for group in groups}
@@ -366,12 +366,12 @@ def kept_rows(rows: Float32[ndarray, "n d"], scratch: Scratch | None) -> Float32
 
 
 def _scratch(folder: str, size: int) -> Scratch | None:
-    """Return room on disk for rows of `size` bytes; None where the disk has none."""
+    """Return space on disk for rows of `size` bytes; None if the disk has too little."""
     try:
         return Scratch(folder or default_folder(), size)
     except OSError as error:
         logger.warning(
-            "concepts: %.1f GB of features stay in memory, as %s has no room for them (%s): set "
+            "concepts: %.1f GB of features stay in memory, because %s has no space for them (%s): set "
             "--compute.cache_folder to a larger disk",
             *(size / 1e9, folder or default_folder(), error.strerror),
         )
@@ -382,12 +382,12 @@ def rows_of_parts(uris: Sequence[str], folder: str, resident: int = RESIDENT) ->
     """Read the windows of part files as the stage's actor does, if there is just one.
 
     Args:
-        uris: of the files.
-        folder: for rows that are more than memory should hold; empty: that of the node's caches.
-        resident: bytes of rows that are kept in memory at most.
+        uris: URIs of the files.
+        folder: folder for rows that don't fit in memory; empty: that of the node's caches.
+        resident: maximum number of bytes of rows in memory.
 
     Returns:
-        The rows, and whether they lie on disk.
+        The rows, and True if they are on disk.
     """
     size = sum(version.size for version in storage.versions(uris) if version)
     (pieces,) = in_pieces(uris, 1)
@@ -397,7 +397,7 @@ def rows_of_parts(uris: Sequence[str], folder: str, resident: int = RESIDENT) ->
 
 
 def read_part(uri: str, groups: Sequence[Group]) -> list[tuple[Float32[ndarray, "_ d"], Int[ndarray, "_ 5"]]]:
-    """Read one part: for each group its features and places, columns `PLACE`."""
+    """Read one part: its features and places (columns `PLACE`) for each group."""
     table = parquet.read(uri, ["group", "feature", *PLACE])
     features = matrix(table["feature"])
     places = np.stack([table[name].to_numpy().astype(np.int32) for name in PLACE], 1)
@@ -413,10 +413,10 @@ def _mask(column: pa.ChunkedArray, windows: str) -> Bool[ndarray, " n"]:
 
 
 def in_pieces(parts: Sequence[str], workers: int, piece_parts: int = PIECE_PARTS) -> list[list[list[str]]]:
-    """Divide parts among workers: for each its pieces, and for each piece its parts.
+    """Divide parts among workers: the pieces of each worker, and the parts of each piece.
 
-    A piece is `piece_parts` consecutive parts (the last may have fewer), whatever the number of workers; so are the
-    chunks in which sums are taken.
+    A piece is `piece_parts` consecutive parts (the last may have fewer), for any number of workers, and so are the
+    chunks in which sums are computed.
     """
     pieces = [list(parts[i : i + piece_parts]) for i in range(0, len(parts), piece_parts)]
     bounds = np.linspace(0, len(pieces), min(workers, len(pieces)) + 1).astype(int).tolist()
@@ -424,5 +424,5 @@ def in_pieces(parts: Sequence[str], workers: int, piece_parts: int = PIECE_PARTS
 
 
 def _is_dataset(features: Any) -> bool:
-    data = sys.modules.get("ray.data")  # who has made a Dataset has imported it
+    data = sys.modules.get("ray.data")  # a caller with a Dataset has imported it
     return data is not None and isinstance(features, data.Dataset)

@@ -38,7 +38,7 @@ from transfgu.store import storage
 from transfgu.store.artifacts import LAST, MODEL, Outcome, Run
 from transfgu.store.weights import read_weights
 
-BLOCK_ROWS = 32  # images that one task reads at most: fewer where a batch has fewer, so that each batch is one task
+BLOCK_ROWS = 32  # maximum number of images per reading task; a smaller batch is one task
 _NO_SCORES = {"mean_iou": None, "pixel_accuracy": None, "iou": None, "assignment": None}
 
 
@@ -52,7 +52,7 @@ class Evaluation:
     """Images that were counted."""
     left_out: tuple[LeftOut, ...]
     details: Mapping[str, str] = field(default_factory=dict)
-    """What Ray Data says of the work."""
+    """Statistics of Ray Data."""
 
     def scores(self, name: str) -> Scores:
         """Return the scores of a decoder."""
@@ -99,13 +99,13 @@ def evaluate(
     """Count confusion matrices.
 
     Args:
-        recipe: says the encoder, the images' size, the classes, by `evaluation.protocol` what is counted (see
-            `transfgu.datasets.rows.read_labelled_rows`), and by `evaluation.scales` and `.flip` what logits are
-            averaged over. Logits are resized bilinearly to the label.
-        decoders: weights by a name of one's choice: ours, or published ones (`.pt`); paths or URIs.
+        recipe: recipe with the encoder, the images' size, the classes, the protocol (`evaluation.protocol`, see
+            `transfgu.datasets.rows.read_labelled_rows`), and the averaging of logits (`evaluation.scales` and `.flip`).
+            Logits are resized bilinearly to the label.
+        decoders: weights by any name: ours, or published ones (`.pt`); paths or URIs.
         rows: labelled images: `name`, `image` (URI), `label` (URI).
-        progress: told of images.
-        on_ray: by Ray's actors however few images there are (see `transfgu.runtime.connect.works_here`).
+        progress: reports images.
+        on_ray: use Ray's actors even for few images (see `transfgu.runtime.connect.works_here`).
 
     Raises:
         UserError: weights that are missing or don't fit the recipe; more bad labels than `dataset.max_bad_share`.
@@ -126,7 +126,7 @@ def evaluate(
         )
     else:
         data = plan(recipe, rows, read, arguments)
-        # Fetched ahead, a batch would be told of only once the next one is there.
+        # With prefetching, a batch would be reported only once the next one exists.
         counted = iter(data.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
     confusions = np.zeros((len(decoders), recipe.classes, recipe.classes), np.int64)
     images, left_out = 0, []
@@ -196,8 +196,8 @@ class Count:
             width, encoder = model.decoder.proj_dec.in_features, model.encode.encoder
             if width != encoder.width:
                 raise UserError(
-                    f"{storage.shown(uri)} decodes tokens of width {width}, and encoder {recipe.encoder.name} has "
-                    f"{encoder.width}: set --encoder.name to the one it was trained with",
+                    f"{storage.shown(uri)} decodes tokens of width {width}, but encoder {recipe.encoder.name} has "
+                    f"{encoder.width}: set --encoder.name to the encoder of its training",
                     code="model-mismatch",
                 )
 
@@ -227,8 +227,8 @@ class Count:
     def _same_size(
         self, logits: Float[Tensor, "B C h w"], labels: list[Int16[np.ndarray, "_ _"]]
     ) -> Iterator[tuple[Float[Tensor, "b C h w"], Int16[Tensor, "b H W"]]]:
-        """Logits and labels of images that are counted together, on the device."""
-        # Labels at their own resolution differ in size, and may be large: one at a time.
+        """Yield logits and labels of images that are counted together, on the device."""
+        # Labels at their own resolution differ in size, and may be large, so they are counted one at a time.
         at_once = 1 if self._recipe.evaluation.protocol == "label" else len(labels)
         for start in range(0, len(labels), at_once):
             some = torch.from_numpy(np.stack(labels[start : start + at_once]))
@@ -251,6 +251,6 @@ def check_decoder(recipe: Recipe, uri: str) -> None:
     if found != recipe.classes:
         raise UserError(
             f"{storage.shown(uri)} has {found} classes, but the recipe {recipe.preset} has {recipe.classes}: "
-            "choose the preset that it was trained for",
+            "choose the preset of its training",
             code="classes-mismatch",
         )

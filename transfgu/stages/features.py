@@ -28,11 +28,11 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     """Encode the windows of all training images that the recipe keeps.
 
     Writes parts of rows `index` int32 (of the sample), `y0 y1 x0 x1` int16 (pixels of the image of
-    `dataset.feature_size`, half-open), `group` ("foreground", "background" or "all"), `feature` (d,) float32: one a
-    window, by image, group and window.
+    `dataset.feature_size`, half-open), `group` ("foreground", "background" or "all"), `feature` (d,) float32: one row
+    per window, ordered by image, group and window.
 
     Raises:
-        UserError: more bad images than `dataset.max_bad_share`; an encoder that can't be had.
+        UserError: more bad images than `dataset.max_bad_share`; an encoder that is not available.
     """
     folder = run.artifact("features").uri
     listed = samples.load(run, "train")
@@ -87,7 +87,7 @@ class EncodeWindows:
     """
 
     def __init__(self, recipe: Recipe, processes: int) -> None:
-        # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
+        # Imported here, because the reading and writing tasks need no torch, which takes seconds.
         from transfgu.encoder import patch_grid
         from transfgu.inference import device
         from transfgu.inference.frozen_encoder import FrozenEncoder

@@ -2,8 +2,10 @@
 
 A stopped prediction resumes, and images that were added or replaced get their masks.
 
-Tasks decode, a pool of actors holds the model and grows to its limit while images wait, and tasks write. Masks are
-compressed in the actor, so little data is sent even for large photographs; the driver gets one small row per part.
+This process predicts up to 32 images itself, on a machine without GPUs and outside a cluster, because Ray would take
+longer to start. For more images, tasks decode, a pool of actors holds the model and grows to its limit while images
+wait, and tasks write. Masks are compressed in the actor, so little data is sent even for large photographs; the driver
+gets one small row per part.
 """
 
 import hashlib
@@ -38,15 +40,16 @@ from transfgu.store.artifacts import Run
 Format = Literal["png", "parquet"]
 
 CLAIM = "prediction.json"
-"""Says whose masks lie beside it, and what their indices mean."""
+"""File with the model of the masks and the meaning of their indices."""
 SUMMARY = "summary.json"
-"""Says how the last prediction that came to its end went."""
+"""File with the result of the last complete prediction."""
 
-_FILES_AS = "files"  # in the claim: how masks are stored
-_TILES = "tiles"  # in the claim: how images were cut
-_AVERAGED = "averaged"  # in the claim: what logits are averaged over
-_ORIENT = "orient"  # in the claim: whether masks lie on turned pixels
+_FILES_AS = "files"  # in the claim: format of the masks
+_TILES = "tiles"  # in the claim: tiles of the images
+_AVERAGED = "averaged"  # in the claim: averaging of logits
+_ORIENT = "orient"  # in the claim: whether EXIF's orientation was applied
 _WRITERS = 8  # files that one task writes at a time
+_FEW = 32  # images that this process predicts itself, sooner than Ray would have started
 _LEAST = 67  # bytes of the smallest PNG
 _SAMPLES = pa.schema(
     [(name, pa.string()) for name in ("name", "image", "mask")] + [(name, pa.int64()) for name in ("size", "changed")]
@@ -56,21 +59,21 @@ _SCHEMA = pa.schema([("name", pa.string()), ("height", pa.int32()), ("width", pa
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionJob:
-    """What is asked for.
+    """Settings of a prediction.
 
     Args:
         run: URI of a trained run's folder.
-        images: URI of a folder of images, at any depth.
-        out: URI of the folder to fill: `masks/`, `overlays/`, and two JSON files that explain them.
-        format: `png`: for each image an indexed PNG with a palette, under its name; `parquet`: rows `name`, `height`,
-            `width`, `mask` (class indices row by row, uint8 for up to 256 classes, else uint16).
-        overlays: also write each image as a JPEG, lit in its classes' colours; with PNGs.
-        orient: apply the orientation in EXIF data, so that a mask lies on what a viewer shows; False: on stored pixels;
-            None: as the masks in `out` were made, and True where there are none.
+        images: URI of a folder of images; subfolders are included.
+        out: URI of the output folder: `masks/`, `overlays/`, and two JSON files that describe them.
+        format: `png`: one indexed PNG with a palette per image, with its name; `parquet`: rows `name`, `height`,
+            `width`, `mask` (class indices row by row, uint8 for up to 256 classes, otherwise uint16).
+        overlays: also write each image as a JPEG with its classes' colours; requires PNGs.
+        orient: apply the orientation in EXIF data, so that a mask matches the image in a viewer; False: use stored
+            pixels; None: like existing masks in `out`, or True if there are none.
         max_pixels: maximum size of an image, pixels; a larger one is left out, or with tiles read by rows; None: the
             run's `dataset.max_pixels`.
-        tile: height of the tiles that an image is predicted in, pixels (`Segmenter.predict`); 0: it is predicted whole.
-        overlap: pixels that neighbouring tiles share at least.
+        tile: height of tiles, pixels (`Segmenter.predict`); 0: images are not divided.
+        overlap: minimum number of pixels that neighbouring tiles share.
     """
 
     run: str
@@ -85,25 +88,25 @@ class PredictionJob:
 
     @property
     def tiles(self) -> dict[str, int] | None:
-        """How images are cut, as the claim says it; None: they are not."""
+        """The tiles as recorded in the claim; None without tiles."""
         return {"tile": self.tile, "overlap": self.overlap} if self.tile else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """How it went."""
+    """Result of a prediction."""
 
     images: int
     """Images in the folder."""
     found: int
-    """Of them, those whose masks were there already."""
+    """Number of images with existing masks."""
     made: int
-    """Masks made now."""
+    """Number of masks made now."""
     left_out: tuple[LeftOut, ...]
     passed: str = field(default="", repr=False)
-    """Other files in the folder that are not read, in words, such as `3 .mp4`."""
+    """Other files in the folder that are not read, as text, such as `3 .mp4`."""
     orphans: int = field(default=0, repr=False)
-    """Masks in `out` of images that are not in the folder; they stay."""
+    """Masks in `out` without an image in the folder; they are kept."""
 
 
 def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, verbose: bool = False) -> Prediction:
@@ -151,21 +154,25 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     job = replace(job, orient=resolved_orient(job), max_pixels=most)
     samples = named_samples(images)
     there, bad = earlier_masks(job, samples), known_bad(job)
-    connect.connect(verbose=verbose)
+    size = model_size(job)
+    todo = parts_to_make(samples, 1 if job.tile else parts.part_size(size), there.done, bad, whole=job.format == "png")
+    asked = {name for table in todo for name in table["name"].to_pylist()}
+    found = len(samples) - len(asked)
+    few = len(asked) <= (1 if job.tile else _FEW)
+    connect.connect(verbose=verbose, little=lambda: few)
     for uri, flag in ((job.out, "--out"), (job.images, "--images")):
         capacity.check_shared(uri, flag)
     capacity.check_satisfiable(replace(compute, workers=0))  # nothing is trained
-    done = there.done
     for uri in there.stale:
         storage.delete(uri)
-    size = model_size(job)
-    todo = parts_to_make(samples, 1 if job.tile else parts.part_size(size), done, bad, whole=job.format == "png")
-    asked = {name for table in todo for name in table["name"].to_pylist()}
-    found = len(samples) - len(asked)
     if found:
         progress.update(found, len(samples), "images")
     made, left_out = 0, list[LeftOut]()
-    for row in _rows(plan(job, todo, size, compute)) if todo else ():
+    rows: Iterator[dict[str, Any]] = iter(())
+    if todo:
+        here = few and connect.works_here()
+        rows = _made_here(job, todo, size, compute) if here else _rows(plan(job, todo, size, compute))
+    for row in rows:
         made += row["made"]
         left_out += [LeftOut(**x) for x in json.loads(row["left_out"])]
         progress.update(found + made + len(left_out), len(samples), "images")
@@ -188,13 +195,13 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
 
 
 def preflight(job: PredictionJob) -> Images:
-    """Find what would fail later, without Ray, and claim the folder of masks for this model.
+    """Find mistakes before Ray starts, and claim the folder of masks for this model.
 
     Returns:
         The images.
 
     Raises:
-        UserError: the first thing found wrong.
+        UserError: the first mistake.
     """
     from transfgu.inference.tiles import Tiling
     from transfgu.segmenter import Segmenter
@@ -202,7 +209,7 @@ def preflight(job: PredictionJob) -> Images:
     if storage.within(job.out, job.images) or storage.within(job.images, job.out):
         raise UserError(
             f"--images {storage.shown(job.images)} and --out {storage.shown(job.out)} contain each other: masks would "
-            "be read as images, so choose two folders beside each other",
+            "be read as images, so choose separate folders",
             code="folders-nested",
         )
     if job.max_pixels is not None:
@@ -212,10 +219,10 @@ def preflight(job: PredictionJob) -> Images:
         raise UserError(f"{storage.shown(job.images)} is a file: give --images its folder", code="folder-expected")
     segmenter = Segmenter.load(job.run, device="cpu")
     if job.tile:
-        Tiling(tile=job.tile, overlap=job.overlap)  # raises where they cover nothing
+        Tiling(tile=job.tile, overlap=job.overlap)  # raises if tiles cover nothing
     if job.format == "png" and len(segmenter.classes) > 256:
         raise UserError(
-            f"an indexed PNG holds 256 classes, and this run has {len(segmenter.classes)}: set --format parquet",
+            f"an indexed PNG holds 256 classes, but this run has {len(segmenter.classes)}: set --format parquet",
             code="png-classes",
         )
     found = find_images(job.images, recursive=True)
@@ -252,19 +259,19 @@ def preflight(job: PredictionJob) -> Images:
 
 
 def resolved_orient(job: PredictionJob) -> bool:
-    """Return whether EXIF's orientation is applied: as asked, else as in the folder so far, else True."""
+    """Return True if EXIF's orientation is applied: as requested, else as in the folder so far, else True."""
     text = storage.read_bytes_or_none(storage.join(job.out, CLAIM)) if job.orient is None else None
     return job.orient is not False if text is None else bool(_parsed_claim(job.out, text)[_ORIENT])
 
 
 def take_folder(job: PredictionJob, claim: Mapping[str, Any]) -> None:
-    """Write what the masks are made with into the output folder; raises UserError if it holds masks of another job."""
+    """Write the properties of the masks into the output folder; raise UserError if it has masks of another job."""
     uri = storage.join(job.out, CLAIM)
     text = storage.read_bytes_or_none(uri)
     if text is None:
         if storage.create(uri, json.dumps(formats.stamp(claim), indent=1).encode()):
             return
-        text = storage.read_bytes(uri)  # of one that began at the same time
+        text = storage.read_bytes(uri)  # of a prediction that started at the same time
     held = _parsed_claim(job.out, text)
     differing = [n for n in ("model", _FILES_AS, _AVERAGED, _TILES, _ORIENT, "classes") if held[n] != claim[n]]
     if differing:
@@ -282,18 +289,18 @@ def take_folder(job: PredictionJob, claim: Mapping[str, Any]) -> None:
             )
         theirs = f"masks of {held['run']}" if "model" in differing else f"masks of another {other}"
         raise UserError(
-            f"{storage.shown(job.out)} holds {theirs}: choose another --out, or delete what is there", code="out-taken"
+            f"{storage.shown(job.out)} holds {theirs}: choose another --out, or delete its content", code="out-taken"
         )
 
 
 def read_claim(out: str) -> dict[str, Any]:
-    """Read what a folder of masks says of itself, in this version or an earlier one: `model`, `run`, `classes`, ...
+    """Read the properties of a folder of masks, of this version or an earlier one: `model`, `run`, `classes`, ...
 
     Args:
         out: URI of the folder.
 
     Raises:
-        UserError: it holds no masks of :func:`predict`, or the file is damaged, or of a format to come.
+        UserError: it has no masks of :func:`predict`, or the file is damaged or has a newer format.
     """
     text = storage.read_bytes_or_none(storage.join(out, CLAIM))
     if text is None:
@@ -310,18 +317,18 @@ def mask_names(images: str) -> dict[str, str]:
 
 
 def _parsed_claim(out: str, text: bytes) -> dict[str, Any]:
-    """What a folder of masks says of itself; raises UserError where that is damaged, or of a format to come."""
+    """Return the properties of a folder of masks; raise UserError if they are damaged or have a newer format."""
     uri = storage.shown(storage.join(out, CLAIM))
-    remedy = "delete it, and the masks beside it, or change --out"
+    remedy = "delete it and the masks next to it, or change --out"
     with formats.damage(uri, remedy):
         first = json.loads(text)
-        if first.get(formats.KEY) in get_args(Format):  # format 1 said there how masks are stored
+        if first.get(formats.KEY) in get_args(Format):  # format 1 stored the format of masks there
             first[_FILES_AS] = first.pop(formats.KEY)
         text = json.dumps(first).encode()
     held = formats.read_json(text, uri, remedy)
     held.setdefault(_ORIENT, False)
     held.setdefault(_TILES, None)
-    held.setdefault(_AVERAGED, {"scales": [1.0], "flip": False})  # masks that were made before there were others
+    held.setdefault(_AVERAGED, {"scales": [1.0], "flip": False})  # the only setting of earlier masks
     with formats.damage(uri, remedy):
         _ = held["model"], held["run"], held[_FILES_AS], [x["colour"] for x in held["classes"]]
     return held
@@ -348,14 +355,14 @@ def model_size(job: PredictionJob) -> Size:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlierMasks:
-    """What an earlier prediction left in the output folder."""
+    """Results of an earlier prediction in the output folder."""
 
     done: set[str]
-    """Names of the images whose masks, and overlays if asked for, are there."""
+    """Names of the images with existing masks (and overlays, if requested)."""
     stale: list[str]
-    """Files to remove before work: tables of masks that hold one of another version of its image."""
+    """Files to remove before work: tables with masks of another version of an image."""
     orphans: int
-    """Masks of images that are not there."""
+    """Number of masks without an image."""
 
 
 def earlier_masks(job: PredictionJob, samples: pa.Table) -> EarlierMasks:
@@ -371,11 +378,11 @@ def earlier_masks(job: PredictionJob, samples: pa.Table) -> EarlierMasks:
     current = {row["name"]: row for row in samples.to_pylist()}
 
     def fresh(name: str, written: storage.Version | None) -> bool:
-        """Whether a file that was written so is of the image's present version."""
+        """Return True if a file written at this time belongs to the image's present version."""
         row, record = current[name], records.get(name)
         if written is None or row["size"] is None:
             return False
-        if record is None:  # of a version that kept no records
+        if record is None:  # written by a version without records
             return written.changed >= row["changed"] or not written.changed
         moved = job.format == "png" and record.mask != row["mask"]
         return not moved and record.image == (row["size"], row["changed"])
@@ -393,20 +400,20 @@ def earlier_masks(job: PredictionJob, samples: pa.Table) -> EarlierMasks:
         overlays = storage.join(job.out, "overlays")
         lit = _relative(overlays, storage.list_versions(overlays))
         done = {name for name in done if f"{current[name]['mask']}.jpg" in lit}
-    # A mask that has another name by now is removed at the end.
+    # A mask whose name has changed is removed at the end.
     elsewhere = {record.mask for name, record in records.items() if name not in current}
     known = {row["mask"] for row in current.values()} | (recorded - elsewhere)
     return EarlierMasks(done=done, stale=[], orphans=sum(name.removesuffix(".png") not in known for name in here))
 
 
 def _relative(folder: str, files: Mapping[str, storage.Version]) -> dict[str, storage.Version]:
-    """Those files that can be pictures, by path below the folder."""
+    """Return the files that can be pictures, by path below the folder."""
     below = len(storage.absolute(folder)) + 1
     return {uri[below:]: version for uri, version in files.items() if version.size >= _LEAST}
 
 
 def _record(job: PredictionJob, samples: pa.Table, bad: Collection[str]) -> None:
-    """Record what masks were made of; remove those that have another name now, or whose image became a bad one."""
+    """Record the images of the masks; remove masks whose name has changed, or whose image became unusable."""
     records, gone = predicted.read(job.out)
     for row in samples.to_pylist():
         if row["name"] in bad:
@@ -431,7 +438,7 @@ def names_in(uri: str) -> list[str]:
 
 
 def known_bad(job: PredictionJob) -> dict[str, str]:
-    """Return the images that an earlier prediction could not use, with the reason."""
+    """Return images that an earlier prediction could not use, with the reason."""
     uri = storage.join(job.out, SUMMARY)
     text = storage.read_bytes_or_none(uri)
     if text is None:
@@ -447,9 +454,9 @@ def parts_to_make(
 ) -> list[pa.Table]:
     """Return the parts of images that are still to be predicted.
 
-    A part's images share their batches, and another batch may round otherwise. So a part of PNGs that was stopped
-    half way is made again as a whole, and prediction that was stopped ends as if it had not been. Images that were
-    bad the last time may have been mended; they are tried again, by themselves.
+    Images of a part share batches, and another batch may round differently. So a part of PNGs that was interrupted is
+    predicted again as a whole, and the result of an interrupted prediction is the same. Images that were bad the last
+    time are tried again separately, because they may have been corrected.
     """
     todo = []
     for part in parts.split(samples, size):
@@ -463,25 +470,42 @@ def parts_to_make(
 
 
 def plan(job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: ComputeRecipe) -> Dataset:
-    """Parts of the image list to masks in `job.out`, a row of counts for each."""
+    """Return the plan from parts of the image list to masks in `job.out`, with a row of counts per part."""
+    pool = capacity.encoder_pool(compute)
     if job.tile:
-        arguments = {"job": job, "processes": capacity.actors_per_node(compute)}
-        return parts.handled(tables, PredictTiles, arguments, capacity.encoder_pool(compute))
+        return parts.handled(tables, PredictTiles, _tiles_arguments(job, compute), pool)
+    return _work(job, size, compute).plan(tables, pool)
 
-    data = parts.encoded(
-        tables,
-        ReadPhotos(
-            size=size,
-            interpolation="bilinear",
-            orient=job.orient is not False,
-            max_pixels=job.max_pixels or MAX_PIXELS,
-            keep_files=job.overlays,
-        ),
-        PredictMasks,
-        {"run": job.run, "processes": capacity.actors_per_node(compute)},
-        capacity.encoder_pool(compute),
+
+def _made_here(
+    job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: ComputeRecipe
+) -> Iterator[dict[str, Any]]:
+    """As :func:`plan`, in this process, one part after the other."""
+    if job.tile:
+        handle = PredictTiles(**_tiles_arguments(job, compute))
+        for table in tables:
+            yield from handle(table).to_pylist()
+        return
+    work = _work(job, size, compute)
+    predict_masks = work.actor(**work.arguments)
+    for table in tables:
+        yield from work.write(predict_masks(work.read(table))).to_pylist()
+
+
+def _tiles_arguments(job: PredictionJob, compute: ComputeRecipe) -> dict[str, Any]:
+    return {"job": job, "processes": capacity.actors_per_node(compute)}
+
+
+def _work(job: PredictionJob, size: Size, compute: ComputeRecipe) -> parts.Work:
+    read = ReadPhotos(
+        size=size,
+        interpolation="bilinear",
+        orient=job.orient is not False,
+        max_pixels=job.max_pixels or MAX_PIXELS,
+        keep_files=job.overlays,
     )
-    return parts.written(data, WriteMasks(job=job))
+    arguments = {"run": job.run, "processes": capacity.actors_per_node(compute)}
+    return parts.Work(read=read, actor=PredictMasks, arguments=arguments, write=WriteMasks(job=job))
 
 
 def _rows(data: Dataset) -> Iterator[dict[str, Any]]:
@@ -491,16 +515,16 @@ def _rows(data: Dataset) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadPhotos(parts.ReadImages):
-    """A task: a part of the image list to decoded, resized images.
+    """A task that decodes and resizes a part of the image list.
 
-    Out come rows name, mask, size and changed (of the image's file), image (3, H, W) uint8, height and width (pixels),
-    file (its bytes, or null), reason (null, or why the image can't be used).
+    It returns rows name, mask, size and changed (of the image's file), image (3, H, W) uint8, height and width
+    (pixels), file (its bytes, or null), reason (null, or why the image can't be used).
     """
 
     keep_files: bool
 
     def __call__(self, samples: pa.Table) -> pa.Table:
-        """Raises UserError where the storage fails."""
+        """Raise UserError if the storage fails."""
         pixels = np.zeros((len(samples), 3, *self.size), np.uint8)
 
         def read(uri: str) -> tuple[dict[str, Any], UInt8[np.ndarray, "3 H W"]]:
@@ -526,14 +550,14 @@ class ReadPhotos(parts.ReadImages):
 
 
 class PredictMasks:
-    """An actor: images to class indices at their own size.
+    """An actor that predicts class indices of images at their own size.
 
-    A block of `ReadPhotos` goes out without its images, with `indices`: class indices row by row, zlib-compressed,
-    uint8 or uint16; empty where there is no image.
+    It returns blocks of `ReadPhotos` without images and with `indices`: class indices row by row, zlib-compressed,
+    uint8 or uint16; empty without an image.
     """
 
     def __init__(self, run: str, processes: int) -> None:
-        # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
+        # Imported here, because the reading and writing tasks need no torch, which takes seconds.
         from transfgu.inference.device import own_device, use_cores
         from transfgu.segmenter import Segmenter
 
@@ -556,9 +580,9 @@ class PredictMasks:
 
 
 class PredictTiles:
-    """An actor: images of any size to masks, each predicted in tiles and written a strip of rows after the other.
+    """An actor that predicts masks of images of any size in tiles, and writes them strip by strip.
 
-    A block of the image list becomes the row that `WriteMasks` gives the driver.
+    It turns a block of the image list into the row of `WriteMasks` for the driver.
     """
 
     def __init__(self, job: PredictionJob, processes: int) -> None:
@@ -572,7 +596,7 @@ class PredictTiles:
         self._segmenter = Segmenter.load(job.run, device=device.type)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """See the class. Raises UserError where the storage fails."""
+        """See the class. Raises UserError if the storage fails."""
         left_out = []
         rows = block.select(["name", "image", "mask"]).to_pylist()
         good = []
@@ -605,17 +629,17 @@ class PredictTiles:
 
 @dataclass(frozen=True, kw_only=True)
 class WriteMasks:
-    """A task: a part's masks, and overlays, to files."""
+    """A task that writes a part's masks, and overlays, to files."""
 
     job: PredictionJob
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """A block of `PredictMasks` to the part's row for the driver: `made`, and `left_out` as JSON."""
+        """Write a block of `PredictMasks`; returns the part's row for the driver: `made`, and `left_out` as JSON."""
         claim = read_claim(self.job.out)
         colours = np.array([c["colour"] for c in claim["classes"]], np.uint8)
         rows = block.filter(block["reason"].is_null())
         kind = index_type(len(colours))
-        # One image's mask, overlay and files are in memory at a time, but for those that are being sent.
+        # Only one image's mask, overlay and files are in memory at a time, and those that are being sent.
         masks = (
             (row, np.frombuffer(zlib.decompress(row["indices"]), kind).reshape(row["height"], row["width"]))
             for row in _one_by_one(rows)
@@ -662,7 +686,7 @@ def _write_rows(job: PredictionJob, part: Sequence[str], masks: Iterable[tuple[s
         part: names of all images of the part, those that can't be used, too.
         masks: name of the image, height, width, and class indices row by row.
     """
-    # A name of its own for each set of images: a task that is run twice replaces what it wrote.
+    # Each set of images has its own file name, so a repeated task replaces its own file.
     digest = hashlib.sha256("\n".join(part).encode()).hexdigest()[:16]
     storage.write_bytes(storage.join(job.out, "masks", f"part-{digest}.parquet"), masks_file(masks))
 
@@ -670,7 +694,7 @@ def _write_rows(job: PredictionJob, part: Sequence[str], masks: Iterable[tuple[s
 def png_of_strips(
     strips: Iterable[UInt8[np.ndarray, "rows W"]], size: Size, colours: UInt8[np.ndarray, "C 3"]
 ) -> bytes:
-    """As :func:`png`, of a mask that is never held whole: strips of rows from the top down, for a mask of `size`."""
+    """Yield the same as :func:`png` for a mask of `size` that is never in memory as a whole, from strips of rows."""
     packed, out = zlib.compressobj(6), io.BytesIO()
 
     def chunk(kind: bytes, data: bytes) -> None:
@@ -689,7 +713,7 @@ def png_of_strips(
 
 
 def png(mask: UInt8[np.ndarray, "H W"], colours: UInt8[np.ndarray, "C 3"]) -> bytes:
-    """Class indices as an indexed PNG that shows them in their colours."""
+    """Return class indices as an indexed PNG with the classes' colours."""
     picture = Image.fromarray(mask)
     picture.putpalette(colours.tobytes(), "RGB")
     sink = io.BytesIO()
@@ -704,7 +728,7 @@ def overlay(
     *,
     orient: bool = False,
 ) -> bytes:
-    """An image, from its file's bytes, half in its classes' colours, with dark outlines; a JPEG."""
+    """Return an image, from its file's bytes, blended with its classes' colours, with dark outlines, as a JPEG."""
     image = images.decode_image(file, orient=orient)
     lit = ((image.astype(np.uint16) + colours[mask]) // 2).astype(np.uint8)
     lit[:, 1:][mask[:, 1:] != mask[:, :-1]] = 20

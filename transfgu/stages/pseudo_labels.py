@@ -30,18 +30,18 @@ from transfgu.store.artifacts import Outcome, Run
 if TYPE_CHECKING:
     from transfgu.inference.frozen_encoder import FrozenEncoder
 
-_MASK_CELL = 4  # pixels of the image along a side of a cell in which a mask of a file is kept
+_MASK_CELL = 4  # pixels along a side of the cells in which masks from files are stored
 
 
 def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
-    """Make the concept maps of the training images (of the curated ones alone, where the recipe says so).
+    """Compute the concept maps of the training images (only of the curated ones, if the recipe is curated).
 
-    Writes parts of rows `index` int32 (of the sample), `maps` (K + 2 planes of h x w int16, row-major, as
-    `packed_maps.pack_maps` packs them: `unpack_maps` gives the K unscaled maps), `h` and `w` int16, in row groups of
-    one row, so that a reader fetches one image's maps with one request.
+    Writes parts of rows `index` int32 (of the sample), `maps` (K + 2 planes of h x w int16, row-major, packed by
+    `packed_maps.pack_maps`: `unpack_maps` returns the K unscaled maps), `h` and `w` int16, in row groups of one row, so
+    that a reader fetches one image's maps with one request.
 
     Raises:
-        UserError: more bad images than `dataset.max_bad_share`; an encoder that can't be had.
+        UserError: more bad images than `dataset.max_bad_share`; an encoder that is not available.
     """
     folder = run.artifact("pseudo_labels").uri
     listed = samples.training(recipe, run)
@@ -63,7 +63,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
 
 
 def index_parts(folder: str, summaries: Sequence[parts.Summary]) -> None:
-    """Write the index of the maps' places beside the parts; parts of an earlier attempt are read for it."""
+    """Write the index of the maps' places next to the parts; parts of an earlier attempt are read for it."""
 
     def found(summary: parts.Summary) -> tuple[int, Mapping[str, Sequence[int]]]:
         if summary.size:
@@ -77,7 +77,7 @@ def index_parts(folder: str, summaries: Sequence[parts.Summary]) -> None:
 
 
 def _object_masks(recipe: Recipe, listed: pa.Table, folder: str, progress: Progress) -> Outcome:
-    """Make one object mask for each training image, in parts like the maps': one plane of 0 and 1.
+    """Compute one object mask per training image, in parts like those of maps, with one plane of 0 and 1.
 
     Raises:
         UserError: no image has an object; or as :func:`run`.
@@ -111,7 +111,7 @@ def _object_masks(recipe: Recipe, listed: pa.Table, folder: str, progress: Progr
 
 
 def load_centroids(run: Run) -> Float[np.ndarray, "K d"]:
-    """The run's target concepts."""
+    """Return the target concepts of a run."""
     folder = run.artifact("concepts")
     file = storage.read_bytes(folder.file("concepts.safetensors"))
     try:
@@ -126,7 +126,7 @@ def load_centroids(run: Run) -> Float[np.ndarray, "K d"]:
 
 
 def maps_dataset(recipe: Recipe, listed: pa.Table, centroids: Float[np.ndarray, "K d"]) -> Dataset:
-    """The concept maps of any samples (rows of `datasets.SCHEMA`), as a plan.
+    """Return the plan for the concept maps of any samples (rows of `datasets.SCHEMA`).
 
     Returns:
         Rows part, index, name, maps, h, w (see :func:`run`), reason (null, or why there are no maps), note.
@@ -137,7 +137,7 @@ def maps_dataset(recipe: Recipe, listed: pa.Table, centroids: Float[np.ndarray, 
 
 
 def plan(recipe: Recipe, missing: Sequence[pa.Table], centroids: Float[np.ndarray, "K d"], folder: str) -> Dataset:
-    """Parts of the sample list to files in `folder` (URI), a row of the result for each."""
+    """Return the plan from parts of the sample list to files in `folder` (URI), with one row per part."""
     return _work(recipe, centroids, folder).plan(missing, capacity.encoder_pool(recipe.compute))
 
 
@@ -161,7 +161,7 @@ def _reader(recipe: Recipe) -> parts.ReadImages:
 
 
 class MapConcepts:
-    """An actor: images to packed concept maps. See :func:`maps_dataset` for the rows that come out."""
+    """An actor that computes packed concept maps of images. See :func:`maps_dataset` for its rows."""
 
     def __init__(self, recipe: Recipe, centroids: Float[np.ndarray, "K d"], processes: int) -> None:
         import torch
@@ -171,7 +171,7 @@ class MapConcepts:
         self._concepts = torch.tensor(centroids, device=self.frozen.device)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """A block of `ReadImages` to one of maps."""
+        """Turn a block of `ReadImages` into a block of maps."""
         images, pixels = parts.usable(block)
         packed = self.frozen.concept_maps(pixels, self._concepts, self._how)
         images = images.append_column("maps", pa.array([planes.tobytes() for planes in packed], pa.binary()))
@@ -183,7 +183,7 @@ class MapConcepts:
 
 
 def _frozen_encoder(recipe: Recipe, processes: int) -> "FrozenEncoder":
-    # Here and not above: the tasks that read and write need no torch, whose import takes seconds.
+    # Imported here, because the reading and writing tasks need no torch, which takes seconds.
     from transfgu.inference.device import own_device
     from transfgu.inference.frozen_encoder import FrozenEncoder
 
@@ -192,15 +192,15 @@ def _frozen_encoder(recipe: Recipe, processes: int) -> "FrozenEncoder":
 
 
 class MapObjects:
-    """An actor: images to object masks, of the encoder's class attention or of files."""
+    """An actor that computes object masks of images, from the encoder's class attention or from files."""
 
     def __init__(self, recipe: Recipe, masks: Mapping[str, str] | None, processes: int) -> None:
-        """`masks` are URIs by sample name; None: the attention's."""
+        """Set the masks: URIs by sample name, or None for masks from the attention."""
         self._recipe, self._masks = recipe, masks
         self.frozen = _frozen_encoder(recipe, processes) if masks is None else None
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """A block of `ReadImages` to one of masks, with `objects`: 1 where the mask has a pixel."""
+        """Turn a block of `ReadImages` into one of masks, with `objects`: 1 if the mask has a pixel."""
         rows, pixels = parts.usable(block)
         reasons: list[str | None] = [None] * len(rows)
         if self.frozen:
@@ -233,12 +233,12 @@ class MapObjects:
 
 @dataclass(frozen=True, kw_only=True)
 class WritePseudoLabels:
-    """A task: a part's maps to its file."""
+    """A task that writes the maps of a part to its file."""
 
     folder: str
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """A block of `MapConcepts` or `MapObjects` to the part's row for the driver."""
+        """Write a block of `MapConcepts` or `MapObjects`; returns the part's row for the driver."""
         good = block.filter(block["reason"].is_null())
         table = good.select(["index", "maps", "h", "w"])
         counts = {"objects": sum(good["objects"].to_pylist())} if "objects" in good.column_names else {}

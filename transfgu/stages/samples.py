@@ -1,8 +1,8 @@
 """The stage "samples": write the list of samples, so that an index means the same image in all later stages.
 
-The scenes of the embedded demonstration are drawn here into the run's folder, by tasks of a few scenes each. A scene
-depends on its number only, so existing scenes are not drawn again.
-Images inside Parquet files and tar shards are unpacked there, too.
+Scenes of the embedded demonstration are drawn into the run's folder, by tasks of a few scenes each. A scene depends
+only on its number, so existing scenes are not drawn again. Images inside Parquet files and tar shards are unpacked
+there, too.
 """
 
 import dataclasses
@@ -37,13 +37,13 @@ _TASK_SIZE = 10  # scenes; a task takes about a second
 
 
 def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
-    """List both splits, drawing the scenes first where the layout is `shapes`.
+    """List both splits; with the layout `shapes`, draw the scenes first.
 
     Writes `samples/train.parquet` and `samples/validation.parquet`, rows of `datasets.SCHEMA`.
 
     Raises:
-        UserError: the data is missing, empty or in another layout, or more of a split than `dataset.max_bad_share`
-            lacks its image or label.
+        UserError: the data is missing, empty or in another layout, or images or labels are missing for more than
+            `dataset.max_bad_share` of a split.
     """
     artifact = run.artifact("samples")
     if recipe.dataset.layout == "shapes":
@@ -70,9 +70,9 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
 
 
 def listed(recipe: Recipe) -> tuple[dict[str, Listing], list[packed.Unit]]:
-    """List both splits; or what is to be unpacked before there is a folder of images to list.
+    """List both splits, or the files to unpack first if there is no folder of images.
 
-    Image files win: Parquet files and tar shards beside them are not looked at.
+    If there are image files, Parquet files and tar shards next to them are ignored.
 
     Raises:
         UserError: no usable image; a damaged file of images, or one without an image column.
@@ -107,7 +107,7 @@ def _unpacked(
     done = sum(unit.count for unit in units if record_of[unit.name] in there)
     total = sum(unit.count for unit in units)
     missing = [unit for unit in units if record_of[unit.name] not in there]
-    # Bytes are copied and nothing is decoded: threads of one process keep the storage busy.
+    # Bytes are copied without decoding, so threads of one process are enough to use the storage fully.
     with ThreadPoolExecutor(storage.IN_FLIGHT) as pool:
         for count in pool.map(lambda unit: _unpack(unit, folder, record_of[unit.name]), missing):
             done += count
@@ -121,14 +121,14 @@ def _unpacked(
 
 
 def _unpack(unit: packed.Unit, folder: str, record: str) -> int:
-    """Unpack a unit, keep a record of it, and return how many images it had."""
+    """Unpack a unit, record it, and return the number of its images."""
     left_out = packed.unpack(unit, folder)
     storage.write_bytes(record, json.dumps(formats.stamp({"left_out": [vars(x) for x in left_out]})).encode())
     return unit.count
 
 
 def labelled(recipe: Recipe, run: Run) -> pa.Table:
-    """The validation images that have labels: `index`, `name`, `image` (URI), `label` (URI)."""
+    """Return the validation images with labels: `index`, `name`, `image` (URI), `label` (URI)."""
     found = load(run, "validation")
     wanted = pc.is_valid(found["label"])
     if recipe.dataset.curated:
@@ -137,7 +137,7 @@ def labelled(recipe: Recipe, run: Run) -> pa.Table:
 
 
 def training(recipe: Recipe, run: Run) -> pa.Table:
-    """The training images, the curated ones alone where the recipe says so: rows of `datasets.SCHEMA`."""
+    """Return the training images (only the curated ones, if the recipe is curated): rows of `datasets.SCHEMA`."""
     listed = load(run, "train")
     return listed.filter(listed["curated"]) if recipe.dataset.curated else listed
 
@@ -145,7 +145,7 @@ def training(recipe: Recipe, run: Run) -> pa.Table:
 def load(run: Run, split: str) -> pa.Table:
     """Read the samples of a split ("train" or "validation") of a run: rows of `datasets.SCHEMA`.
 
-    Scenes, and unpacked images, lie in the run's own folder, so they are found there when it has been copied or moved.
+    Scenes and unpacked images are in the run's own folder, and are found there if it was copied or moved.
     """
     artifact = run.artifact("samples")
     found = parquet.read(artifact.file(f"{split}.parquet"))
@@ -209,7 +209,7 @@ def _scene_file(folder: str, split: str, kind: str, index: int) -> str:
 
 
 def _draw(seed: int, folder: str, split: str, indices: Sequence[int]) -> int:
-    """A task: draws scenes into `folder`, and returns how many."""
+    """Draw scenes into `folder`, as a task; returns their number."""
     for index in indices:
         image, label = scene(seed, _STREAMS[split], index)
         for kind, pixels in (("images", image), ("labels", label)):

@@ -32,14 +32,14 @@ from transfgu.training.checkpoints import merit
 from transfgu.training.image_training import ImageJob, ImageTraining
 from transfgu.training.untrained import UntrainedNetwork
 
-_CHECKED = 256  # findings that are fetched at a time
+_CHECKED = 256  # results fetched at a time
 
 
 def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     """Train the recipe's method; writes `model.safetensors`, `training/last.safetensors`, `history.json`.
 
     Raises:
-        UserError: no image has a pseudo label, the loss is not finite, an image is no longer there.
+        UserError: no image has a pseudo label, the loss is not finite, an image is missing.
     """
     artifact = run.artifact("training")
     validation = samples.labelled(recipe, run)
@@ -55,7 +55,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
 
     inputs = inputs_digest(recipe, run, images, validation)
     if epochs := carry_on(recipe, inputs, run):
-        progress.note(f"going on after epoch {epochs} of a training of fewer epochs")
+        progress.note(f"continuing after epoch {epochs} of a training with fewer epochs")
     checkpoint = fit(
         recipe,
         images=artifact.file("images.parquet"),
@@ -67,23 +67,23 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         on_epoch=tell,
     )
     trackers.close()
-    storage.delete(run.artifact("evaluation").uri)  # of the model of fewer epochs, if there was one
+    storage.delete(run.artifact("evaluation").uri)  # of the model with fewer epochs, if there was one
     return replace(publish(recipe, run, checkpoint, len(images)), left_out=left_out)
 
 
 def usable_images(recipe: Recipe, run: Run, kept: str) -> tuple[pa.Table, tuple[LeftOut, ...]]:
-    """Return the images that a method trains on, and those that it leaves out.
+    """Return the images that a method trains on, and the images that are left out.
 
-    They are those that have pseudo labels, where the method has these. Otherwise each is decoded once, to find the bad
-    ones, and the finding is kept.
+    If the method has pseudo labels, they are the images with pseudo labels. Otherwise each image is decoded once to
+    find the bad ones, and the result is stored.
 
     Args:
-        recipe: says the method.
-        run: with the artefacts that the method's training needs.
-        kept: URI of the table in which the finding is kept.
+        recipe: recipe with the method.
+        run: a run with the artefacts that the method's training needs.
+        kept: URI of the table in which the result is stored.
 
     Returns:
-        As :func:`training_images`, without `part` and `row` where there are no pseudo labels.
+        As :func:`training_images`, without `part` and `row` if there are no pseudo labels.
 
     Raises:
         UserError: there is no such image, or more than `dataset.max_bad_share` are bad.
@@ -111,7 +111,7 @@ def usable_images(recipe: Recipe, run: Run, kept: str) -> tuple[pa.Table, tuple[
 
 
 def _found_bad(listed: pa.Table, kept: str, max_pixels: int) -> list[str]:
-    """Why each of the images is bad; empty for a good one."""
+    """Return the reason why each image is bad; empty for good ones."""
     if storage.exists(kept):
         found = parquet.read(kept)
         if found["image"].to_pylist() == listed["image"].to_pylist():
@@ -125,9 +125,9 @@ def _found_bad(listed: pa.Table, kept: str, max_pixels: int) -> list[str]:
 
 
 def training_images(run: Run) -> pa.Table:
-    """The images that have pseudo labels, in the data set's order: `image` (URI), and columns `map_files.PLACE`.
+    """Return the images with pseudo labels, in the data set's order: `image` (URI), and columns `map_files.PLACE`.
 
-    The table's metadata hold, under `batches.VERSIONS`, a digest of the versions that all its files have now.
+    The table's metadata have, as `batches.VERSIONS`, a digest of the present versions of all its files.
     """
     listed = storage.list_versions(run.artifact("pseudo_labels").uri)
     parts = sorted(uri for uri in listed if uri.endswith(".parquet"))
@@ -144,9 +144,9 @@ def training_images(run: Run) -> pa.Table:
 
 
 def inputs_digest(recipe: Recipe, run: Run, images: pa.Table, validation: pa.Table) -> str:
-    """Of what a run trains on: tables of :func:`usable_images` and :func:`samples.labelled`, and its concepts, if any.
+    """Return a digest of the inputs: tables of :func:`usable_images` and :func:`samples.labelled`, and concepts.
 
-    Pseudo labels follow from the images and the concepts: where their parts begin, and who made them, is left out.
+    Pseudo labels follow from images and concepts, so the division into parts is left out.
     """
     digest = hashlib.sha256()
     if "concepts" in recipe.stages:
@@ -157,15 +157,15 @@ def inputs_digest(recipe: Recipe, run: Run, images: pa.Table, validation: pa.Tab
 
 
 def carry_on(recipe: Recipe, inputs: str, run: Run) -> int:
-    """Copy the last checkpoint of the same training with fewer epochs to where :func:`fit` looks for its own.
+    """Copy the last checkpoint of the same training with fewer epochs to the place where :func:`fit` finds it.
 
     Args:
-        recipe: of the training with more epochs.
-        inputs: what it trains on (:func:`inputs_digest`).
-        run: its folder; those of the runs from which it takes stages are searched, too.
+        recipe: recipe of the training with more epochs.
+        inputs: digest of its inputs (:func:`inputs_digest`).
+        run: its folder; the runs from which it takes stages are searched, too.
 
     Returns:
-        Epochs that the checkpoint has done; 0: there is none, or this training has a checkpoint of its own.
+        Number of finished epochs in the checkpoint; 0: there is none, or this training has its own.
     """
     own = storage.join(storage.absolute(run.file("ray")), _name(recipe, inputs))
     if method(recipe.method).anneals or checkpoints.newest(own):
@@ -190,7 +190,7 @@ def carry_on(recipe: Recipe, inputs: str, run: Run) -> int:
 
 
 def _name(recipe: Recipe, inputs: str) -> str:
-    """Name of the folder of a training's checkpoints: another recipe, or other images, must not go on from these."""
+    """Return the name of the folder of a training's checkpoints, different for other recipes and images."""
     return f"training-{recipe.digest('training')[:12]}-{inputs}"
 
 
@@ -209,29 +209,29 @@ def fit(
     attempts: int = ATTEMPTS,
     beside: int = 1,
 ) -> checkpoints.Found:
-    """Train on Ray Train from the newest whole checkpoint in `folder`, if there is one of this recipe and these inputs.
+    """Train on Ray Train, from the newest complete checkpoint in `folder` of this recipe and these inputs, if any.
 
     Args:
-        recipe: what to train; `compute` says by how many workers.
+        recipe: recipe of the training; `compute` sets the number of workers.
         images: URI of the table of :func:`training_images`.
         validation: URI of the table of :func:`samples.labelled`; empty: no scores.
         inputs: their :func:`inputs_digest`.
-        folder: URI under which Ray keeps the training's state.
-        progress: told of steps and epochs.
-        pictures: URI of a folder for a picture of each epoch, of what the student makes of a few images.
-        unlabelled: URI of a table of images (`image`) on which a score without labels is taken each epoch.
-        on_epoch: called with each epoch's row of the history, from another thread; after a restart with those of
-            the checkpoint, too.
-        goes_on: asked likewise whether training goes on after that epoch; the next one waits for the answer.
-        attempts: in vain, at one epoch, before a fault counts as one that trying again won't mend.
-        beside: trainings, this one included, that share a node's cores.
+        folder: URI of the folder in which Ray keeps the training's state.
+        progress: reports steps and epochs.
+        pictures: URI of a folder for a picture of each epoch: the student's predictions for a few images.
+        unlabelled: URI of a table of images (`image`) for the label-free score of each epoch.
+        on_epoch: called with each epoch's row of the history, from another thread; after a restart also with those of
+            the checkpoint.
+        goes_on: called likewise; returns False to end training after that epoch. The next epoch waits for it.
+        attempts: failed attempts at one epoch after which a fault ends the training.
+        beside: number of trainings, including this one, that share a node's cores.
 
     Returns:
         The last checkpoint; :func:`publish` reads it.
 
     Raises:
-        UserError: a user's mistake, or a loss that is no number.
-        RuntimeError: the training failed again and again at one epoch, or twice alike.
+        UserError: a user's mistake, or a loss that is not a number.
+        RuntimeError: the training failed repeatedly at one epoch, or twice with the same error.
     """
     return trainer.fit(
         partial(
@@ -251,15 +251,15 @@ def fit(
 
 
 def score_untrained(recipe: Recipe, run: Run, progress: Progress) -> Scores:
-    """Score the network that a finished run's training began with, by the run's own evaluator.
+    """Score the initial network of a finished run's training, by the run's own evaluator.
 
-    Weights are the initial ones. Statistics of batch norm, and clusters where the method has them, come from one pass
-    over the run's training images.
+    Weights are the initial ones. Statistics of batch norm, and clusters if the method has them, come from one pass over
+    the run's training images.
 
     Args:
-        recipe: of the run, whose method takes optimiser steps.
-        run: with a complete training, and labelled validation images.
-        progress: told of steps and images.
+        recipe: recipe of the run, whose method takes optimiser steps.
+        run: a run with a complete training, and labelled validation images.
+        progress: reports steps and images.
     """
     rows = samples.labelled(recipe, run)
     artifact = run.artifact("training")
@@ -278,7 +278,7 @@ def score_untrained(recipe: Recipe, run: Run, progress: Progress) -> Scores:
 
 
 def publish(recipe: Recipe, run: Run, checkpoint: checkpoints.Found, images: int) -> Outcome:
-    """Write the models and the history that a finished training's checkpoint holds into the run's folder."""
+    """Write the models and the history of a finished training's checkpoint into the run's folder."""
     artifact = run.artifact("training")
     history = checkpoint.history
     last = storage.read_bytes(storage.join(checkpoint.uri, "student.safetensors"))

@@ -19,23 +19,23 @@ from transfgu.recipe import Recipe, from_yaml, given_in, upgraded
 from transfgu.store import storage
 
 MODEL = "model.safetensors"
-"""The run's decoder, in the run's folder: of the best epoch, or of the last where no validation image is labelled."""
+"""The decoder in the run's folder: of the best epoch, or of the last if no validation image is labelled."""
 SCORES = "evaluation/scores.json"
-"""What evaluation counted."""
+"""Results of the evaluation."""
 BESIDE = "run:"
-"""In front of `encoder.weights` in a recipe: a file in the folder that holds the recipe."""
+"""Prefix of `encoder.weights` in a recipe: a file in the folder of the recipe."""
 REUSED = "reused.json"
-"""Which stages the run takes from other runs' folders: URIs of artefacts by stage, in the run's folder."""
+"""File in the run's folder with the stages taken from other runs: URIs of artefacts by stage."""
 LAST = "last.safetensors"
 """The decoder of the last epoch, in the training artefact."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a stage reports when it is done.
+    """The result of a stage.
 
     Args:
-        items: inputs it worked through, images mostly; those of an earlier, interrupted attempt included.
+        items: number of processed inputs, mostly images, including those of an earlier, interrupted attempt.
         left_out: inputs that could not be used.
         details: small, JSON-ready facts for the report, such as the number of windows or the final inertia.
     """
@@ -70,15 +70,15 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes, name: str = "the manifest", remedy: str = "compute it again") -> "Manifest":
-        """Read what :meth:`to_json` wrote, in this version or an earlier one.
+        """Read the result of :meth:`to_json`, of this version or an earlier one.
 
         Args:
-            text: the file's content.
-            name: what an error calls the file.
-            remedy: what the user should do about a damaged one.
+            text: content of the file.
+            name: name of the file in error messages.
+            remedy: remedy for a damaged file.
 
         Raises:
-            UserError: the text is no manifest, or one of a format to come.
+            UserError: the text is not a manifest, or has a newer format.
         """
         tree = formats.read_json(text, name, remedy)
         with formats.damage(name, remedy):
@@ -118,10 +118,10 @@ class Artifact:
         return f"delete the folder {storage.shown(self.uri)}, and run the same command again"
 
     def check_method(self, recipe: Recipe) -> None:
-        """Refuse an artefact that another method made, if only in part.
+        """Refuse an artefact that another method made, completely or in part.
 
         Raises:
-            UserError: it is another method's; the message names it.
+            UserError: it belongs to another method; the message names it.
         """
         held = self._held()
         if held is None:
@@ -137,11 +137,11 @@ class Artifact:
     def check(self, recipe: Recipe) -> bool:
         """Return True if the artefact is complete.
 
-        False means: nothing yet, an interrupted attempt of `recipe`, or a training of fewer epochs that `recipe` goes
-        on with (:meth:`is_shorter`).
+        False means: nothing yet, an interrupted attempt of `recipe`, or a training with fewer epochs that `recipe`
+        continues (:meth:`is_shorter`).
 
         Raises:
-            UserError: it holds what another recipe made, if only in part; the message names the fields that differ.
+            UserError: it was made, completely or in part, by another recipe; the message names the fields that differ.
         """
         differing = self.differences(recipe)
         if differing and not self.is_shorter(recipe, differing):
@@ -153,13 +153,13 @@ class Artifact:
         return not differing and self.manifest() is not None
 
     def differences(self, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-        """Return the fields in which the artefact, complete or begun, is another recipe's.
+        """Return the fields in which the artefact, complete or started, belongs to another recipe.
 
         Returns:
-            Value there and value asked, by dotted name; empty where there is nothing yet.
+            Existing and requested value, by dotted name; empty if there is nothing yet.
 
         Raises:
-            UserError: the manifest is damaged, or of a format to come.
+            UserError: the manifest is damaged, or has a newer format.
         """
         held = self._held()
         if held is None:
@@ -171,10 +171,10 @@ class Artifact:
         }
 
     def is_shorter(self, recipe: Recipe, differing: Mapping[str, tuple[Any, Any]]) -> bool:
-        """Return True if `recipe` is the artefact's with more epochs, where training can go on from the last one.
+        """Return True if `recipe` is the artefact's with more epochs, so that training can continue from its last one.
 
         Args:
-            recipe: what is asked.
+            recipe: the requested recipe.
             differing: the :meth:`differences` from it.
         """
         if self.stage not in ("training", "evaluation") or list(differing) != [EPOCHS]:
@@ -192,7 +192,7 @@ class Artifact:
         return None if text is None else formats.read_json(text, storage.shown(uri), self._remedy)
 
     def begin(self, recipe: Recipe) -> None:
-        """Claim the folder for `recipe`, before the first part is written; a shorter training is complete no more."""
+        """Claim the folder for `recipe`, before the first part is written; a shorter training is no longer complete."""
         fields = formats.stamp(recipe.stage_fields(self.stage))
         storage.write_bytes(self.file("fields.json"), json.dumps(fields, indent=1).encode())
         if storage.exists(self.file("manifest.json")):
@@ -239,7 +239,7 @@ class Run:
     links: Mapping[str, str] | None = field(default=None, kw_only=True, compare=False)
 
     def recipe(self) -> Recipe:
-        """Read the recipe of the run, or of a model's folder; weights beside it get their URI.
+        """Read the recipe of the run, or of a model's folder; weights next to it get their URI.
 
         Raises:
             UserError: the folder holds no recipe, a damaged one, or one of a format to come.
@@ -263,7 +263,7 @@ class Run:
         A preset may have changed since the run was made; its values then still hold for that run.
 
         Args:
-            asked: the recipe of a command that goes on with the run.
+            asked: the recipe of a command that continues the run.
 
         Raises:
             UserError: the run's recipe is damaged, or of a format to come.

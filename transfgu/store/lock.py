@@ -25,14 +25,14 @@ FILE = "run.lock"
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How long a lock waits, s."""
+    """Waiting times of a lock, s."""
 
     beat: int | float = 10.0
-    """Between two beats of the holder."""
+    """Time between two heartbeats of the holder."""
     patience: int | float = 90.0
-    """For a beat of a holder that may be dead; one whose storage fails for a minute still lives."""
+    """Time to wait for a heartbeat of a holder that may be dead; a holder whose storage fails for a minute is alive."""
     settle: int | float = 1.0
-    """After taking over a dead run's lock: of two that took it at once, both then see the last one's."""
+    """Time to wait after taking over a dead run's lock: if two runs took it at once, both then see the last one's."""
 
 
 _held: set["Lock"] = set()
@@ -59,7 +59,7 @@ class Lock:
         self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
 
     def take(self, say: Callable[[str], None]) -> None:
-        """Take the lock, from a dead run if necessary; `say` is called with what the wait is for.
+        """Take the lock, from a dead run if necessary; `say` is called with the reason for waiting.
 
         Raises:
             UserError: another run holds it.
@@ -68,7 +68,7 @@ class Lock:
         found, made = self.read(), False
         if found is None:
             made = storage.create(self.uri, self._content())
-            # A request that was repeated because its answer got lost may find what it made itself.
+            # A request repeated after a lost answer may find the lock that it created itself.
             found = None if made else self.read()
         if not made and not self._is_mine(found):
             self.take_over(found, say)
@@ -78,7 +78,7 @@ class Lock:
     def check(self) -> None:
         """Read the lock; raises UserError if another run took it, which it does only from one that seemed dead."""
         if not self._lost.is_set():
-            with suppress(UserError):  # out of reach for now: others can't reach it either
+            with suppress(UserError):  # not reachable now: others can't reach it either
                 self._look()
         if self._lost.is_set():
             raise UserError(
@@ -92,7 +92,7 @@ class Lock:
         self._end.set()
         self._thread.join()
         if not self._lost.is_set():
-            with suppress(UserError):  # the folder may be gone, or out of reach: the next run sees that this one is
+            with suppress(UserError):  # the folder may be unreachable; the next run sees that this one has ended
                 if self._is_mine(self.read()):  # it may have been taken over since the last beat
                     storage.delete(self.uri)
 
@@ -101,7 +101,7 @@ class Lock:
 
         Args:
             found: the lock as it was read.
-            say: is told what is waited for.
+            say: called with the reason for waiting.
 
         Raises:
             UserError: the holder lives, or another run took the lock over at the same time.
@@ -154,7 +154,7 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._end.wait(self._timing.beat):
-            with suppress(UserError):  # out of reach for now: others can't reach it either
+            with suppress(UserError):  # not reachable now: others can't reach it either
                 self._look()
                 if self._lost.is_set():
                     return
@@ -178,7 +178,7 @@ def hold(uri: str, say: Callable[[str], None], flag: str = "--run", timing: Timi
 
 
 def holder_of(uri: str) -> str | None:
-    """Return who holds the run folder `uri`, such as `process 12 on host`; None if no process does.
+    """Return the holder of the run folder `uri`, such as `process 12 on host`; None if there is none.
 
     A process on another machine counts as alive, because only its heartbeat could show that it is not.
     """
@@ -191,15 +191,15 @@ def _named(holder: dict[str, Any]) -> str:
 
 
 def _process_table() -> str:
-    """Return what identifies the process table: the boot of this machine, and the container."""
+    """Return an identifier of the process namespace: the boot of this machine, and the container."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 - it is no path
 
 
 def _process(pid: int) -> str:
-    """Return what identifies a process: its number, and its start in ticks since boot."""
+    """Return an identifier of a process: its number, and its start in ticks since boot."""
     state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    started = "" if state == "Z" else fields[18]  # what is left of a process until its parent has seen it end
+    started = "" if state == "Z" else fields[18]  # a process that has ended, until its parent has noticed
     return f"{_process_table()}/{pid}@{started}"
 
 

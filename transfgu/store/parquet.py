@@ -26,7 +26,7 @@ def read(uri: str, columns: Sequence[str] | None = None, *, remedy: str = _REMED
     Args:
         uri: of the file.
         columns: names of the columns to read; None: all.
-        remedy: what the error tells the user to do about a damaged file.
+        remedy: remedy for a damaged file, for the error message.
 
     Raises:
         UserError: there is no such file, it can't be read, or it is damaged.
@@ -42,8 +42,8 @@ def parsed(data: bytes, name: str, *, remedy: str = _REMEDY) -> pq.ParquetFile:
 
     Args:
         data: the file's bytes.
-        name: what an error calls the file.
-        remedy: what the error tells the user to do about a damaged file.
+        name: name of the file in error messages.
+        remedy: remedy for a damaged file, for the error message.
 
     Raises:
         UserError: the file is damaged.
@@ -57,7 +57,7 @@ def opened(uri: str, *, remedy: str = _REMEDY) -> pq.ParquetFile:
 
     Args:
         uri: of the file.
-        remedy: what the error tells the user to do about a damaged file.
+        remedy: remedy for a damaged file, for the error message.
 
     Raises:
         UserError: the file is damaged.
@@ -90,7 +90,7 @@ def damage(uri: str, remedy: str = _REMEDY) -> Iterator[None]:
 
     Args:
         uri: of the file.
-        remedy: what the user is told to do about a damaged file.
+        remedy: remedy for a damaged file, for the error message.
 
     Raises:
         UserError: the body found the file damaged.
@@ -104,7 +104,7 @@ def damage(uri: str, remedy: str = _REMEDY) -> Iterator[None]:
         if isinstance(error, MemoryError) or error.errno is not None or re.search(_REQUEST, str(error)):
             raise
         raise UserError(f"{storage.shown(uri)} is damaged: {remedy}", code="file-damaged") from None
-    except Exception:  # Arrow's, or whatever an extension type makes of a description that it did not write
+    except Exception:  # of Arrow, or of an extension type that can't parse its description
         raise UserError(f"{storage.shown(uri)} is damaged: {remedy}", code="file-damaged") from None
 
 

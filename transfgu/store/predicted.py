@@ -1,6 +1,6 @@
-"""Which version of an image each predicted mask was made of, so that a mask of another version is not taken for done.
+"""Record the version of the image of each predicted mask, so that masks of other versions do not count as complete.
 
-Each task leaves a record beside its masks, after them; the driver joins the records in one file at the end.
+Each task writes a record next to its masks, after them; the driver joins the records in one file at the end.
 """
 
 import hashlib
@@ -13,9 +13,9 @@ import pyarrow as pa
 from transfgu.store import parquet, storage
 
 RECORD = "images.parquet"
-"""In a folder of predicted masks: rows `name` and `mask` (paths), `size` (bytes) and `changed` (ns) of the images."""
+"""File in a folder of masks: rows `name` and `mask` (paths), `size` (bytes) and `changed` (ns) of the images."""
 PARTS = "images"
-"""Folder of the same rows, by part, while a prediction has not come to its end."""
+"""Folder of the same rows, by part, while a prediction is not finished."""
 SCHEMA = pa.schema(
     [("name", pa.string()), ("mask", pa.string()), ("size", pa.int64()), ("changed", pa.int64())],
 )
@@ -24,10 +24,10 @@ _REMEDY = "delete it, and run again"
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """What a mask was made of."""
+    """The image of a mask."""
 
     mask: str
-    """The mask's path in its folder, without an extension."""
+    """The mask's path in its folder, without suffix."""
     image: storage.Version
 
 
@@ -35,8 +35,8 @@ def read(out: str) -> tuple[dict[str, Made], set[str]]:
     """Read the records in a folder of predicted masks.
 
     Returns:
-        What each mask was made of, by the image's name, and the paths of all masks that were ever recorded: an image
-        whose mask has another name by now has two.
+        The image of each mask, by the image's name, and the paths of all masks ever recorded: an image whose mask has a
+            new name has two.
 
     Raises:
         UserError: a record is damaged.
@@ -68,7 +68,7 @@ def write_part(out: str, rows: pa.Table) -> None:
 
 
 def write(out: str, made: Mapping[str, Made]) -> None:
-    """Write the record of a folder of predicted masks, in place of those of the parts."""
+    """Write the record of a folder of predicted masks, replacing those of the parts."""
     rows = [
         {"name": name, "mask": found.mask, "size": found.image.size, "changed": found.image.changed}
         for name, found in sorted(made.items())

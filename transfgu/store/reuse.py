@@ -1,8 +1,8 @@
 """Take the stages that another run's recipe shares with this one, without copying.
 
-A stage depends on its own fields and on those of all stages before it. So what two runs share are their first stages:
-features for another number of concepts, pseudo labels for other weights of the losses. The run that reuses them keeps
-their URIs in one small file, and `Run.artifact` leads all readers there.
+A stage depends on its own fields and on those of all stages before it. So two runs share their first stages: features
+for another number of concepts, pseudo labels for other weights of the losses. The run that reuses them stores their
+URIs in one small file, and `Run.artifact` returns these.
 """
 
 import json
@@ -19,22 +19,23 @@ def linked(recipe: Recipe, run: Run, other: Run) -> tuple[Run, str]:
     """Find the stages of `other` that `recipe` shares and `run` has not completed itself; nothing is written.
 
     Args:
-        recipe: what `run` is asked to compute, resolved.
+        recipe: resolved recipe of `run`.
         run: the run that needs the stages.
         other: the run that may have them.
 
     Returns:
-        `run` with the places of these stages, and why the next stage is not shared, in words; empty if all are.
+        `run` with the places of these stages, and the reason why the next stage is not shared, as text; empty if all
+            are.
 
     Raises:
-        UserError: `other` is no run, is `run` itself, or shares no stage.
+        UserError: `other` is not a run, is `run` itself, or shares no stage.
     """
     if storage.absolute(other.uri) == storage.absolute(run.uri):
         raise UserError(
             f"--reuse and --run name the same folder, {storage.shown(run.uri)}: give the new run a folder of its own",
             code="reuse-same",
         )
-    other.recipe()  # refuses a folder that holds no run
+    other.recipe()  # refuses a folder without a run
     links: dict[str, str] = {}
     why = ""
     for stage in recipe.stages:
@@ -47,7 +48,7 @@ def linked(recipe: Recipe, run: Run, other: Run) -> tuple[Run, str]:
         if held.manifest() is None:
             why = f"{stage} is not complete there"
             break
-        if stage not in ("training", "evaluation"):  # whose model lies beside them
+        if stage not in ("training", "evaluation"):  # because their model is in another folder
             links[stage] = storage.absolute(held.uri)
     if not links and why.startswith(recipe.stages[0]):
         raise UserError(
@@ -67,7 +68,7 @@ def write(run: Run) -> None:
 
 
 def check_present(run: Run) -> None:
-    """Refuse a run whose reused stages are gone.
+    """Refuse a run whose reused stages are missing.
 
     Raises:
         UserError: the folder of a stage, in another run, is no longer complete.
@@ -82,10 +83,10 @@ def check_present(run: Run) -> None:
 
 
 def check_same(recipe: Recipe, run: Run) -> None:
-    """Refuse a run's folder that holds another recipe's work, and show the command that shares what can be shared.
+    """Refuse a run's folder with another recipe's work, and show the command that shares what can be shared.
 
     Raises:
-        UserError: a stage, complete or begun, is of another recipe.
+        UserError: a stage, complete or started, belongs to another recipe.
     """
     for index, stage in enumerate(recipe.stages):
         artifact = run.artifact(stage)

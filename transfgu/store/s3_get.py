@@ -1,7 +1,7 @@
-"""Read an S3 object, or a range of it, by one GET request.
+"""Read an S3 object, or a range of it, with one GET request.
 
-Arrow's S3 file system asks for an object's size before it reads, with every file: twice the requests, and a second
-round trip for each image.
+Arrow's S3 file system requests an object's size before it reads each file: twice the requests, and a second round trip
+per image.
 """
 
 import os
@@ -10,12 +10,12 @@ import threading
 import time
 from typing import Any
 
-ATTEMPTS = 11  # the pauses double from 50 ms, as Arrow's do: most of a minute before an endpoint is given up
+ATTEMPTS = 11  # the pauses double from 50 ms, as in Arrow: almost a minute in total
 CONNECT_SECONDS = 5
-SILENT_SECONDS = 20  # after which a request that gets no byte is given up
+SILENT_SECONDS = 20  # after which a request without any byte fails
 _DEADLINE_SECONDS = 180.0  # after which no request is repeated
-_LOWEST_SPEED = 1024  # bytes per second, on average since an answer's begin, ...
-_SLOW_SECONDS = 20.0  # ... looked at from here on
+_LOWEST_SPEED = 1024  # bytes per second, on average since the start of an answer, ...
+_SLOW_SECONDS = 20.0  # ... checked after this time
 _PAUSE = 0.05  # seconds
 _CONNECTIONS = 64
 
@@ -34,12 +34,12 @@ _PASSING = ("SlowDown", "InternalError", "RequestTimeout", "Throttling", "Thrott
 
 
 def get(bucket: str, key: str, span: tuple[int, int] | None = None) -> bytes | None:
-    """Return an object's bytes, or None where there is no such object.
+    """Return an object's bytes, or None if there is no such object.
 
     Args:
         bucket: its name.
-        key: of the object.
-        span: offset and number of the bytes that are wanted; None: all.
+        key: key of the object.
+        span: offset and number of the requested bytes; None: all.
 
     Raises:
         OSError: the object can't be read; the text names the cause as Arrow does (`AWS Error ACCESS_DENIED`).
@@ -62,7 +62,7 @@ def get(bucket: str, key: str, span: tuple[int, int] | None = None) -> bytes | N
             last = attempt == ATTEMPTS or time.monotonic() - begun > _DEADLINE_SECONDS
             if last or not (status >= 500 or status == 429 or code in _PASSING):
                 raise failed from None
-        # Dropped connections, also while the answer comes in.
+        # Dropped connections, also in the middle of an answer.
         except (botocore.exceptions.HTTPClientError, urllib3.exceptions.HTTPError, _BadBodyError) as error:
             if attempt == ATTEMPTS or time.monotonic() - begun > _DEADLINE_SECONDS:
                 raise OSError(f"AWS Error NETWORK_CONNECTION: {error}") from None
@@ -73,16 +73,16 @@ def get(bucket: str, key: str, span: tuple[int, int] | None = None) -> bytes | N
 
 
 class _BadBodyError(Exception):
-    """An answer's body ended too early, or came in too slowly."""
+    """An answer's body ended too early, or arrived too slowly."""
 
 
 def _body(answer: dict[str, Any]) -> bytes:
     """Return the whole body of an answer.
 
-    botocore's own `read` waits for the last byte, however slowly they come.
+    botocore's own `read` waits for the last byte, however slowly bytes arrive.
 
     Raises:
-        _BadBodyError: it is shorter than the answer says, or slower than `_LOWEST_SPEED`.
+        _BadBodyError: it is shorter than announced, or slower than `_LOWEST_SPEED`.
         urllib3.exceptions.HTTPError: the connection broke.
     """
     stream, begun = answer["Body"]._raw_stream, time.monotonic()
@@ -97,13 +97,13 @@ def _body(answer: dict[str, Any]) -> bytes:
         if length != answer["ContentLength"]:
             raise _BadBodyError(f"{length} of {answer['ContentLength']} bytes")
     except BaseException:
-        answer["Body"].close()  # its connection is of no use any more
+        answer["Body"].close()  # its connection can't be used again
         raise
     return b"".join(pieces)
 
 
 def _client() -> Any:
-    """Return this process's client, made anew where the environment has changed."""
+    """Return this process's client, created again if the environment has changed."""
     import boto3
     import botocore.config
 
@@ -111,7 +111,7 @@ def _client() -> Any:
     with _lock:
         if key not in _clients:
             config = botocore.config.Config(
-                retries={"total_max_attempts": 1},  # botocore would not repeat what fails while the answer comes in
+                retries={"total_max_attempts": 1},  # botocore does not repeat requests that fail during the answer
                 max_pool_connections=_CONNECTIONS,
                 connect_timeout=CONNECT_SECONDS,
                 read_timeout=SILENT_SECONDS,

@@ -1,8 +1,7 @@
-"""Arrays that lie in a file on this machine's disk and are mapped into memory.
+"""Store arrays in a file on this machine's disk and map them into memory.
 
-The system keeps as much of the file in memory as it has room for, so an array larger than memory is as fast as one in
-memory where it fits, and slower, but never too large, where it does not. The file has no name: it is gone when the
-process ends, however it ends.
+The system keeps as much of the file in memory as there is room for, so an array is as fast as one in memory if it fits,
+and slower, but possible, if it does not. The file has no name, so it disappears when the process ends for any reason.
 """
 
 import bisect
@@ -22,17 +21,17 @@ from jaxtyping import Float32
 from numpy import ndarray
 
 SPARE = 1 << 30
-"""Bytes of the disk that are left free."""
+"""Bytes of the disk that stay free."""
 
 
 class Scratch:
-    """Room for arrays on disk; safe to use from several threads."""
+    """A file for arrays on disk; safe to use from several threads."""
 
     def __init__(self, folder: str, size: int = 0) -> None:
-        """Open the file in `folder`, which is made if need be.
+        """Open the file in `folder`, which is created if necessary.
 
         Raises:
-            OSError: the folder can't be written, or its disk has no room for `size` bytes.
+            OSError: the folder can't be written, or its disk has no space for `size` bytes.
         """
         root = Path(folder).expanduser()
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -49,7 +48,7 @@ class Scratch:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
 
     def empty(self, shape: tuple[int, int]) -> Float32[ndarray, "n d"]:
-        """Return a new array of zeros that lies in the file.
+        """Return a new array of zeros in the file.
 
         Raises:
             OSError: the disk is full.
@@ -57,7 +56,7 @@ class Scratch:
         return self._mapped(shape, b"")
 
     def keep(self, array: Float32[ndarray, "n d"]) -> Float32[ndarray, "n d"]:
-        """Return a copy of an array that lies in the file.
+        """Return a copy of an array in the file.
 
         Raises:
             OSError: the disk is full.
@@ -71,7 +70,7 @@ class Scratch:
         if not size:
             return np.zeros(shape, np.float32)
         with self._lock:
-            self._check(size)  # a page that can't be written when it is touched would end the process
+            self._check(size)  # otherwise touching a page that can't be written would end the process
             offset = self._end
             self._end += -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
             os.posix_fallocate(self._file.fileno(), offset, self._end - offset)
@@ -86,7 +85,7 @@ class Scratch:
         return array
 
     def release(self, array: Float32[ndarray, "n d"]) -> None:
-        """Let go of the memory of an array, or of a slice of its rows, for now: it is mapped again when touched.
+        """Release the memory of an array, or of a slice of its rows; it is mapped again on the next access.
 
         The content stays in the file, and in the system's memory as long as there is room.
         """
@@ -107,12 +106,12 @@ def _address(array: ndarray) -> int:
 
 
 def available_memory() -> float:
-    """Return the bytes of memory that this process may still take; infinite where the system does not say."""
+    """Return the bytes of memory still available to this process; infinite if the system does not report it."""
     found = [math.inf]
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         found.append(1024.0 * int(next(s for s in lines if s.startswith("MemAvailable")).split()[1]))
-    with contextlib.suppress(OSError, ValueError):  # a container's limit, of which files in memory count as free
+    with contextlib.suppress(OSError, ValueError):  # a container's limit; memory of cached files counts as free
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
         found.append(limit - used + float(stat["file"]))

@@ -28,8 +28,8 @@ from transfgu.store.walk import walk
 
 _ATTEMPTS = s3_get.ATTEMPTS
 _BOTO_ATTEMPTS = 9  # its pauses double from half a second to 20, on average: as long
-_CHECK_ATTEMPTS = 2  # a check before work starts should fail while the user still looks
-_CHECK_SILENT_SECONDS = 5  # the same of a check, which has at most three tries
+_CHECK_ATTEMPTS = 2  # a check before work starts should fail soon
+_CHECK_SILENT_SECONDS = 5  # time limit of a check without any byte; a check has at most three attempts
 _PARTIAL = ".partial"
 
 IN_FLIGHT = 8
@@ -42,23 +42,23 @@ _filesystems: dict[tuple[Any, ...], Any] = {}
 
 
 class Version(NamedTuple):
-    """Size and time of change of a file, which show that it has changed without reading it."""
+    """Size and modification time of a file, which show a change without reading it."""
 
     size: int
     """Bytes."""
     changed: int
-    """Time of the last change, ns since 1970; 0 where the storage does not say."""
+    """Modification time, ns since 1970; 0 if the storage does not report it."""
 
 
 class Folder(NamedTuple):
-    """What lies below a folder."""
+    """Content of a folder."""
 
     files: dict[str, Version]
     """By URI."""
     dangling: Sequence[str] = ()
-    """URIs of links that lead nowhere."""
+    """URIs of broken links."""
     unnamed: Sequence[str] = ()
-    """What has a name that can't be used: not UTF-8, or a key with an empty part."""
+    """Entries with unusable names: not UTF-8, or a key with an empty part."""
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
@@ -100,7 +100,7 @@ def absolute(uri: str) -> str:
 
 
 def resolved(uri: str) -> str:
-    """Return what is equal for two names of one folder or file: links are followed, slashes count once."""
+    """Return a form that is equal for two names of one folder or file: links are resolved, slashes count once."""
     if is_local(uri):
         return os.path.realpath(absolute(uri))
     kind, _, rest = uri.partition("://")
@@ -108,7 +108,7 @@ def resolved(uri: str) -> str:
 
 
 def within(uri: str, folder: str) -> bool:
-    """Return True if `uri` is `folder` or lies in it, whatever links lead there."""
+    """Return True if `uri` is `folder` or in it, with links resolved."""
     return (resolved(uri) + "/").startswith(resolved(folder).rstrip("/") + "/")
 
 
@@ -135,7 +135,7 @@ def read_bytes_or_none(uri: str) -> bytes | None:
 
 
 def read_range(uri: str, offset: int, length: int) -> bytes | None:
-    """Return `length` bytes of a file from `offset` on, fewer at its end; None where there is no such file.
+    """Return `length` bytes of a file from `offset`, fewer at its end; None if there is no such file.
 
     Raises:
         UserError: it can't be read.
@@ -144,7 +144,7 @@ def read_range(uri: str, offset: int, length: int) -> bytes | None:
 
 
 def read_many(uris: Sequence[str]) -> Iterator[bytes | None]:
-    """Yield the files' contents in order, or None where there is no such file; remote files are read ahead.
+    """Yield the files' contents in order, or None if there is no such file; remote files are read ahead.
 
     Raises:
         UserError: a file can't be read.
@@ -176,12 +176,12 @@ def _read(uri: str, span: tuple[int, int] | None) -> bytes | None:
     with _lock:
         _reads += 1
     with _one_line(uri, "read"):
-        fs, path = filesystem(uri)  # which says in one line what is wrong with the credentials
+        fs, path = filesystem(uri)  # reports wrong credentials in one line
         if scheme(uri) == "s3":
             bucket, _, key = path.partition("/")
             return s3_get.get(bucket, key, span)
         try:
-            # A file, not a stream: whose size is known is read by one request, a stream by one for every 16 KB.
+            # A file, not a stream: with a known size it is read in one request, a stream in one per 16 KB.
             with fs.open_input_file(path) as file:
                 data: bytes = file.read() if span is None else file.read_at(span[1], span[0])
                 return data
@@ -190,7 +190,7 @@ def _read(uri: str, span: tuple[int, int] | None) -> bytes | None:
 
 
 def opened(uri: str) -> Any:
-    """Open a file to take pieces from it.
+    """Open a file to read parts of it.
 
     Raises:
         UserError: there is no such file, or it can't be read.
@@ -280,12 +280,12 @@ def list_files(uri: str, recursive: bool = True) -> list[str]:
 
 
 def list_versions(uri: str, recursive: bool = True) -> dict[str, "Version"]:
-    """Return the files of :func:`list_files`, with the size and the time of change of each."""
+    """Return the files of :func:`list_files`, with the size and the modification time of each."""
     return list_folder(uri, recursive).files
 
 
 def list_folder(uri: str, recursive: bool = True) -> "Folder":
-    """As :func:`list_versions`, with what can't be read. Local links to folders are followed, each folder once."""
+    """Return the same as :func:`list_versions`, with unreadable entries; local links are followed once per folder."""
     uri = absolute(uri)
     with _one_line(uri, "list"):
         if is_local(uri):
@@ -307,15 +307,15 @@ def list_folder(uri: str, recursive: bool = True) -> "Folder":
             for i in infos
             if i.type == pafs.FileType.File and not i.path.endswith(_PARTIAL)
         }
-        # pyarrow lists keys with //, and refuses each other request for them.
+        # pyarrow lists keys with //, but refuses all other requests for them.
         unnamed = sorted(name for name in files if not {"", ".", ".."}.isdisjoint(name[len(uri) + 1 :].split("/")))
         return Folder(files={name: files[name] for name in files.keys() - set(unnamed)}, unnamed=unnamed)
 
 
 def versions(uris: Sequence[str], *, few: int = 100) -> list["Version | None"]:
-    """Return size and time of change of each file, None where there is no such file.
+    """Return size and modification time of each file, None if there is no such file.
 
-    Files of one folder are listed by one request per thousand; a few files are asked for one by one.
+    Files of one folder are listed in one request per thousand; for few files there is one request per file.
 
     Raises:
         UserError: the storage can't be read.
@@ -350,8 +350,8 @@ def is_empty(uri: str) -> bool:
         if any(files for _, _, files in os.walk(absolute(uri))):
             return False
         with _one_line(uri, "list"):
-            return not walk(absolute(uri)).files  # where links lead, too
-    return not exists(uri)  # an object store has no folders but those of its objects
+            return not walk(absolute(uri)).files  # links are followed, too
+    return not exists(uri)  # an object store has no empty folders
 
 
 def delete(uri: str) -> None:
@@ -395,7 +395,7 @@ def check_writable(uri: str) -> None:
 
 
 def _check(uri: str, look: Callable[[Any, str], None]) -> None:
-    """Look, briefly as a user waits for it; but patiently, as all else here, where the endpoint says it is busy."""
+    """Check a file or folder with few attempts, because a user waits; with all attempts if the endpoint is busy."""
     try:
         look(*_filesystem(uri, _CHECK_ATTEMPTS))
     except OSError as error:
@@ -452,7 +452,7 @@ def _create_local(path: Path, data: bytes) -> bool:
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
                 raise
-            # No hard links, as on FAT or in a mounted bucket: for an instant the file is seen without its contents.
+            # No hard links, as on FAT or in a mounted bucket: for a moment the file exists without its content.
             with path.open("xb") as file:
                 file.write(data)
         return True
@@ -463,11 +463,11 @@ def _create_local(path: Path, data: bytes) -> bool:
 
 
 def _replace_s3(uri: str, held: bytes, data: bytes) -> bool | None:
-    """As :func:`replace`; None where the server says that it knows no such request."""
+    """Do the same as :func:`replace`; return None if the server reports that it has no such request."""
     found = _ask_s3(uri, "head_object")
     if isinstance(found, int) or read_bytes_or_none(uri) != held:
         return False
-    # The standard has the tag in quotes; Ceph's gateway compares what it is given with what stands between them.
+    # In the standard the tag is in quotes; Ceph's gateway compares the text between them.
     tag = str(found["ETag"])
     return _put_s3(uri, data, IfMatch=tag) or _put_s3(uri, data, IfMatch=tag.strip('"'))
 
@@ -479,12 +479,12 @@ def _put_s3(uri: str, data: bytes, **condition: str) -> bool | None:
 
 
 def _ask_s3(uri: str, operation: str, **fields: Any) -> Any:
-    """The answer to a request that pyarrow can't make; its status where the object is not what was supposed."""
+    """Return the answer to a request that pyarrow can't make, or its status if the condition failed."""
     import boto3
     import botocore.config
     import botocore.exceptions
 
-    filesystem(uri)  # says in one line what is wrong with the credentials, and sets what other servers need
+    filesystem(uri)  # reports wrong credentials in one line, and sets options for other servers
     bucket, _, key = uri.partition("://")[2].partition("/")
     config = botocore.config.Config(
         retries={"max_attempts": _BOTO_ATTEMPTS, "mode": "standard"},
@@ -513,7 +513,7 @@ def _check_bucket(uri: str, fs: Any, path: str) -> None:
 
 
 def _where(uri: str) -> str:
-    """Return the endpoint in words if it is not the provider's default."""
+    """Return the endpoint as text if it is not the provider's default."""
     if scheme(uri) != "s3":
         return ""
     endpoint = _s3_access().endpoint
@@ -521,7 +521,7 @@ def _where(uri: str) -> str:
 
 
 class _Handler(pafs.FileSystemHandler):  # type: ignore[misc]  # pyarrow brings no types
-    """A file system that passes each call to this process's own file system of the scheme."""
+    """A file system that forwards each call to this process's own file system of the scheme."""
 
     def __init__(self, scheme: str) -> None:
         self._scheme = scheme
@@ -536,7 +536,7 @@ class _Handler(pafs.FileSystemHandler):  # type: ignore[misc]  # pyarrow brings 
         return filesystem(path if self._scheme == "file" else f"{self._scheme}://{path}")[0]
 
     def get_type_name(self) -> str:
-        """Part of pyarrow's interface, as all of the following."""
+        """See pyarrow's interface; the same holds for the following methods."""
         return f"transfgu+{self._scheme}"
 
     def normalize_path(self, path: str) -> str:
@@ -594,7 +594,7 @@ def _filesystem(uri: str, attempts: int) -> tuple[Any, str]:
             )
         return (_s3(rest.partition("/")[0], attempts) if kind == "s3" else _gs(attempts)), rest
     if re.match(r"[^/@]*:[^/]*@", rest):
-        # The run would write it down: in recipe, manifests and every list of images.
+        # The run would write it to recipe, manifests and lists of images.
         raise UserError(
             f"{shown(uri)} must not hold a password: set FSSPEC_{kind.upper()}_USERNAME and "
             f"FSSPEC_{kind.upper()}_PASSWORD instead",
@@ -630,7 +630,7 @@ class _S3Access:
 
         try:
             session = boto3.Session()
-            # Only a client knows the endpoint that environment, profile and service section together name.
+            # Only a client knows the endpoint from environment, profile and service section together.
             client = session.client("s3")
             self._credentials = session.get_credentials()
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
@@ -657,7 +657,7 @@ class _S3Access:
 
 
 def _s3_access() -> _S3Access:
-    # Asked again where the environment has changed: a notebook, a test.
+    # Created again if the environment has changed, as in a notebook or a test.
     key = tuple(sorted((n, v) for n, v in os.environ.items() if n.startswith("AWS_") and "CHECKSUM" not in n))
     with _lock:
         if key not in _accesses:
@@ -676,7 +676,7 @@ def _s3(bucket: str, attempts: int) -> Any:
             "scheme": parts.scheme,
             "endpoint_override": parts.netloc + parts.path.rstrip("/"),
         }
-        # Many S3 servers do not know the checksum trailers that the AWS SDK adds of its own accord.
+        # Many S3 servers do not support the checksum trailers that the AWS SDK adds by default.
         for name in ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"):
             os.environ.setdefault(name, "when_required")
     key = ("s3", access_key, secret_key, token, attempts, tuple(where.items()), "" if access.endpoint else bucket)
@@ -690,9 +690,9 @@ def _s3(bucket: str, attempts: int) -> Any:
             access_key=access_key,
             secret_key=secret_key,
             session_token=token,
-            # The "standard" strategy has one budget for all requests of a process: many at once would soon spend it.
+            # The "standard" strategy has one budget for all requests of a process: many at once would soon use it up.
             retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=attempts),
-            allow_delayed_open=True,  # small objects go by one request, not by an upload of parts
+            allow_delayed_open=True,  # small objects take one request, not a multipart upload
             connect_timeout=s3_get.CONNECT_SECONDS,
             request_timeout=s3_get.SILENT_SECONDS if attempts == _ATTEMPTS else _CHECK_SILENT_SECONDS,
             **where,
@@ -709,7 +709,7 @@ _CODES = {
     "INVALID_TOKEN": "the session token is not valid: fetch new credentials",
     "NO_SUCH_BUCKET": "there is no such bucket: check the name, or create the bucket",
     "NETWORK_CONNECTION": "the endpoint does not answer: check AWS_ENDPOINT_URL_S3 and the network",
-    "SLOW_DOWN": "the endpoint throttles and did not relent: run again, with fewer actors",
+    "SLOW_DOWN": "the endpoint still throttles requests: run again with fewer actors",
 }
 
 _REMEDIES = {
@@ -720,11 +720,11 @@ _REMEDIES = {
     errno.ENOTDIR: "check the path",
 }
 
-_BUSY = "AWS Error SLOW_DOWN|HTTP status 503"  # the latter where a request has no answer's body to tell by
+_BUSY = "AWS Error SLOW_DOWN|HTTP status 503"  # the latter for requests without an answer's body
 
 
 def _told(uri: str, verb: str) -> contextlib.AbstractContextManager[None]:
-    """Let the user know if the body, which does something with a remote file, takes long."""
+    """Tell the user if the block, which uses a remote file, takes long."""
     if is_local(uri) or not waits.are_told():
         return contextlib.nullcontext()
     return waits.waiting(f"to {verb} {shown(uri)}{_where(uri)}")
@@ -732,12 +732,12 @@ def _told(uri: str, verb: str) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _one_line(uri: str, verb: str, *, told: bool = True) -> Iterator[None]:
-    """Turn errors of a file system into a UserError that names `uri` and the remedy, and no secret.
+    """Turn errors of a file system into a UserError that names `uri` and the remedy, without secrets.
 
     Args:
-        uri: of the file or folder.
-        verb: what is done with it.
-        told: let the user know if it takes long.
+        uri: URI of the file or folder.
+        verb: the action on it.
+        told: tell the user if it takes long.
     """
     try:
         with _told(uri, verb) if told else contextlib.nullcontext():
@@ -746,7 +746,7 @@ def _one_line(uri: str, verb: str, *, told: bool = True) -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and verb == "read":
             raise UserError(f"there is no file {shown(uri)}: check the path", code="file-missing") from None
         raise UserError(f"can't {verb} {shown(uri)}{_where(uri)}: {_reason(error)}", code="storage-failed") from None
-    except (pa.ArrowException, UnicodeError, ValueError) as error:  # of a name, such as a key with // or a zero byte
+    except (pa.ArrowException, UnicodeError, ValueError) as error:  # for names such as a key with // or a zero byte
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"can't {verb} {shown(uri)}: {shown(reason)}; give it another name", code="storage-failed"

@@ -1,4 +1,4 @@
-"""Tell the user what this process has been waiting for, so that a storage that does not answer is no silence."""
+"""Tell the user what this process is waiting for, so that a storage that does not answer is noticed."""
 
 import contextlib
 import threading
@@ -16,7 +16,7 @@ _watched = False
 
 
 def tell(say: Callable[[str], None]) -> None:
-    """Call `say` with a line whenever something has been waited for for ten seconds, and again after each minute."""
+    """Call `say` with a line after ten seconds of waiting, and again after each minute."""
     global _say, _watched
     _say = say
     if not _watched:
@@ -31,7 +31,7 @@ def are_told() -> bool:
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Count the time of the body as waiting, `what` for: "to read s3://bucket/file"."""
+    """Count the time of the block as waiting; `what` is the reason: "to read s3://bucket/file"."""
     key = object()
     with _lock:
         _begun[key] = (time.monotonic(), what)

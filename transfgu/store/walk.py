@@ -1,7 +1,7 @@
-"""List a local folder: each folder within it once, whatever links lead there.
+"""List a local folder: each folder in it once, with links resolved.
 
-A link to a folder above it would list its files again at every depth. Real folders come first, so that a file has its
-plain path where there is one.
+A link to a parent folder would list its files again at every depth. Real folders come first, so that a file gets its
+plain path if there is one.
 """
 
 import os
@@ -11,22 +11,22 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Walked:
-    """What lies below a folder."""
+    """Content of a folder."""
 
     files: dict[str, os.stat_result] = field(default_factory=dict)
-    """Regular files, and links to such, by path."""
+    """Regular files, and links to files, by path."""
     dangling: list[str] = field(default_factory=list)
-    """Paths of links that lead nowhere, as git-annex and DVC leave them where they have not fetched a file."""
+    """Paths of broken links, as left by git-annex and DVC for files that were not fetched."""
     unnamed: list[str] = field(default_factory=list)
-    """Paths that are not UTF-8, with a question mark for each byte that can't be read."""
+    """Paths that are not UTF-8, with a question mark for each unreadable byte."""
 
 
 def walk(root: str, *, recursive: bool = True) -> Walked:
-    """List what lies below a folder; nothing where there is no such folder.
+    """List the content of a folder; empty if there is no such folder.
 
     Args:
         root: absolute path.
-        recursive: also list the folders within it.
+        recursive: also list subfolders.
 
     Raises:
         OSError: a folder can't be read.
@@ -54,7 +54,7 @@ def walk(root: str, *, recursive: bool = True) -> Walked:
                     continue
                 try:
                     about = entry.stat()
-                except OSError:  # gone meanwhile, or a link to nowhere or to itself
+                except OSError:  # deleted meanwhile, or a broken or circular link
                     if entry.is_symlink():
                         found.dangling.append(entry.path)
                     continue

@@ -24,13 +24,13 @@ from transfgu.store import storage
 PACKAGE = "package:"
 _WRAPPERS = ("teacher", "student", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.")
-_ANCHORS = ("patch_embed.proj.weight", "layer1.0.conv1.weight")  # of a vision transformer, of a ResNet
+_ANCHORS = ("patch_embed.proj.weight", "layer1.0.conv1.weight")  # first tensors of a vision transformer and of a ResNet
 _DECODER = "cls_emb"
-# Which of the networks in a checkpoint of self-supervised training is used, as those that trained it do.
+# The network that is used from a checkpoint of self-supervised training, as in the original programs.
 _WANTED = ("teacher", "base_encoder", "encoder_q", "encoder.")
 _UNWANTED = ("student", "momentum", "encoder_k", "ema")
-_LEARNED = ("weight", "bias", "pos_embed", "cls_token", "reg_token", _DECODER)  # ends of names of what is learned
-_HEADER_BYTES = 100_000_000  # as many as safetensors itself reads
+_LEARNED = ("weight", "bias", "pos_embed", "cls_token", "reg_token", _DECODER)  # ends of names of learned tensors
+_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 _HEADS = ("head.", "fc.", "dino_head.", "ibot_head.")
 
 
@@ -43,11 +43,11 @@ class WeightFile:
 
 
 def read_weights(uri: str) -> WeightFile:
-    """Read a safetensors file, or a `.pth` of tensors, from a path or URI, or `package:NAME` for a shipped one.
+    """Read a safetensors file, or a `.pth` of tensors, from a path or URI, or `package:NAME` for a packaged one.
 
     Raises:
-        UserError: there is no such file; it holds anything but tensors and plain values; numbers that are not finite,
-            or whole numbers as weights; or a later version wrote it in a format of its own.
+        UserError: there is no such file; it has anything except tensors and plain values; numbers that are not finite,
+            or whole numbers as weights; or a later version wrote it in its own format.
     """
     data = _read(uri)
     metadata: dict[str, str] = {}
@@ -56,13 +56,13 @@ def read_weights(uri: str) -> WeightFile:
         try:
             loaded = safetensors.torch.load(data)
             metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        except Exception as error:  # safetensors', and torch's of sizes that can't be
+        except Exception as error:  # errors of safetensors, and of torch for impossible sizes
             raise UserError(
-                f"weights {storage.shown(uri)} aren't a safetensors file ({error}): fetch them again",
+                f"weights {storage.shown(uri)} aren't a safetensors file ({error}): download them again",
                 code="weights-damaged",
             ) from None
         formats.check(metadata.get(formats.WEIGHTS_KEY), f"weights {storage.shown(uri)}")
-        # A file of ours holds plain names already, of networks that may lie within others (PiCIE's ResNet).
+        # A file of ours already has plain names, also of networks inside others (PiCIE's ResNet).
         tensors = loaded if formats.WEIGHTS_KEY in metadata else unwrap(storage.shown(uri), loaded)
     else:
         tensors = unwrap(storage.shown(uri), _unpickle(uri, data))
@@ -71,10 +71,10 @@ def read_weights(uri: str) -> WeightFile:
 
 
 def read_metadata(uri: str) -> dict[str, str]:
-    """Read the text metadata of a `.safetensors` file from its header alone: the tensors may be large, and far away.
+    """Read the text metadata of a `.safetensors` file from its header only: the tensors may be large, and remote.
 
     Returns:
-        The metadata; empty where the file is missing or damaged, which :func:`read_weights` explains.
+        The metadata; empty if the file is missing or damaged, which :func:`read_weights` reports.
     """
     length = int.from_bytes(storage.read_range(uri, 0, 8) or b"", "little")
     if not 0 < length <= _HEADER_BYTES:
@@ -88,19 +88,19 @@ def read_metadata(uri: str) -> dict[str, str]:
 
 
 def unwrap(name: str, content: object) -> dict[str, Tensor]:
-    """Return the network's tensors in a checkpoint, under their plain names.
+    """Return the network's tensors in a checkpoint, with their plain names.
 
-    Taken out of DINO's `teacher`, `student`, `state_dict` or `model`, without `module.`, `_orig_mod.`, `backbone.` or
-    whatever else stands before the names of a vision transformer or a ResNet (`net.model.`, lightly's
-    `student_backbone.vit.`, MoCo's `base_encoder.`), heads left out. Of several networks the teacher counts, or MoCo's
-    base encoder.
+    They are taken from DINO's `teacher`, `student`, `state_dict` or `model`, without `module.`, `_orig_mod.`,
+    `backbone.` or any other prefix of a vision transformer or a ResNet (`net.model.`, lightly's
+    `student_backbone.vit.`, MoCo's `base_encoder.`), and without heads. If there are several networks, it is the
+    teacher, or MoCo's base encoder.
 
     Args:
-        name: what an error calls the content.
-        content: of a checkpoint.
+        name: name of the content in error messages.
+        content: content of a checkpoint.
 
     Raises:
-        UserError: it holds no tensors, or two networks of which none is the one to use.
+        UserError: it has no tensors, or two networks without a preferred one.
     """
     while isinstance(content, Mapping):
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
@@ -125,7 +125,7 @@ def unwrap(name: str, content: object) -> dict[str, Tensor]:
 
 
 def _prefix(name: str, tensors: Mapping[str, Tensor]) -> str:
-    """What stands before the names of the network to use."""
+    """Return the prefix of the names of the network to use."""
     if any(key.endswith(_DECODER) for key in tensors):
         return ""
     for anchor in _ANCHORS:
@@ -149,16 +149,16 @@ def _prefix(name: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _check_kind(uri: str, data: bytes) -> None:
-    """Name what lies in place of weights where a download went wrong."""
+    """Describe a file that is not weights because a download failed."""
     start, remedy = data[:512].lstrip().lower(), ""
     if not data:
-        found, remedy = "are empty", "fetch them again"
+        found, remedy = "are empty", "download them again"
     elif start.startswith(b"version https://git-lfs"):
-        found, remedy = "are a git-lfs pointer, not the file it stands for", "run git lfs pull"
+        found, remedy = "are a git-lfs pointer, not the file itself", "run git lfs pull"
     elif start.startswith((b"<!doctype", b"<html", b"<?xml")):
         found, remedy = "are a web page, not a file", "give the address of the file itself, and sign in where it asks"
     elif start.startswith(b"{") and b'"weight_map"' in data:
-        found, remedy = "are an index of several files", "join the files in one state dict, and give that"
+        found, remedy = "are an index of several files", "join the files in one state dict"
     if remedy:
         raise UserError(f"weights {storage.shown(uri)} {found}: {remedy}", code="weights-damaged")
 
@@ -174,7 +174,7 @@ def _check_numbers(uri: str, tensors: Mapping[str, Tensor]) -> None:
                 )
         elif not bool(torch.isfinite(tensor).all()):
             raise UserError(
-                f"weights {storage.shown(uri)} hold numbers in {name} that are not finite: take an earlier checkpoint",
+                f"weights {storage.shown(uri)} have numbers in {name} that are not finite: use an earlier checkpoint",
                 code="weights-not-finite",
             )
 
@@ -198,11 +198,11 @@ def _unpickle(uri: str, data: bytes) -> object:
     except pickle.UnpicklingError:
         raise UserError(
             f"weights {storage.shown(uri)} aren't plain tensors, and loading anything else could run code: "
-            "save the state dict alone, best as .safetensors",
+            "save only the state dict, preferably as .safetensors",
             code="weights-unsafe",
         ) from None
-    except Exception as error:  # of a damaged file torch and pickle raise whatever comes first
+    except Exception as error:  # torch and pickle raise various errors for damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"weights {storage.shown(uri)} can't be read ({reason}): fetch them again", code="weights-damaged"
+            f"weights {storage.shown(uri)} can't be read ({reason}): download them again", code="weights-damaged"
         ) from None

@@ -1,1 +1,1 @@
-"""The trainer: order, step, schedule, worker, checkpoints and trackers."""
+"""Train models on Ray: order, step, schedule, worker, checkpoints and trackers."""

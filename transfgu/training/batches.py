@@ -36,16 +36,16 @@ from transfgu.training.order import Order
 logger = logging.getLogger(__name__)
 
 _AHEAD_BYTES = 1 << 30  # decoded rows that may wait in the object store for one worker
-_BATCHES_AHEAD = 2  # that are read from the cache while one is trained on
+_BATCHES_AHEAD = 2  # number of batches read from the cache ahead of the current one
 
 BLOCK_ROWS = 32
 """Rows that one task decodes: 10 MB of 320 x 320."""
 
 STREAM_ROWS = 4096
-"""Rows of a stream at least, where there are as many: a stream takes a second to start."""
+"""Minimum number of rows of a stream, if there are as many: a stream takes a second to start."""
 
 VERSIONS = b"transfgu.versions"
-"""In the metadata of a table of training images: digest of the versions of all files that it names."""
+"""Key in the metadata of a table of training images: digest of the versions of all its files."""
 
 
 @runtime_checkable
@@ -168,7 +168,7 @@ class Cached:
     """Batches from the node's cache, which adds missing samples; the next batches are read ahead."""
 
     def __init__(self, share: Share, cache: SampleCache, epochs: int, threads: int) -> None:
-        """`epochs` is how many there are in all, `threads` how many read and decode."""
+        """Set up the source for `epochs` epochs in total, with `threads` threads that read and decode."""
         self.share, self.cache, self._epochs, self._threads = share, cache, epochs, threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="samples")
         self._ahead: deque[tuple[tuple[int, int], Batch, list[Future[None]]]] = deque()
@@ -189,20 +189,20 @@ class Cached:
         self._pool.submit(self.cache.seal)
 
     def settle(self) -> None:
-        """Wait until the batches ahead are read and, after an epoch, the cache holds all samples that it may hold."""
+        """Wait until the next batches are read and, after an epoch, the cache has all samples that fit."""
         for thread in self._filling:
             thread.join()
         for _, _, reading in self._ahead:
             wait(reading)
 
     def close(self) -> None:
-        """End reading ahead, and give the cache up; an epoch's batches were taken."""
+        """Stop reading ahead, and close the cache; the batches of an epoch have been taken."""
         self._pool.shutdown(cancel_futures=True)
         self.settle()
         self.cache.close()
 
     def _read_ahead(self, first: tuple[int, int]) -> None:
-        """Have the batches read that come from `first` (epoch and step) on."""
+        """Start reading the batches from `first` (epoch and step) on."""
         steps = self.share.order.steps
         while self._ahead and self._ahead[0][0] != first:
             self._ahead.popleft()
@@ -218,7 +218,7 @@ class Cached:
     _slots_of = -1
 
     def _begin(self, slots: Int[np.ndarray, " B"]) -> tuple[Batch, list[Future[None]]]:
-        """A batch whose images and maps are there once the futures have results."""
+        """Return a batch whose images and maps are complete when the futures have results."""
         share = self.share
         batch = Batch(
             slots,
@@ -240,7 +240,7 @@ class Cached:
         return batch, reading + [self._pool.submit(obtain, place) for place in np.flatnonzero(~there).tolist()]
 
     def _obtain(self, position: int, image: Any, maps: Any) -> None:
-        """Get a sample that is not in the cache, and keep it there."""
+        """Read a sample that is not in the cache, and store it there."""
         uri, share = self._uris[position], self.share
 
         def decode() -> Any:
@@ -253,10 +253,10 @@ class Cached:
         self.cache.maps(position, maps, part, others, lambda: read_maps(self.share.rows.take(others)))
 
     def _fill(self) -> None:
-        """Have threads get what no batch of the first epoch had: the rest of it, and what other nodes read."""
+        """Let threads read samples that no batch of the first epoch had: its rest, and samples of other nodes."""
         every = np.arange(self.cache.kept)
         missing = every[~self.cache.has(every)]
-        # Workers of a node share the work: each begins elsewhere, and passes over what another has done.
+        # Workers of a node share the work: each starts at another position, and skips finished samples.
         turned = np.roll(missing, -(len(missing) * self.share.rank // max(1, self.share.world)))
         left = iter(turned.tolist())
         lock = threading.Lock()
@@ -273,7 +273,7 @@ class Cached:
                     try:
                         self._obtain(position, image, maps)
                     except UserError:
-                        return  # whoever needs that image will say so
+                        return  # the error is raised when that image is needed
 
         self._filling = [threading.Thread(target=work, daemon=True) for _ in range(self._threads)]
         for thread in self._filling:
@@ -281,13 +281,13 @@ class Cached:
 
 
 def open_cache(share: Share, compute: ComputeRecipe, epochs: int, threads: int | None = None) -> Cached | None:
-    """Batches through the node's cache; None where the recipe wants none, or the node has no room for it.
+    """Return batches through the node's cache; None if the recipe turns it off, or the node has no space for it.
 
     Args:
-        share: whose table of images names its versions (:data:`VERSIONS`); None is returned for one that does not.
-        compute: says where the cache lies and what it may take.
-        epochs: how many there are in all.
-        threads: that read and decode; None: one for each core, divided among the node's workers.
+        share: its table of images must name its versions (:data:`VERSIONS`), otherwise None is returned.
+        compute: settings with the folder and size of the cache.
+        epochs: total number of epochs.
+        threads: number of threads that read and decode; None: one per core, divided among the node's workers.
     """
     key = (share.rows.schema.metadata or {}).get(VERSIONS)
     if not key or not compute.cache_gib:
@@ -317,10 +317,10 @@ def open_cache(share: Share, compute: ComputeRecipe, epochs: int, threads: int |
 
 
 def cache_text(recipe: Recipe, rows: pa.Table) -> str:
-    """What the user is told of the nodes' caches, one line; empty where there will be none.
+    """Return a line about the nodes' caches for the user; empty if there will be none.
 
     Args:
-        recipe: of the training.
+        recipe: recipe of the training.
         rows: the table of training images.
     """
     compute = recipe.compute
@@ -348,7 +348,7 @@ def _threads() -> int:
 
 
 def _positions_by_part(rows: pa.Table) -> tuple[Int[np.ndarray, " n"], list[Int[np.ndarray, " m"]]]:
-    """Number of each image's part, and the positions of each part's images."""
+    """Return the number of each image's part, and the positions of each part's images."""
     if "part" not in rows.column_names:
         return np.zeros(len(rows), int), [np.empty(0, int)]
     _, numbers = np.unique(rows["part"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
@@ -360,7 +360,7 @@ class Resident:
     """Batches of a small data set, decoded once."""
 
     def __init__(self, share: Share, inputs: Shaped[Tensor, "n ..."], maps: Int16[Tensor, "n planes h w"]) -> None:
-        """Images and maps by position, as :func:`load` gives them, or what was made of the images."""
+        """Set images and maps by position, as returned by :func:`load`, or with transformed images."""
         self._share, self._inputs, self._maps = share, inputs, maps
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
@@ -373,7 +373,7 @@ class Resident:
 def load(
     share: Share, transform: Callable[[Tensor], Tensor], batch_size: int
 ) -> tuple[Shaped[Tensor, "n ..."], Int16[Tensor, "n planes h w"]]:
-    """Every image by position, through `transform` a batch at a time, and its maps."""
+    """Return every image by position, passed through `transform` in batches, and its maps."""
     inputs = torch.empty(0)
     maps = torch.empty(len(share.rows), *share.maps, dtype=torch.int16)
     for batch in share.read(np.arange(len(share.rows)), batch_size):

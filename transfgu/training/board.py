@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transfgu.runtime.progress import Progress
 
 ATTEMPTS = 5
-"""In vain, at one epoch, before a fault counts as one that trying again won't mend."""
+"""Failed attempts at one epoch after which a fault counts as permanent."""
 _WATCH_SECONDS = 0.5
 
 
@@ -28,12 +28,12 @@ class Status:
     total: int
     """Steps of the whole training."""
     notes: list[str]
-    """Lines for the user that were not read before."""
+    """Lines for the user that have not been read yet."""
     rows: list[dict[str, Any]]
-    """Of the history of epochs, those that were not read before."""
+    """Rows of the history that have not been read yet."""
     failure: str
     is_mistake: bool
-    """Whether the failure is a user's mistake."""
+    """True if the failure is a user's mistake."""
     code: str = ""
     """The mistake's kind."""
 
@@ -52,7 +52,7 @@ class ProgressBoard:
         self._last_error = "a worker died"
         self._attempts: tuple[tuple[int, int], int] = ((-1, 0), 0)
         self._errors: set[str] = set()
-        self._errors_before: set[str] = set()  # of the attempt before, at the same epoch
+        self._errors_before: set[str] = set()  # of the previous attempt at the same epoch
         self._answered, self._goes_on = 0, True
 
     def begin(self, epoch: int, workers: int) -> bool:
@@ -98,7 +98,7 @@ class ProgressBoard:
             epoch = self._attempts[0][0]
             self._failure = self._failure or f"training failed twice alike in epoch {epoch + 1}, with {error}"
         self._errors.add(error)
-        # Where one worker ran out of memory, the others fail because it is gone.
+        # If one worker runs out of memory, the others fail because it is gone.
         if not self._last_error.startswith("out of memory"):
             self._last_error = error
 
@@ -119,7 +119,7 @@ def may_pass(error: BaseException) -> bool:
     """Return True if an error comes from other processes, machines or the network, not from the computation."""
     if isinstance(error, (OSError, RayError)):
         return True
-    # What torch's collectives raise when another worker is gone, told without torch.
+    # Errors of torch's collectives when another worker is gone, recognised without torch.
     text = str(error).lower()
     return type(error).__module__.startswith("torch.distributed") or "gloo" in text or "nccl" in text
 
@@ -137,16 +137,16 @@ def watched(
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     goes_on: Callable[[dict[str, Any]], bool] | None = None,
 ) -> Iterator[None]:
-    """Tell `progress` and `on_epoch` what the board says while the body runs, and the board what `goes_on` says.
+    """Pass the content of the board to `progress` and `on_epoch`, and the answers of `goes_on` to the board.
 
     Args:
         board: its handle.
         progress: the driver's.
-        on_epoch: is told each epoch's row.
-        goes_on: is asked with each epoch's row whether training goes on. It ends where that raises, too.
+        on_epoch: called with each epoch's row.
+        goes_on: called with each epoch's row; returns False to end training. An exception ends it, too.
 
     Raises:
-        Exception: what `goes_on` raised.
+        Exception: raised by `goes_on`.
     """
     ended = threading.Event()
     raised: list[Exception] = []
@@ -154,7 +154,7 @@ def watched(
     def watch() -> None:
         seen, told, done, over = 0, 0, 0, False
         while not over:
-            over = ended.wait(_WATCH_SECONDS)  # one more look after the end
+            over = ended.wait(_WATCH_SECONDS)  # read once more after the end
             status: Status = ray.get(board.read.remote(seen, told))
             seen += len(status.notes)
             told += len(status.rows)
@@ -169,7 +169,7 @@ def watched(
                 if goes_on:
                     try:
                         answer = goes_on(row)
-                    except Exception as error:  # workers wait for an answer, whatever it is
+                    except Exception as error:  # workers wait for an answer in any case
                         raised.append(error)
                         answer = False
                     ray.get(board.answer.remote(row["epoch"], answer))

@@ -1,4 +1,4 @@
-"""TransFGU's training: the student learns from the maps and the teacher, and from time to time becomes the teacher."""
+"""Train as in TransFGU: the student learns from maps and teacher, and regularly becomes the teacher."""
 
 import copy
 from collections.abc import Mapping
@@ -53,17 +53,17 @@ class Bootstrapping:
         self._student: nn.Module = ray.train.torch.prepare_model(self.network, move_to_device=self.device)
         self._plan = schedule.plan(training, 0)
         self._half = in_bfloat16(training, self.device)
-        self._part: int | None = None  # images the decoder takes at a time; None until memory ran out
+        self._part: int | None = None  # images per pass of the decoder; None until memory runs out
 
     def begin(self, epoch: int, batches: Batches) -> None:
-        """Make the student the teacher where the schedule says so, and begin with a fresh student."""
+        """Make the student the teacher if the schedule says so, and start with a new student."""
         self._plan = schedule.plan(self.recipe.training, epoch)
         if self._plan.updates_teacher:
             self.teacher = copy.deepcopy(self.network).eval().requires_grad_(False)
             self.network.load_state_dict(self.initial)
 
     def step(self, batch: Batch, epoch: int, index: int) -> Pending:
-        """See `transfgu.training.step`; `skipped_steps` is 1 where the total was not positive."""
+        """See `transfgu.training.step`; `skipped_steps` is 1 if the total was not positive."""
         recipe, training = self.recipe, self.recipe.training
         patches, maps = self._known_tokens(batch) if self.whole else self._random_views(batch, epoch, index)
         step = start_step(
@@ -86,7 +86,7 @@ class Bootstrapping:
         return partial(_values, step)
 
     def end(self, epoch: int, batches: Batches, *, scored: bool) -> Mapping[str, Any]:
-        """The schedule's part of the history's row."""
+        """Return the schedule's part of the row of the history."""
         return {
             "alpha": self._plan.alpha if self.teacher else None,
             "teacher_updated": self._plan.updates_teacher,
@@ -96,7 +96,7 @@ class Bootstrapping:
         self, batch: Batch, epoch: int, index: int
     ) -> tuple[Float[Tensor, "B hw d"], Float[Tensor, "B K h w"]]:
         encoder = self.encode.encoder
-        # By slots: an image that an epoch passes twice is seen in two views.
+        # By slots, because an image that occurs twice in an epoch has two views.
         views = draw_views(
             batch.slots.tolist(),
             self.recipe.dataset.training_size,

@@ -39,7 +39,7 @@ def newest(uri: str, say: Callable[[str], object] = lambda _: None) -> Found | N
         folder, _, name = file.rpartition("/")
         files.setdefault(folder, set()).add(name)
     found = [Found(folder, _history(folder)) for folder, names in files.items() if DIGESTS in names]
-    # Those that can't even say how far they are come first: they are told of, and passed over.
+    # Unreadable ones come first, so that they are reported and skipped.
     for checkpoint in sorted(found, key=lambda c: (not c.history, len(c.history), c.uri), reverse=True):
         if checkpoint.history and is_whole(checkpoint.uri):
             return checkpoint
@@ -54,9 +54,9 @@ def download(uri: str, folder: Path) -> None:
 
 
 def mend_account(uri: str) -> None:
-    """Remove Ray's account of the checkpoints in `uri` if it is truncated or names a missing checkpoint.
+    """Remove Ray's record of the checkpoints in `uri` if it is truncated or names a missing checkpoint.
 
-    Ray would fail on such an account, and does not need one.
+    Ray would fail on such a record, and does not need one.
     """
     account = storage.join(uri, _RAYS_ACCOUNT)
     data = storage.read_bytes_or_none(account)

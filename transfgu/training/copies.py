@@ -1,4 +1,4 @@
-"""Batches reach a GPU while it computes: copies run on a stream of their own, out of page-locked memory."""
+"""Copy batches to a GPU while it computes, on a separate stream and from page-locked memory."""
 
 from collections.abc import Iterator
 
@@ -9,9 +9,9 @@ from transfgu.transfer import to_device
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield the batches with inputs and maps on `device`; on a CPU as they are.
+    """Yield the batches with inputs and maps on `device`; unchanged on a CPU.
 
-    A copy to a GPU is queued and overlaps with the step before it, whose result the host has not waited for.
+    A copy to a GPU is queued and overlaps with the previous step, whose result the host has not waited for.
     """
     if device.type != "cuda":
         yield from batches
@@ -23,5 +23,5 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
             inputs, maps = to_device(batch.inputs, device), to_device(batch.maps, device)
         computing.wait_stream(copying)
         for tensor in (inputs, maps):
-            tensor.record_stream(computing)  # its memory is not given to another copy before the step is done
+            tensor.record_stream(computing)  # its memory is not reused before the step has finished
         yield batch._replace(inputs=inputs, maps=maps)

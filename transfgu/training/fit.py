@@ -39,29 +39,29 @@ def fit(
     attempts: int = ATTEMPTS,
     beside: int = 1,
 ) -> checkpoints.Found:
-    """Train from the newest whole checkpoint of this name in `folder`, if there is one.
+    """Train from the newest complete checkpoint of this name in `folder`, if there is one.
 
     Args:
-        make: makes the training on each worker.
-        name: of all that the weights depend on: another recipe or other images must not go on from these.
-        folder: URI under which Ray keeps the training's state.
-        compute: what a worker holds of the cluster.
+        make: creates the training on each worker.
+        name: identifies everything that the weights depend on, so that other recipes or images start again.
+        folder: URI of the folder in which Ray keeps the training's state.
+        compute: resources of a worker.
         workers: number of workers, or the smallest and the largest number.
         progress: reports steps and epochs.
-        on_epoch: called with each epoch's row of the history, from another thread; after a restart with those of
-            the checkpoint, too.
-        goes_on: asked likewise whether training goes on after that epoch; the next one waits for the answer.
+        on_epoch: called with each epoch's row of the history, from another thread; after a restart also with those of
+            the checkpoint.
+        goes_on: called likewise; returns False to end training after that epoch. The next epoch waits for it.
         attempts: failed attempts at one epoch after which a fault ends the training.
-        beside: number of trainings, this one included, that share the cores of a node.
+        beside: number of trainings, including this one, that share the cores of a node.
 
     Returns:
         The last checkpoint.
 
     Raises:
         UserError: a user's mistake, or a loss that is not a number.
-        RuntimeError: the training failed again and again at one epoch, or twice alike.
+        RuntimeError: the training failed repeatedly at one epoch, or twice with the same error.
     """
-    # Ray Train looks after its workers every two seconds, which an epoch of one second would wait for.
+    # Ray Train checks its workers every two seconds, which is long for an epoch of one second.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     kept = storage.join(storage.absolute(folder), name)
     checkpoints.mend_account(kept)
@@ -69,7 +69,7 @@ def fit(
     board = put_up(attempts)
     resources = capacity.actor_resources(compute)
     trainer = TorchTrainer(
-        # Bound, not a config: Ray Train's controller would unpickle that, and import all that training needs.
+        # A bound argument, not a config: Ray Train's controller would unpickle a config, and import all of training.
         partial(work, Job(make=make, checkpoints=kept, board=board, beside=beside, asks=goes_on is not None)),
         scaling_config=ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # Ray takes pairs, too
@@ -97,4 +97,4 @@ def fit(
         raise RuntimeError(status.failure)
     if found := checkpoints.newest(kept):
         return found
-    raise RuntimeError(f"training ended without a whole checkpoint in {storage.shown(kept)}")
+    raise RuntimeError(f"training ended without a complete checkpoint in {storage.shown(kept)}")

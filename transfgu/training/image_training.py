@@ -1,4 +1,4 @@
-"""Any method's training on a run's images: where its batches come from, how it is scored, what its history says."""
+"""Train any method on a run's images: sources of its batches, its scores, its history."""
 
 import math
 import time
@@ -31,22 +31,22 @@ from transfgu.training.order import Order
 from transfgu.training.scoring import Mirror, Validation
 from transfgu.training.state import State, Tensors
 
-_LOAD_BATCH = 64  # images that go through the frozen part at a time where that is computed once
+_LOAD_BATCH = 64  # images per batch of the frozen part, if it is computed once
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageJob:
-    """What a run is trained on."""
+    """Inputs of a run's training."""
 
     recipe: Recipe
     images: str
     """URI of the table of training images by position: `image`, `part`, `row`."""
     validation: str = ""
-    """URI of the table of labelled validation images (`image`, `label`); empty where there are none."""
+    """URI of the table of labelled validation images (`image`, `label`); empty if there are none."""
     pictures: str = ""
-    """URI of a folder for a picture of each epoch; empty: none is wanted."""
+    """URI of a folder for a picture of each epoch; empty: no pictures."""
     unlabelled: str = ""
-    """URI of a table of images (`image`) that predictions are compared on without labels; empty: none."""
+    """URI of a table of images (`image`) for the label-free score; empty: none."""
 
 
 class ImageTraining:
@@ -79,7 +79,7 @@ class ImageTraining:
         self._mirror = Mirror(recipe, job.unlabelled, model, place) if job.unlabelled else None
 
     def _open(self, rows: pa.Table, place: Place) -> Source:
-        """Where batches come from: with the frozen part's results where these are computed once."""
+        """Return the source of batches, with the frozen part's results if these are computed once."""
         recipe = self.recipe
         maps = (0, 0, 0)
         if "part" in rows.column_names:
@@ -98,7 +98,7 @@ class ImageTraining:
             return open_cache(share, recipe.compute, self.epochs) or Streamed(share, self.epochs)
         if self._frozen is None:
             return Resident(share, *load(share, lambda images: images, _LOAD_BATCH))
-        # Seen whole, an image is the same to the frozen part in every epoch.
+        # Without random crops, the frozen part's result for an image is the same in every epoch.
         resident = Resident(share, *load(share, self._frozen, _LOAD_BATCH))
         self._frozen = None
         return resident
@@ -113,7 +113,7 @@ class ImageTraining:
         self.learner.begin(epoch, partial(self.batches, epoch))
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """See `Training`; inputs are the frozen part's results where the method trains on whole images."""
+        """See `Training`; inputs are the frozen part's results if the method trains on whole images."""
         for batch in on_device(self._source.epoch(epoch), self.learner.model.device):
             yield batch if self._frozen is None else batch._replace(inputs=self._frozen(batch.inputs))
 
@@ -122,7 +122,7 @@ class ImageTraining:
         return self.learner.step(batch, epoch, index)
 
     def end(self, epoch: int, results: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-        """Mean losses, the method's own columns and the scores; `skipped_steps` is a sum."""
+        """Return mean losses, the method's own columns and the scores; `skipped_steps` is a sum."""
         training = self.recipe.training
         last = epoch + 1 == self.epochs
         due = self._validation is not None and ((epoch + 1) % training.evaluate_every == 0 or last)
@@ -139,13 +139,13 @@ class ImageTraining:
         return row
 
     def _score(self, due: bool) -> dict[str, float | None]:
-        """Scores on the validation images where they are due; the best weights so far are kept."""
+        """Score the validation images in epochs in which this is due; the best weights so far are kept."""
         if not (self._validation and due):
             return {"mean_iou": None, "pixel_accuracy": None}
         started = time.monotonic()
         score = self._validation.score()
         seconds = {"score_seconds": round(time.monotonic() - started, 3)}
-        if math.isnan(score.pixel_accuracy):  # not one label could be read
+        if math.isnan(score.pixel_accuracy):  # no label was readable
             return {"mean_iou": None, "pixel_accuracy": None, **seconds}
         best = max((merit(row) for row in self.state.history), default=-1.0)
         row: dict[str, float | None] = {"mean_iou": score.mean_iou, "pixel_accuracy": score.pixel_accuracy}
@@ -162,13 +162,13 @@ class ImageTraining:
         self.learner.network.train()
 
     def epoch_ended(self, epoch: int) -> None:
-        """Paint the epoch's picture where one is wanted."""
+        """Draw the epoch's picture if requested."""
         if self._shown:
             with self._evaluating():
                 self._shown.paint(epoch + 1)
 
     def files(self) -> tuple[Tensors, dict[str, str]]:
-        """No further files; the metadata say of which model the weights are."""
+        """Return no further files; the metadata describe the model."""
         recipe = self.recipe
         metadata = {
             formats.WEIGHTS_KEY: str(formats.FORMAT),

@@ -1,4 +1,4 @@
-"""What a worker is told, and what it trains: the trainer knows of a training no more than stands here."""
+"""Define the inputs of a worker, and the interface between the trainer and a training."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from transfgu.training.state import State
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A worker among its equals."""
+    """The position of a worker among all workers."""
 
     device: torch.device
     rank: int
@@ -23,20 +23,20 @@ class Place:
 
 @runtime_checkable
 class Training(Protocol):
-    """What is trained, with one worker's share of the data."""
+    """A training, with one worker's share of the data."""
 
     seed: int
     order: Order
-    """Its global batches."""
+    """Order of the images in the global batches."""
     epochs: int
     steps: int
-    """Of all epochs."""
+    """Steps of all epochs."""
     state: State
     remedy: str
-    """What to do about a loss that is not a number, after a colon."""
+    """Remedy for a loss that is not a number, written after a colon."""
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], history: list[dict[str, Any]]) -> None:
-        """Take a checkpoint's tensors, by file and name, and its history."""
+        """Restore a checkpoint's tensors, by file and name, and its history."""
         ...
 
     def begin(self, epoch: int) -> None:
@@ -52,33 +52,33 @@ class Training(Protocol):
         ...
 
     def end(self, epoch: int, results: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-        """Conclude an epoch; returns the columns of its row of the history, from the results of its steps."""
+        """Finish an epoch; returns the columns of its row of the history, from the results of its steps."""
         ...
 
     def epoch_ended(self, epoch: int) -> None:
-        """Called on the first worker after the row has joined the history, before the checkpoint is written."""
+        """Called on the first worker after the row was added to the history, before the checkpoint is written."""
         ...
 
     def files(self) -> tuple[Mapping[str, Mapping[str, Tensor]], dict[str, str]]:
-        """Weight files of a checkpoint beside the state's, by name, and the metadata of all."""
+        """Return further weight files of a checkpoint, by name, and the metadata of all."""
         ...
 
     def line(self, row: Mapping[str, Any]) -> str:
-        """An epoch's row of the history, for the user."""
+        """Return an epoch's row of the history as text for the user."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every worker is told."""
+    """Inputs of every worker."""
 
     make: Callable[[Place], Training]
-    """Makes the training on a worker."""
+    """Creates the training on a worker."""
     checkpoints: str
-    """URI of the folder that Ray Train puts them in."""
+    """URI of Ray Train's folder of checkpoints."""
     board: Any
     """Handle of the driver's `board.ProgressBoard`."""
     beside: int = 1
-    """Trainings, this one included, that share a machine's cores."""
+    """Number of trainings, including this one, that share a machine's cores."""
     asks: bool = False
-    """Whether the driver says after each epoch if training goes on."""
+    """True if the driver decides after each epoch whether training continues."""

@@ -15,10 +15,10 @@ from transfgu.recipe import Recipe
 class Order:
     """The order of images in an epoch.
 
-    An epoch is `passes` over the images, shuffled as a whole, cut into global batches of `batch_size`; the rest that
-    fills no batch is left for another epoch's shuffle, as published. Fewer images than a batch make one batch.
+    An epoch is `passes` over the images, shuffled as a whole and cut into global batches of `batch_size`; images that
+    fill no batch are left out of this epoch, as published. Fewer images than a batch make one batch.
 
-    A *slot* is one of the `passes * images` places of an epoch: image `slot % images`, on pass `slot // images`.
+    A *slot* is one of the `passes * images` positions of an epoch: image `slot % images`, on pass `slot // images`.
     """
 
     images: int

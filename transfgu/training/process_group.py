@@ -1,4 +1,4 @@
-"""How training workers exchange gradients: NCCL between whole GPUs, else Gloo."""
+"""Choose how training workers exchange gradients: NCCL between whole GPUs, otherwise Gloo."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +16,9 @@ def process_group(gpus: float, workers: int | tuple[int, int]) -> TorchConfig | 
     """Return the backend configuration of a group of training workers.
 
     Args:
-        gpus: of each worker. NCCL needs a GPU of its own for each; with less, or if the environment says that GPUs
-            are simulated (see `transfgu.inference.device.DEVICE`), it is Gloo.
-        workers: how many, or from how many to how many; a single one has no process group.
+        gpus: GPUs per worker. NCCL requires a whole GPU per worker; with less, or if the environment declares GPUs as
+            simulated (see `transfgu.inference.device.DEVICE`), it is Gloo.
+        workers: number of workers, or the smallest and the largest number; a single one has no process group.
     """
     if workers == 1:
         return Alone()
@@ -27,7 +27,7 @@ def process_group(gpus: float, workers: int | tuple[int, int]) -> TorchConfig | 
 
 @contextmanager
 def gpus_found() -> Iterator[None]:
-    """Turn Ray Train's error of a group whose workers were given GPUs that are not there into a UserError."""
+    """Turn Ray Train's error for workers with missing GPUs into a UserError."""
     try:
         yield
     except ControllerError as error:

@@ -1,7 +1,7 @@
-"""An epoch's plan follows from its number alone, so a run that is begun again anywhere needs no history.
+"""Compute an epoch's plan from its number alone, so a resumed run needs no history.
 
-Every few epochs the student becomes the teacher and a fresh student starts. The weight of the negative label, alpha,
-counts epochs since then: a teacher is trusted most when it is new, and the student leans on it less and less.
+Every few epochs the student becomes the teacher and a new student starts. The weight of the negative labels, alpha,
+depends on the epochs since then: a teacher is most reliable when it is new, and the student relies on it less and less.
 """
 
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ SPAN = 10  # epochs that each value of `teacher_every` holds
 
 @dataclass(frozen=True, kw_only=True)
 class EpochPlan:
-    """What an epoch begins with."""
+    """The plan of an epoch."""
 
     updates_teacher: bool  # the student becomes the teacher, and restarts from its initial weights
-    has_teacher: bool  # counting the one made now
+    has_teacher: bool  # including one that starts now
     alpha: float  # weight of the negative label in the peer loss; 0 without a teacher
 
 
 def plan(training: TrainingRecipe, epoch: int) -> EpochPlan:
-    """The plan of `epoch`, counted from 0.
+    """Return the plan of `epoch`, counted from 0.
 
-    The teacher is first made at the start of epoch `teacher_start`, and after that in every epoch whose number
-    `teacher_every` divides; the i-th value of `teacher_every` is that of epochs 10 i to 10 i + 9, the last one from
-    then on. Alpha is `alpha_start` in the epoch of an update and rises by `alpha_step` an epoch to `alpha_end`.
+    The first teacher starts with epoch `teacher_start`, and later ones with every epoch whose number `teacher_every`
+    divides; the i-th value of `teacher_every` holds for epochs 10 i to 10 i + 9, the last one from then on. Alpha is
+    `alpha_start` in the epoch of an update and rises by `alpha_step` per epoch to `alpha_end`.
 
     Source: TransFGU (Yin et al. 2022), the published training scripts.
     """

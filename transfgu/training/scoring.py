@@ -22,15 +22,15 @@ from transfgu.workers import worker_count
 
 
 class Kept:
-    """Batches that are computed anew in each pass, or kept after the first where they are small."""
+    """Batches that are computed again in each pass, or kept after the first if they are small."""
 
     def __init__(self, images: int, gib: float) -> None:
-        """`images` in all; kept if they take no more than `gib` GiB, told from the first batch."""
+        """Set up batches of `images` images, kept if they take at most `gib` GiB (estimated from the first batch)."""
         self._images, self._limit = images, gib * 2**30
         self._kept: list[tuple[Tensor, Tensor]] | None = None
 
     def batches(self, computed: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return the kept batches, or those of `computed`: pairs of as many rows each."""
+        """Yield the kept batches, or those of `computed`: pairs with equal numbers of rows."""
         if self._kept is not None:
             yield from self._kept
             return
@@ -47,10 +47,10 @@ class Kept:
 
 
 class Validation:
-    """One worker's share of the validation images, scored with all workers'."""
+    """One worker's share of the validation images, scored together with those of all workers."""
 
     def __init__(self, recipe: Recipe, table: str, model: Model, place: Place) -> None:
-        """`table` is the URI of the labelled images: `image`, `label`."""
+        """Read the table of labelled images at the URI `table`: `image`, `label`."""
         self._recipe, self._model, self._world = recipe, model, place.world
         rows = parquet.read(table)
         self._rows: pa.Table = rows.take(np.arange(place.rank, len(rows), place.world))
@@ -76,10 +76,10 @@ class Validation:
 
 
 class Mirror:
-    """One worker's share of images and their mirror images, on which predictions are compared without labels."""
+    """One worker's share of images and their mirror images, whose predictions are compared without labels."""
 
     def __init__(self, recipe: Recipe, table: str, model: Model, place: Place) -> None:
-        """`table` is the URI of the images: `image`."""
+        """Read the table of images at the URI `table`: `image`."""
         self._recipe, self._model, self._world = recipe, model, place.world
         rows = parquet.read(table)
         self._rows: pa.Table = rows.take(np.arange(place.rank, len(rows), place.world))
@@ -97,7 +97,7 @@ class Mirror:
         return invariant_information(joint.reshape(classes, classes).cpu().numpy())
 
     def _batches(self) -> Iterator[tuple[Shaped[Tensor, "B ..."], Shaped[Tensor, "B ..."]]]:
-        """What the frozen part makes of images and of their mirror images."""
+        """Return the frozen part's results for images and their mirror images."""
         how = self._recipe.dataset
         read = partial(read_plain_rows, size=how.image_size, orient=how.orient, max_pixels=how.max_pixels)
         for columns in stream(self._rows, read, self._recipe.evaluation.batch_size, world=self._world):

@@ -1,4 +1,4 @@
-"""The state of a training: weights, moments and history; there is no generator's state to save."""
+"""Hold the state of a training: weights, moments and history; there is no state of a random generator."""
 
 import copy
 import json
@@ -15,23 +15,23 @@ from torch.optim import Optimizer
 from transfgu.training import checkpoints
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
-"""Tensors of a checkpoint by the name of their file, without its ending, and their own."""
+"""Tensors of a checkpoint by the name of their file, without suffix, and their own."""
 
 
 @dataclass(kw_only=True)
 class State:
-    """What a checkpoint holds, as safetensors and JSON."""
+    """The content of a checkpoint, as safetensors and JSON."""
 
     student: nn.Module
     optimiser: Optimizer | None
     teacher: nn.Module | None = None
     best: dict[str, Tensor] | None = None
-    """Weights of the epoch with the highest sum of mIoU and accuracy; None where none is scored yet."""
+    """Weights of the epoch with the highest sum of mIoU and accuracy; None before the first score."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One row per finished epoch."""
 
     def save(self, folder: Path, metadata: dict[str, str], more: Tensors | None = None) -> None:
-        """Write it to a folder; `metadata` goes into the weight files, those of `more` included."""
+        """Write the state to a folder; `metadata` is written into all weight files, including those of `more`."""
         moments = {
             f"{name}:{moment}": value
             for name, parameter in self.student.named_parameters()
@@ -53,11 +53,11 @@ class State:
         checkpoints.seal(folder)
 
     def load(self, folder: Path, device: torch.device) -> None:
-        """Take it from a folder."""
+        """Restore the state from a folder."""
         self.take(*read(folder, device))
 
     def take(self, tensors: Tensors, history: list[dict[str, Any]]) -> None:
-        """Take it from what :func:`read` returned."""
+        """Restore the state from the result of :func:`read`."""
         self.student.load_state_dict(tensors["student"])
         parameters = dict(self.student.named_parameters())
         for key, value in tensors.get("moments", {}).items():
@@ -76,7 +76,7 @@ class State:
         self.history = history
 
     def promote(self) -> None:
-        """Make the student, as it is, the teacher."""
+        """Copy the student to the teacher."""
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
 
 

@@ -41,7 +41,7 @@ class StepResult:
     gradient_norm: float
     """Norm of all parameters' gradients together, before they are clamped."""
     skipped: bool
-    """Whether the total was not positive: weights and moments then stay as they were."""
+    """True if the total was not positive: weights and moments are unchanged."""
     part: int
     """Images per forward pass on this worker, fewer than requested if memory ran out; request it in the next step."""
 
@@ -93,7 +93,7 @@ def make_optimiser(decoder: nn.Module, lr: float, weight_decay: float = 5e-4) ->
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ],
         lr=lr,
-        fused=True,  # one pass over the memory in place of a dozen
+        fused=True,  # one pass over the memory instead of a dozen
     )
 
 
@@ -115,8 +115,8 @@ def start_step(
 ) -> PendingStep:
     """Queue forward, backward and one optimiser step; every worker must call it with its slice of the global batch.
 
-    The gradient is the global batch's, whatever the slices' sizes (one may be empty) and whatever the parts a
-    slice is taken in. If memory runs out, the part is halved, the step begins again, and a warning says so.
+    The gradient is the global batch's, for any sizes of slices (one may be empty) and of the parts in which a
+    slice is processed. If memory runs out, the part is halved, the step begins again, and a warning says so.
 
     Args:
         student: a `MaskDecoder`, plain or wrapped in DistributedDataParallel; its parameters are updated.
@@ -158,15 +158,15 @@ def start_step(
         if patches.is_cuda:
             torch.cuda.empty_cache()
     if fitting < asked:
-        logger.warning("out of memory: training batch taken %d images at a time, not %d", fitting, asked)
+        logger.warning("out of memory: training batch processed %d images at a time, not %d", fitting, asked)
 
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if worker_count() > 1:
         _average_over_workers([sums, *gradients])
     values = torch.cat([sums, nn.utils.get_total_norm(gradients).reshape(1)])
-    # A total that is not positive is skipped, as published. Only the negative labels' cross entropy can make it
-    # negative: the student then fits its labels so well that only unlearning the others is left.
+    # Steps with a total that is not positive are skipped, as published. Only the negative labels' cross entropy can
+    # make it negative: the student then fits its labels so well that further steps would only unlearn the others.
     total, norm = values[0], values[4]
     skips = (total <= 0) | ~total.isfinite() | norm.isnan()
     nn.utils.clip_grad_value_(parameters, GRADIENT_LIMIT)

@@ -1,8 +1,8 @@
-"""An epoch is told once, to all who were asked for: its losses and scores, and a picture of what the student sees.
+"""Report each epoch to all requested trackers: its losses and scores, and a picture of the student's predictions.
 
-TensorBoard gets a file of events for each epoch in the run's own folder, on any storage; an epoch that is trained again
-replaces its file, so a curve never has two values for one epoch. MLflow and Weights & Biases keep a run of their own,
-found again by the run's URI. A tracker that fails is given up with a word to the user; training goes on.
+TensorBoard gets a file of events per epoch in the run's own folder, on any storage; a repeated epoch replaces its file,
+so a curve never has two values for one epoch. MLflow and Weights & Biases have their own run, which is found again by
+the run's URI. A tracker that fails is dropped with a message; training continues.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ _NUMBERS = {
     "alpha": "schedule/alpha",
     "images_per_second": "speed/images_per_second",
 }
-"""Columns of the history under the names that trackers get; all others are losses."""
+"""Columns of the history and their names for trackers; all others are losses."""
 _UNTOLD = (
     "epoch",
     "step",
@@ -49,19 +49,19 @@ _PICTURE = "predictions"
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is tracked."""
+    """A tracked run."""
 
     track: str
-    """Names of trackers, with commas between; see `ComputeRecipe.track`."""
+    """Names of trackers, separated by commas; see `ComputeRecipe.track`."""
     uri: str
-    """Folder of the run: its events lie in it, and a tracker finds its own run again by it."""
+    """Folder of the run: it contains the events, and trackers find their own run again by it."""
     title: str
     fields: Mapping[str, Any]
     """Settings by name."""
 
 
 def subject(recipe: Recipe, run: Run) -> Subject:
-    """Return a run as trackers know it."""
+    """Return a run as trackers identify it."""
     return Subject(
         track=recipe.compute.track,
         uri=run.uri,
@@ -71,10 +71,10 @@ def subject(recipe: Recipe, run: Run) -> Subject:
 
 
 def names(track: str) -> list[str]:
-    """The trackers that a text names, with commas or spaces between.
+    """Return the trackers that a text names, separated by commas or spaces.
 
     Raises:
-        UserError: an unknown one, or one whose package is not installed.
+        UserError: an unknown tracker, or one whose package is not installed.
     """
     asked = [name for name in track.replace(",", " ").split() if name != "none"]
     for name in asked:
@@ -84,28 +84,28 @@ def names(track: str) -> list[str]:
             )
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise UserError(
-                f"--track {name} needs the package {name}: pip install {PACKAGES[name]}", code="package-missing"
+                f"--track {name} requires the package {name}: pip install {PACKAGES[name]}", code="package-missing"
             )
     return asked
 
 
 class Tracker(Protocol):
-    """Whoever wants to know of epochs."""
+    """The interface of trackers."""
 
     def epoch(self, number: int, values: Mapping[str, float], picture: Picture | None) -> None:
-        """What the epoch of this number, from 1, came to."""
+        """Report the results of the epoch of this number, counted from 1."""
         ...
 
     def close(self) -> None:
-        """There are no more."""
+        """Finish: there are no more epochs."""
         ...
 
 
 class Trackers:
-    """All that were asked for; an error in one of them ends nothing but itself."""
+    """All requested trackers; an error in one of them does not affect the others."""
 
     def __init__(self, subject: Subject, note: Callable[[str], None]) -> None:
-        """`note` is told why a tracker was given up."""
+        """Set up the trackers; `note` is called with the reason if one is dropped."""
         makers: dict[str, Callable[[Subject], Tracker]] = {
             "tensorboard": TensorBoard,
             "mlflow": MLflow,
@@ -119,11 +119,11 @@ class Trackers:
                 self._trackers[name] = made
 
     def epoch(self, row: Mapping[str, Any], picture: Picture | None) -> None:
-        """Tell all of an epoch.
+        """Report an epoch to all trackers.
 
         Args:
-            row: of the training's history.
-            picture: what the student makes of a few images, if there is one.
+            row: row of the training's history.
+            picture: the student's predictions for a few images, if there is a picture.
         """
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key not in _UNTOLD}
         values = {_NUMBERS.get(key, f"loss/{key}"): float(value) for key, value in numbers.items()}
@@ -131,21 +131,21 @@ class Trackers:
             self._attempt(name, lambda t=tracker: t.epoch(int(row["epoch"]), values, picture))  # type: ignore[misc]
 
     def close(self) -> None:
-        """Let all finish."""
+        """Finish all trackers."""
         for name, tracker in list(self._trackers.items()):
             self._attempt(name, tracker.close)
 
     def _attempt(self, name: str, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except Exception as error:  # a server that does not answer must not end a training
+        except Exception as error:  # a server that does not answer must not stop a training
             self._trackers.pop(name, None)
-            self._note(f"tracking by {name} is given up: {' '.join(str(error).split())[:200] or repr(error)}")
+            self._note(f"tracking with {name} has stopped: {' '.join(str(error).split())[:200] or repr(error)}")
             return None
 
 
 class TensorBoard:
-    """Events in the run's folder `tensorboard`: `tensorboard --logdir RUN/tensorboard --reload_multifile true`."""
+    """Writes events to the run's folder; `tensorboard --logdir RUN/tensorboard --reload_multifile true` shows them."""
 
     def __init__(self, subject: Subject) -> None:
         self._folder = storage.join(subject.uri, "tensorboard")
@@ -161,7 +161,7 @@ class TensorBoard:
                 if picture is not None:
                     writer.add_image(_PICTURE, picture, number, dataformats="HWC")
             (file,) = Path(folder).iterdir()
-            # TensorBoard reads what has tfevents in its name, in the order of names.
+            # TensorBoard reads files with tfevents in their names, in the order of names.
             storage.write_bytes(storage.join(self._folder, f"events.out.tfevents.{number:06d}"), file.read_bytes())
 
     def close(self) -> None:
@@ -169,7 +169,7 @@ class TensorBoard:
 
 
 class MLflow:
-    """A run of the experiment `transfgu`, where `MLFLOW_TRACKING_URI` says."""
+    """A run of the experiment `transfgu`, at `MLFLOW_TRACKING_URI`."""
 
     def __init__(self, subject: Subject) -> None:
         import mlflow
@@ -199,7 +199,7 @@ class MLflow:
 
 
 class WeightsAndBiases:
-    """A run of the project `transfgu`, by the key and in the mode that wandb itself finds."""
+    """A run of the project `transfgu`, with the key and the mode that wandb itself finds."""
 
     def __init__(self, subject: Subject) -> None:
         import wandb
@@ -225,11 +225,11 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-# The picture: who paints it is not who tells of it, so it lies in the run's folder meanwhile.
+# The picture is stored in the run's folder, because one class draws it and another reports it.
 
 
 def picture_file(folder: str, epoch: int) -> str:
-    """URI of the picture of an epoch, from 1, in the folder that the trainer paints in."""
+    """Return the URI of the picture of an epoch, counted from 1, in the folder of pictures."""
     return storage.join(folder, f"epoch-{epoch:06d}.png")
 
 
@@ -237,9 +237,9 @@ def write_picture(folder: str, epoch: int, pairs: Sequence[tuple[Picture, Pictur
     """Write an epoch's picture.
 
     Args:
-        folder: URI.
-        epoch: from 1.
-        pairs: image and painted prediction of the same size, all of one; in rows of two pairs.
+        folder: URI of the folder of pictures.
+        epoch: counted from 1.
+        pairs: image and coloured prediction, all of the same size; in rows of two pairs.
     """
     rows = [
         np.concatenate([part for pair in pairs[i : i + 2] for part in pair], axis=1) for i in range(0, len(pairs), 2)
@@ -252,6 +252,6 @@ def write_picture(folder: str, epoch: int, pairs: Sequence[tuple[Picture, Pictur
 
 
 def read_picture(folder: str, epoch: int) -> Picture | None:
-    """An epoch's picture, if there is one."""
+    """Return an epoch's picture, if there is one."""
     data = storage.read_bytes_or_none(picture_file(folder, epoch))
     return None if data is None else np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))

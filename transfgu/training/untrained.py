@@ -1,4 +1,4 @@
-"""Train a method without moving its weights: what is left is the network that training begins with.
+"""Train a method without changing its weights, to get its initial network with statistics and clusters.
 
 A network needs more than weights to predict: batch norm needs statistics, and some methods need clusters of their
 features. Both come from one pass over the images, as they do in training.
@@ -14,7 +14,7 @@ from transfgu.training.job import Place
 
 
 class UntrainedNetwork(ImageTraining):
-    """One epoch in which every parameter has its initial value again after each step."""
+    """One epoch in which every parameter is reset to its initial value after each step."""
 
     def __init__(self, job: ImageJob, place: Place) -> None:
         super().__init__(job, place)

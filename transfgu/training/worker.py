@@ -29,13 +29,13 @@ from transfgu.training import checkpoints, state
 from transfgu.training.board import may_pass
 from transfgu.training.job import Job, Place
 
-_TELL_SECONDS = 0.3  # between two words to the driver
+_TELL_SECONDS = 0.3  # between two reports to the driver
 _ASK_SECONDS = 0.1
-_QUEUED = 1  # steps that a GPU may be behind the host, which prepares the next batch meanwhile
+_QUEUED = 1  # steps that a GPU may be behind the host, which prepares the next batch in the meantime
 
 
 def work(job: Job) -> None:
-    """Train on one worker of Ray Train, from the last checkpoint on."""
+    """Train on one worker of Ray Train, from the last checkpoint."""
     try:
         may_begin, checkpoint = _begin(job)
         if may_begin:
@@ -43,7 +43,7 @@ def work(job: Job) -> None:
     except Exception as error:
         mistake = find_user_error(error)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            # Trying again would fill no less.
+            # A retry would need the same space.
             mistake = UserError(
                 f"can't write {storage.shown(job.checkpoints)}: {error.strerror or error}: free some space",
                 code="disk-full",
@@ -52,13 +52,13 @@ def work(job: Job) -> None:
         text = in_words(mistake or error)
         code = mistake.code if mistake else ""
         ray.get(job.board.fail.remote(text, is_mistake=mistake is not None, may_pass=passing, code=code))
-        # Raised, so that workers which wait for this one are ended too; the board keeps it from being tried again.
+        # Raised, so that workers which wait for this one end, too; the board prevents a retry.
         if mistake is None or ray.train.get_context().get_world_size() > 1:
             raise
 
 
 def _begin(job: Job) -> tuple[bool, str]:
-    """Ask the board, once for all workers, whether one more attempt makes sense; and the checkpoint to go on from."""
+    """Ask the board, once for all workers, whether to try again; returns the checkpoint to continue from."""
     context = ray.train.get_context()
     answer = None
     if context.get_world_rank() == 0:
@@ -75,7 +75,7 @@ class Worker:
     """The training on one worker."""
 
     def __init__(self, job: Job, checkpoint: str) -> None:
-        """`checkpoint` is the URI of the one to go on from; empty: from the beginning."""
+        """Set up the training; `checkpoint` is the URI of the checkpoint to continue from; empty: from the start."""
         context = ray.train.get_context()
         self.job, self.rank, self.world = job, context.get_world_rank(), context.get_world_size()
         device = ray.train.torch.get_device() if own_device().type == "cuda" else torch.device("cpu")
@@ -96,7 +96,7 @@ class Worker:
             self.epoch(epoch)
 
     def _goes_on(self, epoch: int) -> bool:
-        """The driver's word, once it has it, after `epoch` epochs; the same for all workers."""
+        """Return the driver's decision after `epoch` epochs, once there is one; the same for all workers."""
         if not self.job.asks or not epoch:
             return True
         answer = None
@@ -111,7 +111,7 @@ class Worker:
         started = time.monotonic()
         training = self.training
         training.begin(epoch)
-        # Dropout differs from worker to worker; an epoch that is begun again draws it anew.
+        # Dropout differs between workers; a repeated epoch draws it again.
         torch.manual_seed(int(np.random.SeedSequence([training.seed, epoch, self.rank]).generate_state(1)[0]))
         results: list[Mapping[str, float]] = []
         pending: deque[Pending] = deque()

@@ -1,0 +1,87 @@
+"""The pages against axe-core's rules of accessibility, in headless Chromium, light and dark, narrow and wide."""
+
+import asyncio
+import importlib.util
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.made_run import make_run
+from tests.report.browser import Browser, browser, chromium
+from transfgu.report import page as report
+from transfgu.report.serving import Playground
+from transfgu.store.artifacts import Run
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "run"
+_SPEC = importlib.util.find_spec("axe_playwright_python")
+_PROBLEMS = """axe.run(document).then(found => ({passed: found.passes.length, violated: found.violations.flatMap(
+    v => v.nodes.map(n => `${v.id}: ${n.target.join(' ')}: ${n.failureSummary.replaceAll('\\n', ' ')}`))}))"""
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed"),
+    pytest.mark.skipif(_SPEC is None, reason="axe-playwright-python, which brings axe-core, is not installed"),
+]
+
+
+def axe() -> str:
+    assert _SPEC
+    assert _SPEC.origin
+    return (Path(_SPEC.origin).parent / "axe.min.js").read_text()
+
+
+async def problems(found: Browser, url: str) -> list[str]:
+    """What axe-core finds on a page at two widths in two schemes, and what the console tells."""
+    said = []
+    for scheme in ("light", "dark"):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        await found.do("Emulation.setEmulatedMedia", features=[feature])
+        for width in (390, 1440):
+            await found.resize(width)
+            await found.open(url)
+            await found.value("document.querySelectorAll('details').forEach(d => { d.open = true })")
+            await found.value(axe())
+            rules = await found.value(_PROBLEMS)
+            assert rules["passed"] > 5
+            said += [f"{scheme}, {width} px: {line}" for line in rules["violated"]]
+            assert await found.value("document.documentElement.scrollWidth <= innerWidth"), (scheme, width)
+    return said + found.errors
+
+
+def check(folder: Path, url: str) -> list[str]:
+    async def run(port: int) -> list[str]:
+        async with browser(port) as found:
+            return await problems(found, url)
+
+    with chromium(folder) as port:
+        return asyncio.run(run(port))
+
+
+def test_a_violation_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    heading = '<h1 style="color: #aaa; background: #fff">pale</h1>'
+    words = f'<main>{heading}<p>Text.</p><img src="data:,"></main>'
+    page.write_text(f'<!doctype html><html lang="en"><head><title>A page</title></head><body>{words}</body></html>')
+    said = check(tmp_path, page.as_uri())
+    assert {line.split(": ")[1] for line in said} == {"color-contrast", "image-alt"}
+    assert {line.split(": ")[0] for line in said} == {f"{s}, {w} px" for s in ("light", "dark") for w in (390, 1440)}
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_report_has_no_violation(tmp_path: Path, labels: bool) -> None:
+    made = make_run(tmp_path, labels=labels, stuff=4 if labels else 0)
+    uri = report.write(made.recipe, made.run, made.stages, made.metrics)
+    assert check(tmp_path, Path(uri).as_uri()) == []
+
+
+def test_the_page_to_try_a_run_has_no_violation(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN, tmp_path / "run")
+    with Playground(Run(str(tmp_path / "run"))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            assert check(tmp_path, server.address) == []
+        finally:
+            server.shutdown()
+            thread.join()
