@@ -189,7 +189,7 @@ def _picture_pixels(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def _bands(height: int, width: int) -> Iterator[slice]:
-    """Rows from the top down, in bands of about `_BAND_PIXELS`."""
+    """Yield rows from the top down, in bands of about `_BAND_PIXELS`."""
     rows = max(1, _BAND_PIXELS // width)
     for start in range(0, height, rows):
         yield slice(start, min(height, start + rows))
