@@ -63,7 +63,7 @@ _WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _ORIENTATION = 0x0112  # EXIF's and TIFF's tag
 _BACK = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # the inverse of each orientation
 _LABEL_FORMATS = ("PNG", "TIFF", "GIF", "BMP", "PPM")  # lossless, with one channel
-_BAND_PIXELS = 1 << 20  # that are converted at a time
+_BAND_PIXELS = 1 << 20  # pixels converted at a time
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 if cv2 is not None:
     cv2.setNumThreads(1)  # many processes and threads decode at the same time
