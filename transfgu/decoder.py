@@ -86,7 +86,7 @@ class MaskDecoder(nn.Module):
         students = [prefix for prefix in prefixes if "teacher" not in prefix]
         if len(students) != 1:
             raise UserError(
-                f"these weights hold {len(students)} mask decoders (tensors cls_emb) where one is needed",
+                f"these weights have {len(students)} mask decoders (tensors cls_emb): give one",
                 code="decoder-missing",
             )
         weights = {
