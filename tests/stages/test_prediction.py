@@ -22,6 +22,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 
 from tests.made_run import MadeRun, make_run
@@ -30,7 +31,7 @@ from tests.stages.small_run import BAD, picture, spoil
 from transfgu.datasets.listing import Images, find_images
 from transfgu.errors import UserError
 from transfgu.recipe import ComputeRecipe
-from transfgu.runtime import capacity
+from transfgu.runtime import capacity, connect
 from transfgu.runtime.progress import Progress
 from transfgu.segmenter import Segmenter
 from transfgu.stages import prediction
@@ -272,6 +273,49 @@ def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path
     winner = json.loads((tmp_path / "out" / "prediction.json").read_text())["model"]
     refusal = f"{tmp_path}/out holds masks of /{winner}: choose another --out, or delete its content"
     assert told == [winner if winner == str(model) else refusal for model in range(8)]
+
+
+@pytest.mark.parametrize("how", [{"overlays": True}, {"format": "parquet"}])
+def test_few_images_are_predicted_without_ray(
+    how: dict[str, Any], made: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(connect, "_has_gpu", lambda: False)
+    monkeypatch.setattr(connect, "_embedded", False)
+    monkeypatch.setattr(capacity, "_only", None)
+    write_images(tmp_path / "images", [*NAMES[:31], "b/001.jpg"])
+    asked = job(made, tmp_path, **how)
+    first = predict(asked, COMPUTE, QUIET)
+    assert (first.images, first.found, first.made, len(first.left_out)) == (32, 0, 30, 2)
+    assert predict(asked, COMPUTE, QUIET).found == 30
+    masks = files(tmp_path / "out" / "masks")
+    if "format" not in how:
+        assert len(masks) == len(files(tmp_path / "out" / "overlays")) == 30
+        expected = Segmenter.load(made.run.uri).predict(str(tmp_path / "images" / "a" / "004.jpg"))
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(masks["a/004.png"]))), expected)
+    # One image more than that, and not one that was bad, is Ray's.
+    write_images(tmp_path / "images", NAMES[31:])
+    write_images(tmp_path / "images", [f"c/{number}.png" for number in range(33)])
+    with pytest.raises(pytest.fail.Exception, match="Ray was started"):
+        predict(asked, COMPUTE, QUIET)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("how", [{"overlays": True}, {"format": "parquet"}, {"tile": 48, "overlap": 16}])
+def test_few_images_are_the_same_with_and_without_ray(
+    how: dict[str, Any], made: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "images", NAMES[2:3] if "tile" in how else NAMES[:12])
+    predict(job(made, tmp_path, **how, out=str(tmp_path / "by Ray")), COMPUTE, QUIET)
+    monkeypatch.setattr(connect, "_embedded", True)
+    monkeypatch.setattr(prediction, "plan", lambda *_: pytest.fail("Ray was asked"))
+    predict(job(made, tmp_path, **how, out=str(tmp_path / "here")), COMPUTE, QUIET)
+    for kind in ("masks", "overlays"):
+        assert files(tmp_path / "here" / kind) == files(tmp_path / "by Ray" / kind)
+    assert files(tmp_path / "here" / "masks")
 
 
 @pytest.mark.ray

@@ -2,8 +2,10 @@
 
 A stopped prediction resumes, and images that were added or replaced get their masks.
 
-Tasks decode, a pool of actors holds the model and grows to its limit while images wait, and tasks write. Masks are
-compressed in the actor, so little data is sent even for large photographs; the driver gets one small row per part.
+This process predicts up to 32 images itself, on a machine without GPUs and outside a cluster, because Ray would take
+longer to start. For more images, tasks decode, a pool of actors holds the model and grows to its limit while images
+wait, and tasks write. Masks are compressed in the actor, so little data is sent even for large photographs; the driver
+gets one small row per part.
 """
 
 import hashlib
@@ -47,6 +49,7 @@ _TILES = "tiles"  # in the claim: tiles of the images
 _AVERAGED = "averaged"  # in the claim: averaging of logits
 _ORIENT = "orient"  # in the claim: whether EXIF's orientation was applied
 _WRITERS = 8  # files that one task writes at a time
+_FEW = 32  # images that this process predicts itself, sooner than Ray would have started
 _LEAST = 67  # bytes of the smallest PNG
 _SAMPLES = pa.schema(
     [(name, pa.string()) for name in ("name", "image", "mask")] + [(name, pa.int64()) for name in ("size", "changed")]
@@ -154,21 +157,25 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     # Imported only now, because this takes seconds.
     from transfgu.runtime import capacity, connect
 
-    connect.connect(verbose=verbose)
+    size = model_size(job)
+    todo = parts_to_make(samples, 1 if job.tile else parts.part_size(size), there.done, bad, whole=job.format == "png")
+    asked = {name for table in todo for name in table["name"].to_pylist()}
+    found = len(samples) - len(asked)
+    few = len(asked) <= (1 if job.tile else _FEW)
+    connect.connect(verbose=verbose, little=lambda: few)
     for uri, flag in ((job.out, "--out"), (job.images, "--images")):
         capacity.check_shared(uri, flag)
     capacity.check_satisfiable(replace(compute, workers=0))  # nothing is trained
-    done = there.done
     for uri in there.stale:
         storage.delete(uri)
-    size = model_size(job)
-    todo = parts_to_make(samples, 1 if job.tile else parts.part_size(size), done, bad, whole=job.format == "png")
-    asked = {name for table in todo for name in table["name"].to_pylist()}
-    found = len(samples) - len(asked)
     if found:
         progress.update(found, len(samples), "images")
     made, left_out = 0, list[LeftOut]()
-    for row in _rows(plan(job, todo, size, compute)) if todo else ():
+    rows: Iterator[dict[str, Any]] = iter(())
+    if todo:
+        here = few and connect.works_here()
+        rows = _made_here(job, todo, size, compute) if here else _rows(plan(job, todo, size, compute))
+    for row in rows:
         made += row["made"]
         left_out += [LeftOut(**x) for x in json.loads(row["left_out"])]
         progress.update(found + made + len(left_out), len(samples), "images")
@@ -463,24 +470,45 @@ def plan(job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: Co
     """Return the plan from parts of the image list to masks in `job.out`, with a row of counts per part."""
     from transfgu.runtime import capacity
 
+    pool = capacity.encoder_pool(compute)
     if job.tile:
-        arguments = {"job": job, "processes": capacity.actors_per_node(compute)}
-        return parts.handled(tables, PredictTiles, arguments, capacity.encoder_pool(compute))
+        return parts.handled(tables, PredictTiles, _tiles_arguments(job, compute), pool)
+    return _work(job, size, compute).plan(tables, pool)
 
-    data = parts.encoded(
-        tables,
-        ReadPhotos(
-            size=size,
-            interpolation="bilinear",
-            orient=job.orient is not False,
-            max_pixels=job.max_pixels or MAX_PIXELS,
-            keep_files=job.overlays,
-        ),
-        PredictMasks,
-        {"run": job.run, "processes": capacity.actors_per_node(compute)},
-        capacity.encoder_pool(compute),
+
+def _made_here(
+    job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: ComputeRecipe
+) -> Iterator[dict[str, Any]]:
+    """As :func:`plan`, in this process, one part after the other."""
+    if job.tile:
+        handle = PredictTiles(**_tiles_arguments(job, compute))
+        for table in tables:
+            yield from handle(table).to_pylist()
+        return
+    work = _work(job, size, compute)
+    predict_masks = work.actor(**work.arguments)
+    for table in tables:
+        yield from work.write(predict_masks(work.read(table))).to_pylist()
+
+
+def _tiles_arguments(job: PredictionJob, compute: ComputeRecipe) -> dict[str, Any]:
+    from transfgu.runtime import capacity
+
+    return {"job": job, "processes": capacity.actors_per_node(compute)}
+
+
+def _work(job: PredictionJob, size: Size, compute: ComputeRecipe) -> parts.Work:
+    from transfgu.runtime import capacity
+
+    read = ReadPhotos(
+        size=size,
+        interpolation="bilinear",
+        orient=job.orient is not False,
+        max_pixels=job.max_pixels or MAX_PIXELS,
+        keep_files=job.overlays,
     )
-    return parts.written(data, WriteMasks(job=job))
+    arguments = {"run": job.run, "processes": capacity.actors_per_node(compute)}
+    return parts.Work(read=read, actor=PredictMasks, arguments=arguments, write=WriteMasks(job=job))
 
 
 def _rows(data: Dataset) -> Iterator[dict[str, Any]]:
