@@ -1,8 +1,8 @@
 """Measure how well features fall into K clusters, for a range of K, without labels.
 
-Stability is high if two halves of the images lead to the same clusters. With too many, K-Means cuts clusters where
-there is no gap, elsewhere in each half; with too few, it joins others in each half. Windows of one image overlap, so
-images are divided into halves, not windows.
+Stability is high if two halves of the images give the same clusters. With too many clusters, K-Means divides groups
+without a gap, differently in each half; with too few, it joins different groups in each half. Windows of one image
+overlap, so images are divided into halves, not windows.
 """
 
 import math
@@ -15,19 +15,19 @@ from numpy import ndarray
 
 from transfgu.kmeans import Grid, Shard, cluster, whitened
 
-_SILHOUETTE_ROWS = 2000  # all pairs of so many rows are compared
+_SILHOUETTE_ROWS = 2000  # number of rows whose pairs are all compared
 _ITERATIONS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """What was measured for one K.
+    """Measures for one K.
 
     Args:
         k: number of clusters.
-        stability: mean adjusted Rand index between the assignments that two halves of the images lead to; 1: the same.
+        stability: mean adjusted Rand index between the assignments from two halves of the images; 1: the same.
         spread: standard deviation of that index over the divisions into halves.
-        silhouette: mean silhouette, -1 to 1; of a sample of rows.
+        silhouette: mean silhouette of a sample of rows, -1 to 1.
         inertia: mean squared distance of a row to its centroid.
     """
 
@@ -56,7 +56,7 @@ def adjusted_rand(a: Int[ndarray, " n"], b: Int[ndarray, " n"]) -> float:
 
 
 def silhouette(rows: Float32[ndarray, "n d"], labels: Int[ndarray, " n"]) -> float:
-    """Return the mean silhouette of rows, by Euclidean distance; 0 for a row alone in its cluster, and for one cluster.
+    """Return the mean silhouette of rows, by Euclidean distance; 0 for a single row in a cluster, and for one cluster.
 
     Source: Rousseeuw, Silhouettes, Journal of Computational and Applied Mathematics 20 (1987).
     """
@@ -103,12 +103,12 @@ def measure(
 
     Args:
         rows: the features.
-        images: number of the image that each row is cut from.
-        ks: numbers of clusters, each at least 2 and at most half of the rows.
-        whiten: whiten the features first, as `concepts.whiten` does.
-        seed: of the divisions into halves and of K-Means.
-        divisions: into halves.
-        after: called after each K with the number of those that are done.
+        images: number of the image of each row.
+        ks: numbers of clusters, each at least 2 and at most half of the number of rows.
+        whiten: whiten the features first, as with `concepts.whiten`.
+        seed: seed of the divisions into halves and of K-Means.
+        divisions: number of divisions into halves.
+        after: called after each K with the number of finished ones.
     """
     if whiten:
         shard = whitened(Shard([rows]))
@@ -146,8 +146,8 @@ def drawn_images(images: Int[ndarray, " n"], rows: int, seed: int = 0) -> Int[nd
 
     Args:
         images: number of the image of each row.
-        rows: how many.
-        seed: of the draw.
+        rows: maximum number of rows.
+        seed: seed of the draw.
     """
     numbers, counts = np.unique(images, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(numbers))
@@ -156,13 +156,13 @@ def drawn_images(images: Int[ndarray, " n"], rows: int, seed: int = 0) -> Int[nd
 
 
 def _halves(images: Int[ndarray, " n"], generator: np.random.Generator) -> ndarray:
-    """A random half of the images: True for their rows."""
+    """Return a random half of the images: True for their rows."""
     names = generator.permutation(np.unique(images))
     return np.isin(images, names[: len(names) // 2])
 
 
 def elbow(measures: Sequence[Measures]) -> int:
-    """Return the K at which the curve of inertia lies furthest below the line between its ends.
+    """Return the K at which the curve of inertia is furthest below the line between its ends.
 
     Source: Satopaa et al., Finding a "Kneedle" in a Haystack (2011).
     """
@@ -181,9 +181,9 @@ def as_stable(measures: Sequence[Measures]) -> list[int]:
 
 
 def suggested(measures: Sequence[Measures]) -> int:
-    """Return the smallest K of those that are as stable as the most stable one.
+    """Return the smallest K that is as stable as the most stable one.
 
-    Of several that differ by less than the divisions into halves do, the smallest is the simplest, as in the
+    Among several whose difference is smaller than that between divisions, the smallest is the simplest, as in the
     one-standard-error rule of Breiman et al., Classification and Regression Trees (1984), section 3.4.3.
 
     Source: stability as a criterion: Ben-Hur, Elisseeff and Guyon, A stability based method for discovering structure

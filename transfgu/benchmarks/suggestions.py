@@ -1,7 +1,7 @@
-"""Compare the number of concepts that `transfgu suggest` finds with the kinds that scenes were drawn of.
+"""Compare the number of concepts suggested by `transfgu suggest` with the number of kinds in drawn scenes.
 
-Scenes of `shapes` are drawn of all kinds, or of some that the seed chooses. The kinds are known, the suggestion is made
-without them: `python -m transfgu.benchmarks.suggestions SEED ...`
+Scenes of `shapes` are drawn with all kinds, or with some chosen by the seed. The kinds are known, and the suggestion
+does not use them: `python -m transfgu.benchmarks.suggestions SEED ...`
 """
 
 import sys
@@ -21,16 +21,16 @@ from transfgu.stages.features import EncodeWindows
 KINDS = ((6, 4), (4, 3), (3, 2))
 """Numbers of things and of stuff in the sets of scenes."""
 
-_AT_ONCE = 50  # scenes
+_AT_ONCE = 50  # scenes encoded at a time
 
 
 def features(seed: int, things: int, stuff: int, images: int) -> pa.Table:
-    """Draw scenes and encode their windows as the stage does; rows as `transfgu.stages.features.run` writes them.
+    """Draw scenes and encode their windows as the stage does; returns rows like `transfgu.stages.features.run`.
 
     Args:
-        seed: of the scenes, and of the choice of kinds.
-        things: kinds of things in them.
-        stuff: kinds of stuff in them.
+        seed: seed of the scenes, and of the choice of kinds.
+        things: number of kinds of things in them.
+        stuff: number of kinds of stuff in them.
         images: number of scenes.
     """
     recipe = preset("shapes")
@@ -55,12 +55,12 @@ def features(seed: int, things: int, stuff: int, images: int) -> pa.Table:
 
 
 def run(seed: int, *, images: int = 200, most: int = 12, say: Callable[[str], None] = print) -> dict[str, list[int]]:
-    """Print, for each set of scenes, the kinds that were drawn beside the numbers that are suggested.
+    """Print, for each set of scenes, the number of drawn kinds and the suggested number.
 
     Args:
-        seed: of the scenes.
-        images: scenes in a set.
-        most: the largest number that is tried.
+        seed: seed of the scenes.
+        images: number of scenes in a set.
+        most: the largest number to try.
         say: prints a line.
 
     Returns:

@@ -1,10 +1,10 @@
-"""Suggest how many concepts to ask for, from a run's features alone.
+"""Suggest the number of concepts from the features of a run.
 
 `transfgu suggest RUN` clusters the features into each number K of a range and measures, without labels, whether two
-halves of the images lead to the same clusters (stability), how far clusters lie apart (silhouette), and how near
-windows lie to their centroids (inertia). It suggests the smallest of the most stable K, and writes `suggestion.svg` and
-`suggestion.json` into the run's folder. The features are all that it reads: `transfgu train ... --until features`
-computes them.
+halves of the images give the same clusters (stability), the distance between clusters (silhouette), and the distance of
+windows from their centroids (inertia). It suggests the smallest of the most stable K, and writes `suggestion.svg` and
+`suggestion.json` into the run's folder. It reads only the features, which `transfgu train ... --until features`
+computes.
 """
 
 import sys
@@ -21,23 +21,23 @@ def parser(words: Sequence[str] = ()) -> Parser:
     made = Parser(__doc__ or "", "suggest", "RUN")
     made.add_argument("run", metavar="RUN", help="a run with features: the --run of `transfgu train`")
     add = made.add_argument
-    add("--least", metavar="N", type=int, default=2, help="fewest things, and fewest stuff, to try (default: 2)")
+    add("--least", metavar="N", type=int, default=2, help="smallest number of things, and of stuff (default: 2)")
     add(
         "--most",
         metavar="N",
         type=int,
         default=0,
-        help="most things, and most stuff, to try (default: twice those of the run, 12 at least)",
+        help="largest number of things, and of stuff (default: twice that of the run, at least 12)",
     )
     add(
         "--windows",
         metavar="N",
         type=int,
         default=4000,
-        help="foreground windows, and background windows, to measure at most (default: 4000)",
+        help="maximum number of foreground windows, and of background windows (default: 4000)",
     )
-    add("--seed", metavar="N", type=int, default=0, help="of the draws and of K-Means (default: 0)")
-    add("--quiet", action="store_true", help="print the measures alone")
+    add("--seed", metavar="N", type=int, default=0, help="seed of random samples and of K-Means (default: 0)")
+    add("--quiet", action="store_true", help="print only the measures")
     return made
 
 
@@ -59,7 +59,7 @@ def main(words: Sequence[str] | None = None) -> None:
         )
     if given.windows < 100:
         raise UserError(f"--windows must be 100 or more, not {given.windows}", code="flag-range")
-    # Only now NumPy and FAISS: a mistake on the command line is answered at once.
+    # Import NumPy and FAISS only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu.report import suggestion
     from transfgu.runtime.progress import Progress
 

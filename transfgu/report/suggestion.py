@@ -1,6 +1,7 @@
 """Suggest a number of concepts from a run's features: measures for a range of K, a picture, a table.
 
-The measures are those of `transfgu.cluster_numbers`, of foreground and background windows each, as they are clustered.
+The measures are those of `transfgu.cluster_numbers`, separately for foreground and background windows, as these are
+clustered.
 """
 
 import json
@@ -27,10 +28,10 @@ PICTURE = "suggestion.svg"
 TABLE = "suggestion.json"
 
 WINDOWS = 4000
-"""Windows of each group that are measured at most, unless asked for otherwise."""
+"""Default maximum number of measured windows per group."""
 
-_FEW = 10  # windows per cluster at least, in half of the images
-_CLEAR = 0.8  # stability from which a suggestion is not called a guess
+_FEW = 10  # minimum number of windows per cluster in half of the images
+_CLEAR = 0.8  # stability above which a suggestion is not called a guess
 _WIDTH, _HEIGHT, _HEAD = 440, 240, 34
 _STYLE = (
     "svg{background:#fff}.chart .grid,.chart .mark{stroke:#d5dae0}.chart .mark{stroke-dasharray:1 4;stroke:#57606a}"
@@ -42,11 +43,11 @@ _STYLE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What was measured of the windows that are clustered together.
+    """Measures of the windows that are clustered together.
 
     Args:
-        name: "things", "stuff", or "concepts" for both in one.
-        windows: how many were measured.
+        name: "things", "stuff", or "concepts" for both together.
+        windows: number of measured windows.
         present: the run's own number of clusters.
         measures: by K, ascending.
     """
@@ -58,7 +59,7 @@ class Found:
 
     @property
     def suggestion(self) -> int:
-        """The K that is suggested."""
+        """The suggested K."""
         return suggested(self.measures)
 
     @property
@@ -78,7 +79,7 @@ class Found:
 
 
 def numbers(least: int, most: int) -> list[int]:
-    """Return the numbers from `least` to `most` that are measured: all up to 32, then ever fewer, 16 per doubling."""
+    """Return the numbers from `least` to `most` to measure: all up to 32, then 16 per doubling."""
     found = [least]
     while (following := found[-1] + max(1, found[-1] // 16)) <= most:
         found.append(following)
@@ -98,20 +99,20 @@ def find(
     """Measure a range of K on a run's features.
 
     Args:
-        recipe: the run's.
-        run: with features.
-        least: the smallest K, 2 at least.
-        most: the largest K; 0: twice the run's own, and 12 at least.
-        windows: measured of each group, at most; of more windows whole images are drawn.
-        seed: of the draw, the divisions and K-Means.
-        after: called with the number of K that are measured, and of those in all.
+        recipe: recipe of the run.
+        run: a run with features.
+        least: the smallest K, at least 2.
+        most: the largest K; 0: twice the run's own, at least 12.
+        windows: maximum number of measured windows per group; if there are more, whole images are drawn.
+        seed: seed of the draw, the divisions and K-Means.
+        after: called with the number of finished K, and their total.
 
     Raises:
         UserError: the run has no features, or too few windows for these K.
     """
     if run.artifact("features").manifest() is None:
         raise UserError(
-            f"{storage.shown(run.uri)} has no features yet: compute them by transfgu train with --until features",
+            f"{storage.shown(run.uri)} has no features yet: compute them with transfgu train --until features",
             code="features-missing",
         )
     things, stuff = recipe.concepts.things, recipe.concepts.stuff
@@ -142,7 +143,7 @@ def find(
 
 
 def _features(run: Run, kind: str, windows: int, seed: int) -> tuple[Float32[ndarray, "n d"], Int[ndarray, " n"]]:
-    """Features of one kind of windows, and their images' numbers: all, or those of images drawn at random."""
+    """Return the features of one kind of windows, and their images' numbers: all, or those of randomly drawn images."""
     parts = [uri for uri in storage.list_files(run.artifact("features").uri) if uri.endswith(".parquet")]
     indices = []
     for part in parts:
@@ -223,11 +224,11 @@ def table(found: Sequence[Found]) -> str:
 
 
 def verdict(group: Found) -> str:
-    """Return in one line how clearly the features speak for the suggestion."""
+    """Return one line about how clear the suggestion is."""
     stable, chosen = group.as_stable, group.chosen
     if chosen.stability >= _CLEAR:
         how = "halves of the images find the same clusters"
     else:
-        how = "halves of the images agree in part: take it for a first guess"
+        how = "halves of the images agree only in part: this is a first guess"
     others = ", ".join(str(k) for k in stable[1:])
     return f"{group.name}: {group.suggestion} suggested; {how}{f'; as stable: {others}' if others else ''}"

@@ -1,4 +1,4 @@
-"""Write masks as GeoTIFFs that lie on the map where their images lie.
+"""Write masks as GeoTIFFs with the georeference of their images.
 
 GDAL (through rasterio, the extra `geo`) opens masks and images and copies strips of rows, so memory does not grow with
 their height.
@@ -16,12 +16,12 @@ from transfgu.sharing.exports import ExportedClass
 from transfgu.store import storage
 
 FOLDER = "geotiff"
-"""Folder of the files, below that of the export."""
+"""Folder of the files in the folder of the export."""
 
 NODATA = 255
-"""Value of pixels of classes that are not exported."""
+"""Value of pixels whose classes are not exported."""
 
-_BLOCK = 256  # pixels; side of the tiles that a GeoTIFF is stored in, and rows that are copied at a time
+_BLOCK = 256  # pixels; side of the stored tiles of a GeoTIFF, and number of rows copied at a time
 _GDAL = {"GDAL_CACHEMAX": 64}  # MB
 
 
@@ -34,24 +34,24 @@ def write(
 ) -> str:
     """Write a GeoTIFF for each mask whose image is a georeferenced TIFF: class indices, with palette and class names.
 
-    Other images are passed over. Coordinate system, transform and ground control points are the image's.
+    Other images are skipped. Coordinate system, transform and ground control points are those of the image.
 
     Args:
-        files: by a mask's name, without an extension, the URIs of its image and of the mask, a PNG of class indices.
+        files: URIs of the image and of the mask (a PNG of class indices) by the mask's name without suffix.
         classes: all classes of the masks.
         out: URI of the folder for :data:`FOLDER`.
         chosen: classes to export; pixels of others become :data:`NODATA`. None: all.
 
     Returns:
-        URI of the folder with the files, each under its mask's name.
+        URI of the folder with the files, each named after its mask.
 
     Raises:
-        UserError: rasterio is not installed, no image is georeferenced, or a mask is not of its image's size.
+        UserError: rasterio is not installed, no image is georeferenced, or a mask differs in size from its image.
     """
     try:
         import rasterio
     except ImportError:
-        raise UserError("geotiff needs rasterio: pip install 'transfgu[geo]'", code="package-missing") from None
+        raise UserError("geotiff requires rasterio: pip install 'transfgu[geo]'", code="package-missing") from None
     folder, written = storage.join(out, FOLDER), 0
     values = np.arange(256, dtype=np.uint8)
     if chosen is not None:
@@ -70,7 +70,7 @@ def write(
                 with _opened(mask, "PNG") as indices:
                     if indices.shape != source.shape:
                         raise UserError(
-                            f"{storage.shown(mask)} has {indices.width} x {indices.height} pixels and its image "
+                            f"{storage.shown(mask)} has {indices.width} x {indices.height} pixels, but its image has "
                             f"{source.width} x {source.height}: predict with --orient false",
                             code="mask-size",
                         )
@@ -88,7 +88,7 @@ def write(
 
 @contextlib.contextmanager
 def _opened(uri: str, driver: str) -> Iterator[Any]:
-    """Open a raster on any storage; a driver alone, so that a file leads to no others."""
+    """Open a raster on any storage with one driver only, so that a file can't refer to others."""
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 
@@ -102,14 +102,14 @@ def _opened(uri: str, driver: str) -> Iterator[Any]:
                 found = stack.enter_context(memory.open(driver=driver))
         except RasterioIOError:
             raise UserError(
-                f"{storage.shown(uri)} can't be read as {driver}: predict again, or take it out of --images",
+                f"{storage.shown(uri)} can't be read as {driver}: predict again, or remove it from --images",
                 code="export-unreadable",
             ) from None
         yield found
 
 
 def _place(source: Any) -> dict[str, Any]:
-    """Where a raster lies, as rasterio's profile has it; empty if it does not say."""
+    """Return the georeference of a raster for rasterio's profile; empty if it has none."""
     points, system = source.gcps
     if points:
         return {"gcps": points, "crs": system}
@@ -121,7 +121,7 @@ def _place(source: Any) -> dict[str, Any]:
 def _encoded(
     indices: Any, place: Mapping[str, Any], classes: Sequence[ExportedClass], values: np.ndarray | None
 ) -> bytes:
-    """A tiled, compressed GeoTIFF of a raster of class indices."""
+    """Return a tiled, compressed GeoTIFF of a raster of class indices."""
     import rasterio
 
     profile = {
