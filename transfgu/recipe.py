@@ -520,7 +520,7 @@ class Recipe:
         return next((other.method for other in others if name in _all_stage_fields(other)), "")
 
     def digest(self, stage: str) -> str:
-        """Hexadecimal SHA-256 of :meth:`stage_fields`, the same in every version.
+        """Return the hexadecimal SHA-256 of :meth:`stage_fields`, the same in every version.
 
         Fields count by their first names, and newer fields only if their value differs from that of
         earlier runs, so that checkpoints named by an earlier version with this digest are found again.

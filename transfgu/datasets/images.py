@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
-from jaxtyping import Int16, Integer, UInt8
+from jaxtyping import Float32, Int16, Integer, UInt8
 from PIL import Image, UnidentifiedImageError
 
 try:
@@ -63,7 +63,7 @@ _WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _ORIENTATION = 0x0112  # EXIF's and TIFF's tag
 _BACK = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # the inverse of each orientation
 _LABEL_FORMATS = ("PNG", "TIFF", "GIF", "BMP", "PPM")  # lossless, with one channel
-_BAND_PIXELS = 1 << 20  # that are converted at a time
+_BAND_PIXELS = 1 << 20  # pixels converted at a time
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 if cv2 is not None:
     cv2.setNumThreads(1)  # many processes and threads decode at the same time
@@ -129,6 +129,18 @@ def decode_image(data: bytes, *, orient: bool = False, max_pixels: int = MAX_PIX
     return _turned(pixels, orientation)
 
 
+def decode_intensities(data: bytes, max_pixels: int = MAX_PIXELS) -> Float32[np.ndarray, "H W"]:
+    """Return the values of a grey image of more than 8 bits as they are stored, from a file's bytes.
+
+    Raises:
+        BadInput: unreadable, too large, in colour, or of 8 bits.
+    """
+    picture, _ = _decode(data, "image", max_pixels)
+    if picture.mode not in (*_WIDE, "F"):
+        raise BadInput("image of 8 bits or in colour, which needs no window")
+    return np.asarray(picture).astype(np.float32)
+
+
 def read_rows(items: Iterable[Item], read: Callable[[Item], Result]) -> Iterator[tuple[Result | None, str]]:
     """Yield the result of `read` for each item, in order, or the reason why the item can't be used.
 
@@ -189,7 +201,7 @@ def _picture_pixels(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def _bands(height: int, width: int) -> Iterator[slice]:
-    """Rows from the top down, in bands of about `_BAND_PIXELS`."""
+    """Yield rows from the top down, in bands of about `_BAND_PIXELS`."""
     rows = max(1, _BAND_PIXELS // width)
     for start in range(0, height, rows):
         yield slice(start, min(height, start + rows))

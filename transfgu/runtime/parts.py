@@ -28,7 +28,7 @@ from transfgu.store import parquet, storage
 
 _PART_BYTES = 20_000_000  # of decoded pixels: 16 images of 640 x 640
 _PART_IMAGES = 32
-_READ_BYTES = 128 << 20  # of heap that a decoding task needs besides the image in hand: the files and results of a part
+_READ_BYTES = 128 << 20  # heap of a decoding task besides the present image: the files and results of a part
 _AHEAD = 3  # decoded blocks per actor, in addition to one per decoding CPU
 _METADATA = b"transfgu"
 

@@ -80,7 +80,7 @@ class SpreadShards(Shards):
         return taken[np.argsort(order)]
 
     def _taken(self, rows: Int[ndarray, " n"]) -> list[Any]:
-        """References to each actor's own of these rows, whose numbers ascend."""
+        """Return references to each actor's share of these rows, whose numbers ascend."""
         cuts = np.searchsorted(rows, self._bounds[1:-1])
         own = [r - first for r, first in zip(np.split(rows, cuts), self._bounds[:-1], strict=True)]
         return [a.take.remote(self._group, r, self._whitening) for a, r in zip(self._actors, own, strict=True)]
