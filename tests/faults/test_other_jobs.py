@@ -1,10 +1,8 @@
-"""Faults in prediction, evaluation, pretraining and search, each by its command on a cluster of its own.
+"""Faults in jobs other than training, each by its command on a cluster of its own.
 
 Each case is compared with the same command that nothing disturbed.
 """
 
-import json
-import os
 import re
 import shutil
 import signal
@@ -22,16 +20,12 @@ import boto3
 import numpy as np
 import psutil
 import pytest
-import safetensors.numpy
-import safetensors.torch
-import torch
 
 from tests.faults.commands import job as command
 from tests.faults.commands import output_of
 from tests.faults.harness import Reaper, row, write_data
 from tests.gateway import HANG, HANG_UP, Gateway
 from tests.made_run import make_run
-from transfgu.decoder import MaskDecoder
 from transfgu.store import storage
 
 pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.s3]
@@ -46,81 +40,37 @@ class Job:
     """A command, and what it leaves."""
 
     words: str
-    """Its arguments; IMAGES, MADE, RECIPE and OUT stand for places."""
+    """Its arguments; IMAGES, MADE and OUT stand for places."""
     works: str
     """In the command line of the processes that do its work."""
     asks: str
     """A request, method and path, that is made while it works."""
     outcome: Callable[[str], Any]
     """What it left in OUT, a URI, which is to be the same."""
-    room: int = 0
-    """Kilobytes of a disk that is too small for OUT; 0: it writes next to nothing."""
 
 
 def masks(out: str) -> dict[str, bytes]:
     return {uri.rpartition("/")[2]: storage.read_bytes(uri) for uri in storage.list_files(storage.join(out, "masks"))}
 
 
-def weights(out: str) -> dict[str, np.ndarray]:
-    found = safetensors.numpy.load(storage.read_bytes(storage.join(out, "vit.safetensors")))
-    return {name: values.round(4) for name, values in found.items()}
-
-
-def scored(out: str) -> list[float]:
-    result = json.loads(storage.read_bytes(storage.join(out, "scores.json")))
-    return [result["images"], round(result["mean_iou"], 2), round(result["pixel_accuracy"], 2)]
-
-
-def trials(out: str) -> list[Any]:
-    rows = json.loads(storage.read_bytes(storage.join(out, "trials.json")))
-    assert all(np.isfinite(trial["mean_iou"]) for trial in rows), rows
-    return [(trial["status"], trial["epochs"]) for trial in rows]
-
-
 JOBS = {
     "prediction": Job(
-        "predict --run MADE --images IMAGES --out OUT", "MapBatches(PredictMasks)", "GET .*/images/", masks, 40
-    ),
-    "evaluation": Job(
-        "evaluate --recipe RECIPE --decoder.weights DECODER --out OUT/scores.json --evaluation.batch_size 8",
-        "MapBatches(Count)",
-        "GET .*/labels/",
-        scored,
-    ),
-    "pretraining": Job(
-        "pretrain --images IMAGES --out OUT/vit.safetensors --width 48 --depth 2 --heads 3 --batch_size 16 --steps 48",
-        "ray::RayTrainWorker",
-        "PUT .*/checkpoint_",
-        weights,
-        300,
-    ),
-    "search": Job(
-        "tune --recipe RECIPE --run OUT --trials 2 --search omega_1=uniform(0.5,2)",
-        "ray::RayTrainWorker",
-        "PUT .*/checkpoint_",
-        trials,
-        400,
+        "predict --run MADE --images IMAGES --out OUT", "MapBatches(PredictMasks)", "GET .*/images/", masks
     ),
 }
 
 
 @dataclass(frozen=True)
 class Data:
-    """Images, labels, encoder, decoder and a trained run, on this machine's disk and in a bucket."""
+    """Images and a trained run on this machine's disk, and the images in a bucket."""
 
     folder: Path
     bucket: str
-    recipe: Any
     endpoint: str
 
     def words(self, job: Job, out: str, base: str) -> tuple[str, list[str]]:
         """Name and arguments of a command, whose places lie below `base`."""
-        fields = {"data": "images", "labels": "labels", "encoder.weights": "encoder.safetensors"}
-        recipe = self.recipe.with_fields({name: storage.join(base, place) for name, place in fields.items()})
-        file = self.folder / f"{uuid.uuid4().hex[:6]}.yaml"
-        file.write_text(recipe.to_yaml())
-        places = {"RECIPE": str(file), "DECODER": storage.join(base, "decoder.safetensors"), "OUT": out}
-        places |= {"IMAGES": storage.join(base, "images"), "MADE": str(self.folder / "made" / "run")}
+        places = {"OUT": out, "IMAGES": storage.join(base, "images"), "MADE": str(self.folder / "made" / "run")}
         words = [re.sub("|".join(places), lambda found: places[found[0]], word) for word in job.words.split()]
         return words[0], words[1:]
 
@@ -128,17 +78,14 @@ class Data:
 @pytest.fixture(scope="module")
 def data(s3_endpoint: str) -> Iterator[Data]:
     folder = Path(tempfile.mkdtemp(prefix="tf-", dir="/tmp"))
-    recipe = write_data(folder, IMAGES).with_fields({"epochs": 2, "passes": 2})
-    torch.manual_seed(0)
-    decoder = MaskDecoder(24, recipe.classes, num_heads=3, depth=recipe.decoder.depth)
-    safetensors.torch.save_file(decoder.state_dict(), folder / "decoder.safetensors")
+    write_data(folder, IMAGES)
     (folder / "made").mkdir()
     make_run(folder / "made")
     bucket = f"s3://transfgu-{uuid.uuid4().hex[:12]}"
     boto3.client("s3").create_bucket(Bucket=bucket.removeprefix("s3://"))
     for file in (f for f in folder.rglob("*") if f.is_file() and "made" not in f.parts):
         storage.write_bytes(storage.join(bucket, str(file.relative_to(folder))), file.read_bytes())
-    yield Data(folder, bucket, recipe, s3_endpoint)
+    yield Data(folder, bucket, s3_endpoint)
     shutil.rmtree(folder)
 
 
@@ -241,26 +188,3 @@ def test_s3_that_fails(job: str, kind: str, data: Data) -> None:
     what = {"503": "S3 answers 503 to one request in five", "gone": f"S3 gone for {OUTAGE_SECONDS:.0f} s"}
     fault = what.get(kind, f"S3 never answers {HANGING} requests")
     row(f"{fault}: {gateway.met} of {len(gateway.asked)}", job, "goes on by itself", seconds - usual, "those requests")
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="a file system of a certain size is mounted by root alone")
-@pytest.mark.parametrize("job", [name for name, job in JOBS.items() if job.room])
-def test_a_full_disk(job: str, data: Data, tmp_path: Path) -> None:
-    undisturbed(job, data)
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={JOBS[job].room}k", "tmpfs", str(disk)], check=True)
-    try:
-        process = start(job, data, str(disk))
-        told, _ = process.communicate(timeout=LIMIT)
-        assert process.returncode == 2, told
-        last = told.splitlines()[-1]
-        assert re.search(r"No space left on device: free some space \[[a-z-]+\]$|\[disk-full\]$", last), told
-        assert "Traceback" not in told
-        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        started = time.monotonic()
-        output_of(start(job, data, str(disk)), LIMIT)
-        check(job, data, str(disk))
-        row("disk full, then room made", job, "one line; run again, it goes on", time.monotonic() - started, "")
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
