@@ -143,6 +143,22 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime_connect, "connect", connect)
 
 
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process that has no cluster and no GPU, and in which an attempt to start Ray fails the test."""
+    import ray
+    import torch
+
+    from transfgu.runtime import capacity
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    yield
+    capacity.assume(None)
+
+
 REAL_S3 = "AWS_ENDPOINT_URL_S3" in os.environ
 """Return True if the tests use the caller's S3 server instead of moto, which checks no key."""
 
