@@ -17,6 +17,8 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "train": "segment a data set without labels: features, concepts, pseudo labels, training, evaluation, report",
         "check": "check data and resources and estimate the cost of a training; or verify all files of a run",
         "predict": "predict masks for a folder of images with a trained run",
+        "frames": "write frames of videos as images",
+        "rescale": "map DICOM files and grey images of more than 8 bits to 8 bits by a window",
         "evaluate": "score a run, a decoder or a folder of masks on labelled images",
         "name": "name and merge the classes of a run, without training again",
         "serve": "serve a page to try a run: photographs, masks, names of concepts",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
-from jaxtyping import Int16, Integer, UInt8
+from jaxtyping import Float32, Int16, Integer, UInt8
 from PIL import Image, UnidentifiedImageError
 
 try:
@@ -127,6 +127,18 @@ def decode_image(data: bytes, *, orient: bool = False, max_pixels: int = MAX_PIX
     if turned != 1:  # by Pillow, which does this for TIFF only
         return pixels if orient else _turned(pixels, _BACK[turned])
     return _turned(pixels, orientation)
+
+
+def decode_intensities(data: bytes, max_pixels: int = MAX_PIXELS) -> Float32[np.ndarray, "H W"]:
+    """Return the values of a grey image of more than 8 bits as they are stored, from a file's bytes.
+
+    Raises:
+        BadInput: unreadable, too large, in colour, or of 8 bits.
+    """
+    picture, _ = _decode(data, "image", max_pixels)
+    if picture.mode not in (*_WIDE, "F"):
+        raise BadInput("image of 8 bits or in colour, which needs no window")
+    return np.asarray(picture).astype(np.float32)
 
 
 def read_rows(items: Iterable[Item], read: Callable[[Item], Result]) -> Iterator[tuple[Result | None, str]]:

@@ -1,0 +1,92 @@
+"""Map DICOM slices and grey images of 12, 16 or 32 bits to 8 bits by a window, as PNGs that every other command takes.
+
+`transfgu rescale IMAGES --out FOLDER --low -160 --high 240` makes -160 black and 240 white. Intensities of DICOM files
+are in their own unit (Hounsfield units of CT); without --low and --high the window that a DICOM file proposes is used.
+"""
+
+import io
+import math
+import sys
+from collections.abc import Sequence
+
+from transfgu.cli.command_line import Parser
+from transfgu.datasets import intensities
+from transfgu.datasets.names import output_names
+from transfgu.errors import BadInput, UserError
+from transfgu.runtime.progress import Progress
+from transfgu.store import storage
+
+_SUFFIXES = (".tif", ".tiff", ".png", ".pgm")  # DICOM files are known by their first bytes
+_HEAD = 132  # bytes
+
+
+def parser(words: Sequence[str] = ()) -> Parser:
+    """Return the parser."""
+    made = Parser(__doc__ or "", "rescale", "IMAGES --out URI")
+    add = made.add_argument
+    add("images", metavar="IMAGES", help=f"folder of DICOM files and images ({', '.join(_SUFFIXES)}), at any depth")
+    add("--out", metavar="URI", required=True, help="folder of the PNGs")
+    add("--low", metavar="X", type=float, help="intensity that becomes black (default: as DICOM files propose)")
+    add("--high", metavar="X", type=float, help="intensity that becomes white (default: as DICOM files propose)")
+    add("--quiet", action="store_true", help="print the result alone")
+    return made
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Parse the command line, write the images, print how many."""
+    words = sys.argv[1:] if words is None else words
+    given = parser(words).parse(words)
+    window = None
+    if (given.low is None) != (given.high is None):
+        raise UserError("--low and --high make a window: give both, or none", code="flags-conflict")
+    if given.low is not None:
+        if not (math.isfinite(given.low) and math.isfinite(given.high) and given.low < given.high):
+            raise UserError(f"--low must lie below --high, not {given.low:g} and {given.high:g}", code="flag-range")
+        window = given.low, given.high
+    storage.check_readable(given.images)
+    if storage.within(given.out, given.images):
+        raise UserError(
+            f"--out {storage.shown(given.out)} lies in {storage.shown(given.images)}: choose a folder beside it",
+            code="folders-nested",
+        )
+    storage.check_writable(given.out)
+    root = storage.absolute(given.images).rstrip("/")
+    files = {storage.absolute(uri)[len(root) + 1 :]: uri for uri in storage.list_files(given.images)}
+    names = sorted(files)
+    progress = Progress("rescale", quiet=given.quiet)
+    written, passed, bad = 0, 0, []
+    for number, (name, out) in enumerate(zip(names, output_names(names), strict=True), 1):
+        data = storage.read_bytes(files[name])
+        progress.update(number, len(names), "files")
+        if not (intensities.is_dicom(data[:_HEAD]) or name.lower().endswith(_SUFFIXES)):
+            passed += 1
+            continue
+        try:
+            found = [_png(image.narrowed(window)) for image in intensities.slices(data)]
+        except BadInput as error:
+            bad.append(f"{name} ({error})")
+            continue
+        for index, png in enumerate(found):
+            part = f"{out}.png" if len(found) == 1 else f"{out}/{index:05}.png"
+            storage.write_bytes(storage.join(given.out, part), png)
+        written += len(found)
+    progress.end()
+    if not written:
+        raise UserError(
+            f"{storage.shown(given.images)} holds no DICOM file and no grey image of more than 8 bits that can be read"
+            f"{f': {bad[0]}' if bad else ''}",
+            code="images-missing",
+        )
+    if bad:
+        print(f"{len(bad)} files left out: {', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}")
+    if passed:
+        print(f"{passed} other files not read")
+    print(f"{written} images: {storage.shown(given.out)}")
+
+
+def _png(pixels: object) -> bytes:
+    from PIL import Image
+
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG")  # type: ignore[arg-type]
+    return sink.getvalue()
