@@ -117,8 +117,10 @@ def ray_cluster(s3_environment: str) -> Iterator[None]:
     from transfgu.runtime import connect as runtime_connect
 
     runtime_connect.connect(setup_hook=worker_coverage.start if worker_coverage.wanted() else None)
-    runtime_connect._embedded = False  # stages should pass through Ray, however little there is for them
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        # Stages should pass through Ray, however little there is for them.
+        patch.setattr(runtime_connect, "works_here", lambda: False)
+        yield
     ray.shutdown()
 
 

@@ -393,7 +393,7 @@ def test_masks_without_records_are_done_if_they_are_younger(made: MadeRun, tmp_p
     os.utime(tmp_path / "images" / "new.jpg", (4e9, 4e9))  # changed after its mask was made
     asked = job(made, tmp_path)
     table = prediction.named_samples(find_images(asked.images, recursive=True))
-    there = prediction._there(asked, table)
+    there = prediction.earlier_masks(asked, table)
     assert (there.done, there.orphans) == ({"old.jpg"}, 1)
 
 

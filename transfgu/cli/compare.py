@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from transfgu.cli import compare_runs
 from transfgu.cli.command_line import Parser, add_recipe, given_fields, print_config, recipe_of
 from transfgu.errors import UserError
 from transfgu.methods import METHODS, method
@@ -36,8 +37,6 @@ def main(words: Sequence[str] | None = None) -> None:
     """Parse the command line, run each method with each seed, write and print the table."""
     words = sys.argv[1:] if words is None else words
     if len(words) > 1 and not any(word.startswith("-") for word in words[:2]) and words[0] not in PRESETS:
-        from transfgu.cli import compare_runs
-
         compare_runs.main(words)
         return
     arguments = parser(words).parse(words)

@@ -401,7 +401,7 @@ def _decode(data: bytes, what: str, max_pixels: int, image_shape: Size | None = 
     if not data:
         raise BadInput(f"empty {what}")
     try:
-        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=[f for f in _FORMATS if f != "HEIF" or pillow_heif is not None])
         shape = picture.height, picture.width
         if image_shape and shape[0] * shape[1] > max(_BAND_PIXELS, image_shape[0] * image_shape[1]):
             raise BadInput(f"{what} of {_by(shape)} pixels for an image of {_by(image_shape)}")

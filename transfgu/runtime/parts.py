@@ -20,7 +20,7 @@ from ray.data import Dataset
 from transfgu.datasets import images, map_files
 from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import DECODING_BYTES, MAX_PIXELS, Recipe, Size
-from transfgu.runtime import capacity, ray_internals
+from transfgu.runtime import capacity, connect, ray_internals
 from transfgu.runtime.bottleneck import details
 from transfgu.runtime.failures import raises_user_errors
 from transfgu.runtime.progress import Progress
@@ -309,7 +309,7 @@ def complete(
     noted = {""}
     data: Dataset | None = None
     rows: Iterator[tuple[Summary, str]] = iter(())
-    if here and len(missing) == 1 and _works_here():
+    if here and len(missing) == 1 and connect.works_here():
         rows = _told(here(missing[0]))
     elif missing:
         data = plan(missing)
@@ -323,12 +323,6 @@ def complete(
         progress.update(done, len(samples), "images")
         check_bad()
     return [summaries[part] for part in parts], {} if data is None else details(data, recipe)
-
-
-def _works_here() -> bool:
-    from transfgu.runtime import connect  # imports torch
-
-    return connect.works_here()
 
 
 def _told(rows: pa.Table) -> Iterator[tuple[Summary, str]]:
