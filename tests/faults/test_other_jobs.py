@@ -3,6 +3,7 @@
 Each case is compared with the same command that nothing disturbed.
 """
 
+import os
 import re
 import shutil
 import signal
@@ -47,6 +48,8 @@ class Job:
     """A request, method and path, that is made while it works."""
     outcome: Callable[[str], Any]
     """What it left in OUT, a URI, which is to be the same."""
+    room: int
+    """Kilobytes of a disk that is too small for OUT."""
 
 
 def masks(out: str) -> dict[str, bytes]:
@@ -55,7 +58,7 @@ def masks(out: str) -> dict[str, bytes]:
 
 JOBS = {
     "prediction": Job(
-        "predict --run MADE --images IMAGES --out OUT", "MapBatches(PredictMasks)", "GET .*/images/", masks
+        "predict --run MADE --images IMAGES --out OUT", "MapBatches(PredictMasks)", "GET .*/images/", masks, 40
     ),
 }
 
@@ -188,3 +191,32 @@ def test_s3_that_fails(job: str, kind: str, data: Data) -> None:
     what = {"503": "S3 answers 503 to one request in five", "gone": f"S3 gone for {OUTAGE_SECONDS:.0f} s"}
     fault = what.get(kind, f"S3 never answers {HANGING} requests")
     row(f"{fault}: {gateway.met} of {len(gateway.asked)}", job, "goes on by itself", seconds - usual, "those requests")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a file system of a certain size is mounted by root alone")
+@pytest.mark.parametrize("job", JOBS)
+def test_a_full_disk(job: str, data: Data, tmp_path: Path) -> None:
+    undisturbed(job, data)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={JOBS[job].room}k", "tmpfs", str(disk)], check=True)
+    try:
+        process = start(job, data, str(disk))
+        told, _ = process.communicate(timeout=LIMIT)
+        assert process.returncode == 2, told
+        last = told.splitlines()[-1]
+        assert re.search(r"No space left on device: free some space \[[a-z-]+\]$|\[disk-full\]$", last), told
+        assert "Traceback" not in told
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        started = time.monotonic()
+        output_of(start(job, data, str(disk)), LIMIT)
+        check(job, data, str(disk))
+        row(
+            "disk full, then room made",
+            job,
+            "one line; run again, it goes on",
+            time.monotonic() - started,
+            "the parts without masks",
+        )
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
