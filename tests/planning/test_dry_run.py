@@ -29,7 +29,7 @@ def test_counts_are_those_of_the_run_that_follows(tmp_path: Path, recipe: Recipe
         "data     6 training images, 6 for validation, 6 of them labelled",
         "samples: list 6 and 6 images",
         # Class tokens of 24 numbers of 4 bytes.
-        "features: encode up to 54 windows of 32x32 pixels, 9 an image; 5.2 kB to write",
+        "features: encode up to 54 windows of 32x32 pixels, 9 per image; 5.2 kB to write",
         "  Input > ReadImages (tasks) > EncodeWindows (actors) > WriteFeatures (tasks)",
         "concepts: K-Means into 0 and 2 clusters, at most 100 iterations; 192 bytes to write",
         # The two maps and two planes more, of 2 bytes a patch.
