@@ -76,7 +76,7 @@ class SpreadShards(Shards):
     def take(self, rows: Int[ndarray, " n"]) -> Float32[ndarray, "n d"]:
         """Fetch the rows with these numbers, from the actors that have them."""
         order = np.argsort(rows)
-        taken = np.concatenate([t for t in fetch(self._taken(rows[order])) if len(t)])
+        taken = np.concatenate([t for t in fetch(self._taken(rows[order])) if t is not None])
         return taken[np.argsort(order)]
 
     def _taken(self, rows: Int[ndarray, " n"]) -> list[Any]:
