@@ -160,7 +160,6 @@ def test_a_small_search(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert (tmp_path / "search" / "trials.json").stat().st_mtime_ns == results
 
 
-@pytest.mark.ci_long
 @pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_trials_that_are_stopped_give_back_what_they_held(tmp_path: Path) -> None:
