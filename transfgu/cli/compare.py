@@ -14,7 +14,7 @@ from pathlib import Path
 from transfgu.cli import compare_runs
 from transfgu.cli.command_line import Parser, add_recipe, given_fields, print_config, recipe_of
 from transfgu.errors import UserError
-from transfgu.methods import METHODS, method
+from transfgu.methods import METHODS, TRANSFGU, method
 from transfgu.presets import PRESETS
 from transfgu.recipe import Recipe, preset
 from transfgu.store import storage
@@ -47,6 +47,12 @@ def main(words: Sequence[str] | None = None) -> None:
     recipe = recipe_of(arguments)
     methods, seeds = _methods(arguments.methods), _numbers("--seeds", arguments.seeds, lowest=0)
     flags = _flags(recipe, methods, given)
+    if arguments.published:
+        if TRANSFGU not in methods:
+            raise UserError(
+                f"--published is TransFGU's: leave it out with {', '.join(methods)}", code="option-of-another-method"
+            )
+        flags[TRANSFGU] = ("--published", *flags[TRANSFGU])
     if arguments.print_config:
         print_config(recipe)
         return
