@@ -50,7 +50,7 @@ def test_published_sets_what_the_published_code_does_otherwise() -> None:
     assert parse("cityscapes", "--published").training.colours == "batch"
     with refused("option-of-another-method --published iic"):
         parse("shapes", "--published", "--method", "iic")
-    with refused("option-of-another-method --published iic"):
+    with refused("option-of-another-method --published --methods"):
         compare.main(["shapes", "--published", "--methods", "iic"])
 
 

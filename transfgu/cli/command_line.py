@@ -312,7 +312,8 @@ def recipe_of(arguments: argparse.Namespace, base: Recipe | None = None) -> Reci
         asked = given.get("method", recipe.method)
         if asked != TRANSFGU:
             raise UserError(
-                f"--published is TransFGU's: leave it out with method {asked}", code="option-of-another-method"
+                f"--published is an option of method transfgu only, not of {asked}: leave it out",
+                code="option-of-another-method",
             )
         recipe = recipe.with_fields(published(recipe.dataset.layout))
     return _with_given(recipe, given)

@@ -50,7 +50,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.published:
         if TRANSFGU not in methods:
             raise UserError(
-                f"--published is TransFGU's: leave it out with {', '.join(methods)}", code="option-of-another-method"
+                "--published is an option of transfgu only: leave it out, or add transfgu to --methods",
+                code="option-of-another-method",
             )
         flags[TRANSFGU] = ("--published", *flags[TRANSFGU])
     if arguments.print_config:
