@@ -56,12 +56,15 @@ def main(words: Sequence[str] | None = None) -> None:
     progress = Progress("rescale", quiet=given.quiet)
     written, passed, bad = 0, 0, []
     for number, (name, out) in enumerate(zip(names, output_names(names), strict=True), 1):
-        data = storage.read_bytes(files[name])
         progress.update(number, len(names), "files")
-        if not (intensities.is_dicom(data[:_HEAD]) or name.lower().endswith(_SUFFIXES)):
+        # Read the first bytes only, because other files may be large.
+        if not (
+            name.lower().endswith(_SUFFIXES) or intensities.is_dicom(storage.read_range(files[name], 0, _HEAD) or b"")
+        ):
             passed += 1
             continue
         try:
+            data = storage.read_bytes(files[name])
             found = [_png(image.narrowed(window)) for image in intensities.slices(data)]
         except BadInput as error:
             bad.append(f"{name} ({error})")
