@@ -19,7 +19,7 @@ import psutil
 import ray
 
 from transfgu.errors import UserError
-from transfgu.runtime import capacity, ray_internals, stopping
+from transfgu.runtime import capacity, ray_internals, ray_watch, stopping
 from transfgu.runtime.capacity import NODES, cluster_gpus
 from transfgu.runtime.folders import RayFolders
 
@@ -92,6 +92,7 @@ def connect(
 
 def disconnect() -> None:
     """Leave the cluster; stop an embedded one and remove its folder."""
+    ray_watch.stop()
     if ray.is_initialized():
         ray.shutdown()
     FOLDERS.remove()
@@ -193,6 +194,8 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
                     object_spilling_directory=spill,
                     **settings,
                 )
+                ray_watch.start()
+                atexit.register(ray_watch.stop)  # runs before Ray's own, which were registered earlier
                 return
             except Exception as error:
                 cause = error
