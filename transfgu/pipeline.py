@@ -202,6 +202,7 @@ def run_stages(
         (True, {True})
     """
     stages = stages_until(recipe, until)
+    run = Run(storage.absolute(run.uri), links=run.links)  # Ray Train's workers have a working directory of their own
     asked, recipe = recipe, preflight(recipe, run)
     run, why_not = reuse.linked(recipe, run, shared) if shared else (run, "")
 
