@@ -108,6 +108,10 @@ def two_processes() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
+replaced: list[Callable[[], bool]] = []
+"""The function `works_here` of the connection, once a cluster was started for the tests."""
+
+
 @pytest.fixture(scope="session")
 def ray_cluster(s3_environment: str) -> Iterator[None]:
     """One local cluster for all tests of the session."""
@@ -117,8 +121,11 @@ def ray_cluster(s3_environment: str) -> Iterator[None]:
     from transfgu.runtime import connect as runtime_connect
 
     runtime_connect.connect(setup_hook=worker_coverage.start if worker_coverage.wanted() else None)
-    runtime_connect._embedded = False  # stages should pass through Ray, however little there is for them
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        # Stages should pass through Ray, however little there is for them.
+        replaced.append(runtime_connect.works_here)
+        patch.setattr(runtime_connect, "works_here", lambda: False)
+        yield
     ray.shutdown()
 
 
@@ -139,6 +146,24 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("Ray was started")
 
     monkeypatch.setattr(runtime_connect, "connect", connect)
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process that has no cluster and no GPU, and in which an attempt to start Ray fails the test."""
+    import ray
+    import torch
+
+    from transfgu.runtime import capacity, connect
+
+    for works_here in replaced:
+        monkeypatch.setattr(connect, "works_here", works_here)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
+    yield
+    capacity.assume(None)
 
 
 REAL_S3 = "AWS_ENDPOINT_URL_S3" in os.environ

@@ -11,6 +11,8 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 HANG_UP = 0
+HANG = -1
+HANG_SECONDS = 120.0  # longer than any client waits
 
 
 class Asked(NamedTuple):
@@ -19,7 +21,7 @@ class Asked(NamedTuple):
     line: str
     """Method and path, such as `PUT /bucket/key`."""
     fault: int | None
-    """The status of the gateway's own answer, `HANG_UP`, or None if the server answered."""
+    """The status of the gateway's own answer, `HANG_UP`, `HANG` (no answer), or None if the server answered."""
 
 
 class Gateway:
@@ -27,12 +29,13 @@ class Gateway:
 
     def __init__(self, target: str) -> None:
         self.pending: list[int] = []
-        """Faults of the next requests: a status, or `HANG_UP`."""
+        """Faults of the next requests: a status, `HANG_UP` or `HANG`."""
         self.fault: Callable[[str], int | None] = lambda line: None
         """Called for each other request with its line."""
         self.unknown: frozenset[str] = frozenset()
         """Headers, in lower case, that are not forwarded, so that the server acts as one without them."""
         self.asked: list[Asked] = []
+        self.closed = threading.Event()
         gateway = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -62,7 +65,9 @@ class Gateway:
                 self.wfile.write(data)
 
             def _fail(self, status: int) -> None:
-                if status == HANG_UP:
+                if status == HANG:
+                    gateway.closed.wait(HANG_SECONDS)
+                if status in (HANG, HANG_UP):
                     self.close_connection = True
                     return
                 code = {403: "AccessDenied", 501: "NotImplemented", 503: "SlowDown"}[status]
@@ -89,5 +94,6 @@ class Gateway:
 
     def close(self) -> None:
         """Stop it."""
+        self.closed.set()
         self._server.shutdown()
         self._server.server_close()

@@ -1,10 +1,18 @@
 """The share of unusable inputs that ends a run."""
 
+import pickle
+
 import pytest
 
 from transfgu.errors import BadShare, LeftOut, UserError
 
 BAD = [LeftOut(name=f"{i}.png", reason="truncated image") for i in range(4)]
+
+
+def test_advice_that_ray_adds_is_not_in_the_line() -> None:
+    error = UserError("no room: free some", code="disk-full")
+    error.args = (f"{error.args[0]}\nFailed to run a task after 1/1 attempts.",)
+    assert error.line == pickle.loads(pickle.dumps(error)).line == "no room: free some [disk-full]"
 
 
 def test_a_share_is_exceeded_above_its_limit() -> None:

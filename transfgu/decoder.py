@@ -73,7 +73,7 @@ class MaskDecoder(nn.Module):
 
     @staticmethod
     def from_state_dict(state_dict: Mapping[str, Tensor], *, num_heads: int) -> "MaskDecoder":
-        """A decoder with these weights, its sizes read off the tensors, in evaluation mode.
+        """Return a decoder with these weights, in evaluation mode; its sizes are read from the tensors.
 
         Args:
             state_dict: ours or a published one, bare or inside a whole model's (``module.``, ``decoder.``).
@@ -86,7 +86,7 @@ class MaskDecoder(nn.Module):
         students = [prefix for prefix in prefixes if "teacher" not in prefix]
         if len(students) != 1:
             raise UserError(
-                f"these weights hold {len(students)} mask decoders (tensors cls_emb) where one is needed",
+                f"these weights have {len(students)} mask decoders (tensors cls_emb): give one",
                 code="decoder-missing",
             )
         weights = {
@@ -136,7 +136,7 @@ def _widened(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def _block(width: int, num_heads: int, dropout: float) -> Block:
-    """A transformer block of timm, with our dropout in all its places."""
+    """Return a transformer block of timm with our dropout in all its places."""
     block = Block(width, num_heads, attn_drop=dropout, norm_layer=nn.LayerNorm, attn_layer=DropoutAttention)
     block.attn.proj_drop, block.mlp.drop1, block.mlp.drop2 = (Dropout(dropout) for _ in range(3))
     return block

@@ -18,8 +18,12 @@ class UserError(Exception):
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(" ".join(message.split()))
+        self._message = str(self.args[0])
         self.code = code
         self.add_note(f"[{code}]")  # printed below the message in a stack trace, from which the driver reads it
+
+    def __str__(self) -> str:  # Ray Data adds advice on its retries to the arguments of what a task raises
+        return self._message
 
     @property
     def line(self) -> str:

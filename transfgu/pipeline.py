@@ -4,6 +4,7 @@ Mistakes are found before Ray starts if possible, so that no GPU is held for a r
 """
 
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import os
@@ -12,6 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import safetensors.numpy
+import torch
+
 from transfgu import datasets, formats
 from transfgu.encoder import SHIPPED, Encoder, is_self_described
 from transfgu.errors import LeftOut, UserError
@@ -19,6 +23,8 @@ from transfgu.methods import STAGES, TRANSFGU, method
 from transfgu.presets import SMALL_ENCODER
 from transfgu.recipe import Recipe, field_name, preset
 from transfgu.runtime.progress import Progress
+from transfgu.segmenter import assignment_of
+from transfgu.segmenter import class_table as unnamed_table
 from transfgu.sharing import names as names_of
 from transfgu.sharing.names import ClassTable
 from transfgu.store import reuse, storage
@@ -136,8 +142,6 @@ def fit_to_encoder(recipe: Recipe) -> Recipe:
 
 def _stage_function(stage: str) -> Callable[..., Outcome]:
     # Imported when a stage runs, because stages import Ray, FAISS or torch, which skipped stages don't need.
-    import importlib
-
     function: Callable[..., Outcome] = importlib.import_module(f"transfgu.stages.{stage}").run
     return function
 
@@ -343,9 +347,6 @@ def _conclude(
 
 def class_table(recipe: Recipe, run: Run, *, named: bool = True) -> ClassTable:
     """Return the classes of a run's predictions, without the user's names if not `named`."""
-    from transfgu.segmenter import assignment_of
-    from transfgu.segmenter import class_table as unnamed_table
-
     unnamed, _ = unnamed_table(recipe, assignment_of(run.scores()))
     return names_of.named(unnamed, datasets.classes(recipe).colours, names_of.read(run) if named else {})
 
@@ -356,8 +357,6 @@ def scores_of(recipe: Recipe, run: Run) -> dict[str, Any]:
     If the user merged or ignored classes, `named` holds the resulting `classes`, with their `mean_iou` and
     `pixel_accuracy`; the other scores are those of the unnamed classes.
     """
-    import safetensors.numpy
-
     found = run.scores() or {}
     for scores in (found, found.get("last", {})):
         scores["iou"] = _by_class(recipe, scores.get("iou"), run)
@@ -373,8 +372,6 @@ def scores_of(recipe: Recipe, run: Run) -> dict[str, Any]:
 def _named_scores(recipe: Recipe, run: Run, confusion: "Int[np.ndarray, 'C clusters']") -> "Scores":
     """Return the scores of a run's decoder in the classes that the user named and merged."""
     from transfgu.metrics import merge_clusters, scores
-    from transfgu.segmenter import assignment_of
-    from transfgu.segmenter import class_table as unnamed_table
 
     table = class_table(recipe, run)
     _, class_of = unnamed_table(recipe, assignment_of(run.scores()))
@@ -383,8 +380,6 @@ def _named_scores(recipe: Recipe, run: Run, confusion: "Int[np.ndarray, 'C clust
 
 def made_now() -> dict[str, str]:
     """Return when, with which version and on what kind of machine a run was finished, for its report."""
-    import torch
-
     machine = f"{os.cpu_count()} cores" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
     return {
         "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -432,7 +427,7 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
     if method(recipe.method).encoder:
         encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
         recipe = fit_to_patch(recipe, encoder.patch_size)
-    connect.connect(verbose=verbose, little=lambda: len(rows) <= evaluation.BLOCK_ROWS)
+    connect.connect(verbose=verbose, single_block=len(rows) <= evaluation.BLOCK_ROWS)
     check_shared(recipe, run)
     capacity.check_satisfiable(dataclasses.replace(recipe.compute, workers=0))  # the run's number is for training
     counted = evaluation.evaluate(recipe, {"model": decoder}, rows, Progress("evaluation", quiet=quiet))

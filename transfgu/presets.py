@@ -63,11 +63,6 @@ PRESET_FIELDS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
     }
 )  # fmt: skip
 
-PUBLISHED: Mapping[str, Any] = types.MappingProxyType(
-    {"concepts.start": "faiss", "training.sampler": "published", "training.colours": "batch"}
-)
-"""Fields in which a run follows the published code where this project does otherwise; see :func:`published`."""
-
 PRESETS: tuple[str, ...] = tuple(PRESET_FIELDS)
 """The benchmarks of the paper (Table 1), `folder` for your own images, and `shapes`, the embedded demonstration."""
 
@@ -83,8 +78,12 @@ FIRST_FORMAT: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
 
 
 def published(layout: str) -> Mapping[str, Any]:
-    """Return the fields of :data:`PUBLISHED`, and for COCO's layout nearest-neighbour interpolation of images.
+    """Return the fields in which a run follows the published code where this project does otherwise.
 
-    Source: damo-cv/TransFGU (utils/kmeans.py, cocostuff_trainval.py, dataloaders, models/segmenter).
+    Args:
+        layout: the data set's; for `coco` images are shrunk by nearest neighbour, too.
+
+    Source: damo-cv/TransFGU (utils/kmeans.py, cocostuff_trainval.py, models/segmenter/segmenter_thingstuff.py).
     """
-    return {**PUBLISHED, **({"dataset.interpolation": "nearest"} if layout == "coco" else {})}
+    fields = {"concepts.start": "faiss", "training.sampler": "published", "training.colours": "batch"}
+    return fields | ({"dataset.interpolation": "nearest"} if layout == "coco" else {})

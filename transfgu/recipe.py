@@ -275,8 +275,8 @@ class TrainingRecipe:
         check(self.lr_batch_size >= 0, f"training.lr_batch_size must not be negative, not {self.lr_batch_size}")
         check(
             (self.lr_scaling == "none") == (self.lr_batch_size == 0),
-            "training.lr_scaling needs training.lr_batch_size, the batch size that training.lr is meant for, and the "
-            f"other way round, not {self.lr_scaling} and {self.lr_batch_size}",
+            f"training.lr_scaling ({self.lr_scaling}) and training.lr_batch_size ({self.lr_batch_size}) go together: "
+            "set both, or neither",
             code="field-combination",
         )
         for name in ("omega_1", "omega_2", "alpha_start", "alpha_step", "alpha_end", "weight_decay"):
@@ -520,7 +520,7 @@ class Recipe:
         return next((other.method for other in others if name in _all_stage_fields(other)), "")
 
     def digest(self, stage: str) -> str:
-        """Hexadecimal SHA-256 of :meth:`stage_fields`, the same in every version.
+        """Return the hexadecimal SHA-256 of :meth:`stage_fields`, the same in every version.
 
         Fields count by their first names, and newer fields only if their value differs from that of
         earlier runs, so that checkpoints named by an earlier version with this digest are found again.

@@ -31,7 +31,7 @@ from transfgu.inference.tokens import PatchTokens
 from transfgu.learner import Model
 from transfgu.methods import TRANSFGU
 from transfgu.recipe import Recipe
-from transfgu.sharing import model_card
+from transfgu.sharing import model_card, onnx_export
 from transfgu.sharing import names as names_of
 from transfgu.sharing.names import named
 from transfgu.store import storage
@@ -353,8 +353,6 @@ class Segmenter(ModelHubMixin):
         Raises:
             UserError: the package onnx is not installed, or `size` is not a multiple of the encoder's patch.
         """
-        from transfgu.sharing import onnx_export
-
         return onnx_export.export(
             self.encode.encoder, self.decoder, self.class_of, Path(folder), size=size or self.size, names=self.classes
         )

@@ -124,7 +124,7 @@ def crop_views(
 
 
 def _resample(images: Float[Tensor, "B 3 H W"], spans: Int[ndarray, "B 2"], length: int, dim: int) -> Tensor:
-    """Linear interpolation of each image's own span, along one dimension, to `length` samples."""
+    """Interpolate each image's own span linearly, along one dimension, to `length` samples."""
     cut = (spans[:, 1] - spans[:, 0])[:, None]
     # Single precision, as torch's interpolation places its samples. Nothing lies beyond the cut.
     place = (cut.astype(np.float32) / np.float32(length) * (np.arange(length, dtype=np.float32) + 0.5) - 0.5).clip(
@@ -143,7 +143,7 @@ def _resample(images: Float[Tensor, "B 3 H W"], spans: Int[ndarray, "B 2"], leng
 
 
 def change_colours(images: Float[Tensor, "B 3 H W"], views: Colours) -> Float[Tensor, "B 3 H W"]:
-    """Jitter, greyscale and blur, in place, of those images whose views have them; values 0 to 1 before and after."""
+    """Apply jitter, greyscale and blur, in place, to the images whose views have them; values stay in 0 to 1."""
     steps: list[tuple[ndarray, Callable[[Tensor, Tensor], Tensor], ndarray]] = [
         (views.jitter & (views.order[:, place] == which), adjust, views.factors[:, which])
         for place in range(4)
@@ -176,7 +176,7 @@ def _saturation(images: Float[Tensor, "B 3 H W"], factor: Float[Tensor, "B 1 1 1
 
 
 def _hue(images: Float[Tensor, "B 3 H W"], turn: Float[Tensor, "B 1 1 1"]) -> Float[Tensor, "B 3 H W"]:
-    """Turn the hue at constant value and saturation of the HSV cone."""
+    """Rotate the hue at constant value and saturation of the HSV cone."""
     low, value = images.aminmax(dim=1, keepdim=True)
     chroma = value - low
     red, green, blue = images.unbind(1)
@@ -191,7 +191,7 @@ def _hue(images: Float[Tensor, "B 3 H W"], turn: Float[Tensor, "B 1 1 1"]) -> Fl
 
 
 def _blur(images: Float[Tensor, "B 3 H W"], sigma: Float[Tensor, "B 1 1 1"]) -> Float[Tensor, "B 3 H W"]:
-    """A Gaussian of 3 x 3 pixels, mirrored at the edges."""
+    """Blur by a Gaussian of 3 x 3 pixels, mirrored at the edges."""
     side = torch.exp(-0.5 / sigma**2)
     side = side / (1 + 2 * side)
     x = F.pad(images, (1, 1, 1, 1), mode="reflect")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.refusals import refused
+from transfgu.cli import compare
 from transfgu.cli.command_line import Parser, add_pretraining_recipe, add_recipe, pretraining_recipe_of, recipe_of
 from transfgu.errors import UserError
 from transfgu.pretraining.recipe import PRETRAINING_FIELDS, PretrainingRecipe
@@ -49,6 +50,16 @@ def test_published_sets_what_the_published_code_does_otherwise() -> None:
     assert parse("cityscapes", "--published").training.colours == "batch"
     with refused("option-of-another-method --published iic"):
         parse("shapes", "--published", "--method", "iic")
+    with refused("option-of-another-method --published --methods"):
+        compare.main(["shapes", "--published", "--methods", "iic"])
+
+
+def test_published_changes_a_reused_runs_recipe_too() -> None:
+    parser = Parser("test")
+    add_recipe(parser)
+    base = preset("shapes").with_fields({"epochs": 3, "colours": "image"})
+    recipe = recipe_of(parser.parse(["--published"]), base)
+    assert (recipe.training.epochs, recipe.training.colours, recipe.concepts.start) == (3, "batch", "faiss")
 
 
 def test_a_recipe_file_may_be_the_start(tmp_path: Path) -> None:

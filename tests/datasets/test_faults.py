@@ -351,7 +351,9 @@ def test_a_few_losses_are_named_and_the_rest_goes_on(tmp_path: Path) -> None:
     outcome = stage.run(recipe, run, progress.Progress("samples", quiet=True))
     assert [(x.name, x.reason) for x in outcome.left_out] == [("03", "missing image"), ("14", "missing label")]
     assert outcome.items == 18
-    assert outcome.details == {"train images": 9, "validation images": 9, "validation labels": 9}
+    counted = {"train images": 9, "validation images": 9, "validation labels": 9}
+    unread = {"train files not read (.away)": 1, "train labels' files not read (.away)": 2}
+    assert outcome.details == counted | unread
     train = stage.load(run, "train")
     assert train["name"].to_pylist() == ["00", "01", "02", "04", "05", "06", "07", "08", "09"]
     assert train["label"].null_count == 1  # 04 needs none to be learned from

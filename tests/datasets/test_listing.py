@@ -157,6 +157,35 @@ def test_cityscapes_takes_label_ids_alone(tmp_path: Path) -> None:
     assert table["label"][1].as_py() == str(tmp_path / "gtFine/val/b/b_1_2_gtFine_labelIds.png")
 
 
+def test_benchmarks_count_what_they_do_not_read(tmp_path: Path) -> None:
+    coco_tree(str(tmp_path / "coco"), ["1"], ["2"])
+    voc = ("JPEGImages/a.jpg", "JPEGImages/b.jpg", "SegmentationClass/a.png", "SegmentationClass/b.png")
+    touch(str(tmp_path / "voc"), *voc, "JPEGImages/film.mp4", "SegmentationClass/a.mat")
+    lists = tmp_path / "voc" / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    ends = ("leftImg8bit/{}/x/x_1_leftImg8bit", "leftImg8bit/{}/x/x_1_other", "gtFine/{}/x/x_1_gtFine_labelIds")
+    scapes = [f"{end.format(split)}.png" for split in ("train", "val") for end in ends]
+    touch(str(tmp_path / "cityscapes"), *scapes, "gtFine/val/x/x_1_gtFine_polygons.json", "gtFine/val/x/x.txt")
+    lip = [f"{split}_{kind}" for split in ("train", "val") for kind in ("images/1.jpg", "segmentations/1.png")]
+    touch(str(tmp_path / "lip"), *lip, "train_images/.1.jpg")
+    touch(str(tmp_path / "coco"), "images/train2017/film.mp4", "images/train2017/x.dcm", "annotations/val2017/y.npy")
+    for file in (lists / "train.txt", lists / "val.txt", tmp_path / "lip/train_id.txt", tmp_path / "lip/val_id.txt"):
+        file.write_text("1" if "lip" in file.parts else file.stem.replace("train", "a").replace("val", "b"))
+    found = {
+        name: [
+            dict(datasets.listing(preset(of).with_fields({"data": str(tmp_path / name)}), s).notes)
+            for s in datasets.SPLITS
+        ]
+        for name, of in (("coco", "coco-80"), ("voc", "pascal-voc"), ("cityscapes", "cityscapes"), ("lip", "lip-5"))
+    }
+    assert found == {
+        "coco": [{"files not read (.mp4)": 1, "files not read (.dcm)": 1}, {"labels' files not read (.npy)": 1}],
+        "voc": [{"files not read (.mp4)": 1, "labels' files not read (.mat)": 1}, {}],
+        "cityscapes": [{"images of other names": 1}, {"images of other names": 1, "labels' files not read (.txt)": 1}],
+        "lip": [{"files not read (hidden)": 1}, {}],
+    }
+
+
 def folder(root: Path, **fields: object) -> Recipe:
     return preset("folder").with_fields({"data": str(root), **fields})
 

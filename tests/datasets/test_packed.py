@@ -39,9 +39,11 @@ def write_parquet(path: Path, column: pa.Array, name: str = "image", rows: int =
     pq.write_table(table, path, row_group_size=rows)
 
 
-def unpacked(data: Path, folder: Path, limit: int = 0) -> tuple[dict[str, bytes], list[LeftOut]]:
+def unpacked(
+    data: Path, folder: Path, limit: int = 0, stretch: int = packed.STRETCH
+) -> tuple[dict[str, bytes], list[LeftOut]]:
     """Return files by relative name, and the left-out images."""
-    left_out = [x for unit in packed.units(str(data), limit) for x in packed.unpack(unit, str(folder))]
+    left_out = [x for unit in packed.units(str(data), limit, stretch) for x in packed.unpack(unit, str(folder))]
     return {name: Path(uri).read_bytes() for name, uri in images_in(str(folder), recursive=True).items()}, left_out
 
 
@@ -88,13 +90,14 @@ def test_tar_shards_keep_their_names(tmp_path: Path) -> None:
     }
 
 
-def test_long_shards_are_read_in_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_STRETCH", 2000)
+def test_long_shards_are_read_in_stretches(tmp_path: Path) -> None:
     images = {f"{i}.png": encoded(i) + bytes(600) for i in range(5)}  # some 1,500 bytes with their headers
     write_tar(tmp_path / "x.tar", images)
-    units = packed.units(str(tmp_path / "x.tar"))
+    units = packed.units(str(tmp_path / "x.tar"), stretch=2000)
     assert [(unit.first, unit.count) for unit in units] == [(0, 1), (1, 1), (2, 1), (3, 1), (4, 1)]
-    assert unpacked(tmp_path / "x.tar", tmp_path / "out")[0] == {f"x/{name}": data for name, data in images.items()}
+    assert unpacked(tmp_path / "x.tar", tmp_path / "out", stretch=2000)[0] == {
+        f"x/{name}": data for name, data in images.items()
+    }
 
 
 def test_splits_are_told_by_file_or_folder(tmp_path: Path) -> None:

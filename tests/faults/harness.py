@@ -97,18 +97,21 @@ def history(run: Run, column: str = "epoch") -> list[int]:
 
 
 class Reaper(threading.Thread):
-    """Kills the first process of this test's cluster with `pattern` in its command line, once `ready` returns True."""
+    """Kills the first process with `pattern` in its command line, once `ready` returns True.
 
-    def __init__(self, pattern: str, ready: Callable[[], bool] = lambda: True) -> None:
+    It is a descendant of this test's process, or of the process `among`.
+    """
+
+    def __init__(self, pattern: str, ready: Callable[[], bool] = lambda: True, among: int | None = None) -> None:
         super().__init__(name="reaper", daemon=True)
         self.killed = ""
-        self._pattern, self._ready = pattern, ready
+        self._pattern, self._ready, self._root = pattern, ready, psutil.Process(among)
         self._over = threading.Event()
 
     def run(self) -> None:
         """Search until there is one."""
         while not self._over.wait(0.02):
-            for process in psutil.Process().children(recursive=True) if self._ready() else ():
+            for process in self._descendants() if self._ready() else ():
                 try:
                     line = " ".join(process.cmdline())
                     if self._pattern in line:
@@ -117,6 +120,12 @@ class Reaper(threading.Thread):
                         return
                 except psutil.Error:
                     continue
+
+    def _descendants(self) -> list[psutil.Process]:
+        try:
+            return list(self._root.children(recursive=True))
+        except psutil.Error:  # it has ended
+            return []
 
     def __enter__(self) -> "Reaper":
         self.start()

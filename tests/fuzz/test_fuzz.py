@@ -36,7 +36,7 @@ from transfgu.planning.measurements import Ingest, Measurements
 from transfgu.recipe import MAX_PIXELS, from_yaml, preset
 from transfgu.search.trials import Ledger
 from transfgu.sharing import names
-from transfgu.stages.prediction import PredictionJob, _known_bad, names_in, read_claim
+from transfgu.stages.prediction import PredictionJob, known_bad, names_in, read_claim
 from transfgu.store import parquet, predicted
 from transfgu.store.artifacts import Manifest, Run
 from transfgu.store.weights import read_weights
@@ -187,7 +187,7 @@ def json_reader(kind: str) -> Callable[[bytes, Path, np.random.Generator], None]
             "scores": run.scores,
             "history": run.history,
             "claim": lambda: read_claim(str(folder)),
-            "summary": lambda: _known_bad(PredictionJob(run="", images="", out=str(folder))),
+            "summary": lambda: known_bad(PredictionJob(run="", images="", out=str(folder))),
             "trial": lambda: Ledger(str(folder)),
             "ingest": lambda: Ingest.from_json(data, "ingest.json"),
             "measurements": lambda: Measurements.from_json(data),

@@ -29,7 +29,7 @@ def test_counts_are_those_of_the_run_that_follows(tmp_path: Path, recipe: Recipe
         "data     6 training images, 6 for validation, 6 of them labelled",
         "samples: list 6 and 6 images",
         # Class tokens of 24 numbers of 4 bytes.
-        "features: encode up to 54 windows of 32x32 pixels, 9 an image; 5.2 kB to write",
+        "features: encode up to 54 windows of 32x32 pixels, 9 per image; 5.2 kB to write",
         "  Input > ReadImages (tasks) > EncodeWindows (actors) > WriteFeatures (tasks)",
         "concepts: K-Means into 0 and 2 clusters, at most 100 iterations; 192 bytes to write",
         # The two maps and two planes more, of 2 bytes a patch.
@@ -37,7 +37,7 @@ def test_counts_are_those_of_the_run_that_follows(tmp_path: Path, recipe: Recipe
         "  Input > ReadImages (tasks) > MapConcepts (actors) > WritePseudoLabels (tasks)",
         # Six images, twice each, in batches of four.
         "training: 2 epochs of 3 steps of 4 images, 6 steps in total; 6 images are scored every epoch; 14 kB to write",
-        "evaluation: score 6 images (12 scores of images are taken while training)",
+        "evaluation: score 6 images (12 images are scored during training)",
     ]
     assert re.match(r"in total \d+ kB to write, about .* in the encoder, timed on this cpu\.", told[-1])
     assert list(Path(run.uri).iterdir()) == []

@@ -23,6 +23,8 @@ from tests.refusals import refused
 from transfgu.errors import UserError
 from transfgu.recipe import ComputeRecipe
 from transfgu.runtime import capacity, connect, ray_internals
+from transfgu.runtime.connect import works_here
+from transfgu.runtime.folders import RayFolders
 
 
 def cluster(monkeypatch: pytest.MonkeyPatch, *there: dict[str, float], may_be: str = "") -> None:
@@ -48,7 +50,6 @@ def test_a_cluster_is_joined_where_it_is_named_alone(
     asked: list[dict[str, Any]] = []
     monkeypatch.setenv("RAY_ADDRESS", named)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(connect, "_embedded", None)
     monkeypatch.setattr(ray_internals, "gcs_status", lambda *_: "OK")
     monkeypatch.setattr(ray, "init", lambda **how: asked.append({**how, "path": os.environ["PYTHONPATH"]}))
     monkeypatch.setenv("PYTHONPATH", "/theirs")
@@ -67,9 +68,9 @@ def test_a_cluster_is_joined_where_it_is_named_alone(
     assert ("_temp_dir" in asked[0]) == (joined == "local")
     # A single block of work is done here where nobody else could do it sooner.
     cluster(monkeypatch, {"CPU": 4})
-    assert connect.works_here() == (joined == "local")
+    assert works_here() == (joined == "local")
     cluster(monkeypatch, {"CPU": 4, "GPU": 1})
-    assert not connect.works_here()
+    assert not works_here()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,6 @@ def test_an_address_without_a_cluster_is_told_at_once(
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr(services, "find_gcs_addresses", set)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(connect, "_embedded", None)
     started = time.monotonic()
     with pytest.raises(UserError) as caught:
         connect.connect()
@@ -102,10 +102,8 @@ def test_an_address_without_a_cluster_is_told_at_once(
 def test_a_port_that_no_ray_cluster_listens_on_is_told(monkeypatch: pytest.MonkeyPatch, listener: str) -> None:
     monkeypatch.setenv("RAY_ADDRESS", listener)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(connect, "_embedded", None)
-    monkeypatch.setattr(connect, "_ANSWER_SECONDS", 2.0)
     with pytest.raises(UserError) as caught:
-        connect.connect()
+        connect.connect(answer_seconds=2.0)
     assert caught.value.code == "ray-address-unreachable"
 
 
@@ -115,14 +113,13 @@ def test_a_long_folder_for_temporary_files_gives_way_to_a_short_one(
     long = tmp_path / ("x" * 130)
     long.mkdir()
     monkeypatch.setenv("RAY_TMPDIR", str(long))
-    monkeypatch.setattr(connect, "_folders", [])
-    monkeypatch.setattr(connect, "_owned", [])
-    folder, spill = connect._make_folder(keep=False)
+    folders = RayFolders()
+    folder, spill = folders.make()
     assert len(str(folder)) <= 41
     assert spill  # large things still go where the user wants them
     assert Path(spill).parent == long
     assert {stat.S_IMODE(Path(path).stat().st_mode) for path in (folder, spill)} == {0o700}
-    connect._remove_folders()
+    folders.remove()
     assert not folder.exists()
     assert not list(long.iterdir())
 
@@ -130,16 +127,15 @@ def test_a_long_folder_for_temporary_files_gives_way_to_a_short_one(
 def test_folders_of_dead_processes_are_removed_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     base = Path(tempfile.mkdtemp(dir="/tmp"))
     monkeypatch.setenv("RAY_TMPDIR", str(base))
-    monkeypatch.setattr(connect, "_folders", [])
-    monkeypatch.setattr(connect, "_owned", [])
+    folders = RayFolders()
     dead, strange = base / "transfgu-dead", base / "transfgu-strange"
     for path in (dead, strange):
         path.mkdir()
     (dead / "owner").touch()
-    first, _ = connect._make_folder(keep=False)
-    second, _ = connect._make_folder(keep=False)
+    first, _ = folders.make()
+    second, _ = folders.make()
     assert set(base.iterdir()) == {first, second, strange}
-    connect._remove_folders()
+    folders.remove()
     assert set(base.iterdir()) == {strange}
     shutil.rmtree(base)
 
@@ -246,7 +242,8 @@ def test_an_embedded_cluster_is_open_to_its_machine_alone(ray_cluster: None) -> 
 def test_ray_that_does_not_start_in_time_is_given_longer() -> None:
     base = Path(tempfile.mkdtemp(dir="/tmp"))
     start = (
-        "import ray; from transfgu.runtime import connect; connect.connect(); print(len(ray.nodes()), connect._folders)"
+        "import ray; from transfgu.runtime import connect; connect.connect(); "
+        "print(len(ray.nodes()), connect.FOLDERS.paths)"
     )
     done = subprocess.run(
         [sys.executable, "-c", start],

@@ -7,6 +7,7 @@ import pytest
 import ray
 
 from transfgu.errors import UserError
+from transfgu.runtime import ray_internals
 from transfgu.runtime.failures import find_user_error, raises_user_errors
 
 
@@ -35,9 +36,21 @@ def in_actor() -> None:
     ray.get(actor.ready.remote())
 
 
+def in_map() -> None:
+    def refuse_row(row: dict[str, Any]) -> dict[str, Any]:
+        refuse()
+        return row
+
+    with ray_internals.data_context():
+        data = ray.data.range(1).map(refuse_row)
+    data.materialize()  # Ray Data adds advice on retries to the message
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    "go", [in_task, in_actor, lambda: ray.get(in_actor_of_task.remote())], ids=["task", "actor", "actor of a task"]
+    "go",
+    [in_task, in_actor, lambda: ray.get(in_actor_of_task.remote()), in_map],
+    ids=["task", "actor", "actor of a task", "map of Ray Data"],
 )
 def test_a_mistake_in_another_process_keeps_its_code(go: Callable[[], None], ray_cluster: None) -> None:
     with pytest.raises(ray.exceptions.RayError) as raised:

@@ -86,7 +86,7 @@ def test_the_same_requests_succeed_with_the_token() -> None:
 
 
 def test_folder_and_token_are_the_owners_alone() -> None:
-    (folder,) = connect._folders
+    (folder,) = connect.FOLDERS.paths
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     token = os.environ["RAY_AUTH_TOKEN"]
     assert len(token) == 64

@@ -160,7 +160,6 @@ def test_a_small_search(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert (tmp_path / "search" / "trials.json").stat().st_mtime_ns == results
 
 
-@pytest.mark.ci_long
 @pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_trials_that_are_stopped_give_back_what_they_held(tmp_path: Path) -> None:
@@ -289,10 +288,10 @@ import ray
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from transfgu.runtime import connect
-for name, value in connect._ENVIRONMENT.items():
+for name, value in connect.ENVIRONMENT.items():
     __import__("os").environ.setdefault(name, value)
 ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False,
-         runtime_env={{"env_vars": {{**connect._ENVIRONMENT, "PYTHONPATH": {root!r}}}}})
+         runtime_env={{"env_vars": {{**connect.ENVIRONMENT, "PYTHONPATH": {root!r}}}}})
 from tests.search.test_stage import search
 from transfgu.search.stage import run_search
 run_search(search(Path({folder!r}), "omega_1=uniform(0.5,2)", epochs=2, scheduler="none", trials=3,

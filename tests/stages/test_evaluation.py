@@ -4,7 +4,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 import safetensors.numpy
 import safetensors.torch
 import torch
@@ -19,7 +18,6 @@ from transfgu.decoder import MaskDecoder
 from transfgu.encoder import Encoder, normalise
 from transfgu.metrics import scores
 from transfgu.recipe import Recipe
-from transfgu.runtime import capacity
 from transfgu.runtime import connect as runtime
 from transfgu.runtime.progress import Progress
 from transfgu.stages import evaluation, samples
@@ -110,13 +108,8 @@ def test_one_block_is_counted_here_as_by_ray(made: MadeRun, ray_cluster: None, m
         np.testing.assert_array_equal(found[name], confusion)
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_few_images_are_scored_without_ray(made: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
-    monkeypatch.setattr(runtime, "_embedded", False)
-    monkeypatch.setattr(capacity, "_only", None)
     shown = pipeline.evaluate(made.recipe, made.run, quiet=True)
     names = [f"scene <{i}>" for i in range(5)]
     model = counted(made.recipe, made, made.run.file("model.safetensors"), names, own_size=False)

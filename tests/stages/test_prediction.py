@@ -22,7 +22,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from PIL import Image
 
 from tests.made_run import MadeRun, make_run
@@ -275,16 +274,9 @@ def test_of_models_that_start_at_once_one_has_the_folder(made: MadeRun, tmp_path
     assert told == [winner if winner == str(model) else refusal for model in range(8)]
 
 
+@pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize("how", [{"overlays": True}, {"format": "parquet"}])
-def test_few_images_are_predicted_without_ray(
-    how: dict[str, Any], made: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(connect, "_has_gpu", lambda: False)
-    monkeypatch.setattr(connect, "_embedded", False)
-    monkeypatch.setattr(capacity, "_only", None)
+def test_few_images_are_predicted_without_ray(how: dict[str, Any], made: MadeRun, tmp_path: Path) -> None:
     write_images(tmp_path / "images", [*NAMES[:31], "b/001.jpg"])
     asked = job(made, tmp_path, **how)
     first = predict(asked, COMPUTE, QUIET)
@@ -310,7 +302,7 @@ def test_few_images_are_the_same_with_and_without_ray(
 ) -> None:
     write_images(tmp_path / "images", NAMES[2:3] if "tile" in how else NAMES[:12])
     predict(job(made, tmp_path, **how, out=str(tmp_path / "by Ray")), COMPUTE, QUIET)
-    monkeypatch.setattr(connect, "_embedded", True)
+    monkeypatch.setattr(connect, "works_here", lambda: True)
     monkeypatch.setattr(prediction, "plan", lambda *_: pytest.fail("Ray was asked"))
     predict(job(made, tmp_path, **how, out=str(tmp_path / "here")), COMPUTE, QUIET)
     for kind in ("masks", "overlays"):
@@ -393,7 +385,7 @@ def test_masks_without_records_are_done_if_they_are_younger(made: MadeRun, tmp_p
     os.utime(tmp_path / "images" / "new.jpg", (4e9, 4e9))  # changed after its mask was made
     asked = job(made, tmp_path)
     table = prediction.named_samples(find_images(asked.images, recursive=True))
-    there = prediction._there(asked, table)
+    there = prediction.earlier_masks(asked, table)
     assert (there.done, there.orphans) == ({"old.jpg"}, 1)
 
 

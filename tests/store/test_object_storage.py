@@ -56,7 +56,9 @@ def small(name: str, data: str, weights: str) -> Recipe:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name", ["coco-stuff-27", pytest.param("cityscapes", marks=[pytest.mark.long, pytest.mark.ci_long])]
+)
 def test_data_weights_and_run_lie_on_s3(name: str, samples: Path, s3: str, ray_cluster: None) -> None:
     data = upload(name, samples, f"{s3}/data")
     sink = io.BytesIO()

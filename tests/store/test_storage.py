@@ -251,7 +251,10 @@ def test_a_change_shows_without_reading(root: str) -> None:
     storage.write_bytes(uri, b"12")
     assert storage.versions([uri]) != first
     assert storage.read_range(uri, 1, 9) == b"2"
+    assert storage.read_range(uri, 3, 9) == b""
     assert storage.read_range(storage.join(root, "none"), 0, 1) is None
+    storage.write_bytes(uri, b"")
+    assert storage.read_range(uri, 0, 9) == b""
 
 
 @pytest.mark.s3

@@ -416,7 +416,7 @@ class IICModel:
         self._size, self._network = recipe.dataset.training_size, network
 
     def normalise(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-        """Pixels 0 to 1."""
+        """Return pixels from 0 to 1."""
         return images.to(self.device).float() / 255
 
     def frozen(self, images: Shaped[Tensor, "B 3 H W"]) -> Shaped[Tensor, "B 3 H W"]:

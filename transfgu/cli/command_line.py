@@ -289,30 +289,37 @@ def _metavar(kind: Any) -> str:
     )
 
 
-def recipe_of(arguments: argparse.Namespace) -> Recipe:
+def recipe_of(arguments: argparse.Namespace, base: Recipe | None = None) -> Recipe:
     """Return the recipe that the arguments describe.
+
+    Args:
+        arguments: the parsed command line.
+        base: the recipe to start from; None: that of `--recipe`, or the preset.
 
     Raises:
         UserError: unknown preset or method, a bad value, or a field that the method does not have.
     """
     given = given_fields(arguments)
-    if arguments.recipe:
+    if base:
+        recipe = base
+    elif arguments.recipe:
         if arguments.preset:
             raise UserError("give a PRESET or --recipe, not both", code="flags-conflict")
         recipe = from_yaml(storage.read_bytes(arguments.recipe), storage.shown(arguments.recipe))
     else:
         recipe = preset(arguments.preset or "shapes", given.get("method", TRANSFGU))
     if arguments.published:
-        if given.get("method", recipe.method) != TRANSFGU:
+        asked = given.get("method", recipe.method)
+        if asked != TRANSFGU:
             raise UserError(
-                f"--published is TransFGU's: leave it out with method {given.get('method', recipe.method)}",
+                f"--published is an option of method transfgu only, not of {asked}: leave it out",
                 code="option-of-another-method",
             )
         recipe = recipe.with_fields(published(recipe.dataset.layout))
-    return with_given(recipe, given)
+    return _with_given(recipe, given)
 
 
-def with_given(recipe: Recipe, given: Mapping[str, str]) -> Recipe:
+def _with_given(recipe: Recipe, given: Mapping[str, str]) -> Recipe:
     """Return a recipe with the fields from a command line.
 
     Raises:

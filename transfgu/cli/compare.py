@@ -11,9 +11,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from transfgu.cli import compare_runs
 from transfgu.cli.command_line import Parser, add_recipe, given_fields, print_config, recipe_of
 from transfgu.errors import UserError
-from transfgu.methods import METHODS, method
+from transfgu.methods import METHODS, TRANSFGU, method
 from transfgu.presets import PRESETS
 from transfgu.recipe import Recipe, preset
 from transfgu.store import storage
@@ -36,8 +37,6 @@ def main(words: Sequence[str] | None = None) -> None:
     """Parse the command line, run each method with each seed, write and print the table."""
     words = sys.argv[1:] if words is None else words
     if len(words) > 1 and not any(word.startswith("-") for word in words[:2]) and words[0] not in PRESETS:
-        from transfgu.cli import compare_runs
-
         compare_runs.main(words)
         return
     arguments = parser(words).parse(words)
@@ -48,6 +47,13 @@ def main(words: Sequence[str] | None = None) -> None:
     recipe = recipe_of(arguments)
     methods, seeds = _methods(arguments.methods), _numbers("--seeds", arguments.seeds, lowest=0)
     flags = _flags(recipe, methods, given)
+    if arguments.published:
+        if TRANSFGU not in methods:
+            raise UserError(
+                "--published is an option of transfgu only: leave it out, or add transfgu to --methods",
+                code="option-of-another-method",
+            )
+        flags[TRANSFGU] = ("--published", *flags[TRANSFGU])
     if arguments.print_config:
         print_config(recipe)
         return

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import get_args, get_origin
 
+import shtab
+
 from transfgu.cli.command_line import Parser
 from transfgu.cli.main import COMMANDS, command_module
 from transfgu.errors import UserError
@@ -33,8 +35,6 @@ def script(shell: str) -> str:
     Raises:
         UserError: no such shell.
     """
-    import shtab
-
     if shell not in SHELLS:
         raise UserError(f"there is no completion for {shell}; choose one of {', '.join(SHELLS)}", code="shell-unknown")
     root = argparse.ArgumentParser(prog="transfgu")

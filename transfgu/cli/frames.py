@@ -24,7 +24,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add("video", metavar="VIDEO", help=f"URI of a video, or of a folder of videos ({', '.join(videos.SUFFIXES)})")
     add("--out", metavar="URI", required=True, help="folder of the images")
     add("--every", metavar="X", type=float, default=1.0, help="interval of frames [seconds]; 0: all (default: 1)")
-    add("--quiet", action="store_true", help="print the result alone")
+    add("--quiet", action="store_true", help="print only the result")
     return made
 
 
@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> None:
     found = _videos(given.video)
     if storage.within(given.out, given.video):
         raise UserError(
-            f"--out {storage.shown(given.out)} lies in {storage.shown(given.video)}: choose a folder beside it",
+            f"--out {storage.shown(given.out)} is inside {storage.shown(given.video)}: choose a separate folder",
             code="folders-nested",
         )
     storage.check_writable(given.out)
@@ -68,7 +68,7 @@ def time_text(seconds: float) -> str:
 
 
 def _videos(uri: str) -> dict[str, str]:
-    """URIs of videos by the name of their folder of frames."""
+    """Return the URIs of videos by the name of their folder of frames."""
     if storage.is_file(uri):
         found = {uri.rstrip("/").rpartition("/")[2]: uri}
     else:
@@ -78,7 +78,7 @@ def _videos(uri: str) -> dict[str, str]:
     found = {name: file for name, file in sorted(found.items()) if name.lower().endswith(videos.SUFFIXES)}
     if not found:
         raise UserError(
-            f"{storage.shown(uri)} holds no video ({', '.join(videos.SUFFIXES)}): check the path", code="videos-missing"
+            f"{storage.shown(uri)} has no video ({', '.join(videos.SUFFIXES)}): check the path", code="videos-missing"
         )
     return found
 

@@ -12,6 +12,9 @@ from importlib import metadata
 from types import MappingProxyType, ModuleType
 from typing import NoReturn
 
+from transfgu.errors import UserError
+from transfgu.runtime import stopping
+
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "train": "segment a data set without labels: features, concepts, pseudo labels, training, evaluation, report",
@@ -45,8 +48,6 @@ def command_module(name: str) -> ModuleType:
         UserError: there is no such command; the message names similar ones.
     """
     if name not in COMMANDS:
-        from transfgu.errors import UserError
-
         near = difflib.get_close_matches(name, COMMANDS, n=3)
         raise UserError(
             f"there is no command {name}; choose one of {', '.join(near or COMMANDS)} (transfgu --help shows all)",
@@ -92,8 +93,6 @@ def run_command(words: Sequence[str]) -> None:
 
 def main() -> NoReturn:
     """Run `transfgu` with the arguments of the process, and exit."""
-    from transfgu.runtime import stopping
-
     stopping.install()
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help", "help", "--version"):

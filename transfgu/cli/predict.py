@@ -11,6 +11,7 @@ from transfgu.cli import export
 from transfgu.cli.command_line import Parser, add_compute, add_output, compute_of
 from transfgu.errors import UserError
 from transfgu.fields import convert
+from transfgu.runtime.progress import Progress
 from transfgu.sharing.exports import NAMES, check_format
 from transfgu.store import storage
 
@@ -85,7 +86,6 @@ def main(words: Sequence[str] | None = None) -> None:
             raise UserError("--export requires masks as PNGs: leave out --format parquet", code="flags-conflict")
     compute = compute_of(given)
     # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
-    from transfgu.runtime.progress import Progress
     from transfgu.stages.prediction import PredictionJob, predict
 
     own = ("run", "images", "out", "format", "overlays", "tile", "overlap", "max_pixels")

@@ -16,6 +16,8 @@ from transfgu.errors import UserError
 from transfgu.fields import listed
 from transfgu.pretraining.recipe import VIEWS
 from transfgu.recipe import FIELDS, ComputeRecipe, Recipe, preset
+from transfgu.runtime.progress import Progress
+from transfgu.store import storage
 
 
 def parser(words: Sequence[str] = ()) -> Parser:
@@ -64,8 +66,6 @@ def main(words: Sequence[str] | None = None) -> None:
     # Import torch and Ray only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu.pretraining.stage import SHAPES, PretrainingJob, pretrain
     from transfgu.runtime import capacity, connect
-    from transfgu.runtime.progress import Progress
-    from transfgu.store import storage
     from transfgu.training import tracking
 
     job = PretrainingJob(

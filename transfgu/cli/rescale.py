@@ -1,7 +1,7 @@
 """Map DICOM slices and grey images of 12, 16 or 32 bits to 8 bits by a window, as PNGs that every other command takes.
 
 `transfgu rescale IMAGES --out FOLDER --low -160 --high 240` makes -160 black and 240 white. Intensities of DICOM files
-are in their own unit (Hounsfield units of CT); without --low and --high the window that a DICOM file proposes is used.
+are in their own unit (Hounsfield units of CT); without --low and --high the window in the DICOM file is used.
 """
 
 import io
@@ -26,9 +26,9 @@ def parser(words: Sequence[str] = ()) -> Parser:
     add = made.add_argument
     add("images", metavar="IMAGES", help=f"folder of DICOM files and images ({', '.join(_SUFFIXES)}), at any depth")
     add("--out", metavar="URI", required=True, help="folder of the PNGs")
-    add("--low", metavar="X", type=float, help="intensity that becomes black (default: as DICOM files propose)")
-    add("--high", metavar="X", type=float, help="intensity that becomes white (default: as DICOM files propose)")
-    add("--quiet", action="store_true", help="print the result alone")
+    add("--low", metavar="X", type=float, help="intensity that becomes black (default: from the DICOM file)")
+    add("--high", metavar="X", type=float, help="intensity that becomes white (default: from the DICOM file)")
+    add("--quiet", action="store_true", help="print only the result")
     return made
 
 
@@ -38,15 +38,15 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser(words).parse(words)
     window = None
     if (given.low is None) != (given.high is None):
-        raise UserError("--low and --high make a window: give both, or none", code="flags-conflict")
+        raise UserError("--low and --high define a window: give both, or neither", code="flags-conflict")
     if given.low is not None:
         if not (math.isfinite(given.low) and math.isfinite(given.high) and given.low < given.high):
-            raise UserError(f"--low must lie below --high, not {given.low:g} and {given.high:g}", code="flag-range")
+            raise UserError(f"--low must be less than --high, not {given.low:g} and {given.high:g}", code="flag-range")
         window = given.low, given.high
     storage.check_readable(given.images)
     if storage.within(given.out, given.images):
         raise UserError(
-            f"--out {storage.shown(given.out)} lies in {storage.shown(given.images)}: choose a folder beside it",
+            f"--out {storage.shown(given.out)} is inside {storage.shown(given.images)}: choose a separate folder",
             code="folders-nested",
         )
     storage.check_writable(given.out)
@@ -56,12 +56,15 @@ def main(words: Sequence[str] | None = None) -> None:
     progress = Progress("rescale", quiet=given.quiet)
     written, passed, bad = 0, 0, []
     for number, (name, out) in enumerate(zip(names, output_names(names), strict=True), 1):
-        data = storage.read_bytes(files[name])
         progress.update(number, len(names), "files")
-        if not (intensities.is_dicom(data[:_HEAD]) or name.lower().endswith(_SUFFIXES)):
+        # Read the first bytes only, because other files may be large.
+        if not (
+            name.lower().endswith(_SUFFIXES) or intensities.is_dicom(storage.read_range(files[name], 0, _HEAD) or b"")
+        ):
             passed += 1
             continue
         try:
+            data = storage.read_bytes(files[name])
             found = [_png(image.narrowed(window)) for image in intensities.slices(data)]
         except BadInput as error:
             bad.append(f"{name} ({error})")
@@ -73,7 +76,7 @@ def main(words: Sequence[str] | None = None) -> None:
     progress.end()
     if not written:
         raise UserError(
-            f"{storage.shown(given.images)} holds no DICOM file and no grey image of more than 8 bits that can be read"
+            f"{storage.shown(given.images)} has no readable DICOM file or grey image of more than 8 bits"
             f"{f': {bad[0]}' if bad else ''}",
             code="images-missing",
         )

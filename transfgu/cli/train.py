@@ -11,11 +11,9 @@ from transfgu.cli.command_line import (
     Parser,
     add_output,
     add_recipe,
-    given_fields,
     preset_table,
     print_config,
     recipe_of,
-    with_given,
 )
 from transfgu.errors import UserError
 from transfgu.methods import STAGES, TRANSFGU
@@ -71,10 +69,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print(preset_table())
         return
     shared = Run(given.reuse) if given.reuse else None
-    if shared and not (given.preset or given.recipe):
-        recipe = with_given(shared.recipe(), given_fields(given))
-    else:
-        recipe = recipe_of(given)
+    recipe = recipe_of(given, shared.recipe() if shared and not (given.preset or given.recipe) else None)
     names = None
     if given.class_names:
         from transfgu import datasets

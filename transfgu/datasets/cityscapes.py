@@ -1,20 +1,22 @@
 """List Cityscapes: the name of a sample, city_sequence_frame, is the common part of the names of image and label."""
 
-from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair
-from transfgu.datasets.names import stems
+from transfgu.datasets.listing import Layout, Listing, pair, two_folders
 from transfgu.recipe import Recipe
 from transfgu.store import storage
 
+_EXPECTED = ("labels' files not read (.json)",)  # polygons, beside each label
 _FOLDERS = {"train": "train", "validation": "val"}
 
 
 def _list(recipe: Recipe, split: str) -> Listing:
     folder = _FOLDERS[split]
-    images, labels = in_parallel(
-        lambda: stems(images_in(storage.join(recipe.data, "leftImg8bit", folder), recursive=True), "_leftImg8bit"),
-        lambda: stems(images_in(storage.join(recipe.data, "gtFine", folder), recursive=True), "_gtFine_labelIds"),
+    images, labels, notes = two_folders(
+        storage.join(recipe.data, "leftImg8bit", folder),
+        storage.join(recipe.data, "gtFine", folder),
+        ("_leftImg8bit", "_gtFine_labelIds"),
+        recursive=True,
     )
-    return pair(recipe, split, images, images, labels)
+    return pair(recipe, split, images, images, labels, notes={n: c for n, c in notes.items() if n not in _EXPECTED})
 
 
 CITYSCAPES = Layout(

@@ -9,8 +9,7 @@ import lzma
 import re
 from importlib import resources
 
-from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair
-from transfgu.datasets.names import stems
+from transfgu.datasets.listing import Layout, Listing, pair, two_folders
 from transfgu.errors import UserError
 from transfgu.recipe import Recipe
 from transfgu.store import storage
@@ -57,9 +56,8 @@ def annotated_names(uri: str, chunk_bytes: int = 1 << 24) -> set[str] | None:
 
 def _list(recipe: Recipe, split: str) -> Listing:
     folder = _FOLDERS[split]
-    images, labels = in_parallel(
-        lambda: stems(images_in(storage.join(recipe.data, "images", folder))),
-        lambda: stems(images_in(storage.join(recipe.data, "annotations", folder))),
+    images, labels, notes = two_folders(
+        storage.join(recipe.data, "images", folder), storage.join(recipe.data, "annotations", folder)
     )
     names = annotated_names(storage.join(recipe.data, "annotations", f"instances_{folder}.json"))
     curated = curated_names(split)
@@ -70,7 +68,7 @@ def _list(recipe: Recipe, split: str) -> Listing:
         images,
         labels,
         curated=curated.__contains__,
-        notes={} if names is None else {"unannotated": len(images.keys() - names)},
+        notes=notes if names is None else {"unannotated": len(images.keys() - names), **notes},
     )
 
 

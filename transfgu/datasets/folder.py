@@ -31,7 +31,7 @@ def _list(recipe: Recipe, split: str) -> Listing:
     found = find_images(data, recursive=True)
     images = _without(found, label_root, data) if label_root else dict(found.files)
     labels = _labels(images, label_root, data) if label_root else None
-    notes = {f"files not read ({kind})": count for kind, count in found.passed.items()} if split == "train" else {}
+    notes = found.notes() if split == "train" else {}
     splits = _splits(images)
     if splits:
         if split == "train":

@@ -63,7 +63,7 @@ _WIDE = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _ORIENTATION = 0x0112  # EXIF's and TIFF's tag
 _BACK = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}  # the inverse of each orientation
 _LABEL_FORMATS = ("PNG", "TIFF", "GIF", "BMP", "PPM")  # lossless, with one channel
-_BAND_PIXELS = 1 << 20  # that are converted at a time
+_BAND_PIXELS = 1 << 20  # pixels converted at a time
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 if cv2 is not None:
     cv2.setNumThreads(1)  # many processes and threads decode at the same time
@@ -201,7 +201,7 @@ def _picture_pixels(picture: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def _bands(height: int, width: int) -> Iterator[slice]:
-    """Rows from the top down, in bands of about `_BAND_PIXELS`."""
+    """Yield rows from the top down, in bands of about `_BAND_PIXELS`."""
     rows = max(1, _BAND_PIXELS // width)
     for start in range(0, height, rows):
         yield slice(start, min(height, start + rows))
@@ -401,7 +401,7 @@ def _decode(data: bytes, what: str, max_pixels: int, image_shape: Size | None = 
     if not data:
         raise BadInput(f"empty {what}")
     try:
-        picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=[f for f in _FORMATS if f != "HEIF" or pillow_heif is not None])
         shape = picture.height, picture.width
         if image_shape and shape[0] * shape[1] > max(_BAND_PIXELS, image_shape[0] * image_shape[1]):
             raise BadInput(f"{what} of {_by(shape)} pixels for an image of {_by(image_shape)}")

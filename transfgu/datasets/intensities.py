@@ -1,7 +1,7 @@
 """Map measured intensities to 8 bits by a window: DICOM slices, and grey images of 12, 16 or 32 bits.
 
-Intensities below the window become 0, those above it 255. A window that suits what is looked at keeps differences that
-a division of the whole range would round away.
+Intensities below the window become 0, those above it 255. A suitable window keeps differences that scaling the whole
+range to 8 bits would lose.
 """
 
 import io
@@ -23,9 +23,9 @@ class Slice:
     """One image of intensities.
 
     Args:
-        values: the intensities: of DICOM after its rescaling (Hounsfield units of CT), else as stored.
-        window: the one that the file proposes, if any.
-        inverted: the file says that high intensities are shown dark (DICOM's MONOCHROME1).
+        values: the intensities: of DICOM after its rescaling (Hounsfield units of CT), otherwise as stored.
+        window: the window in the file, if any.
+        inverted: True if high intensities are shown dark (DICOM's MONOCHROME1).
     """
 
     values: Float32[np.ndarray, "H W"]
@@ -36,10 +36,10 @@ class Slice:
         """Return the image in 8 bits.
 
         Args:
-            window: to use; None: the one that the file proposes.
+            window: the window to use; None: that in the file.
 
         Raises:
-            BadInput: there is none.
+            BadInput: there is no window.
         """
         window = window or self.window
         if window is None:
@@ -73,7 +73,7 @@ def _dicom(data: bytes) -> Iterator[Slice]:
         import pydicom
         from pydicom.pixels.processing import apply_modality_lut
     except ImportError:
-        raise UserError("DICOM files need pydicom: pip install 'transfgu[dicom]'", code="package-missing") from None
+        raise UserError("DICOM files require pydicom: pip install 'transfgu[dicom]'", code="package-missing") from None
     try:
         found = pydicom.dcmread(io.BytesIO(data))
         if found.get("SamplesPerPixel", 1) != 1:

@@ -1,7 +1,6 @@
 """List LIP (Look into Person), single persons: one list, one image folder and one label folder per split."""
 
-from transfgu.datasets.listing import Layout, Listing, images_in, in_parallel, pair, read_names
-from transfgu.datasets.names import stems
+from transfgu.datasets.listing import Layout, Listing, pair, read_names, two_folders
 from transfgu.recipe import Recipe
 from transfgu.store import storage
 
@@ -10,12 +9,11 @@ _PREFIXES = {"train": "train", "validation": "val"}
 
 def _list(recipe: Recipe, split: str) -> Listing:
     prefix = _PREFIXES[split]
-    images, labels = in_parallel(
-        lambda: stems(images_in(storage.join(recipe.data, f"{prefix}_images"))),
-        lambda: stems(images_in(storage.join(recipe.data, f"{prefix}_segmentations"))),
+    images, labels, notes = two_folders(
+        storage.join(recipe.data, f"{prefix}_images"), storage.join(recipe.data, f"{prefix}_segmentations")
     )
     names = read_names(storage.join(recipe.data, f"{prefix}_id.txt"), images)
-    return pair(recipe, split, names, images, labels)
+    return pair(recipe, split, names, images, labels, notes=notes)
 
 
 LIP = Layout(

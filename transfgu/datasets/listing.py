@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from transfgu.datasets import images
-from transfgu.datasets.names import composed, stem
+from transfgu.datasets.names import composed, stem, stems
 from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import Recipe
 from transfgu.store import storage
@@ -87,6 +87,10 @@ class Images:
     passed: Mapping[str, int]
     """Numbers of other files, by suffix or reason, largest first."""
 
+    def notes(self, what: str = "") -> dict[str, int]:
+        """Return the numbers of unread files as notes of a listing: "files not read (.mp4)"; `what` comes before."""
+        return {f"{what}files not read ({kind})": count for kind, count in self.passed.items()}
+
     @property
     def passed_text(self) -> str:
         """Return the unread files as text, such as `3 .mp4, 1 hidden`; empty if there are none."""
@@ -141,10 +145,28 @@ def find_images(folder: str, *, recursive: bool = False) -> Images:
     )
 
 
-def in_parallel(*tasks: Callable[[], dict[str, str]]) -> list[dict[str, str]]:
-    """Return the results of independent listings, which wait for the storage at the same time."""
-    with ThreadPoolExecutor(len(tasks)) as pool:
-        return [f.result() for f in [pool.submit(t) for t in tasks]]
+def two_folders(
+    images: str, labels: str, suffixes: tuple[str, str] = ("", ""), *, recursive: bool = False
+) -> tuple[dict[str, str], dict[str, str], dict[str, int]]:
+    """List a benchmark's folders of images and labels, which wait for the storage at the same time.
+
+    Args:
+        images: URI of the folder.
+        labels: URI of the folder.
+        suffixes: ends of the names of images and of labels that are no part of a sample's name.
+        recursive: also list sub-folders.
+
+    Returns:
+        The images and the labels, URI by sample, and the numbers of files that are not read, as notes of a listing.
+
+    Raises:
+        UserError: the storage can't be read, or two files of a folder are one sample.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda folder: find_images(folder, recursive=recursive), (images, labels)))
+    one, other = (stems(listed.files, suffix) for listed, suffix in zip(found, suffixes, strict=True))
+    others = {"images of other names": len(found[0].files) - len(one)}
+    return one, other, {**{n: c for n, c in others.items() if c}, **found[0].notes(), **found[1].notes("labels' ")}
 
 
 def pair(

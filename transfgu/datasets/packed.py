@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -24,7 +25,8 @@ COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 """Names of an image column, in order of preference."""
 
 _REMEDY = "download it again"
-_STRETCH = 64 * 2**20  # bytes of a tar shard that are read at a time
+STRETCH = 64 * 2**20
+"""Number of bytes of a tar shard that are read at a time."""
 _SPLIT = re.compile(r"(train|validation|valid|val|test)(?![A-Za-z])")
 _MAGIC = (
     (b"\xff\xd8\xff", ".jpg"),
@@ -106,19 +108,20 @@ def packs(data: str) -> list[Pack]:
     return [Pack(uri=uri, stem=stem, split=of[split]) for uri, stem, split in found if split in of]
 
 
-def units(data: str, limit: int = 0) -> list[Unit]:
+def units(data: str, limit: int = 0, stretch: int = STRETCH) -> list[Unit]:
     """List the units to unpack; only footers and headers of the files are read.
 
     Args:
         data: URI of a file or a folder.
         limit: sufficient number of images per split; 0: all.
+        stretch: maximum number of bytes of a tar shard in one unit, unless a single image is larger.
 
     Raises:
         UserError: a damaged file, or one without an image column.
     """
     found = packs(data)
     with ThreadPoolExecutor(storage.IN_FLIGHT) as pool:
-        each = list(pool.map(_units, found))
+        each = list(pool.map(partial(_units, stretch=stretch), found))
     kept: list[Unit] = []
     counted: dict[str, int] = {}
     for of_pack in each:
@@ -130,8 +133,8 @@ def units(data: str, limit: int = 0) -> list[Unit]:
     return kept
 
 
-def _units(pack: Pack) -> list[Unit]:
-    return _stretches(pack) if pack.uri.lower().endswith(".tar") else _row_groups(pack)
+def _units(pack: Pack, stretch: int) -> list[Unit]:
+    return _stretches(pack, stretch) if pack.uri.lower().endswith(".tar") else _row_groups(pack)
 
 
 def _row_groups(pack: Pack) -> list[Unit]:
@@ -141,7 +144,7 @@ def _row_groups(pack: Pack) -> list[Unit]:
     return [Unit(pack=pack, number=i, first=sum(counts[:i]), count=count) for i, count in enumerate(counts) if count]
 
 
-def _stretches(pack: Pack) -> list[Unit]:
+def _stretches(pack: Pack, most: int) -> list[Unit]:
     fs, path = storage.filesystem(pack.uri)
     try:
         with fs.open_input_file(path) as file, tarfile.open(fileobj=file, mode="r:") as shard:
@@ -157,8 +160,8 @@ def _stretches(pack: Pack) -> list[Unit]:
     found: list[Unit] = []
     start = 0
     for end in range(1, len(members) + 1):
-        stretch = members[end][1] + members[end][2] - members[start][1] if end < len(members) else _STRETCH + 1
-        if stretch > _STRETCH:
+        stretch = members[end][1] + members[end][2] - members[start][1] if end < len(members) else most + 1
+        if stretch > most:
             taken = tuple(members[start:end])
             found.append(Unit(pack=pack, number=len(found), first=start, count=len(taken), members=taken))
             start = end

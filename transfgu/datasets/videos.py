@@ -25,13 +25,13 @@ def check_installed() -> None:
     try:
         import av  # noqa: F401
     except ImportError:
-        raise UserError("frames needs PyAV: pip install 'transfgu[video]'", code="package-missing") from None
+        raise UserError("frames requires PyAV: pip install 'transfgu[video]'", code="package-missing") from None
 
 
 def frames(uri: str, every: float | int) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
     """Decode a video and yield its first frame, then the first frame at or after each multiple of `every` seconds.
 
-    Frames are rotated as the file says that players show them. A frame without a time is skipped.
+    Frames are rotated as in players, according to the file. A frame without a time is skipped.
 
     Args:
         uri: of the file, with one of :data:`SUFFIXES`.

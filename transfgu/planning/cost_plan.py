@@ -136,7 +136,7 @@ def measured_rates(recipe: Recipe, found: Measurements, ingest: Ingest | None = 
         )
     if found.encoder != recipe.encoder.name:
         raise UserError(
-            f"the measurements are of encoder {found.encoder}, and the recipe's is {recipe.encoder.name}: "
+            f"the measurements are of encoder {found.encoder}, but the recipe's is {recipe.encoder.name}: "
             f"run transfgu benchmark all --preset {recipe.preset} --encoder.name {recipe.encoder.name}",
             code="measurements-mismatch",
         )

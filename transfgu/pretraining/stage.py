@@ -23,7 +23,7 @@ from numpy import ndarray
 
 from transfgu.datasets import images as pictures
 from transfgu.datasets import shapes
-from transfgu.datasets.listing import images_in
+from transfgu.datasets.listing import find_images
 from transfgu.errors import BadShare, LeftOut, UserError
 from transfgu.pretraining.recipe import PretrainingRecipe, compared_fields
 from transfgu.pretraining.training import REMEDY, Part, Pretraining, PretrainingInputs, worker_batch
@@ -118,7 +118,7 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
     Raises:
         UserError: no image, too few for a batch, or more than a tenth of them unusable.
     """
-    names = [str(i) for i in range(job.count)] if job.images == SHAPES else files(job.images)
+    names = [str(i) for i in range(job.count)] if job.images == SHAPES else files(job.images, progress.note)
     each = 1 if job.images == SHAPES else job.squares
     if len(names) * each < job.recipe.batch_size:
         raise _too_few(job, len(names) * each)
@@ -157,19 +157,25 @@ def prepare(job: PretrainingJob, progress: Progress) -> Prepared:
     return Prepared(listing=listing, parts=tuple(made_parts), left_out=tuple(left_out))
 
 
-def files(uri: str) -> list[str]:
+def files(uri: str, note: Callable[[str], None] = lambda _: None) -> list[str]:
     """Return the URIs of the images in a folder, listed as in every job.
+
+    Args:
+        uri: URI of the folder.
+        note: called with a line about files that are not read, if there are any.
 
     Raises:
         UserError: the folder can't be read, or has no image.
     """
     storage.check_readable(uri)
-    files = list(images_in(uri, recursive=True).values())
-    if not files:
+    found = find_images(uri, recursive=True)
+    if found.passed:
+        note(f"not read: {found.passed_text}")
+    if not found.files:
         raise UserError(
             f"{storage.shown(uri)} has no images (.jpg, .png, .webp, ...): check --images", code="images-missing"
         )
-    return files
+    return list(found.files.values())
 
 
 def make_part(row: dict[str, Any], draw: Draw, size: int) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def _told_nodes(text: str) -> list[Nodes]:
         ]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(
-            f'{NODES} must read as in {NODES}=\'[{{"count": 8, "CPU": 4, "GPU": 1}}]\', not {text}',
+            f'{NODES} must have the form {NODES}=\'[{{"count": 8, "CPU": 4, "GPU": 1}}]\', not {text}',
             code="nodes-invalid",
         ) from None
 

@@ -5,14 +5,11 @@ processes have, and keeps its sockets and logs in a folder that only this user c
 """
 
 import atexit
-import fcntl
 import logging
 import os
 import secrets
-import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -24,10 +21,11 @@ import ray
 from transfgu.errors import UserError
 from transfgu.runtime import capacity, ray_internals, stopping
 from transfgu.runtime.capacity import NODES, cluster_gpus
+from transfgu.runtime.folders import RayFolders
 
 # Threads that spin while they wait use CPU time that other processes need: four times as much per step. glibc returns
 # large blocks to the kernel at every free; page faults for new ones take a third of a small ViT's time.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -38,35 +36,37 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
-_PREFIX = "transfgu-"
-_OWNER = "owner"
-_LONGEST_FOLDER = 41  # a socket's path may have 107 bytes, and Ray's session and socket names have 66
+"""Variables for Ray's processes, unless the environment has others."""
 _PATIENT_SECONDS = 150.0  # Ray's time to start in the second attempt; in the first it is 30 s
 _ADDRESS_SECONDS = 5.0
-_ANSWER_SECONDS = 15.0
 
+FOLDERS = RayFolders()
+"""Folders of the embedded cluster that this process has started."""
 _embedded = False
-_folders: list[Path] = []
-_owned: list[int] = []
 
 
 def connect(
-    *, verbose: bool = False, setup_hook: Callable[[], None] | None = None, little: Callable[[], bool] | None = None
+    *,
+    verbose: bool = False,
+    setup_hook: Callable[[], None] | None = None,
+    single_block: bool = False,
+    answer_seconds: float = 15.0,
 ) -> None:
     """Join the cluster in `RAY_ADDRESS` (set by `ray job submit`), or start an embedded one on this machine.
 
     Args:
         verbose: show Ray's own messages, and keep its logs until the next start.
         setup_hook: called in every worker process before its first task.
-        little: called before an embedded cluster is started on a machine without GPUs. If it returns True, none is
-            started: the work is a single block, which runs in this process (:func:`works_here`).
+        single_block: the work is a single block, for which no embedded cluster is started on a machine without GPUs: it
+            runs in this process (:func:`works_here`).
+        answer_seconds: maximum time for a cluster at `RAY_ADDRESS` to answer [seconds].
 
     Raises:
         UserError: no cluster answers at `RAY_ADDRESS`, or Ray does not start on this machine.
     """
     if ray.is_initialized():
         return
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ core does not use Python's logging
@@ -79,14 +79,14 @@ def connect(
     global _embedded
     _embedded = address in ("", "local")
     capacity.assume(None)
-    if _embedded and little and little() and not _has_gpu():
+    if _embedded and single_block and not _has_gpu():
         capacity.assume(capacity.Nodes({"CPU": float(_cpus()), "GPU": 0.0}, 1))
     elif _embedded:
         _start({**settings, "runtime_env": environment or None}, verbose=verbose)
     else:
         # Processes on all nodes must compute with the same possible nodes as this one.
-        environment["env_vars"] = {n: os.environ[n] for n in (*_ENVIRONMENT, NODES) if n in os.environ}
-        _join(address, {**settings, "runtime_env": environment}, verbose=verbose)
+        environment["env_vars"] = {n: os.environ[n] for n in (*ENVIRONMENT, NODES) if n in os.environ}
+        _join(address, {**settings, "runtime_env": environment}, answer_seconds, verbose=verbose)
     quiet(verbose=verbose)
 
 
@@ -94,10 +94,10 @@ def disconnect() -> None:
     """Leave the cluster; stop an embedded one and remove its folder."""
     if ray.is_initialized():
         ray.shutdown()
-    _remove_folders()
+    FOLDERS.remove()
 
 
-def _join(address: str, settings: dict[str, Any], *, verbose: bool) -> None:
+def _join(address: str, settings: dict[str, Any], answer_seconds: float, *, verbose: bool) -> None:
     """Join a cluster, after a check that one answers at the address: Ray itself would wait for minutes."""
     remedy = "unset RAY_ADDRESS to use this machine alone, or name the cluster as HOST:PORT"
     if address == "auto":
@@ -123,7 +123,7 @@ def _join(address: str, settings: dict[str, Any], *, verbose: bool) -> None:
     )
     with nullcontext() if verbose else _no_stderr(), stopping.handlers_kept():
         if "://" not in address and os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
-            status = ray_internals.gcs_status(address, _token(), _ANSWER_SECONDS)
+            status = ray_internals.gcs_status(address, _token(), answer_seconds)
             if status == "UNAUTHENTICATED":
                 raise wrong_token
             if status in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL", "UNKNOWN"):
@@ -172,7 +172,11 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     before = set(psutil.Process().children(recursive=True))
     for more_seconds in (0.0, _PATIENT_SECONDS):
-        folder, spill = _make_folder(keep=verbose)
+        folder, spill = FOLDERS.make(keep=verbose)
+        if not verbose:
+            atexit.unregister(disconnect)
+            atexit.register(disconnect)
+            stopping.at_end(FOLDERS.remove)
         with (
             nullcontext() if verbose else _no_stderr(),
             _workers_find_the_package(),
@@ -198,7 +202,7 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
         stopping.end_processes(set(psutil.Process().children(recursive=True)) - before)
         with suppress(Exception):
             ray.shutdown()
-        _remove_folders()
+        FOLDERS.remove()
         if not more_seconds:
             print(f"Ray did not start ({_first_line(cause)}): trying again", file=sys.stderr, flush=True)
     raise UserError(
@@ -209,7 +213,7 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
 
 
 def _has_gpu() -> bool:
-    import torch  # already imported by callers with little work
+    import torch  # already imported by callers with a single block
 
     return torch.cuda.is_available()
 
@@ -221,70 +225,6 @@ def _cpus() -> int:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".:")
-
-
-def _make_folder(*, keep: bool) -> tuple[Path, str | None]:
-    """Create a folder for Ray's sockets and logs that only this user can enter, and remove those of dead processes.
-
-    Args:
-        keep: keep the folder when this process ends; the next process that starts Ray removes it.
-
-    Returns:
-        The folder, and a folder for spilled objects if it must be another one.
-
-    Raises:
-        UserError: no folder for temporary files can be written, or its path is too long.
-    """
-    asked = os.path.abspath(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())  # noqa: PTH100 - links are kept
-    spill = None
-    for base in dict.fromkeys((asked, "/tmp", "/var/tmp")):
-        if len(os.fsencode(base)) + len(_PREFIX) + 9 > _LONGEST_FOLDER:
-            continue
-        with suppress(OSError):
-            _remove_stale(Path(base))
-            folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))  # of mode 700
-            break
-    else:
-        raise UserError(
-            f"Ray needs a folder for temporary files that is writable and whose path has at most "
-            f"{_LONGEST_FOLDER - len(_PREFIX) - 9} bytes, not {asked}: set TMPDIR to one",
-            code="tmpdir-unusable",
-        )
-    made = [folder]
-    if base != asked:
-        with suppress(OSError):
-            spill = tempfile.mkdtemp(prefix=_PREFIX, dir=asked)
-            made.append(Path(spill))
-    for path in made:
-        # Locked while this process lives, and renamed only then: other processes remove folders that they can lock.
-        new = path / f".{_OWNER}"
-        descriptor = os.open(new, os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        new.rename(path / _OWNER)
-        _owned.append(descriptor)
-    if not keep:
-        _folders.extend(made)
-        atexit.unregister(disconnect)
-        atexit.register(disconnect)
-        stopping.at_end(_remove_folders)
-    return folder, spill
-
-
-def _remove_folders() -> None:
-    while _folders:
-        shutil.rmtree(_folders.pop(), ignore_errors=True)
-    while _owned:
-        os.close(_owned.pop())
-
-
-def _remove_stale(base: Path) -> None:
-    """Remove the folders in `base` whose processes were killed."""
-    for path in base.glob(f"{_PREFIX}*/{_OWNER}"):
-        with suppress(OSError), path.open("rb") as file:
-            if path.parent.lstat().st_uid != os.getuid():
-                continue
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def works_here() -> bool:

@@ -30,7 +30,7 @@ def check_ray() -> None:
 
 def _no_ray() -> UserError:
     return UserError(
-        "Ray is not installed, and this command needs it: install transfgu with all that it needs, or pip install "
+        "this command requires Ray, which is not installed: install transfgu with all requirements, or pip install "
         "'ray[data,default,train,tune]'",
         code="ray-missing",
     )

@@ -20,7 +20,7 @@ from ray.data import Dataset
 from transfgu.datasets import images, map_files
 from transfgu.errors import LeftOut, UserError
 from transfgu.recipe import DECODING_BYTES, MAX_PIXELS, Recipe, Size
-from transfgu.runtime import capacity, ray_internals
+from transfgu.runtime import capacity, connect, ray_internals
 from transfgu.runtime.bottleneck import details
 from transfgu.runtime.failures import raises_user_errors
 from transfgu.runtime.progress import Progress
@@ -28,7 +28,7 @@ from transfgu.store import parquet, storage
 
 _PART_BYTES = 20_000_000  # of decoded pixels: 16 images of 640 x 640
 _PART_IMAGES = 32
-_READ_BYTES = 128 << 20  # of heap that a decoding task needs besides the image in hand: the files and results of a part
+_READ_BYTES = 128 << 20  # heap of a decoding task besides the present image: the files and results of a part
 _AHEAD = 3  # decoded blocks per actor, in addition to one per decoding CPU
 _METADATA = b"transfgu"
 
@@ -309,7 +309,7 @@ def complete(
     noted = {""}
     data: Dataset | None = None
     rows: Iterator[tuple[Summary, str]] = iter(())
-    if here and len(missing) == 1 and _works_here():
+    if here and len(missing) == 1 and connect.works_here():
         rows = _told(here(missing[0]))
     elif missing:
         data = plan(missing)
@@ -323,12 +323,6 @@ def complete(
         progress.update(done, len(samples), "images")
         check_bad()
     return [summaries[part] for part in parts], {} if data is None else details(data, recipe)
-
-
-def _works_here() -> bool:
-    from transfgu.runtime import connect  # imports torch
-
-    return connect.works_here()
 
 
 def _told(rows: pa.Table) -> Iterator[tuple[Summary, str]]:

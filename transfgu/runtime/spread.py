@@ -76,11 +76,11 @@ class SpreadShards(Shards):
     def take(self, rows: Int[ndarray, " n"]) -> Float32[ndarray, "n d"]:
         """Fetch the rows with these numbers, from the actors that have them."""
         order = np.argsort(rows)
-        taken = np.concatenate([t for t in fetch(self._taken(rows[order])) if len(t)])
+        taken = np.concatenate([t for t in fetch(self._taken(rows[order])) if t is not None])
         return taken[np.argsort(order)]
 
     def _taken(self, rows: Int[ndarray, " n"]) -> list[Any]:
-        """References to each actor's own of these rows, whose numbers ascend."""
+        """Return references to each actor's share of these rows, whose numbers ascend."""
         cuts = np.searchsorted(rows, self._bounds[1:-1])
         own = [r - first for r, first in zip(np.split(rows, cuts), self._bounds[:-1], strict=True)]
         return [a.take.remote(self._group, r, self._whitening) for a, r in zip(self._actors, own, strict=True)]

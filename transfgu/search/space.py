@@ -231,7 +231,7 @@ def _check_values(text: str, kind: str, values: tuple[Number, ...], *, whole: bo
             f"--search {text} is an empty range: the first value must be the smaller", code="search-range-empty"
         )
     if kind == "loguniform" and low <= 0:
-        raise UserError(f"--search {text} must begin above 0: a logarithm is taken", code="search-range-invalid")
+        raise UserError(f"--search {text} must start above 0, because of the logarithm", code="search-range-invalid")
     if whole != (kind == "randint"):
         remedy = "randint(low,high), choice or grid" if whole else "uniform(low,high), loguniform, choice or grid"
         raise UserError(

@@ -225,7 +225,7 @@ def run(search: Search, progress: Progress, *, quiet: bool = False, verbose: boo
         }
     if "samples" in shared and search.objective == "mean_iou" and not len(samples.labelled(search.recipe, home)):
         raise UserError(
-            "--objective mean_iou needs labels, and no validation image has one: use --objective label_free",
+            "--objective mean_iou requires labels, but no validation image has one: use --objective label_free",
             code="labels-missing",
         )
     whole = shared == list(upstream(search.recipe))

@@ -82,7 +82,7 @@ class Search:
         layout = self.recipe.dataset.layout
         if self.objective == "mean_iou" and layout == "folder" and not self.recipe.labels:
             raise UserError(
-                "--objective mean_iou needs labels, and there are none: give --labels, or --objective label_free",
+                "--objective mean_iou requires labels, but there are none: give --labels, or --objective label_free",
                 code="labels-missing",
             )
 

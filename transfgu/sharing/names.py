@@ -97,8 +97,8 @@ def parse(text: str | bytes, names: Sequence[str], file: str) -> dict[int, str]:
     if isinstance(tree, list):
         if len(tree) != len(names):
             raise UserError(
-                f"{file} lists {len(tree)} names, and there are {len(names)} classes: list one for each, in the order "
-                "of their indices, or name some as in {3: cow}",
+                f"{file} lists {len(tree)} names, but there are {len(names)} classes: list one for each, in the order "
+                "of their indices, or name some, such as {3: cow}",
                 code="names-count",
             )
         tree = dict(enumerate(tree))

@@ -16,7 +16,7 @@ from jaxtyping import Int, UInt8
 from ray.data import Dataset
 
 from transfgu.recipe import Recipe
-from transfgu.runtime import parts
+from transfgu.runtime import capacity, parts
 from transfgu.runtime.progress import Progress
 from transfgu.stages import samples
 from transfgu.store.artifacts import Outcome, Run
@@ -62,14 +62,10 @@ def groups(recipe: Recipe) -> tuple[str, ...]:
 
 def plan(recipe: Recipe, missing: Sequence[pa.Table], folder: str) -> Dataset:
     """Return the plan from parts of the sample list to files in `folder` (URI); one row per part returns."""
-    from transfgu.runtime import capacity
-
     return _work(recipe, folder).plan(missing, capacity.encoder_pool(recipe.compute))
 
 
 def _work(recipe: Recipe, folder: str) -> parts.Work:
-    from transfgu.runtime import capacity
-
     return parts.Work(
         read=parts.ReadImages(
             size=recipe.dataset.feature_size,

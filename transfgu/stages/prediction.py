@@ -32,7 +32,7 @@ from transfgu.datasets.listing import Images, find_images
 from transfgu.datasets.names import output_names
 from transfgu.errors import BadInput, LeftOut, UserError
 from transfgu.recipe import MAX_PIXELS, ComputeRecipe, Size, check_pixels
-from transfgu.runtime import parts
+from transfgu.runtime import capacity, connect, parts
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, predicted, storage
 from transfgu.store.artifacts import Run
@@ -153,16 +153,13 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     most = job.max_pixels or Run(job.run).recipe().dataset.max_pixels
     job = replace(job, orient=resolved_orient(job), max_pixels=most)
     samples = named_samples(images)
-    there, bad = _there(job, samples), _known_bad(job)
-    # Imported only now, because this takes seconds.
-    from transfgu.runtime import capacity, connect
-
+    there, bad = earlier_masks(job, samples), known_bad(job)
     size = model_size(job)
     todo = parts_to_make(samples, 1 if job.tile else parts.part_size(size), there.done, bad, whole=job.format == "png")
     asked = {name for table in todo for name in table["name"].to_pylist()}
     found = len(samples) - len(asked)
     few = len(asked) <= (1 if job.tile else _FEW)
-    connect.connect(verbose=verbose, little=lambda: few)
+    connect.connect(verbose=verbose, single_block=few)
     for uri, flag in ((job.out, "--out"), (job.images, "--images")):
         capacity.check_shared(uri, flag)
     capacity.check_satisfiable(replace(compute, workers=0))  # nothing is trained
@@ -357,8 +354,8 @@ def model_size(job: PredictionJob) -> Size:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _There:
-    """Results of an earlier prediction."""
+class EarlierMasks:
+    """Results of an earlier prediction in the output folder."""
 
     done: set[str]
     """Names of the images with existing masks (and overlays, if requested)."""
@@ -368,7 +365,13 @@ class _There:
     """Number of masks without an image."""
 
 
-def _there(job: PredictionJob, samples: pa.Table) -> _There:
+def earlier_masks(job: PredictionJob, samples: pa.Table) -> EarlierMasks:
+    """Return what an earlier prediction left, by the versions of the images that its masks were made of.
+
+    Args:
+        job: says the output folder and the kind of files.
+        samples: rows of the images that are there now, as `named_samples` returns them.
+    """
     records, recorded = predicted.read(job.out)
     masks = storage.join(job.out, "masks")
     files = storage.list_versions(masks)
@@ -390,7 +393,7 @@ def _there(job: PredictionJob, samples: pa.Table) -> _There:
         stale = [uri for uri, names in held.items() if any(n in current and not fresh(n, files[uri]) for n in names)]
         kept = [name for uri, names in held.items() if uri not in stale for name in names]
         gone = sum(name not in current for names in held.values() for name in names)
-        return _There(done=current.keys() & kept, stale=stale, orphans=gone)
+        return EarlierMasks(done=current.keys() & kept, stale=stale, orphans=gone)
     here = _relative(masks, files)
     done = {name for name, row in current.items() if fresh(name, here.get(f"{row['mask']}.png"))}
     if job.overlays:
@@ -400,7 +403,7 @@ def _there(job: PredictionJob, samples: pa.Table) -> _There:
     # A mask whose name has changed is removed at the end.
     elsewhere = {record.mask for name, record in records.items() if name not in current}
     known = {row["mask"] for row in current.values()} | (recorded - elsewhere)
-    return _There(done=done, stale=[], orphans=sum(name.removesuffix(".png") not in known for name in here))
+    return EarlierMasks(done=done, stale=[], orphans=sum(name.removesuffix(".png") not in known for name in here))
 
 
 def _relative(folder: str, files: Mapping[str, storage.Version]) -> dict[str, storage.Version]:
@@ -434,7 +437,7 @@ def names_in(uri: str) -> list[str]:
     return names
 
 
-def _known_bad(job: PredictionJob) -> dict[str, str]:
+def known_bad(job: PredictionJob) -> dict[str, str]:
     """Return images that an earlier prediction could not use, with the reason."""
     uri = storage.join(job.out, SUMMARY)
     text = storage.read_bytes_or_none(uri)
@@ -468,8 +471,6 @@ def parts_to_make(
 
 def plan(job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: ComputeRecipe) -> Dataset:
     """Return the plan from parts of the image list to masks in `job.out`, with a row of counts per part."""
-    from transfgu.runtime import capacity
-
     pool = capacity.encoder_pool(compute)
     if job.tile:
         return parts.handled(tables, PredictTiles, _tiles_arguments(job, compute), pool)
@@ -492,14 +493,10 @@ def _made_here(
 
 
 def _tiles_arguments(job: PredictionJob, compute: ComputeRecipe) -> dict[str, Any]:
-    from transfgu.runtime import capacity
-
     return {"job": job, "processes": capacity.actors_per_node(compute)}
 
 
 def _work(job: PredictionJob, size: Size, compute: ComputeRecipe) -> parts.Work:
-    from transfgu.runtime import capacity
-
     read = ReadPhotos(
         size=size,
         interpolation="bilinear",

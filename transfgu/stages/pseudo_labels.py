@@ -21,7 +21,7 @@ from transfgu.datasets.mask_files import find_masks, no_objects
 from transfgu.errors import BadInput, UserError
 from transfgu.methods import method
 from transfgu.recipe import Recipe, Size
-from transfgu.runtime import parts
+from transfgu.runtime import capacity, parts
 from transfgu.runtime.progress import Progress
 from transfgu.stages import samples
 from transfgu.store import storage
@@ -82,8 +82,6 @@ def _object_masks(recipe: Recipe, listed: pa.Table, folder: str, progress: Progr
     Raises:
         UserError: no image has an object; or as :func:`run`.
     """
-    from transfgu.runtime import capacity
-
     uri = recipe.maskcontrast.object_masks
     work = parts.Work(
         read=_reader(recipe),
@@ -133,8 +131,6 @@ def maps_dataset(recipe: Recipe, listed: pa.Table, centroids: Float[np.ndarray, 
     Returns:
         Rows part, index, name, maps, h, w (see :func:`run`), reason (null, or why there are no maps), note.
     """
-    from transfgu.runtime import capacity
-
     work = _work(recipe, centroids, "")
     tables = parts.split(listed, parts.part_size(recipe.dataset.image_size))
     return parts.encoded(tables, work.read, work.actor, work.arguments, capacity.encoder_pool(recipe.compute))
@@ -142,14 +138,10 @@ def maps_dataset(recipe: Recipe, listed: pa.Table, centroids: Float[np.ndarray, 
 
 def plan(recipe: Recipe, missing: Sequence[pa.Table], centroids: Float[np.ndarray, "K d"], folder: str) -> Dataset:
     """Return the plan from parts of the sample list to files in `folder` (URI), with one row per part."""
-    from transfgu.runtime import capacity
-
     return _work(recipe, centroids, folder).plan(missing, capacity.encoder_pool(recipe.compute))
 
 
 def _work(recipe: Recipe, centroids: Float[np.ndarray, "K d"], folder: str) -> parts.Work:
-    from transfgu.runtime import capacity
-
     return parts.Work(
         read=_reader(recipe),
         actor=MapConcepts,

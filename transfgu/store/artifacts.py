@@ -330,7 +330,7 @@ class Run:
             return [{**row, "epoch": int(row["epoch"])} for row in rows]
 
     def artifact(self, stage: str) -> Artifact:
-        """The folder of a stage's results: this run's own, or that of the run from which the stage is taken."""
+        """Return the folder of a stage's results: this run's own, or that of the run from which the stage is taken."""
         return Artifact(stage, self.reused().get(stage) or self.file(stage))
 
     def reused(self) -> Mapping[str, str]:

@@ -79,7 +79,7 @@ def _is_extended(kind: pa.DataType) -> bool:
     """Return True if a type, or a type within it, is an extension type."""
     if isinstance(kind, pa.BaseExtensionType):
         return True
-    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):  # which count no fields
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):  # types without a count of fields
         return _is_extended(kind.value_type)
     return any(_is_extended(kind.field(i).type) for i in range(kind.num_fields))
 

@@ -95,7 +95,7 @@ def check_same(recipe: Recipe, run: Run) -> None:
             continue
         try:
             there = run.recipe().flat() if index else None
-        except UserError:  # as of a folder that was begun by a stage alone
+        except UserError:  # for example in a folder that was started by a stage alone
             there = None
         if there is None:
             artifact.check(recipe)  # raises

@@ -39,7 +39,7 @@ def get(bucket: str, key: str, span: tuple[int, int] | None = None) -> bytes | N
     Args:
         bucket: its name.
         key: key of the object.
-        span: offset and number of the requested bytes; None: all.
+        span: offset and number of the requested bytes, of which those beyond the end are left out; None: all.
 
     Raises:
         OSError: the object can't be read; the text names the cause as Arrow does (`AWS Error ACCESS_DENIED`).
@@ -58,6 +58,8 @@ def get(bucket: str, key: str, span: tuple[int, int] | None = None) -> bytes | N
             status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
             if code in ("NoSuchKey", "NoSuchBucket", "404"):
                 return None
+            if code == "InvalidRange":  # it begins at or after the end, as in an empty object
+                return b""
             failed = OSError(f"AWS Error {_NAMES.get(code, code)}: HTTP status {status}")
             last = attempt == ATTEMPTS or time.monotonic() - begun > _DEADLINE_SECONDS
             if last or not (status >= 500 or status == 429 or code in _PASSING):

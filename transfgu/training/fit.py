@@ -63,6 +63,7 @@ def fit(
     """
     # Ray Train checks its workers every two seconds, which is long for an epoch of one second.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of the recipe, such as weights, stay valid
     kept = storage.join(storage.absolute(folder), name)
     checkpoints.mend_account(kept)
     fs, root = storage.travelling(storage.absolute(folder))

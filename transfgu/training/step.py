@@ -171,7 +171,7 @@ def start_step(
     skips = (total <= 0) | ~total.isfinite() | norm.isnan()
     nn.utils.clip_grad_value_(parameters, GRADIENT_LIMIT)
     if getattr(optimiser, "_step_supports_amp_scaling", False):
-        optimiser.found_inf = skips.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
+        optimiser.found_inf = skips.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
         optimiser.step()
         del optimiser.found_inf  # type: ignore[attr-defined]
     elif not skips:

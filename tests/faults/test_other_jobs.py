@@ -1,0 +1,222 @@
+"""Faults in jobs other than training, each by its command on a cluster of its own.
+
+Each case is compared with the same command that nothing disturbed.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import psutil
+import pytest
+
+from tests.faults.commands import job as command
+from tests.faults.commands import output_of
+from tests.faults.harness import Reaper, row, write_data
+from tests.gateway import HANG, HANG_UP, Gateway
+from tests.made_run import make_run
+from transfgu.store import storage
+
+pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.s3]
+
+IMAGES = 72  # three parts
+OUTAGE_SECONDS, HANGING = 15.0, 2
+LIMIT = 400  # seconds of a command, on a busy machine
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command, and what it leaves."""
+
+    words: str
+    """Its arguments; IMAGES, MADE and OUT stand for places."""
+    works: str
+    """In the command line of the processes that do its work."""
+    asks: str
+    """A request, method and path, that is made while it works."""
+    outcome: Callable[[str], Any]
+    """What it left in OUT, a URI, which is to be the same."""
+    room: int
+    """Kilobytes of a disk that is too small for OUT."""
+
+
+def masks(out: str) -> dict[str, bytes]:
+    return {uri.rpartition("/")[2]: storage.read_bytes(uri) for uri in storage.list_files(storage.join(out, "masks"))}
+
+
+JOBS = {
+    "prediction": Job(
+        "predict --run MADE --images IMAGES --out OUT", "MapBatches(PredictMasks)", "GET .*/images/", masks, 40
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images and a trained run on this machine's disk, and the images in a bucket."""
+
+    folder: Path
+    bucket: str
+    endpoint: str
+
+    def words(self, job: Job, out: str, base: str) -> tuple[str, list[str]]:
+        """Name and arguments of a command, whose places lie below `base`."""
+        places = {"OUT": out, "IMAGES": storage.join(base, "images"), "MADE": str(self.folder / "made" / "run")}
+        words = [re.sub("|".join(places), lambda found: places[found[0]], word) for word in job.words.split()]
+        return words[0], words[1:]
+
+
+@pytest.fixture(scope="module")
+def data(s3_endpoint: str) -> Iterator[Data]:
+    folder = Path(tempfile.mkdtemp(prefix="tf-", dir="/tmp"))
+    write_data(folder, IMAGES)
+    (folder / "made").mkdir()
+    make_run(folder / "made")
+    bucket = f"s3://transfgu-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3").create_bucket(Bucket=bucket.removeprefix("s3://"))
+    for file in (f for f in folder.rglob("*") if f.is_file() and "made" not in f.parts):
+        storage.write_bytes(storage.join(bucket, str(file.relative_to(folder))), file.read_bytes())
+    yield Data(folder, bucket, s3_endpoint)
+    shutil.rmtree(folder)
+
+
+_wanted: dict[str, tuple[Any, float]] = {}
+
+
+def undisturbed(job: str, data: Data) -> tuple[Any, float]:
+    """What a job leaves that nothing disturbs, and its seconds; made once."""
+    if job not in _wanted:
+        out, started = str(data.folder / f"{job}-out"), time.monotonic()
+        output_of(start(job, data, out), LIMIT)
+        _wanted[job] = JOBS[job].outcome(out), time.monotonic() - started
+    return _wanted[job]
+
+
+def start(job: str, data: Data, out: str, base: str = "", **environment: str) -> "subprocess.Popen[str]":
+    name, words = data.words(JOBS[job], out, base or str(data.folder))
+    return command(name, words, data.folder, **environment)
+
+
+def check(job: str, data: Data, out: str) -> None:
+    """What it left is what it leaves undisturbed."""
+    np.testing.assert_equal(JOBS[job].outcome(out), undisturbed(job, data)[0])
+
+
+def wait_until_at_work(job: str, process: "subprocess.Popen[str]") -> None:
+    """Wait for a process that does the work, and has started."""
+    until = time.monotonic() + LIMIT
+    while time.monotonic() < until and process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            try:
+                line = " ".join(child.cmdline())
+            except psutil.Error:
+                continue
+            if JOBS[job].works in line and "__init__" not in line:
+                return
+        time.sleep(0.02)
+    pytest.fail(f"{job} did not begin: {process.communicate()[0] if process.poll() is not None else 'too slow'}")
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_worker_that_is_killed(job: str, data: Data, tmp_path: Path) -> None:
+    _, usual = undisturbed(job, data)
+    started = time.monotonic()
+    process = start(job, data, str(tmp_path / "out"))
+    with Reaper(JOBS[job].works, among=process.pid) as reaper:
+        output_of(process, LIMIT)
+    assert JOBS[job].works in reaper.killed
+    check(job, data, str(tmp_path / "out"))
+    row("actor or worker killed", job, "goes on by itself", time.monotonic() - started - usual, "its work in hand")
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_driver_that_is_killed(job: str, data: Data, tmp_path: Path) -> None:
+    undisturbed(job, data)
+    process = start(job, data, str(tmp_path / "out"))
+    wait_until_at_work(job, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    started = time.monotonic()
+    output_of(start(job, data, str(tmp_path / "out")), LIMIT)
+    check(job, data, str(tmp_path / "out"))
+    row("driver killed (SIGKILL)", job, "run again, it goes on", time.monotonic() - started, "its work in hand")
+
+
+class Fault:
+    """What a gateway does to requests: `503` to one in five; `gone` and `hang` from the first that the work makes."""
+
+    def __init__(self, kind: str, asks: str) -> None:
+        self._kind, self._asks = kind, asks
+        self._lock, self._count, self._since = threading.Lock(), 0, 0.0
+
+    def __call__(self, line: str) -> int | None:
+        with self._lock:
+            self._count += 1
+            if self._kind == "503":
+                return 503 if self._count % 5 == 0 else None
+            if not self._since and re.search(self._asks, line):
+                self._since, self._count = time.monotonic(), 0
+            if not self._since:
+                return None
+            if self._kind == "gone":
+                return HANG_UP if time.monotonic() < self._since + OUTAGE_SECONDS else None
+            return HANG if self._count < HANGING else None
+
+
+@pytest.mark.parametrize("kind", ["503", "gone", "hang"])
+@pytest.mark.parametrize("job", JOBS)
+def test_s3_that_fails(job: str, kind: str, data: Data) -> None:
+    _, usual = undisturbed(job, data)
+    gateway = Gateway(data.endpoint)
+    gateway.fault = Fault(kind, JOBS[job].asks)
+    out = storage.join(data.bucket, f"{job}-{kind}")
+    started = time.monotonic()
+    output_of(start(job, data, out, data.bucket, AWS_ENDPOINT_URL_S3=gateway.url), LIMIT)
+    seconds = time.monotonic() - started
+    gateway.close()
+    assert gateway.met >= (1 if kind == "hang" else 2)
+    check(job, data, out)
+    what = {"503": "S3 answers 503 to one request in five", "gone": f"S3 gone for {OUTAGE_SECONDS:.0f} s"}
+    fault = what.get(kind, f"S3 never answers {HANGING} requests")
+    row(f"{fault}: {gateway.met} of {len(gateway.asked)}", job, "goes on by itself", seconds - usual, "those requests")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a file system of a certain size is mounted by root alone")
+@pytest.mark.parametrize("job", JOBS)
+def test_a_full_disk(job: str, data: Data, tmp_path: Path) -> None:
+    undisturbed(job, data)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={JOBS[job].room}k", "tmpfs", str(disk)], check=True)
+    try:
+        process = start(job, data, str(disk))
+        told, _ = process.communicate(timeout=LIMIT)
+        assert process.returncode == 2, told
+        last = told.splitlines()[-1]
+        assert re.search(r"No space left on device: free some space \[[a-z-]+\]$|\[disk-full\]$", last), told
+        assert "Traceback" not in told
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        started = time.monotonic()
+        output_of(start(job, data, str(disk)), LIMIT)
+        check(job, data, str(disk))
+        row(
+            "disk full, then room made",
+            job,
+            "one line; run again, it goes on",
+            time.monotonic() - started,
+            "the parts without masks",
+        )
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
