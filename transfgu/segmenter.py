@@ -336,7 +336,8 @@ class Segmenter(ModelHubMixin):
         self, resized: UInt8[np.ndarray, "n 3 h w"], sizes: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[Float[Tensor, "clusters h w"], tuple[int, int]]]:
         for start in range(0, len(resized), _AT_ONCE):
-            batch = torch.from_numpy(resized[start : start + _AT_ONCE])
+            # Arrays from Ray's object store are read-only, of which torch warns; these are copied.
+            batch = torch.from_numpy(np.require(resized[start : start + _AT_ONCE], requirements="W"))
             yield from zip(self.logits(batch), sizes[start : start + _AT_ONCE], strict=True)
 
     def logits(self, batch: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B clusters h w"]:
