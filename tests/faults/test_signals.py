@@ -127,6 +127,7 @@ def check(job: str, kind: str, moment: str, words: list[str], folder: Path) -> N
     row(f"{kind}: exit code {running.returncode}, {len(others)} processes ended", f"{job}, {moment}", LINE, seconds, "")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("job", "kind"),
     [
