@@ -159,6 +159,7 @@ def check(job: str, kind: str, moment: str, words: list[str], folder: Path) -> N
     row(f"{kind}: exit code {running.returncode}, {ended} processes ended", f"{job}, {moment}", LINE, seconds, "")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("job", "kind"),
     [

@@ -20,6 +20,7 @@ _PROBLEMS = """axe.run(document).then(found => ({passed: found.passes.length, vi
     v => v.nodes.map(n => `${v.id}: ${n.target.join(' ')}: ${n.failureSummary.replaceAll('\\n', ' ')}`))}))"""
 
 pytestmark = [
+    pytest.mark.processes,
     pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed"),
     pytest.mark.skipif(_SPEC is None, reason="axe-playwright-python, which brings axe-core, is not installed"),
 ]
