@@ -89,7 +89,7 @@ def at_a_task(job: psutil.Process) -> bool:
     """Return True if a worker of Ray is at a task or an actor, which none is before Ray has started completely."""
     for process in job.children(recursive=True):
         try:
-            if re.match(r"ray::(?!IDLE|\w+Agent$)", " ".join(process.cmdline())):
+            if re.match(r"ray::(?!IDLE|\w+Agent\b)", " ".join(process.cmdline())):
                 return True
         except psutil.Error:
             continue
@@ -159,6 +159,7 @@ def check(job: str, kind: str, moment: str, words: list[str], folder: Path) -> N
     row(f"{kind}: exit code {running.returncode}, {ended} processes ended", f"{job}, {moment}", LINE, seconds, "")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("job", "kind"),
     [
