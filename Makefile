@@ -20,7 +20,8 @@ unexport PYTHONDONTWRITEBYTECODE
 OUT ?= gpu-report
 DEVICE ?= cuda
 WHEELS ?=
-# The script axe-core, by which tests look at pages. Without its dependencies, which bring browsers.
+# The script axe-core, with which tests check pages. Its package goes into a folder that Python does not import from,
+# because it requires browsers that are not installed, of which `pip check` would complain.
 AXE := axe-playwright-python==0.1.8
 NEEDED := import faiss, hypothesis, jaxtyping, optuna, pytest, ray.data, ray.train, safetensors, timm, torch, torchvision
 
@@ -32,7 +33,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (torch and Ray: a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),dev]' $(EDITABLE)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(AXE)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/axe $(AXE)
 	@touch $@
 
 demo: setup  ## run the embedded demonstration, from scenes to report

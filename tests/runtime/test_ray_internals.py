@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pytest
 import ray
@@ -141,3 +142,10 @@ def test_dataset_map_batches_internal_and_get_stats_summary(ray_cluster: None) -
     seconds, worked = ray_internals.task_seconds(plan)
     assert 0 < max(worked.values()) <= seconds
     assert any("Rows" in name for name in worked)
+
+
+def test_global_node_all_processes(ray_cluster: None) -> None:
+    found = ray_internals.main_processes()
+    assert sorted(found) == ["gcs_server", "raylet"]
+    assert [process.poll() for process in found.values()] == [None, None]
+    assert {psutil.Process(process.pid).name() for process in found.values()} == set(found)

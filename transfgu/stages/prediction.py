@@ -159,7 +159,7 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     asked = {name for table in todo for name in table["name"].to_pylist()}
     found = len(samples) - len(asked)
     few = len(asked) <= (1 if job.tile else _FEW)
-    connect.connect(verbose=verbose, single_block=few)
+    connect.connect(verbose=verbose, single_process=few)
     for uri, flag in ((job.out, "--out"), (job.images, "--images")):
         capacity.check_shared(uri, flag)
     capacity.check_satisfiable(replace(compute, workers=0))  # nothing is trained
