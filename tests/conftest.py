@@ -44,8 +44,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seed", type=int, default=0, help="of the cases")
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that select by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` on a machine without one; `TRANSFGU_GPU_TESTS=cpu` runs `tests/gpu` on the CPU."""
+    """Mark tests of `two_processes`; skip those marked `gpu` on a machine without one.
+
+    `TRANSFGU_GPU_TESTS=cpu` runs `tests/gpu` on the CPU.
+    """
+    for item in items:
+        if "two_processes" in getattr(item, "fixturenames", ()):
+            item.add_marker("processes")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -51,7 +51,6 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], within: fl
         torch.testing.assert_close(found[name], tensor, rtol=within, atol=within, msg=f"{name} differs")
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("method", FIELDS)
 def test_two_workers_train_as_one_does(by_two: list[Outcome], method: str) -> None:
     weights, rows = trained(one_epoch(method))
@@ -176,7 +175,6 @@ def example() -> tuple[Tensor, SharedBatchNorm2d]:
     return images, norm
 
 
-@pytest.mark.processes
 def test_batch_norm_is_that_of_the_whole_batch(two_processes: ProcessPoolExecutor, tmp_path: Path) -> None:
     parts = list(two_processes.map(shared_norm, range(2), [str(tmp_path)] * 2))
     images, norm = example()

@@ -54,6 +54,7 @@ def without_times(told: list[str]) -> list[str]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Ray counts the GPUs of a machine that has some")
+@pytest.mark.processes
 def test_one_machine_is_described_without_ray(tmp_path: Path, recipe: Recipe) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     code = "import ray; from transfgu.cli import train; train.main(); print(ray.is_initialized())"

@@ -422,7 +422,6 @@ def workers(tmp_path_factory: pytest.TempPathFactory, two_processes: ProcessPool
     return list(two_processes.map(run_everything, range(2), [folder, folder]))
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("slices", SLICES)
 def test_two_workers_average_to_one_process(workers: list[Outcome], slices: str, background: bool) -> None:
@@ -434,7 +433,6 @@ def test_two_workers_average_to_one_process(workers: list[Outcome], slices: str,
         torch.testing.assert_close(actual["gradients"], expected["gradients"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("slices", SLICES)
 def test_three_steps_on_two_workers_are_those_of_one(workers: list[Outcome], slices: str, background: bool) -> None:
