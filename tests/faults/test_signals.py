@@ -173,6 +173,8 @@ def test_a_job_that_has_not_started_ray(job: str, kind: str, words: dict[str, li
     check(job, kind, "before Ray", words[job], ray_folder)
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 @pytest.mark.ray
 def test_a_training_on_ray(words: dict[str, list[str]], ray_folder: Path, tmp_path: Path) -> None:
     check("train", "TERM, INT ignored", "in work", words["train"], ray_folder)

@@ -177,7 +177,7 @@ def test_a_mask_in_strips_is_the_same_png() -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("kind", ["png", "parquet"])
+@pytest.mark.parametrize("kind", ["png", pytest.param("parquet", marks=[pytest.mark.long, pytest.mark.ci_long])])
 def test_masks_in_tiles(made: MadeRun, tmp_path: Path, kind: prediction.Format) -> None:
     write_images(tmp_path / "images", ["a/004.jpg", "a/003.png", "b/001.png"])
     Image.fromarray(np.tile(picture(4), (2, 3, 1))).save(tmp_path / "images" / "wide.png")
@@ -382,7 +382,7 @@ def test_masks_are_the_segmenters_and_only_what_lacks_is_made(made: MadeRun, tmp
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("kind", ["png", "parquet"])
+@pytest.mark.parametrize("kind", ["png", pytest.param("parquet", marks=[pytest.mark.long, pytest.mark.ci_long])])
 def test_masks_of_other_versions_are_made_again(made: MadeRun, tmp_path: Path, kind: prediction.Format) -> None:
     folder = write_images(tmp_path / "images", ["a/004.jpg", "photo.jpg", "same.jpg", "gone.jpg", "spoilt.jpg"])
     asked = job(made, tmp_path, format=kind)
