@@ -76,7 +76,7 @@ _started: list[str] = []
 
 
 def _record_programs() -> None:
-    """Have each start of another program recorded in `_started`."""
+    """Replace the functions that start programs by ones that also record it in `_started`."""
     start_program, start_process = subprocess.Popen.__init__, BaseProcess.start
 
     @functools.wraps(start_program)
