@@ -3,7 +3,6 @@
 `transfgu export --masks OUT --images URI --to cvat` writes OUT/cvat.xml: one polygon per connected region of a class.
 """
 
-import sys
 from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
@@ -84,9 +83,8 @@ def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance:
     return exports.write(kind, found, exports.chosen(known, names), out or masks, outlines)
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line, export, print the file's name."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     check_format(given.to)
     out = write(given.masks, given.images, given.to, given.out or "", given.classes, given.tolerance, given.least)

@@ -5,7 +5,6 @@ of `walk.mp4` becomes `walk.mp4/00-01-30.500.jpg`: hours, minutes and seconds si
 """
 
 import io
-import sys
 from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
@@ -28,9 +27,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line, write the frames, print how many."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     if not 0 <= given.every < float("inf"):
         raise UserError(f"--every must be 0 or a number of seconds, not {given.every:g}", code="flag-range")

@@ -6,7 +6,6 @@ are in their own unit (Hounsfield units of CT); without --low and --high the win
 
 import io
 import math
-import sys
 from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
@@ -32,9 +31,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line, write the images, print how many."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     window = None
     if (given.low is None) != (given.high is None):

@@ -7,7 +7,6 @@ windows from their centroids (inertia). It suggests the smallest of the most sta
 computes.
 """
 
-import sys
 from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
@@ -41,9 +40,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Measure, write the picture, print the table."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     run = Run(given.run)
     recipe = run.recipe()
