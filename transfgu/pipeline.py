@@ -28,7 +28,7 @@ from transfgu.segmenter import class_table as unnamed_table
 from transfgu.sharing import names as names_of
 from transfgu.sharing.names import ClassTable
 from transfgu.store import reuse, storage
-from transfgu.store.artifacts import MODEL, Manifest, Outcome, Run
+from transfgu.store.artifacts import MODEL, Manifest, Outcome, Run, read_json
 from transfgu.store.lock import Lock, hold
 from transfgu.training import tracking
 
@@ -390,11 +390,8 @@ def made_now() -> dict[str, str]:
 
 def _made(run: Run) -> dict[str, str] | None:
     """Return the result of :func:`made_now` from the time when the run was finished; None for earlier versions."""
-    uri = run.file("metrics.json")
-    data = storage.read_bytes_or_none(uri)
-    if data is None:
-        return None
-    return formats.read_json(data, storage.shown(uri), "delete it, and run again").get("made")
+    metrics = read_json(run.file("metrics.json"), "delete it, and run again")
+    return None if metrics is None else metrics.get("made")
 
 
 def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: bool = False) -> dict[str, Any]:

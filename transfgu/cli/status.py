@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transfgu import formats
 from transfgu.cli.command_line import Parser
 from transfgu.recipe import Recipe
 from transfgu.store import storage
-from transfgu.store.artifacts import Manifest, Run
+from transfgu.store.artifacts import Manifest, Run, read_json
 from transfgu.store.lock import holder_of
 
 
@@ -58,9 +57,7 @@ def state_of(run: Run) -> State:
     complete = {stage: manifest for stage, manifest in manifests.items() if manifest is not None}
     missing = (stage for stage in recipe.stages if stage not in complete)
     begun = tuple(stage for stage in missing if storage.exists(run.artifact(stage).file("fields.json")))
-    uri = run.file("metrics.json")
-    text = storage.read_bytes_or_none(uri)
-    metrics = {} if text is None else formats.read_json(text, storage.shown(uri), "delete it, and train again")
+    metrics = read_json(run.file("metrics.json"), "delete it, and train again") or {}
     return State(recipe=recipe, complete=complete, begun=begun, holder=holder_of(run.uri), metrics=metrics)
 
 

@@ -35,7 +35,7 @@ from transfgu.recipe import MAX_PIXELS, ComputeRecipe, Size, check_pixels
 from transfgu.runtime import capacity, connect, parts
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, predicted, storage
-from transfgu.store.artifacts import Run
+from transfgu.store.artifacts import Run, read_json
 
 Format = Literal["png", "parquet"]
 
@@ -445,12 +445,10 @@ def names_in(uri: str) -> list[str]:
 
 def known_bad(job: PredictionJob) -> dict[str, str]:
     """Return images that an earlier prediction could not use, with the reason."""
-    uri = storage.join(job.out, SUMMARY)
-    text = storage.read_bytes_or_none(uri)
-    if text is None:
+    uri, remedy = storage.join(job.out, SUMMARY), "delete it, and run again"
+    summary = read_json(uri, remedy)
+    if summary is None:
         return {}
-    remedy = "delete it, and run again"
-    summary = formats.read_json(text, storage.shown(uri), remedy)
     with formats.damage(storage.shown(uri), remedy):
         return {x["name"]: x["reason"] for x in summary["left_out"]}
 
