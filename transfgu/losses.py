@@ -103,7 +103,8 @@ def _certain(maps: Float[Tensor, "B K h w"], background_threshold: Real | None, 
     counts = torch.zeros(classes * LEVELS, dtype=torch.int64, device=maps.device)
     cells = (labels * LEVELS + levels).flatten()
     counts.scatter_add_(0, cells, torch.ones_like(cells))
-    above = sum_over_workers(counts).view(classes, LEVELS).flip(1).cumsum(1).flip(1)  # pixels of this level or a higher one
+    counts = sum_over_workers(counts).view(classes, LEVELS)
+    above = counts.flip(1).cumsum(1).flip(1)  # pixels of this level or a higher one
     wanted = (above[:, :1].double() * share).ceil()
     level = (above >= wanted).sum(1) - 1  # `above` never increases: the last level with enough pixels
     kept = above.gather(1, level[:, None]).sum()
