@@ -4,11 +4,13 @@
 of `walk.mp4` becomes `walk.mp4/00-01-30.500.jpg`: hours, minutes and seconds since the first frame.
 """
 
-import io
 from collections.abc import Sequence
+
+from PIL import Image
 
 from transfgu.cli.command_line import Parser
 from transfgu.datasets import videos
+from transfgu.datasets.images import encoded
 from transfgu.errors import BadInput, UserError
 from transfgu.runtime.progress import Progress
 from transfgu.store import storage
@@ -45,7 +47,8 @@ def main(words: Sequence[str]) -> None:
     for name, uri in found.items():
         try:
             for time, pixels in videos.frames(uri, given.every):
-                storage.write_bytes(storage.join(given.out, name, f"{time_text(time)}.jpg"), _jpeg(pixels))
+                frame = encoded(Image.fromarray(pixels), "JPEG", quality=_QUALITY, subsampling=0)
+                storage.write_bytes(storage.join(given.out, name, f"{time_text(time)}.jpg"), frame)
                 written += 1
                 progress.update(written, None, "frames")
         except BadInput as error:
@@ -79,11 +82,3 @@ def _videos(uri: str) -> dict[str, str]:
             f"{storage.shown(uri)} has no video ({', '.join(videos.SUFFIXES)}): check the path", code="videos-missing"
         )
     return found
-
-
-def _jpeg(pixels: object) -> bytes:
-    from PIL import Image
-
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, "JPEG", quality=_QUALITY, subsampling=0)  # type: ignore[arg-type]
-    return sink.getvalue()

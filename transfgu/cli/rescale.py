@@ -4,12 +4,14 @@
 are in their own unit (Hounsfield units of CT); without --low and --high the window in the DICOM file is used.
 """
 
-import io
 import math
 from collections.abc import Sequence
 
+from PIL import Image
+
 from transfgu.cli.command_line import Parser
 from transfgu.datasets import intensities
+from transfgu.datasets.images import encoded
 from transfgu.datasets.names import output_names
 from transfgu.errors import BadInput, UserError
 from transfgu.runtime.progress import Progress
@@ -63,7 +65,7 @@ def main(words: Sequence[str]) -> None:
             continue
         try:
             data = storage.read_bytes(files[name])
-            found = [_png(image.narrowed(window)) for image in intensities.slices(data)]
+            found = [encoded(Image.fromarray(image.narrowed(window)), "PNG") for image in intensities.slices(data)]
         except BadInput as error:
             bad.append(f"{name} ({error})")
             continue
@@ -83,11 +85,3 @@ def main(words: Sequence[str]) -> None:
     if passed:
         print(f"{passed} other files not read")
     print(f"{written} images: {storage.shown(given.out)}")
-
-
-def _png(pixels: object) -> bytes:
-    from PIL import Image
-
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, "PNG")  # type: ignore[arg-type]
-    return sink.getvalue()

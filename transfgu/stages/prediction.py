@@ -720,9 +720,7 @@ def png(mask: UInt8[np.ndarray, "H W"], colours: UInt8[np.ndarray, "C 3"]) -> by
     """Return class indices as an indexed PNG with the classes' colours."""
     picture = Image.fromarray(mask)
     picture.putpalette(colours.tobytes(), "RGB")
-    sink = io.BytesIO()
-    picture.save(sink, "PNG")
-    return sink.getvalue()
+    return images.encoded(picture, "PNG")
 
 
 def overlay(
@@ -737,9 +735,7 @@ def overlay(
     lit = ((image.astype(np.uint16) + colours[mask]) // 2).astype(np.uint8)
     lit[:, 1:][mask[:, 1:] != mask[:, :-1]] = 20
     lit[1:][mask[1:] != mask[:-1]] = 20
-    sink = io.BytesIO()
-    Image.fromarray(lit).save(sink, "JPEG", quality=88)
-    return sink.getvalue()
+    return images.encoded(Image.fromarray(lit), "JPEG", quality=88)
 
 
 def masks_file(masks: Iterable[tuple[str, int, int, bytes]]) -> bytes:
