@@ -6,7 +6,9 @@
 from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
+from transfgu.datasets.listing import find_images
 from transfgu.errors import UserError
+from transfgu.sharing import exports, geotiff
 from transfgu.sharing.exports import GEOTIFF, NAMES, check_format
 from transfgu.store import storage
 
@@ -55,8 +57,7 @@ def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance:
     Raises:
         UserError: there are no masks as PNGs, no such format or class.
     """
-    from transfgu.datasets.listing import find_images
-    from transfgu.sharing import exports, geotiff
+    # Import Ray only now, because it takes seconds: mistakes on the command line are reported at once.
     from transfgu.stages.prediction import mask_names, read_claim
 
     claim = read_claim(masks)

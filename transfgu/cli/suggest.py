@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
 from transfgu.errors import UserError
+from transfgu.runtime.progress import Progress
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
 
@@ -59,7 +60,6 @@ def main(words: Sequence[str]) -> None:
         raise UserError(f"--windows must be 100 or more, not {given.windows}", code="flag-range")
     # Import NumPy and FAISS only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu.report import suggestion
-    from transfgu.runtime.progress import Progress
 
     progress = Progress("suggest", quiet=given.quiet)
     found = suggestion.find(
