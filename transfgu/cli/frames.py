@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from transfgu.cli.command_line import Parser
+from transfgu.cli.command_line import Parser, check_out, files_below
 from transfgu.datasets import videos
 from transfgu.datasets.images import encoded
 from transfgu.errors import BadInput, UserError
@@ -36,12 +36,7 @@ def main(words: Sequence[str]) -> None:
         raise UserError(f"--every must be 0 or a number of seconds, not {given.every:g}", code="flag-range")
     videos.check_installed()
     found = _videos(given.video)
-    if storage.within(given.out, given.video):
-        raise UserError(
-            f"--out {storage.shown(given.out)} is inside {storage.shown(given.video)}: choose a separate folder",
-            code="folders-nested",
-        )
-    storage.check_writable(given.out)
+    check_out(given.out, given.video)
     progress = Progress("frames", quiet=given.quiet)
     written, bad = 0, []
     for name, uri in found.items():
@@ -70,13 +65,8 @@ def time_text(seconds: float) -> str:
 
 def _videos(uri: str) -> dict[str, str]:
     """Return the URIs of videos by the name of their folder of frames."""
-    if storage.is_file(uri):
-        found = {uri.rstrip("/").rpartition("/")[2]: uri}
-    else:
-        storage.check_readable(uri)
-        root = storage.absolute(uri).rstrip("/")
-        found = {storage.absolute(file)[len(root) + 1 :]: file for file in storage.list_files(uri)}
-    found = {name: file for name, file in sorted(found.items()) if name.lower().endswith(videos.SUFFIXES)}
+    found = {uri.rstrip("/").rpartition("/")[2]: uri} if storage.is_file(uri) else files_below(uri)
+    found = {name: file for name, file in found.items() if name.lower().endswith(videos.SUFFIXES)}
     if not found:
         raise UserError(
             f"{storage.shown(uri)} has no video ({', '.join(videos.SUFFIXES)}): check the path", code="videos-missing"

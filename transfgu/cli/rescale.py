@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from transfgu.cli.command_line import Parser
+from transfgu.cli.command_line import Parser, check_out, files_below
 from transfgu.datasets import intensities
 from transfgu.datasets.images import encoded
 from transfgu.datasets.names import output_names
@@ -43,16 +43,9 @@ def main(words: Sequence[str]) -> None:
         if not (math.isfinite(given.low) and math.isfinite(given.high) and given.low < given.high):
             raise UserError(f"--low must be less than --high, not {given.low:g} and {given.high:g}", code="flag-range")
         window = given.low, given.high
-    storage.check_readable(given.images)
-    if storage.within(given.out, given.images):
-        raise UserError(
-            f"--out {storage.shown(given.out)} is inside {storage.shown(given.images)}: choose a separate folder",
-            code="folders-nested",
-        )
-    storage.check_writable(given.out)
-    root = storage.absolute(given.images).rstrip("/")
-    files = {storage.absolute(uri)[len(root) + 1 :]: uri for uri in storage.list_files(given.images)}
-    names = sorted(files)
+    files = files_below(given.images)
+    check_out(given.out, given.images)
+    names = list(files)
     progress = Progress("rescale", quiet=given.quiet)
     written, passed, bad = 0, 0, []
     for number, (name, out) in enumerate(zip(names, output_names(names), strict=True), 1):

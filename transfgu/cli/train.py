@@ -6,14 +6,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from transfgu.cli.command_line import (
-    Parser,
-    add_output,
-    add_recipe,
-    preset_table,
-    print_config,
-    recipe_of,
-)
+from transfgu.cli.command_line import Parser, add_output, add_recipe, preset_table, print_config, recipe_of
 from transfgu.errors import UserError
 from transfgu.methods import STAGES, TRANSFGU
 from transfgu.recipe import Recipe
