@@ -8,7 +8,9 @@ RUN ?= $(HOME)/transfgu/shapes
 # Put the clone on Python's path: with pip's default, Python would import the folder of runs in the home folder instead.
 EDITABLE := --config-settings editable_mode=compat
 # Two processes, each with whole files, so that fixtures of a file are set up once. The slowest files don't run last.
-PURE := -n 2 --dist loadfile --no-loadscope-reorder -m "not ray and not long and not s3_server and not trackers"
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+PURE := $(TWO) -m "not ray and not processes and not long and not s3_server and not trackers"
+PROCESSES := $(TWO) -m "processes and not ray and not long and not s3_server and not trackers"
 ON_RAY := -m "ray and not long"
 
 # Many short processes import the package; only the first one compiles it.
@@ -18,11 +20,12 @@ unexport PYTHONDONTWRITEBYTECODE
 OUT ?= gpu-report
 DEVICE ?= cuda
 WHEELS ?=
-# The script axe-core, by which tests look at pages. Without its dependencies, which bring browsers.
+# The script axe-core, with which tests check pages. Its package goes into a folder that Python does not import from,
+# because it requires browsers that are not installed, of which `pip check` would complain.
 AXE := axe-playwright-python==0.1.8
 NEEDED := import faiss, hypothesis, jaxtyping, optuna, pytest, ray.data, ray.train, safetensors, timm, torch, torchvision
 
-.PHONY: demo test test-pure test-ray coverage faults gpu lint types docs site hooks setup clean
+.PHONY: demo test test-pure test-processes test-ray coverage faults gpu lint types docs site hooks setup clean
 
 setup: $(VENV)/.installed
 
@@ -30,7 +33,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (torch and Ray: a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),dev]' $(EDITABLE)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(AXE)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/axe $(AXE)
 	@touch $@
 
 demo: setup  ## run the embedded demonstration, from scenes to report
@@ -44,17 +47,21 @@ lint: setup
 types: setup
 	$(VENV)/bin/mypy
 
-test-pure: setup  ## run the tests without Ray
+test-pure: setup  ## run the tests that start neither Ray nor other programs
 	$(PY) -m pytest -q $(PURE)
+
+test-processes: setup  ## run the tests that start browsers, shells and other processes, without Ray
+	$(PY) -m pytest -q $(PROCESSES)
 
 test-ray: setup  ## run the tests on Ray
 	$(PY) -m pytest -q $(ON_RAY)
 
-test: lint types test-pure test-ray  ## check lint and types, and run all tests except the long ones
+test: lint types test-pure test-processes test-ray  ## check lint and types, and run all tests except the long ones
 
 coverage: setup  ## measure the coverage of the same tests, including Ray's workers
 	$(PY) -m coverage erase
 	$(PY) -m coverage run -m pytest -q $(PURE)
+	$(PY) -m coverage run -m pytest -q $(PROCESSES)
 	$(PY) -m coverage run -m pytest -q $(ON_RAY)
 	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report --fail-under=90

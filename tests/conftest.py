@@ -1,15 +1,19 @@
 """Define fixtures for all tests; annotations of the library are checked at run time in tests."""
 
 import atexit
+import functools
 import gc
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -40,8 +44,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seed", type=int, default=0, help="of the cases")
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that select by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` on a machine without one; `TRANSFGU_GPU_TESTS=cpu` runs `tests/gpu` on the CPU."""
+    """Mark tests of `two_processes`; skip those marked `gpu` on a machine without one.
+
+    `TRANSFGU_GPU_TESTS=cpu` runs `tests/gpu` on the CPU.
+    """
+    for item in items:
+        if "two_processes" in getattr(item, "fixturenames", ()):
+            item.add_marker("processes")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -61,19 +72,45 @@ def pytest_collection_finish() -> None:
 
 
 _ray_is_expected = False
+_started: list[str] = []
+
+
+def _record_programs() -> None:
+    """Replace the functions that start programs by ones that also record it in `_started`."""
+    start_program, start_process = subprocess.Popen.__init__, BaseProcess.start
+
+    @functools.wraps(start_program)
+    def program(self: subprocess.Popen[Any], *args: Any, **kwargs: Any) -> None:
+        _started.append(str(args[0] if args else kwargs["args"]))
+        start_program(self, *args, **kwargs)
+
+    @functools.wraps(start_process)
+    def process(self: BaseProcess) -> None:
+        _started.append(f"{self}")
+        start_process(self)
+
+    subprocess.Popen.__init__, BaseProcess.start = program, process  # type: ignore[method-assign]
+
+
+_record_programs()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Record whether a test so far was marked `ray`."""
     global _ray_is_expected
     _ray_is_expected |= item.get_closest_marker("ray") is not None
+    _started.clear()
 
 
-def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """Fail a test that starts Ray without the mark, because a cluster takes ten seconds."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that starts Ray or other programs without the mark that says so: both take seconds."""
+    yield
     ray = sys.modules.get("ray")
     if not _ray_is_expected and ray is not None and ray.is_initialized():
         pytest.fail(f"{item.nodeid} started Ray: mark it `ray`")
+    if _started and not any(item.get_closest_marker(name) for name in ("processes", "ray", "trackers", "long")):
+        pytest.fail(f"{item.nodeid} started {_started[0]}: mark it `processes`")
 
 
 @pytest.fixture(scope="session")

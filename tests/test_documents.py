@@ -80,6 +80,7 @@ def test_links_lead_to_files(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
 
 
+@pytest.mark.processes
 def test_a_folder_of_runs_is_not_taken_for_the_package(tmp_path: Path) -> None:
     (tmp_path / "transfgu" / "photos").mkdir(parents=True)  # as in one's home
     script = tmp_path / "script.py"

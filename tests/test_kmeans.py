@@ -235,6 +235,7 @@ def test_mistakes() -> None:
             kmeans(np.where(np.eye(4, 2) > 0, bad, 1.0), 2)
 
 
+@pytest.mark.processes
 def test_an_array_needs_neither_ray_nor_torch() -> None:
     script = (
         "import sys, numpy as np; from transfgu.stages.concepts import kmeans; "

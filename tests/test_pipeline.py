@@ -224,6 +224,8 @@ def test_without_labels_there_is_a_report_and_no_score(tmp_path: Path) -> None:
         pipeline.evaluate(recipe, Run(str(tmp_path / "run")), quiet=True)
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_may_have_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

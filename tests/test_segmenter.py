@@ -200,6 +200,7 @@ def test_the_first_of_equals_wins() -> None:
     assert winners(torch.zeros(3, 2, 2), (4, 4)).eq(0).all()
 
 
+@pytest.mark.processes
 def test_no_ray_in_a_fresh_process(labelled: MadeRun) -> None:
     program = """
 import sys
@@ -222,6 +223,7 @@ print("done", transfgu.__version__)
     assert ended.stdout.split()[0] == "done"
 
 
+@pytest.mark.processes
 def test_prediction_needs_no_more_than_its_page_installs(labelled: MadeRun) -> None:
     page = (Path(__file__).parents[1] / "docs" / "index.md").read_text()
     installed = re.findall(r"^pip install (?!--)(.*)$", page, re.MULTILINE)[0].split()

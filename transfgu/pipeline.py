@@ -427,7 +427,7 @@ def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: b
     if method(recipe.method).encoder:
         encoder = Encoder.from_pretrained(recipe.encoder.name, recipe.encoder.weights)
         recipe = fit_to_patch(recipe, encoder.patch_size)
-    connect.connect(verbose=verbose, single_block=len(rows) <= evaluation.BLOCK_ROWS)
+    connect.connect(verbose=verbose, single_process=len(rows) <= evaluation.BLOCK_ROWS)
     check_shared(recipe, run)
     capacity.check_satisfiable(dataclasses.replace(recipe.compute, workers=0))  # the run's number is for training
     counted = evaluation.evaluate(recipe, {"model": decoder}, rows, Progress("evaluation", quiet=quiet))

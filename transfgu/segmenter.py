@@ -5,6 +5,7 @@ that of a run, with the weights of encoder and decoder and without paths of data
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -22,6 +23,7 @@ from transfgu import datasets, formats
 from transfgu.datasets import images, rasters
 from transfgu.datasets.class_lists import index_type
 from transfgu.decoder import MaskDecoder, winners
+from transfgu.encoder import scaled_size
 from transfgu.errors import BadInput, UserError
 from transfgu.inference.averaging import averaged_logits
 from transfgu.inference.mask_model import MaskModel
@@ -299,7 +301,14 @@ class Segmenter(ModelHubMixin):
             shares: np.ndarray = summed.index_add_(0, class_of.to(logits.device), logits.softmax(dim=0)).cpu().numpy()
             return shares
 
-        yield from strips(rows, self.size, tiling, self.logits, reduce)
+        yield from strips(rows, self.size, tiling, self._cells(), self.logits, reduce)
+
+    def _cells(self) -> tuple[int, int]:
+        """Return the cells of a tile, vertical and horizontal; their borders are borders of patches at every scale."""
+        patch = self.model.patch_size
+        sizes = [scaled_size(self.size, scale, patch) for scale in self.recipe.evaluation.scales]
+        down, across = (math.gcd(*sides) // patch for sides in zip(*sizes, strict=True))
+        return down, across
 
     def _predict_all(
         self, photos: Sequence[Photo], probabilities: bool, orient: bool
@@ -336,7 +345,8 @@ class Segmenter(ModelHubMixin):
         self, resized: UInt8[np.ndarray, "n 3 h w"], sizes: Sequence[tuple[int, int]]
     ) -> Iterator[tuple[Float[Tensor, "clusters h w"], tuple[int, int]]]:
         for start in range(0, len(resized), _AT_ONCE):
-            batch = torch.from_numpy(resized[start : start + _AT_ONCE])
+            # Arrays from Ray's object store are read-only, of which torch warns; these are copied.
+            batch = torch.from_numpy(np.require(resized[start : start + _AT_ONCE], requirements="W"))
             yield from zip(self.logits(batch), sizes[start : start + _AT_ONCE], strict=True)
 
     def logits(self, batch: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B clusters h w"]:

@@ -27,6 +27,7 @@ def part(name: str, code: str, limit: float = 60.0, found: dict[str, Any] | None
     return gpu.Part(name=name, command=[sys.executable, "-c", code], limit=limit, read=lambda: found or {})
 
 
+@pytest.mark.processes
 def test_each_part_leaves_its_results_whatever_becomes_of_it(tmp_path: Path) -> None:
     said: list[str] = []
     parts = [

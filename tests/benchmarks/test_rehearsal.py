@@ -53,6 +53,7 @@ child.kill()
 """
 
 
+@pytest.mark.processes
 def test_memory_and_lines_of_a_command_and_its_children() -> None:
     memory, lines = Memory(), list[str]()
     command = Command([sys.executable, "-c", ALLOCATES, "1"], memory, lambda line: lines.append(line.text), {})
@@ -64,6 +65,7 @@ def test_memory_and_lines_of_a_command_and_its_children() -> None:
     assert command.seconds > 1
 
 
+@pytest.mark.processes
 def test_a_killed_command_leaves_no_process() -> None:
     memory, working = Memory(), threading.Event()
     command = Command(

@@ -99,6 +99,7 @@ def test_help_shows_every_field_with_its_meaning() -> None:
             assert " ".join(info.doc.split()[:3]) in text
 
 
+@pytest.mark.processes
 def test_a_mistake_on_the_command_line_needs_no_ray_and_shows_no_trace() -> None:
     done = subprocess.run(
         [sys.executable, "jobs/train.py", "coco"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -50,6 +50,7 @@ def test_an_unknown_command_is_answered_in_one_line() -> None:
         run_command(["evaluat"])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "folder", "--help"]])
 def test_it_answers_without_torch_and_ray(words: list[str]) -> None:
     command = [sys.executable, "-m", "transfgu", *words]
@@ -148,6 +149,7 @@ def bash(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return script
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

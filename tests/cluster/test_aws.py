@@ -102,6 +102,7 @@ def test_no_port_is_open_and_no_key_is_in_it(config: dict[str, Any]) -> None:
         assert "ship_logs.sh s3://my-bucket" in started
 
 
+@pytest.mark.processes
 def test_the_head_makes_a_token_that_workers_get(config: dict[str, Any], tmp_path: Path) -> None:
     prepared = prepare_config(config)
     assert prepared["cluster_synced_files"] == ["~/.ray/auth_token"]

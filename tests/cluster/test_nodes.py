@@ -28,6 +28,7 @@ def ship_logs() -> ModuleType:
     return module
 
 
+@pytest.mark.processes
 def test_the_dockerfile_is_clean_to_hadolint() -> None:
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert hadolint, "hadolint comes with the extra `dev`"
@@ -43,6 +44,7 @@ def test_the_image_runs_as_an_ordinary_user_and_caches_the_packages() -> None:
     assert packages < lines.index("COPY --chown=ray transfgu transfgu")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", ["environment.sh", "setup_node.sh", "ship_logs.sh", "spill_disk.sh"])
 def test_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", str(CLUSTER / script)], check=True)
@@ -62,6 +64,7 @@ def disk(tmp_path: Path) -> Iterator[str]:
     subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(os.geteuid() != 0, reason="a disk is mounted by root alone")
 @pytest.mark.skipif(not (shutil.which("losetup") and shutil.which("mkfs.ext4")), reason="no losetup, mkfs.ext4")
 @pytest.mark.parametrize("in_use", [False, True])
@@ -105,6 +108,7 @@ def test_of_a_huge_log_the_end_is_copied(ship_logs: ModuleType, tmp_path: Path) 
     assert (tmp_path / "kept" / "a.log").read_text() == " end"
 
 
+@pytest.mark.processes
 def test_logs_of_a_machine_that_is_taken_away_remain(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "raylet.out").write_text("here")

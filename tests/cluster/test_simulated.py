@@ -31,6 +31,7 @@ def test_jobs_are_told_of_the_nodes_that_the_autoscaler_may_add(simulated: Modul
     assert told == {name: types["gpu"]["resources"][name] for name in ("CPU", "GPU")}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

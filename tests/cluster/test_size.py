@@ -36,6 +36,7 @@ def told_nodes(text: str) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.processes
 def test_the_files_are_in_step_with_the_one_number() -> None:
     done = subprocess.run([sys.executable, "cluster/resize.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "outdated: none\n")

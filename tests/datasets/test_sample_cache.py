@@ -134,6 +134,7 @@ def test_a_restart_of_the_machine_keeps_whole_caches_alone(tmp_path: Path) -> No
     assert not SampleCache(str(tmp_path), layout("begun"), ROOM, boot="another").has(np.arange(6)).any()
 
 
+@pytest.mark.processes
 def test_a_process_that_dies_gives_its_cache_up(tmp_path: Path) -> None:
     code = f"""
 import os

@@ -154,6 +154,35 @@ def test_a_driver_that_is_killed(job: str, data: Data, tmp_path: Path) -> None:
     row("driver killed (SIGKILL)", job, "run again, it goes on", time.monotonic() - started, "its work in hand")
 
 
+@pytest.mark.parametrize("job", JOBS)
+def test_a_raylet_that_is_killed(job: str, data: Data, tmp_path: Path) -> None:
+    undisturbed(job, data)
+    process = start(job, data, str(tmp_path / "out"))
+    wait_until_at_work(job, process)
+    others = psutil.Process(process.pid).children(recursive=True)
+    (raylet,) = [p for p in others if p.name() == "raylet"]
+    raylet.kill()
+    killed = time.monotonic()
+    told, _ = process.communicate(timeout=LIMIT)
+    seconds = time.monotonic() - killed
+    assert process.returncode == 2, told
+    assert "Ray's process raylet was killed by SIGKILL" in told.splitlines()[-1]
+    assert told.splitlines()[-1].endswith("[ray-died]")
+    assert "Traceback" not in told
+    _, left = psutil.wait_procs(others, timeout=5)
+    assert not left, [process.cmdline() for process in left]
+    started = time.monotonic()
+    output_of(start(job, data, str(tmp_path / "out")), LIMIT)
+    check(job, data, str(tmp_path / "out"))
+    row(
+        "raylet killed",
+        job,
+        f"one line after {seconds:.1f} s; run again, it goes on",
+        time.monotonic() - started,
+        "its work in hand",
+    )
+
+
 class Fault:
     """What a gateway does to requests: `503` to one in five; `gone` and `hang` from the first that the work makes."""
 

@@ -45,7 +45,7 @@ def test_a_process_that_dies(
     row(fault, stage, "continues by itself", seconds - undisturbed.seconds[stage], "its work in hand")
 
 
-@pytest.mark.parametrize("method", ["picie", "maskcontrast"])
+@pytest.mark.parametrize("method", ["iic", "picie", "maskcontrast", "linear-head"])
 def test_the_worker_of_a_method_of_comparison_that_dies(method: str, tmp_path: Path, ray_cluster: None) -> None:
     photographs(tmp_path)
     recipe = recipe_of(method, tmp_path, epochs=3, passes=4)

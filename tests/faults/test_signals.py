@@ -1,6 +1,10 @@
-"""SIGINT and SIGTERM to every job, at any moment: one line, exit code 130 or 143, soon, and nothing left behind."""
+"""SIGINT and SIGTERM to every job, at any moment: one line, exit code 130 or 143, soon, and nothing left behind.
+
+The same holds, with exit code 2, for a job whose Ray is killed.
+"""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -81,16 +85,27 @@ def catches_term(job: psutil.Process) -> bool:
     return bool(int(caught, 16) >> (TERM - 1) & 1)
 
 
+def at_a_task(job: psutil.Process) -> bool:
+    """Return True if a worker of Ray is at a task or an actor, which none is before Ray has started completely."""
+    for process in job.children(recursive=True):
+        try:
+            if re.match(r"ray::(?!IDLE|\w+Agent\b)", " ".join(process.cmdline())):
+                return True
+        except psutil.Error:
+            continue
+    return False
+
+
 MOMENTS: dict[str, Callable[[psutil.Process], bool]] = {
     "before Ray": catches_term,
     "during its start": lambda job: started(job, "gcs_server"),
     "in work": lambda job: started(job, "ray::"),
+    "at a task": at_a_task,
 }
 
 
-def check(job: str, kind: str, moment: str, words: list[str], folder: Path) -> None:
-    """Start the job, send it the signals at the moment, and check how it ends."""
-    signals, ignored = KINDS[kind]
+def start(moment: str, words: list[str], folder: Path, *, ignored: bool = False) -> "subprocess.Popen[str]":
+    """Start the job and wait for the moment; with `ignored`, it inherits SIGINT as ignored."""
     # Measured for coverage, a process handles SIGTERM from its start, before the job does.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     running = subprocess.Popen(
@@ -106,27 +121,45 @@ def check(job: str, kind: str, moment: str, words: list[str], folder: Path) -> N
     while not MOMENTS[moment](process) and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert running.poll() is None, running.communicate()
-    others = process.children(recursive=True)
+    return running
+
+
+def end(running: "subprocess.Popen[str]", disturb: Callable[[], None]) -> tuple[str, float, int]:
+    """Disturb the job, and check how it ends; return its last line, its seconds to end, and its former descendants."""
+    others = psutil.Process(running.pid).children(recursive=True)
     sent = time.monotonic()
-    for number in signals:
-        running.send_signal(number)
-        time.sleep(0.3 * (len(signals) > 1))
+    disturb()
     try:
         _, told = running.communicate(timeout=60)
     except subprocess.TimeoutExpired:
         running.kill()
-        pytest.fail(f"{job}, {kind}, {moment}: still running after a minute: {running.communicate()[1]}")
+        pytest.fail(f"still running after a minute: {running.communicate()[1]}")
     seconds = time.monotonic() - sent
     _, left = psutil.wait_procs(others, timeout=1)
-    assert running.returncode == 128 + signals[0], told
-    assert [line for line in told.splitlines() if line][-1:] == [LINE], told
     assert "Traceback" not in told
     assert "***" not in told
     assert seconds < SECONDS
     assert not left
-    row(f"{kind}: exit code {running.returncode}, {len(others)} processes ended", f"{job}, {moment}", LINE, seconds, "")
+    return [line for line in told.splitlines() if line][-1], seconds, len(others)
 
 
+def check(job: str, kind: str, moment: str, words: list[str], folder: Path) -> None:
+    """Start the job, send it the signals at the moment, and check how it ends."""
+    signals, ignored = KINDS[kind]
+    running = start(moment, words, folder, ignored=ignored)
+
+    def send() -> None:
+        for number in signals:
+            running.send_signal(number)
+            time.sleep(0.3 * (len(signals) > 1))
+
+    line, seconds, ended = end(running, send)
+    assert line == LINE
+    assert running.returncode == 128 + signals[0]
+    row(f"{kind}: exit code {running.returncode}, {ended} processes ended", f"{job}, {moment}", LINE, seconds, "")
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("job", "kind"),
     [
@@ -140,6 +173,8 @@ def test_a_job_that_has_not_started_ray(job: str, kind: str, words: dict[str, li
     check(job, kind, "before Ray", words[job], ray_folder)
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 @pytest.mark.ray
 def test_a_training_on_ray(words: dict[str, list[str]], ray_folder: Path, tmp_path: Path) -> None:
     check("train", "TERM, INT ignored", "in work", words["train"], ray_folder)
@@ -148,7 +183,7 @@ def test_a_training_on_ray(words: dict[str, list[str]], ray_folder: Path, tmp_pa
 
 @pytest.mark.long
 @pytest.mark.ray
-@pytest.mark.parametrize("moment", list(MOMENTS)[1:])
+@pytest.mark.parametrize("moment", ["during its start", "in work"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_on_ray(
@@ -156,3 +191,20 @@ def test_a_job_on_ray(
 ) -> None:
     check(job, kind, moment, words[job], ray_folder)
     assert not list(tmp_path.rglob("run.lock"))
+
+
+@pytest.mark.long
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+@pytest.mark.parametrize("job", ["train", "tune", "predict", "pretrain"])
+def test_a_job_whose_ray_is_killed(
+    job: str, name: str, words: dict[str, list[str]], ray_folder: Path, tmp_path: Path
+) -> None:
+    running = start("at a task", words[job], ray_folder)
+    (process,) = [p for p in psutil.Process(running.pid).children() if p.name() == name]
+    line, seconds, ended = end(running, process.kill)
+    assert line.startswith(f"Ray's process {name} was killed by SIGKILL")
+    assert line.endswith("[ray-died]")
+    assert running.returncode == 2
+    assert not list(tmp_path.rglob("run.lock"))
+    row(f"{name} killed: exit code 2, {ended} processes ended", job, line, seconds, "")

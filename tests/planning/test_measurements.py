@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.refusals import refused
 from transfgu.planning.measurements import Measurements, Timing, aligned, in_turns
 
@@ -72,6 +74,7 @@ def test_measurements_are_read_back_as_they_were() -> None:
             Measurements.from_json(text)
 
 
+@pytest.mark.processes
 def test_a_plan_needs_no_torch() -> None:
     code = "import sys, transfgu.planning.cost_plan; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,8 +1,8 @@
 """The pages against axe-core's rules of accessibility, in headless Chromium, light and dark, narrow and wide."""
 
 import asyncio
-import importlib.util
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -15,20 +15,15 @@ from transfgu.report.serving import Playground
 from transfgu.store.artifacts import Run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "run"
-_SPEC = importlib.util.find_spec("axe_playwright_python")
+AXE = Path(sys.prefix) / "axe" / "axe_playwright_python" / "axe.min.js"  # where `make setup` puts it
 _PROBLEMS = """axe.run(document).then(found => ({passed: found.passes.length, violated: found.violations.flatMap(
     v => v.nodes.map(n => `${v.id}: ${n.target.join(' ')}: ${n.failureSummary.replaceAll('\\n', ' ')}`))}))"""
 
 pytestmark = [
+    pytest.mark.processes,
     pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed"),
-    pytest.mark.skipif(_SPEC is None, reason="axe-playwright-python, which brings axe-core, is not installed"),
+    pytest.mark.skipif(not AXE.exists(), reason=f"{AXE} is missing (make setup)"),
 ]
-
-
-def axe() -> str:
-    assert _SPEC
-    assert _SPEC.origin
-    return (Path(_SPEC.origin).parent / "axe.min.js").read_text()
 
 
 async def problems(found: Browser, url: str) -> list[str]:
@@ -41,7 +36,7 @@ async def problems(found: Browser, url: str) -> list[str]:
             await found.resize(width)
             await found.open(url)
             await found.value("document.querySelectorAll('details').forEach(d => { d.open = true })")
-            await found.value(axe())
+            await found.value(AXE.read_text())
             rules = await found.value(_PROBLEMS)
             assert rules["passed"] > 5
             said += [f"{scheme}, {width} px: {line}" for line in rules["violated"]]

@@ -143,6 +143,7 @@ async def drive(server: Playground, port: int, photo: Path, shots: Path) -> list
         return page.errors
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
 def test_the_page_in_a_browser(server: Playground, tmp_path: Path) -> None:
     photo = tmp_path / "photo.png"

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pytest
 import ray
@@ -164,3 +165,10 @@ def test_persist_current_checkpoint(ray_cluster: None, tmp_path: Path) -> None:
     assert result.checkpoint
     assert result.checkpoint.path == str(tmp_path / "run" / "checkpoint_1")
     assert (tmp_path / "run" / "checkpoint_1" / "weights").read_bytes() == b"content"
+
+
+def test_global_node_all_processes(ray_cluster: None) -> None:
+    found = ray_internals.main_processes()
+    assert sorted(found) == ["gcs_server", "raylet"]
+    assert [process.poll() for process in found.values()] == [None, None]
+    assert {psutil.Process(process.pid).name() for process in found.values()} == set(found)

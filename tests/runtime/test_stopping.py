@@ -30,6 +30,7 @@ if "killed" in sys.argv:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("end", ["killed", "exits"])
 def test_a_tied_process_ends_with_its_parent(tmp_path: Path, end: str) -> None:
     ended = tmp_path / "ended"
@@ -43,6 +44,7 @@ def test_a_tied_process_ends_with_its_parent(tmp_path: Path, end: str) -> None:
     assert ended.read_text() == "in order"
 
 
+@pytest.mark.processes
 def test_a_tied_process_runs_while_its_parent_does() -> None:
     code = "import os; from transfgu.runtime import stopping; stopping.install(); print('STDIN' in str(os.environ))"
     child = stopping.start_tied([sys.executable, "-c", code], stdout=subprocess.PIPE)

@@ -169,6 +169,7 @@ def test_bad_requests_are_one_line(fields: dict[str, Any], refusal: str) -> None
         search(**fields)
 
 
+@pytest.mark.processes
 def test_the_command_answers_mistakes_without_ray_and_torch() -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(

@@ -35,7 +35,7 @@ from transfgu.runtime.progress import Progress
 from transfgu.segmenter import Segmenter
 from transfgu.stages import prediction
 from transfgu.stages.prediction import PredictionJob, predict
-from transfgu.store import storage
+from transfgu.store import parquet, predicted, storage
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = Progress("prediction", quiet=True)
@@ -79,6 +79,7 @@ def test_masks_are_written_one_images_arrays_at_a_time(how: str, made: MadeRun, 
         "mask": [str(i) for i in range(count)],
         "size": [9] * count,
         "changed": [1] * count,
+        "tag": [""] * count,
         "height": pa.array([side] * count, pa.int32()),
         "width": pa.array([side] * count, pa.int32()),
         "file": pa.nulls(count, pa.large_binary()),
@@ -176,7 +177,7 @@ def test_a_mask_in_strips_is_the_same_png() -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("kind", ["png", "parquet"])
+@pytest.mark.parametrize("kind", ["png", pytest.param("parquet", marks=[pytest.mark.long, pytest.mark.ci_long])])
 def test_masks_in_tiles(made: MadeRun, tmp_path: Path, kind: prediction.Format) -> None:
     write_images(tmp_path / "images", ["a/004.jpg", "a/003.png", "b/001.png"])
     Image.fromarray(np.tile(picture(4), (2, 3, 1))).save(tmp_path / "images" / "wide.png")
@@ -294,6 +295,42 @@ def test_few_images_are_predicted_without_ray(how: dict[str, Any], made: MadeRun
         predict(asked, COMPUTE, QUIET)
 
 
+@pytest.mark.s3
+@pytest.mark.usefixtures("without_ray")
+def test_an_image_in_s3_replaced_within_a_second_is_predicted_again(made: MadeRun, tmp_path: Path, s3: str) -> None:
+    before, after = (
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)) for seed in (0, 1)
+    )
+    images = f"{s3}/images"
+
+    def put(picture: Image.Image) -> storage.Version:
+        file = io.BytesIO()
+        picture.save(file, "bmp")  # without compression both have the same size
+        storage.write_bytes(f"{images}/a.bmp", file.getvalue())
+        return storage.list_folder(images, tags=True).files[f"{images}/a.bmp"]
+
+    asked = job(made, tmp_path, images=images)
+    put(before)
+    assert predict(asked, COMPUTE, QUIET).made == 1
+    assert predict(asked, COMPUTE, QUIET).found == 1
+    now = put(after)
+    # S3's clock may have gone on since: the record gets the time that a replacement within the second would have had.
+    out = str(tmp_path / "out")
+    records, _ = predicted.read(out)
+    (name, record), *_ = records.items()
+    assert record.image.tag != now.tag != ""
+    assert record.image.size == now.size
+    same_second = replace(record, image=record.image._replace(changed=now.changed))
+    predicted.write(out, {name: same_second})
+    assert predict(asked, COMPUTE, QUIET).made == 1
+    expected = Segmenter.load(made.run.uri).predict(after)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "masks" / "a.png")), expected)
+    # A record of an earlier version has no tags.
+    table = pa.Table.from_pylist([{"name": name, "mask": "a", "size": now.size, "changed": now.changed}])
+    parquet.write_table(f"{out}/{predicted.RECORD}", table)
+    assert predict(asked, COMPUTE, QUIET).found == 1
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("how", [{"overlays": True}, {"format": "parquet"}, {"tile": 48, "overlap": 16}])
@@ -345,7 +382,7 @@ def test_masks_are_the_segmenters_and_only_what_lacks_is_made(made: MadeRun, tmp
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("kind", ["png", "parquet"])
+@pytest.mark.parametrize("kind", ["png", pytest.param("parquet", marks=[pytest.mark.long, pytest.mark.ci_long])])
 def test_masks_of_other_versions_are_made_again(made: MadeRun, tmp_path: Path, kind: prediction.Format) -> None:
     folder = write_images(tmp_path / "images", ["a/004.jpg", "photo.jpg", "same.jpg", "gone.jpg", "spoilt.jpg"])
     asked = job(made, tmp_path, format=kind)

@@ -85,6 +85,7 @@ def test_of_many_that_try_at_once_one_holds_it(tmp_path: Path, said: list[str]) 
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["x"]
 
 
+@pytest.mark.processes
 def test_a_killed_runs_lock_is_taken_over_at_once(tmp_path: Path, said: list[str]) -> None:
     root = Path(store_lock.__file__).parents[2]
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=root)

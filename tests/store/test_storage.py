@@ -282,6 +282,7 @@ def test_profile_and_config_file_count(
     assert storage.filesystem(f"{s3}/x")[0].region == "eu-north-1"
 
 
+@pytest.mark.processes
 @pytest.mark.s3
 def test_another_process_finds_its_own_way(s3: str) -> None:
     storage.write_bytes(f"{s3}/x", b"from afar")

@@ -88,6 +88,7 @@ def test_workers_are_answered_even_where_the_question_fails() -> None:
     assert answers == [False]
 
 
+@pytest.mark.processes
 def test_its_process_has_no_torch_to_import() -> None:
     code = "import sys, transfgu.training.board; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

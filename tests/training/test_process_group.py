@@ -58,6 +58,8 @@ except UserError as error:
 """
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 @pytest.mark.ray
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_group_whose_gpus_are_not_there_is_one_error(tmp_path: Path) -> None:

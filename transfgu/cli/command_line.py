@@ -386,6 +386,10 @@ def run_job(job: Callable[[], None]) -> NoReturn:
             stopping.end()
         if not isinstance(error, Exception):
             raise
+        if "transfgu.runtime.connect" in sys.modules:
+            from transfgu.runtime import ray_watch
+
+            ray_watch.check()  # the error may be a consequence of the end of Ray's processes
         # Ray wraps exceptions of tasks and actors in its own.
         cause = find_user_error(error)
         if cause is None:

@@ -102,17 +102,22 @@ def images_in(folder: str, *, recursive: bool = False) -> dict[str, str]:
     return dict(find_images(folder, recursive=recursive).files)
 
 
-def find_images(folder: str, *, recursive: bool = False) -> Images:
+def find_images(folder: str, *, recursive: bool = False, tags: bool = False) -> Images:
     """Find the image files below `folder`: by suffix, and files without a suffix by their first bytes.
 
     Hidden files and folders are skipped. A broken link with the name of an image counts as an image, so that it is
     reported as missing.
 
+    Args:
+        folder: URI.
+        recursive: include subfolders.
+        tags: include entity tags in the versions (`storage.list_folder`).
+
     Raises:
         UserError: the storage can't be read.
     """
     folder = storage.absolute(folder)
-    listed = storage.list_folder(folder, recursive)
+    listed = storage.list_folder(folder, recursive, tags=tags)
     files: dict[str, str] = {}
     unnamed: list[str] = []
     passed: Counter[str] = Counter({"unusable name": len(listed.unnamed)} if listed.unnamed else {})

@@ -1,12 +1,18 @@
 """Predict an image of any size in overlapping tiles and blend their logits; memory grows only with its width.
 
+Tiles begin on a common grid of patches, so that all tiles cut the image into the same patches: with patches moved by
+half their side, many pixels at outlines get another class. The last tiles may end beyond the image by less than a step
+of that grid; the image is mirrored there.
+
 Tiles are in rows. The logits of a tile are kept per patch, which takes a two-hundredth of the memory per pixel, and are
 enlarged for a block of pixels at a time. Enlarging (bilinear) and the blending weights are both products of a vertical
 and a horizontal part, so together they are two small matrices per tile.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -60,15 +66,31 @@ class Tiling:
         return self.tile, max(2, round(self.tile * wanted[1] / wanted[0]))
 
 
-def starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Return the starts of tiles along a side: as few as possible, evenly spaced; the last ends with the side."""
+def starts(side: int, tile: int, overlap: int, cells: int) -> list[int]:
+    """Return the starts of tiles along a side: as few as possible, almost evenly spaced, on the grid of cells.
+
+    Args:
+        side: of the image, pixels.
+        tile: side of a tile, pixels.
+        overlap: minimum number of pixels that neighbouring tiles share.
+        cells: a tile's side has so many cells, and tiles begin between cells (rounded down to a pixel). If a step of
+            this grid is longer than `tile - overlap`, or than a quarter of a tile, tiles begin at any pixel.
+
+    Returns:
+        Starts in pixels, the first 0. The last tile ends with the side, or less than a step beyond it.
+    """
     if side <= tile:
         return [0]
-    count = -(-(side - overlap) // (tile - overlap))
-    return [round(i * (side - tile) / (count - 1)) for i in range(count)]
+    step = Fraction(tile, cells)
+    step *= math.ceil(1 / step)  # at least a pixel
+    if step > min(Fraction(tile - overlap), Fraction(tile, 4)):
+        step = Fraction(1)
+    steps = math.ceil((side - tile) / step)
+    gaps = math.ceil(Fraction(steps, (tile - overlap) // step))
+    return [math.floor(round(Fraction(i * steps, gaps)) * step) for i in range(gaps + 1)]
 
 
-def weights(side: int, begins: Sequence[int], tile: int, overlap: int) -> Float32[np.ndarray, "tiles tile"]:
+def weights(begins: Sequence[int], tile: int, overlap: int) -> Float32[np.ndarray, "tiles tile"]:
     """Return the weight of each pixel of each tile along a side; the weights of a pixel of the image sum to 1.
 
     A tile's weight rises from its edge over `overlap` pixels; the image's own edges have no such ramp.
@@ -77,7 +99,7 @@ def weights(side: int, begins: Sequence[int], tile: int, overlap: int) -> Float3
     found = np.ones((len(begins), tile))
     found[1:] *= ramp
     found[:-1] *= ramp[::-1]
-    total = np.zeros(side)
+    total = np.zeros(begins[-1] + tile)
     for begin, weight in zip(begins, found, strict=True):
         total[begin : begin + tile] += weight
     for begin, weight in zip(begins, found, strict=True):
@@ -99,10 +121,11 @@ def enlarging(cells: int, pixels: int) -> Float32[np.ndarray, "pixels cells"]:
 class _Side:
     """Tiles along one side of an image, and their weights on ranges of its pixels."""
 
-    def __init__(self, side: int, tile: int, overlap: int) -> None:
+    def __init__(self, side: int, tile: int, overlap: int, cells: int) -> None:
         self.tile = min(tile, side)
-        self.begins = starts(side, tile, overlap)
-        self._weights = weights(side, self.begins, self.tile, overlap)
+        self.begins = starts(side, tile, overlap, cells)
+        self.beyond = self.begins[-1] + self.tile - side  # pixels of the last tile that the image does not have
+        self._weights = weights(self.begins, self.tile, overlap)
 
     def part(self, index: int, start: int, stop: int, cells: int) -> Float32[np.ndarray, "pixels cells"] | None:
         """Return the matrix from a tile's cells to its share of the pixels `start` to `stop`; None if it has none."""
@@ -120,6 +143,7 @@ def strips(
     image: Rows,
     size: Size,
     tiling: Tiling,
+    cells: Size,
     logits_of: Callable[[UInt8[Tensor, "B 3 H W"]], Float[Tensor, "B C h w"]],
     reduce: Callable[[Float[Tensor, "C rows columns"]], np.ndarray],
     *,
@@ -131,6 +155,8 @@ def strips(
         image: read from the top down, each row once.
         size: height and width to which tiles are resized, pixels.
         tiling: the tiles.
+        cells: vertical and horizontal number of cells of a tile, on whose grid tiles begin (`starts`); patches, for a
+            model that sees patches.
         logits_of: returns logits of resized tiles.
         reduce: computes the result from blended logits, such as the index of the largest: (C, rows, columns) to (...,
             rows, columns).
@@ -140,19 +166,20 @@ def strips(
         (..., rows, W), from the top down.
     """
     height, width = tiling.size(size)
-    down = _Side(image.height, height, tiling.overlap)
-    across = _Side(image.width, width, tiling.overlap)
+    down = _Side(image.height, height, tiling.overlap, cells[0])
+    across = _Side(image.width, width, tiling.overlap, cells[1])
     held: dict[int, Tensor] = {}  # logits of the tiles of a row, (tiles, C, h, w), by row
     rows = image.read(0, 0)
     top = done = 0
     for row, begin in enumerate(down.begins):
         end = begin + down.tile
-        rows = np.concatenate((rows[begin - top :], image.read(top + len(rows), end)))
+        rows = np.concatenate((rows[begin - top :], image.read(top + len(rows), min(end, image.height))))
         top = begin
+        seen = np.pad(rows, ((0, down.tile - len(rows)), (0, across.beyond), (0, 0)), mode="reflect")
         found = []
         for first in range(0, len(across.begins), _AT_ONCE):
             columns = across.begins[first : first + _AT_ONCE]
-            tiles = [images.resize(rows[:, x : x + across.tile], size) for x in columns]
+            tiles = [images.resize(seen[:, x : x + across.tile], size) for x in columns]
             found.append(logits_of(torch.from_numpy(np.stack(tiles))).float())
         held[row] = torch.cat(found)
         stop = down.begins[row + 1] if row + 1 < len(down.begins) else image.height

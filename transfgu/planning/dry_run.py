@@ -1,6 +1,7 @@
 """Check a run and estimate its cost before it starts, from the recipe and the list of samples.
 
 The checks are those of the pipeline, so a run that passes them starts. The operators are those that Ray Data would run.
+Ray is not started on a single machine without GPUs, whose resources are known without it.
 The cost comes from the model of `transfgu.planning.cost_plan`, with rates from forward passes of the encoder timed on
 this machine.
 """
@@ -10,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from transfgu import datasets, pipeline
@@ -23,8 +23,7 @@ from transfgu.inference.tokens import PatchTokens
 from transfgu.methods import STAGES, TRANSFGU, method
 from transfgu.planning.cost_plan import Cost, Rates, costs
 from transfgu.recipe import Recipe
-from transfgu.runtime import capacity, connect, parts
-from transfgu.runtime.bottleneck import operators
+from transfgu.runtime import capacity, connect
 from transfgu.runtime.progress import duration
 from transfgu.stages import features, pseudo_labels, samples
 from transfgu.store import reuse, storage
@@ -70,7 +69,7 @@ def describe(
     run = reuse.linked(recipe, run, shared)[0] if shared else run
     stages = pipeline.stages_until(recipe, until)
     complete = pipeline.check_artifacts(recipe, run)
-    connect.connect(verbose=verbose)
+    connect.connect(verbose=verbose, single_process=True)
     pipeline.check_shared(recipe, run)
     capacity.check_satisfiable(recipe.compute)
     held = capacity.actor_resources(recipe.compute)
@@ -265,11 +264,10 @@ def _seconds(encode: PatchTokens, size: tuple[int, int]) -> float:
 
 def _plans(recipe: Recipe, width: int) -> Mapping[str, Sequence[str]]:
     """Return the operators of the stages that run on Ray Data, in order."""
-    one = pa.table({"index": pa.array([0], pa.int32()), "name": ["x"], "image": ["x"]})
     centroids = np.zeros((recipe.concepts.count, width), np.float32)
     return {
-        "features": operators(features.plan(recipe, parts.split(one, 1), "")),
-        "pseudo_labels": operators(pseudo_labels.plan(recipe, parts.split(one, 1), centroids, "")),
+        "features": features.planned_work(recipe, "").operators,
+        "pseudo_labels": pseudo_labels.planned_work(recipe, centroids, "").operators,
     }
 
 

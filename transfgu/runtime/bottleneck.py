@@ -5,9 +5,6 @@ writing are the CPUs that the pool leaves. The share is the seconds of all tasks
 duration of the plan. While the encoder is the busiest operator, decoding keeps up with it.
 """
 
-import contextlib
-import io
-
 import ray
 from ray.data import Dataset
 
@@ -39,18 +36,3 @@ def details(data: Dataset, recipe: Recipe) -> dict[str, str]:
     (name, share), *others = sorted(busy.items(), key=lambda item: -item[1])
     texts = [f"{name} busy {share:.0f} % of {seconds:.1f} s", *(f"{other} {less:.0f} %" for other, less in others)]
     return {"bottleneck": ", ".join(texts)}
-
-
-def operators(data: Dataset) -> list[str]:
-    """Return the physical operators of a plan in the order in which Ray would execute them."""
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown):
-        data.explain()
-    physical = shown.getvalue().split("Physical Plan (Optimized)")[1]
-    lines = [line.strip(" +-") for line in physical.splitlines() if "[" in line]
-    kinds = {"TaskPoolMapOperator": "tasks", "ActorPoolMapOperator": "actors"}
-    named = [line.removesuffix("]").partition("[") for line in reversed(lines)]
-    return [
-        f"{name.removeprefix('MapBatches(').removesuffix(')')} ({kinds[kind]})" if kind in kinds else name
-        for kind, _, name in named
-    ]

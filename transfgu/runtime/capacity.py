@@ -82,6 +82,8 @@ def _told_nodes(text: str) -> list[Nodes]:
 
 def present() -> tuple[int, float, float]:
     """Return the number of present nodes, of their CPUs and of their GPUs."""
+    if _only is not None:
+        return _only.count, _only.resources["CPU"], _only.resources["GPU"]
     resources = ray.cluster_resources()
     nodes = sum(bool(node["Alive"]) for node in ray.nodes())
     return nodes, float(resources.get("CPU", 0)), float(resources.get("GPU", 0))

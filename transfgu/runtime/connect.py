@@ -19,7 +19,7 @@ import psutil
 import ray
 
 from transfgu.errors import UserError
-from transfgu.runtime import capacity, ray_internals, stopping
+from transfgu.runtime import capacity, ray_internals, ray_watch, stopping
 from transfgu.runtime.capacity import NODES, cluster_gpus
 from transfgu.runtime.folders import RayFolders
 
@@ -49,7 +49,7 @@ def connect(
     *,
     verbose: bool = False,
     setup_hook: Callable[[], None] | None = None,
-    single_block: bool = False,
+    single_process: bool = False,
     answer_seconds: float = 15.0,
 ) -> None:
     """Join the cluster in `RAY_ADDRESS` (set by `ray job submit`), or start an embedded one on this machine.
@@ -57,13 +57,14 @@ def connect(
     Args:
         verbose: show Ray's own messages, and keep its logs until the next start.
         setup_hook: called in every worker process before its first task.
-        single_block: the work is a single block, for which no embedded cluster is started on a machine without GPUs: it
-            runs in this process (:func:`works_here`).
+        single_process: the work needs one process only, such as a dry run or a single block, for which no embedded
+            cluster is started on a machine without GPUs: it runs in this process (:func:`works_here`).
         answer_seconds: maximum time for a cluster at `RAY_ADDRESS` to answer [seconds].
 
     Raises:
         UserError: no cluster answers at `RAY_ADDRESS`, or Ray does not start on this machine.
     """
+    capacity.assume(None)
     if ray.is_initialized():
         return
     for name, value in ENVIRONMENT.items():
@@ -78,8 +79,7 @@ def connect(
     environment: dict[str, Any] = {"worker_process_setup_hook": setup_hook} if setup_hook else {}
     global _embedded
     _embedded = address in ("", "local")
-    capacity.assume(None)
-    if _embedded and single_block and not _has_gpu():
+    if _embedded and single_process and not _has_gpu():
         capacity.assume(capacity.Nodes({"CPU": float(_cpus()), "GPU": 0.0}, 1))
     elif _embedded:
         _start({**settings, "runtime_env": environment or None}, verbose=verbose)
@@ -92,6 +92,7 @@ def connect(
 
 def disconnect() -> None:
     """Leave the cluster; stop an embedded one and remove its folder."""
+    ray_watch.stop()
     if ray.is_initialized():
         ray.shutdown()
     FOLDERS.remove()
@@ -193,6 +194,8 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
                     object_spilling_directory=spill,
                     **settings,
                 )
+                ray_watch.start()
+                atexit.register(ray_watch.stop)  # runs before Ray's own, which were registered earlier
                 return
             except Exception as error:
                 cause = error
@@ -213,7 +216,7 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
 
 
 def _has_gpu() -> bool:
-    import torch  # already imported by callers with a single block
+    import torch  # already imported by callers with work for one process
 
     return torch.cuda.is_available()
 

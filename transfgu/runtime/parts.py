@@ -210,6 +210,12 @@ class Work:
     write: Callable[[pa.Table], pa.Table]
     """Turns a block of the actor into the row of :func:`write_part`."""
 
+    @property
+    def operators(self) -> list[str]:
+        """The operators of :meth:`plan`, in the order in which Ray Data executes them."""
+        read, write = type(self.read).__name__, type(self.write).__name__
+        return ["Input", f"{read} (tasks)", f"{self.actor.__name__} (actors)", f"{write} (tasks)"]
+
     def plan(self, parts: Sequence[pa.Table], pool: Mapping[str, Any]) -> Dataset:
         """Return the plan for any number of parts; `pool` as in :func:`encoded`."""
         return written(encoded(parts, self.read, self.actor, self.arguments, pool), self.write)

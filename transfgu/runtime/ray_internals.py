@@ -4,13 +4,14 @@ A release of Ray may drop any of them. `tests/runtime/test_ray_internals.py` has
 """
 
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
-from ray._private import ray_constants, services
+from ray._private import ray_constants, services, worker
 from ray.data import DataContext, Dataset, ExecutionResources
 
 
@@ -83,6 +84,16 @@ def patience(seconds: float) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def main_processes() -> dict[str, "subprocess.Popen[bytes]"]:
+    """Return the processes, by name, without which the cluster that this process has started does not work.
+
+    API: `ray._private.worker._global_node.all_processes`.
+    """
+    started: dict[str, Any] = worker._global_node.all_processes if worker._global_node else {}
+    kinds = (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER)
+    return {kind: info.process for kind in kinds for info in started.get(kind, ())}
 
 
 def show_progress_bars(shown: bool) -> None:

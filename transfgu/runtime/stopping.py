@@ -74,6 +74,11 @@ def start_tied(command: Sequence[str], **how: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=environment, **how)
 
 
+def installed() -> bool:
+    """Return True if :func:`install` was called in this process."""
+    return _installed
+
+
 def requested() -> bool:
     """Return True once a signal has asked this process to end."""
     return bool(_first)
@@ -92,14 +97,19 @@ def ignore() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
-def end() -> NoReturn:
-    """Print the line, end all descendants, release the locks, call the clean-ups, and exit with 128 + signal."""
+def end(line: str = LINE, status: int = 0) -> NoReturn:
+    """Print a line, end all descendants, release the locks, call the clean-ups, and exit.
+
+    Args:
+        line: the reason.
+        status: exit code; 0: 128 + signal.
+    """
     _ending.acquire()  # a second thread waits here for the exit
     told = "\n" if sys.stderr and sys.stderr.isatty() else ""
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     with contextlib.suppress(OSError):
-        os.write(_stderr, f"{told}{LINE}\n".encode())
+        os.write(_stderr, f"{told}{line}\n".encode())
     with contextlib.suppress(OSError):  # output of processes that end now is not needed
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
@@ -107,7 +117,7 @@ def end() -> NoReturn:
     thread = threading.Thread(target=_clean_up, daemon=True)
     thread.start()
     thread.join(_CLEANUP_SECONDS)
-    os._exit(128 + (_first or signal.SIGINT))
+    os._exit(status or 128 + (_first or signal.SIGINT))
 
 
 @contextmanager
@@ -140,6 +150,12 @@ def handlers_kept() -> Iterator[None]:
         thread.join()
         for number in _SIGNALS:
             signal.signal(number, _interrupt)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose parent ends from now on, so that :func:`end` finds them (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
 
 
 def end_processes(processes: Iterable[Any], seconds: float = 2.0) -> None:
@@ -213,8 +229,7 @@ def _clean_up() -> None:
 def _end_descendants() -> None:
     import psutil
 
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)  # this process becomes the parent of orphaned descendants
+    adopt_orphans()
     deadline = time.monotonic() + 2
     while (found := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
         end_processes(found, 0.3)

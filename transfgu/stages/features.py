@@ -43,7 +43,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         parts.part_size(recipe.dataset.feature_size),
         lambda missing: plan(recipe, missing, folder),
         progress,
-        lambda part: _work(recipe, folder).here(part),
+        lambda part: planned_work(recipe, folder).here(part),
     )
     bad = tuple(x for summary in summaries for x in summary.left_out)
     windows = {group: sum(s.counts[group] for s in summaries) for group in groups(recipe)}
@@ -62,10 +62,11 @@ def groups(recipe: Recipe) -> tuple[str, ...]:
 
 def plan(recipe: Recipe, missing: Sequence[pa.Table], folder: str) -> Dataset:
     """Return the plan from parts of the sample list to files in `folder` (URI); one row per part returns."""
-    return _work(recipe, folder).plan(missing, capacity.encoder_pool(recipe.compute))
+    return planned_work(recipe, folder).plan(missing, capacity.encoder_pool(recipe.compute))
 
 
-def _work(recipe: Recipe, folder: str) -> parts.Work:
+def planned_work(recipe: Recipe, folder: str) -> parts.Work:
+    """Return the operators that compute features and write them to files in `folder` (URI)."""
     return parts.Work(
         read=parts.ReadImages(
             size=recipe.dataset.feature_size,

@@ -52,7 +52,9 @@ _WRITERS = 8  # files that one task writes at a time
 _FEW = 32  # images that this process predicts itself, sooner than Ray would have started
 _LEAST = 67  # bytes of the smallest PNG
 _SAMPLES = pa.schema(
-    [(name, pa.string()) for name in ("name", "image", "mask")] + [(name, pa.int64()) for name in ("size", "changed")]
+    [(name, pa.string()) for name in ("name", "image", "mask")]
+    + [(name, pa.int64()) for name in ("size", "changed")]
+    + [("tag", pa.string())]
 )
 _SCHEMA = pa.schema([("name", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("mask", pa.large_binary())])
 
@@ -159,7 +161,7 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
     asked = {name for table in todo for name in table["name"].to_pylist()}
     found = len(samples) - len(asked)
     few = len(asked) <= (1 if job.tile else _FEW)
-    connect.connect(verbose=verbose, single_block=few)
+    connect.connect(verbose=verbose, single_process=few)
     for uri, flag in ((job.out, "--out"), (job.images, "--images")):
         capacity.check_shared(uri, flag)
     capacity.check_satisfiable(replace(compute, workers=0))  # nothing is trained
@@ -225,7 +227,7 @@ def preflight(job: PredictionJob) -> Images:
             f"an indexed PNG holds 256 classes, but this run has {len(segmenter.classes)}: set --format parquet",
             code="png-classes",
         )
-    found = find_images(job.images, recursive=True)
+    found = find_images(job.images, recursive=True, tags=True)
     if not found.files:
         but = f", but {found.passed_text}" if found.passed else ""
         raise UserError(
@@ -344,6 +346,7 @@ def named_samples(found: Images) -> pa.Table:
         "mask": output_names(names),
         "size": [version and version.size for version in versions],
         "changed": [version and version.changed for version in versions],
+        "tag": [version and version.tag for version in versions],
     }
     return pa.table(columns, schema=_SAMPLES)
 
@@ -385,7 +388,7 @@ def earlier_masks(job: PredictionJob, samples: pa.Table) -> EarlierMasks:
         if record is None:  # written by a version without records
             return written.changed >= row["changed"] or not written.changed
         moved = job.format == "png" and record.mask != row["mask"]
-        return not moved and record.image == (row["size"], row["changed"])
+        return not moved and record.image.is_of(_version(row))
 
     if job.format == "parquet":
         with ThreadPoolExecutor(16) as pool:
@@ -406,6 +409,10 @@ def earlier_masks(job: PredictionJob, samples: pa.Table) -> EarlierMasks:
     return EarlierMasks(done=done, stale=[], orphans=sum(name.removesuffix(".png") not in known for name in here))
 
 
+def _version(row: Mapping[str, Any]) -> storage.Version:
+    return storage.Version(size=row["size"], changed=row["changed"], tag=row["tag"] or "")
+
+
 def _relative(folder: str, files: Mapping[str, storage.Version]) -> dict[str, storage.Version]:
     """Return the files that can be pictures, by path below the folder."""
     below = len(storage.absolute(folder)) + 1
@@ -420,8 +427,7 @@ def _record(job: PredictionJob, samples: pa.Table, bad: Collection[str]) -> None
             records.pop(row["name"], None)
             gone.add(row["mask"])
         else:
-            image = storage.Version(size=row["size"], changed=row["changed"])
-            records[row["name"]] = predicted.Made(mask=row["mask"], image=image)
+            records[row["name"]] = predicted.Made(mask=row["mask"], image=_version(row))
     if job.format == "png":
         for mask in gone - {made.mask for made in records.values()}:
             for kind, suffix in (("masks", ".png"), ("overlays", ".jpg")):
@@ -542,7 +548,7 @@ class ReadPhotos(parts.ReadImages):
         kinds = {"height": pa.int32(), "width": pa.int32(), "file": pa.large_binary(), "reason": pa.string()}
         return pa.table(
             {
-                **{name: samples[name] for name in ("name", "mask", "size", "changed")},
+                **{name: samples[name] for name in ("name", "mask", "size", "changed", "tag")},
                 "image": pa.FixedShapeTensorArray.from_numpy_ndarray(pixels),
                 **{name: pa.array([row[name] for row in rows], kind) for name, kind in kinds.items()},
             }

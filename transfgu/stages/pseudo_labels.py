@@ -55,7 +55,7 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
         parts.part_size(recipe.dataset.image_size),
         lambda missing: plan(recipe, missing, centroids, folder),
         progress,
-        lambda part: _work(recipe, centroids, folder).here(part),
+        lambda part: planned_work(recipe, centroids, folder).here(part),
     )
     index_parts(folder, summaries)
     bad = tuple(x for summary in summaries for x in summary.left_out)
@@ -131,17 +131,18 @@ def maps_dataset(recipe: Recipe, listed: pa.Table, centroids: Float[np.ndarray, 
     Returns:
         Rows part, index, name, maps, h, w (see :func:`run`), reason (null, or why there are no maps), note.
     """
-    work = _work(recipe, centroids, "")
+    work = planned_work(recipe, centroids, "")
     tables = parts.split(listed, parts.part_size(recipe.dataset.image_size))
     return parts.encoded(tables, work.read, work.actor, work.arguments, capacity.encoder_pool(recipe.compute))
 
 
 def plan(recipe: Recipe, missing: Sequence[pa.Table], centroids: Float[np.ndarray, "K d"], folder: str) -> Dataset:
     """Return the plan from parts of the sample list to files in `folder` (URI), with one row per part."""
-    return _work(recipe, centroids, folder).plan(missing, capacity.encoder_pool(recipe.compute))
+    return planned_work(recipe, centroids, folder).plan(missing, capacity.encoder_pool(recipe.compute))
 
 
-def _work(recipe: Recipe, centroids: Float[np.ndarray, "K d"], folder: str) -> parts.Work:
+def planned_work(recipe: Recipe, centroids: Float[np.ndarray, "K d"], folder: str) -> parts.Work:
+    """Return the operators that compute concept maps and write them to files in `folder` (URI)."""
     return parts.Work(
         read=_reader(recipe),
         actor=MapConcepts,

@@ -13,11 +13,11 @@ import pyarrow as pa
 from transfgu.store import parquet, storage
 
 RECORD = "images.parquet"
-"""File in a folder of masks: rows `name` and `mask` (paths), `size` (bytes) and `changed` (ns) of the images."""
+"""File in a folder of masks: rows `name` and `mask` (paths), `size` (bytes), `changed` (ns) and `tag` of the images."""
 PARTS = "images"
 """Folder of the same rows, by part, while a prediction is not finished."""
 SCHEMA = pa.schema(
-    [("name", pa.string()), ("mask", pa.string()), ("size", pa.int64()), ("changed", pa.int64())],
+    [("name", pa.string()), ("mask", pa.string()), ("size", pa.int64()), ("changed", pa.int64()), ("tag", pa.string())],
 )
 _REMEDY = "delete it, and run again"
 
@@ -45,13 +45,21 @@ def read(out: str) -> tuple[dict[str, Made], set[str]]:
     parts = storage.list_files(storage.join(out, PARTS), recursive=False)
     files = [whole] * storage.is_file(whole) + [uri for uri in parts if uri.endswith(".parquet")]
     with ThreadPoolExecutor(storage.IN_FLIGHT) as pool:
-        tables = list(pool.map(lambda uri: parquet.read(uri, SCHEMA.names, remedy=_REMEDY), files))
+        tables = list(pool.map(_rows, files))
     rows = [row for table in tables for row in table.to_pylist()]
     made = {
-        row["name"]: Made(mask=row["mask"], image=storage.Version(size=row["size"], changed=row["changed"]))
+        row["name"]: Made(mask=row["mask"], image=storage.Version(row["size"], row["changed"], row["tag"] or ""))
         for row in rows
     }
     return made, {row["mask"] for row in rows}
+
+
+def _rows(uri: str) -> pa.Table:
+    table = parquet.read(uri, remedy=_REMEDY)
+    if "tag" not in table.column_names:  # written before tags were recorded
+        table = table.append_column("tag", pa.nulls(len(table), pa.string()))
+    with parquet.damage(uri, _REMEDY):
+        return table.select(SCHEMA.names)
 
 
 def write_part(out: str, rows: pa.Table) -> None:
@@ -69,9 +77,6 @@ def write_part(out: str, rows: pa.Table) -> None:
 
 def write(out: str, made: Mapping[str, Made]) -> None:
     """Write the record of a folder of predicted masks, replacing those of the parts."""
-    rows = [
-        {"name": name, "mask": found.mask, "size": found.image.size, "changed": found.image.changed}
-        for name, found in sorted(made.items())
-    ]
+    rows = [{"name": name, "mask": found.mask, **found.image._asdict()} for name, found in sorted(made.items())]
     parquet.write_table(storage.join(out, RECORD), pa.Table.from_pylist(rows, schema=SCHEMA))
     storage.delete(storage.join(out, PARTS))
