@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
 from transfgu.errors import UserError
-from transfgu.sharing.exports import GEOTIFF, NAMES, check_format
+from transfgu.sharing.exports import FIFTYONE, GEOTIFF, NAMES, check_format
 from transfgu.store import storage
 
 
@@ -57,7 +57,7 @@ def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance:
         UserError: there are no masks as PNGs, no such format or class.
     """
     from transfgu.datasets.listing import find_images
-    from transfgu.sharing import exports, geotiff
+    from transfgu.sharing import exports, fiftyone, geotiff
     from transfgu.stages.prediction import mask_names, read_claim
 
     claim = read_claim(masks)
@@ -71,11 +71,13 @@ def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance:
         for c in claim["classes"]
     ]
     names = [name.strip() for name in classes.split(",") if name.strip()]
-    if kind == GEOTIFF:
+    if kind in (GEOTIFF, FIFTYONE):
         uris = find_images(images, recursive=True).files
         files = {
             mask: (uris[name], storage.join(masks, "masks", f"{mask}.png")) for name, mask in mask_names(images).items()
         }
+        if kind == FIFTYONE:
+            return fiftyone.write(files, exports.chosen(known, names), out or masks)
         return geotiff.write(files, known, out or masks, chosen=exports.chosen(known, names) if names else None)
     found = exports.predicted(
         mask_names(images), lambda name: storage.read_bytes_or_none(storage.join(masks, "masks", f"{name}.png"))

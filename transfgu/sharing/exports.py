@@ -286,7 +286,10 @@ FORMATS: Mapping[str, tuple[str, _Writer]] = MappingProxyType(
 GEOTIFF = "geotiff"
 """The format that `transfgu.sharing.geotiff` writes; it needs the files of the images, too."""
 
-NAMES = (*FORMATS, GEOTIFF)
+FIFTYONE = "fiftyone"
+"""The format that `transfgu.sharing.fiftyone` writes; it names the files of the images, too."""
+
+NAMES = (*FORMATS, GEOTIFF, FIFTYONE)
 """The names of all formats."""
 
 
