@@ -1,6 +1,7 @@
 """Images inside Parquet files and tar shards: the same bytes, with names that keep their order."""
 
 import io
+import sys
 import tarfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transfgu.datasets import packed
 from transfgu.datasets.listing import images_in
 from transfgu.errors import LeftOut
 from transfgu.recipe import preset
+from transfgu.store import storage
 
 
 def encoded(number: int, kind: str = "PNG") -> bytes:
@@ -136,3 +138,92 @@ def test_the_data_may_be_such_a_file(tmp_path: Path) -> None:
     datasets.preflight(preset("folder").with_fields({"data": str(tmp_path / "x.tar"), "things": 2, "stuff": 2}))
     with refused("file-missing y.tar"):
         datasets.preflight(preset("folder").with_fields({"data": str(tmp_path / "y.tar"), "things": 2, "stuff": 2}))
+
+
+def write_lance(path: Path, column: pa.Array, name: str = "image", rows: int = 2) -> None:
+    lance = pytest.importorskip("lance")
+    table = pa.table({"label": pa.array(range(len(column)), pa.int64()), name: column})
+    lance.write_dataset(table, str(path), max_rows_per_file=rows)
+
+
+HUGGING_FACE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), HUGGING_FACE])
+def test_columns_of_lance(tmp_path: Path, kind: pa.DataType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "ROWS", 3)
+    images = [encoded(0), encoded(1, "JPEG"), None, encoded(3, "WEBP"), encoded(4, "TIFF")]
+    rows = images if kind != HUGGING_FACE else [None if x is None else {"bytes": x, "path": ""} for x in images]
+    write_lance(tmp_path / "data" / "train.lance", pa.array(rows, kind))
+    units = packed.units(str(tmp_path / "data"))
+    assert [(unit.first, unit.count) for unit in units] == [(0, 3), (3, 2)]
+    files, left_out = unpacked(tmp_path / "data", tmp_path / "out")
+    assert files == {
+        "train/train/00000000.png": images[0],
+        "train/train/00000001.jpg": images[1],
+        "train/train/00000003.webp": images[3],
+        "train/train/00000004.tif": images[4],
+    }
+    assert left_out == [LeftOut(name="train/train/00000002", reason="missing image")]
+
+
+def test_blobs_of_lance_are_bytes(tmp_path: Path) -> None:
+    lance = pytest.importorskip("lance")
+    schema = pa.schema([pa.field("image", pa.large_binary(), metadata={"lance-encoding:blob": "true"})])
+    table = pa.table({"image": [encoded(0), encoded(1)]}, schema)
+    lance.write_dataset(table, str(tmp_path / "x.lance"), data_storage_version="2.0")
+    files, _ = unpacked(tmp_path / "x.lance", tmp_path / "out")
+    assert list(files.values()) == [encoded(0), encoded(1)]
+
+
+def test_rows_added_meanwhile_are_not_read(tmp_path: Path) -> None:
+    lance = pytest.importorskip("lance")
+    write_lance(tmp_path / "x.lance", pa.array([encoded(0)]))
+    (unit,) = packed.units(str(tmp_path / "x.lance"))
+    lance.write_dataset(pa.table({"label": [1], "image": [encoded(1)]}), str(tmp_path / "x.lance"), mode="overwrite")
+    packed.unpack(unit, str(tmp_path / "out"))
+    assert [Path(uri).read_bytes() for uri in images_in(str(tmp_path / "out"), recursive=True).values()] == [encoded(0)]
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_mistakes_with_lance_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lance(tmp_path / "x.lance", pa.array([encoded(0)]))
+    write_lance(tmp_path / "columns.lance", pa.array(["no bytes"]))
+    (tmp_path / "none.lance" / "data").mkdir(parents=True)
+    write_lance(tmp_path / "damaged.lance", pa.array([encoded(0)]))
+    for file in (tmp_path / "damaged.lance" / "data").iterdir():
+        file.write_bytes(b"neither" * 200)
+
+    def check(name: str) -> None:
+        fields = {"data": str(tmp_path / name), "things": 2, "stuff": 2}
+        datasets.preflight(preset("folder").with_fields(fields))
+
+    check("x.lance")
+    with refused("image-column-missing columns.lance label image"):
+        check("columns.lance")
+    with refused("lance-invalid none.lance"):
+        check("none.lance")
+    with refused("file-damaged damaged.lance"):
+        unpacked(tmp_path / "damaged.lance", tmp_path / "out")
+    with refused("lance-scheme gs://bucket/x.lance"):
+        packed.units("gs://bucket/x.lance")
+    monkeypatch.setitem(sys.modules, "lance", None)
+    with refused("package-missing transfgu[lance]"):
+        check("x.lance")
+
+
+@pytest.mark.s3
+def test_lance_in_a_bucket(s3: str, tmp_path: Path) -> None:
+    lance = pytest.importorskip("lance")
+    table = pa.table({"image": [encoded(i) for i in range(3)]})
+    options = storage.object_store_options(s3)
+    lance.write_dataset(table, f"{s3}/data/birds.lance", max_rows_per_file=2, storage_options=options)
+    for data in (f"{s3}/data", f"{s3}/data/birds.lance"):
+        (unit,) = packed.units(data)
+        assert packed.unpack(unit, str(tmp_path / "out")) == []
+    files = images_in(str(tmp_path / "out"), recursive=True)
+    assert {name: Path(uri).read_bytes() for name, uri in files.items()} == {
+        f"birds/0000000{i}.png": encoded(i) for i in range(3)
+    }
+    with refused("lance-invalid nothing.lance"):
+        packed.units(f"{s3}/nothing.lance")

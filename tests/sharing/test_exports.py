@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.refusals import refused
 from transfgu.errors import UserError
-from transfgu.sharing import exports
+from transfgu.sharing import exports, fiftyone
 from transfgu.sharing.exports import ExportedClass, ExportedMask, Outlines
 
 coco = pytest.importorskip("pycocotools.coco")
@@ -132,6 +133,46 @@ def test_geojson_has_holes_and_closed_rings(tmp_path: Path) -> None:
         ]
         burnt = features_module.rasterize(own, out_shape=item.mask.shape)
         np.testing.assert_array_equal(burnt, item.mask == 2)
+
+
+def test_fiftyone_finds_each_images_mask(tmp_path: Path) -> None:
+    """Read masks by the rules of `ImageSegmentationDirectory`: names without suffix are keys, OpenCV reads the PNGs."""
+    cv2 = pytest.importorskip("cv2")
+    files = {}
+    for name, item in zip(("a/one", "two.v1"), masks(), strict=True):
+        mask = tmp_path / "masks" / f"{name}.png"
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        indexed = Image.fromarray(item.mask)
+        indexed.putpalette([value for c in CLASSES for value in c.colour])
+        indexed.save(mask)
+        files[name] = (str(tmp_path / "images" / item.name), str(mask))
+    files["gone"] = (str(tmp_path / "images" / "gone.png"), str(tmp_path / "masks" / "gone.png"))
+    folder = Path(fiftyone.write(files, exports.chosen(CLASSES, []), str(tmp_path)))
+    images = {
+        str(Path(key).with_suffix("")): path for key, path in json.loads((folder / "data.json").read_text()).items()
+    }
+    labels = {str(p.relative_to(folder / "labels").with_suffix("")): p for p in (folder / "labels").rglob("*.png")}
+    assert images == {name: files[name][0] for name in ("a/one", "two.v1")}
+    assert labels.keys() == images.keys()
+    assert json.loads((folder / "mask_targets.json").read_text()) == {"2": "cow & calf", "3": "ring"}
+    for name, item in zip(("a/one", "two.v1"), masks(), strict=True):
+        read = cv2.imread(str(labels[name]), cv2.IMREAD_UNCHANGED)
+        np.testing.assert_array_equal(read, np.where(np.isin(item.mask, (1, 2)), item.mask + 1, 0))
+
+
+def test_fiftyone_has_room_for_256_classes(tmp_path: Path) -> None:
+    cv2 = pytest.importorskip("cv2")
+    mask = np.array([[0, 255]], np.uint8)
+    Image.fromarray(mask).save(tmp_path / "x.png")
+    classes = [ExportedClass(index=i, name=f"{i}", colour=(0, 0, 0)) for i in (0, 255)]
+    folder = fiftyone.write({"x": ("/images/x.png", str(tmp_path / "x.png"))}, classes, str(tmp_path))
+    read = cv2.imread(f"{folder}/labels/x.png", cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(read, [[1, 256]])
+
+
+def test_fiftyone_reads_no_buckets(tmp_path: Path) -> None:
+    with refused("export-images-remote s3://bucket/x.jpg"):
+        fiftyone.write({"x": ("s3://bucket/x.jpg", str(tmp_path / "x.png"))}, CLASSES, str(tmp_path))
 
 
 def test_only_chosen_classes() -> None:

@@ -80,6 +80,11 @@ def trickle(write: Callable[[bytes], object], body: bytes) -> None:
         time.sleep(0.05)
 
 
+def pause(write: Callable[[bytes], object], body: bytes) -> None:
+    time.sleep(1.5)
+    write(body)
+
+
 def read_by_arrow(uri: str) -> bytes:
     fs, path = storage.filesystem(uri)
     with fs.open_input_file(path) as file:
@@ -105,47 +110,45 @@ def test_a_range_that_is_too_short_is_asked_for_again(server: Server) -> None:
     assert server.gets == 3
 
 
-def test_bodies_that_are_always_too_short_end_in_one_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_get, "ATTEMPTS", 3)
+def test_bodies_that_are_always_too_short_are_given_up(server: Server) -> None:
+    server.bad, server.send = 100, short
+    with pytest.raises(OSError, match="NETWORK_CONNECTION: 299999 of 300000 bytes"):
+        s3_get.get("bucket", "file", attempts=3)
+    assert server.gets == 3
+
+
+def test_a_body_that_stays_too_short_ends_in_one_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # the pauses between requests
     server.bad, server.send = 100, short
     with pytest.raises(UserError) as caught:
         storage.read_bytes("s3://bucket/file")
     assert caught.value.code == "storage-failed"
-    assert server.gets == 3
+    assert server.gets == s3_get.ATTEMPTS
 
 
-def test_a_body_that_trickles_in_is_given_up_and_asked_for_again(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(s3_get, "_SLOW_SECONDS", 1.0)
+def test_a_body_that_trickles_in_is_given_up_and_asked_for_again(server: Server) -> None:
     server.bad, server.send = 1, trickle  # 20 bytes per second, for ten seconds
     started = time.monotonic()
-    assert storage.read_bytes("s3://bucket/file") == DATA
+    assert s3_get.get("bucket", "file", slow_seconds=1.0) == DATA
     assert 1 < time.monotonic() - started < 8
 
 
-def test_no_request_is_repeated_after_the_deadline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_get, "_DEADLINE_SECONDS", 0.0)
+def test_no_request_is_repeated_after_the_deadline(server: Server) -> None:
     server.bad, server.send = 1, short
-    with pytest.raises(UserError):
-        storage.read_bytes("s3://bucket/file")
+    with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+        s3_get.get("bucket", "file", deadline_seconds=0.0)
     assert server.gets == 1
 
 
-def test_a_long_wait_is_told_and_a_short_one_is_not(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_wait_is_told_and_a_short_one_is_not(server: Server) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(waits, "_FIRST_SECONDS", 0.5)
-    monkeypatch.setattr(waits, "_LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(waits, "_say", None)
     storage.read_bytes("s3://bucket/first")  # which imports and makes the client
-    waits.tell(lines.append)
+    waits.tell(lines.append, after_seconds=0.5, look_seconds=0.1)
     assert storage.read_bytes("s3://bucket/quick") == DATA
     time.sleep(0.7)
     assert lines == []
-    server.bad, server.send = 1, trickle
-    with contextlib.suppress(UserError):
-        monkeypatch.setattr(s3_get, "_SLOW_SECONDS", 1.5)
-        storage.read_bytes("s3://bucket/slow")
+    server.bad, server.send = 1, pause
+    assert storage.read_bytes("s3://bucket/slow") == DATA
     assert len(lines) == 1  # the next one would come after a minute
     assert "s3://bucket/slow" in lines[0]
     assert lines[0].startswith("waiting for ")

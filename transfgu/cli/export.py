@@ -3,12 +3,13 @@
 `transfgu export --masks OUT --images URI --to cvat` writes OUT/cvat.xml: one polygon per connected region of a class.
 """
 
-import sys
 from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
+from transfgu.datasets.listing import find_images
 from transfgu.errors import UserError
-from transfgu.sharing.exports import GEOTIFF, NAMES, check_format
+from transfgu.sharing import exports, fiftyone, geotiff
+from transfgu.sharing.exports import FIFTYONE, GEOTIFF, NAMES, check_format
 from transfgu.store import storage
 
 
@@ -56,8 +57,7 @@ def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance:
     Raises:
         UserError: there are no masks as PNGs, no such format or class.
     """
-    from transfgu.datasets.listing import find_images
-    from transfgu.sharing import exports, geotiff
+    # Import Ray only now, because it takes seconds: mistakes on the command line are reported at once.
     from transfgu.stages.prediction import mask_names, read_claim
 
     claim = read_claim(masks)
@@ -71,11 +71,13 @@ def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance:
         for c in claim["classes"]
     ]
     names = [name.strip() for name in classes.split(",") if name.strip()]
-    if kind == GEOTIFF:
+    if kind in (GEOTIFF, FIFTYONE):
         uris = find_images(images, recursive=True).files
         files = {
             mask: (uris[name], storage.join(masks, "masks", f"{mask}.png")) for name, mask in mask_names(images).items()
         }
+        if kind == FIFTYONE:
+            return fiftyone.write(files, exports.chosen(known, names), out or masks)
         return geotiff.write(files, known, out or masks, chosen=exports.chosen(known, names) if names else None)
     found = exports.predicted(
         mask_names(images), lambda name: storage.read_bytes_or_none(storage.join(masks, "masks", f"{name}.png"))
@@ -84,9 +86,8 @@ def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance:
     return exports.write(kind, found, exports.chosen(known, names), out or masks, outlines)
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line, export, print the file's name."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     check_format(given.to)
     out = write(given.masks, given.images, given.to, given.out or "", given.classes, given.tolerance, given.least)

@@ -6,13 +6,13 @@ has a module.
 
 import pyarrow as pa
 
+from transfgu.datasets import packed
 from transfgu.datasets.cityscapes import CITYSCAPES
 from transfgu.datasets.class_lists import Classes, class_lists, classes, palette
 from transfgu.datasets.coco import COCO
 from transfgu.datasets.folder import FOLDER
 from transfgu.datasets.lip import LIP
 from transfgu.datasets.listing import SCHEMA, SPLITS, Layout, Listing
-from transfgu.datasets.packed import is_pack
 from transfgu.datasets.voc import VOC
 from transfgu.errors import UserError
 from transfgu.recipe import Recipe
@@ -97,7 +97,8 @@ def preflight(recipe: Recipe) -> None:
     for uri in (data, labels):
         if uri:
             storage.check_readable(uri)
-            if uri == data and layout == "folder" and is_pack(uri):
+            if uri == data and layout == "folder" and packed.is_pack(uri):
+                packed.check(uri)
                 continue
             if storage.is_file(uri):
                 raise UserError(f"{storage.shown(uri)} is a file, not a folder", code="folder-expected")

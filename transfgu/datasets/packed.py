@@ -1,8 +1,8 @@
-"""Unpack images from larger files, image columns of Parquet and tar shards (WebDataset), to files, once.
+"""Unpack images from image columns of Parquet files and Lance data sets, and from tar shards (WebDataset), once.
 
 Training reads images in random order, and a row of Parquet can't be read without its whole row group. So the samples
-stage copies every image's bytes to a file, one row group or one stretch of a shard at a time; later stages read them
-like any other folder.
+stage copies every image's bytes to a file, one row group, range of rows or stretch of a shard at a time; later stages
+read them like any other folder.
 """
 
 import re
@@ -16,17 +16,21 @@ from typing import Any
 
 import pyarrow as pa
 
+from transfgu.datasets import lance_sets
 from transfgu.datasets.listing import IMAGE_SUFFIXES
 from transfgu.errors import LeftOut, UserError
 from transfgu.store import parquet, storage
 
-SUFFIXES = (".parquet", ".tar")
+_FILES = (".parquet", ".tar")
+SUFFIXES = (*_FILES, lance_sets.SUFFIX)
 COLUMNS = ("image", "img", "picture", "jpg", "jpeg", "png", "webp")
 """Names of an image column, in order of preference."""
 
 _REMEDY = "download it again"
 STRETCH = 64 * 2**20
 """Number of bytes of a tar shard that are read at a time."""
+ROWS = 256
+"""Number of rows of a Lance data set per unit."""
 _SPLIT = re.compile(r"(train|validation|valid|val|test)(?![A-Za-z])")
 _MAGIC = (
     (b"\xff\xd8\xff", ".jpg"),
@@ -41,10 +45,10 @@ _MAGIC = (
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """One file of several images.
+    """One file of several images, or a Lance data set.
 
     Args:
-        uri: URI of the file.
+        uri: URI of the file, or of the data set's folder.
         stem: its path below the data, without its extension.
         split: "train", "val", or "" if its name contains none.
     """
@@ -56,7 +60,7 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """The images unpacked at a time: a row group, or a stretch of a tar shard.
+    """The images unpacked at a time: a row group, a range of rows of a Lance data set, or a stretch of a tar shard.
 
     Args:
         pack: the file.
@@ -64,6 +68,7 @@ class Unit:
         first: number of its first image in the file.
         count: number of its images.
         members: for a tar shard: name, offset and size in bytes of each image.
+        version: for a Lance data set: number of its version.
     """
 
     pack: Pack
@@ -71,6 +76,7 @@ class Unit:
     first: int
     count: int
     members: tuple[tuple[str, int, int], ...] = field(default=(), repr=False)
+    version: int = 0
 
     @property
     def name(self) -> str:
@@ -79,12 +85,26 @@ class Unit:
 
 
 def is_pack(uri: str) -> bool:
-    """Return True if this is the URI of a file of images rather than of a folder."""
+    """Return True if this is the URI of a file of images, or of a Lance data set, rather than of a folder of images."""
     return uri.lower().endswith(SUFFIXES)
 
 
+def check(uri: str) -> None:
+    """Check a Lance data set before work starts; of Parquet files and tar shards, nothing is read.
+
+    Raises:
+        UserError: pylance is not installed, this is no Lance data set, or it has no image column.
+    """
+    if _is_lance(uri):
+        image_column(lance_sets.opened(storage.absolute(uri)).schema, uri)
+
+
+def _is_lance(uri: str) -> bool:
+    return uri.lower().endswith(lance_sets.SUFFIX)
+
+
 def packs(data: str) -> list[Pack]:
-    """List the files of images that `data` is or contains, by name.
+    """List the files of images, and the Lance data sets, that `data` is or contains, by name.
 
     Files with the name of a split, or in a folder with its name (`train-00000.parquet`, `val/0.tar`), belong to it.
     Those of `test` are the validation split if there is no other, and otherwise left out.
@@ -93,7 +113,8 @@ def packs(data: str) -> list[Pack]:
         data: URI of a file or a folder.
     """
     root = storage.absolute(data)
-    files = [root] if is_pack(root) else [uri for uri in storage.list_files(root) if is_pack(uri)]
+    inside = [] if is_pack(root) else storage.list_files(root)
+    files = [root] if is_pack(root) else sorted({_pack_of(uri, root) for uri in inside} - {""})
     found = []
     for uri in files:
         relative = uri.rpartition("/")[2] if is_pack(root) else uri[len(root) :].lstrip("/")
@@ -106,6 +127,15 @@ def packs(data: str) -> list[Pack]:
     of = {"train": "train", "validation": "val", "valid": "val", "val": "val", "": ""}
     of |= {} if has_validation else {"test": "val"}
     return [Pack(uri=uri, stem=stem, split=of[split]) for uri, stem, split in found if split in of]
+
+
+def _pack_of(uri: str, root: str) -> str:
+    """Return the URI of the Lance data set that a file is in, or of the file if it holds images, or nothing."""
+    folders = uri[len(root) :].split("/")[:-1]
+    for depth, name in enumerate(folders, start=1):
+        if name.lower().endswith(lance_sets.SUFFIX):
+            return root + "/".join(folders[:depth])
+    return uri if uri.lower().endswith(_FILES) else ""
 
 
 def units(data: str, limit: int = 0, stretch: int = STRETCH) -> list[Unit]:
@@ -134,7 +164,19 @@ def units(data: str, limit: int = 0, stretch: int = STRETCH) -> list[Unit]:
 
 
 def _units(pack: Pack, stretch: int) -> list[Unit]:
+    if _is_lance(pack.uri):
+        return _row_ranges(pack)
     return _stretches(pack, stretch) if pack.uri.lower().endswith(".tar") else _row_groups(pack)
+
+
+def _row_ranges(pack: Pack) -> list[Unit]:
+    data = lance_sets.opened(pack.uri)
+    image_column(data.schema, pack.uri)
+    total, version = data.count_rows(), data.version
+    return [
+        Unit(pack=pack, number=number, first=first, count=min(ROWS, total - first), version=version)
+        for number, first in enumerate(range(0, total, ROWS))
+    ]
 
 
 def _row_groups(pack: Pack) -> list[Unit]:
@@ -228,18 +270,34 @@ def _images(unit: Unit) -> Iterator[tuple[str, bytes | None]]:
         for name, offset, size in unit.members:
             yield name, data[offset - start : offset - start + size]
         return
+    row = unit.first
+    for column in _lance_columns(unit) if _is_lance(unit.pack.uri) else _parquet_columns(unit):
+        for value in _bytes_of(column):
+            yield f"{row:08d}", value.as_py() or None
+            row += 1
+
+
+def _parquet_columns(unit: Unit) -> Iterator[Any]:
     with parquet.opened(unit.pack.uri, remedy=_REMEDY) as file:
         name = image_column(file.schema_arrow, unit.pack.uri)
-        column: Any = file.read_row_group(unit.number, columns=[name])[name].combine_chunks()
-    if pa.types.is_struct(column.type):
-        column = (
-            column.field("bytes")
-            if not column.null_count
-            else pa.array([None if row is None else row["bytes"] for row in column.to_pylist()], pa.large_binary())
-        )
-    for row, value in enumerate(column):
-        data = value.as_py()
-        yield f"{unit.first + row:08d}", data or None
+        yield file.read_row_group(unit.number, columns=[name])[name].combine_chunks()
+
+
+def _lance_columns(unit: Unit) -> Iterator[Any]:
+    schema = lance_sets.opened(unit.pack.uri, unit.version).schema
+    name = image_column(schema, unit.pack.uri)
+    if parquet.is_extended(schema.field(name).type):  # its values might be unpickled
+        raise UserError(f"{storage.shown(unit.pack.uri)} is damaged: {_REMEDY}", code="file-damaged")
+    yield from lance_sets.batches(unit.pack.uri, unit.version, name, unit.first, unit.count)
+
+
+def _bytes_of(column: Any) -> Any:
+    """Return a column of encoded images as values of bytes, null for a row without an image."""
+    if not pa.types.is_struct(column.type):
+        return column
+    if not column.null_count:
+        return column.field("bytes")
+    return pa.array([None if row is None else row["bytes"] for row in column.to_pylist()], pa.large_binary())
 
 
 def _suffix(data: bytes) -> str:

@@ -32,7 +32,7 @@ from transfgu.search.trials import Ledger, Search, Trial
 from transfgu.search.tuning import EPOCH, VALUE, Proposals, Recorder, reported
 from transfgu.stages import samples, training
 from transfgu.store import parquet, storage
-from transfgu.store.artifacts import Artifact, Run
+from transfgu.store.artifacts import Artifact, Run, read_json
 from transfgu.store.lock import hold
 
 
@@ -252,13 +252,13 @@ def run(search: Search, progress: Progress, *, quiet: bool = False, verbose: boo
 def _claim(search: Search) -> None:
     """Take the folder for this search; raise UserError if it holds another one."""
     uri = search.file("search.json")
-    held = storage.read_bytes_or_none(uri)
+    remedy = "delete the folder to start again, or choose another --run"
+    held = read_json(uri, remedy)
     wanted = json.loads(json.dumps(search.identity()))
     if held is None:
         storage.write_bytes(uri, json.dumps(formats.stamp(wanted), indent=1).encode())
         return
-    remedy = "delete the folder to start again, or choose another --run"
-    found = upgraded(formats.read_json(held, storage.shown(uri), remedy))
+    found = upgraded(held)
     differing = [f"{n} ({found.get(n)} there, {wanted.get(n)} asked)" for n in wanted if found.get(n) != wanted[n]]
     if differing:
         raise UserError(

@@ -70,18 +70,18 @@ def opened(uri: str, *, remedy: str = _REMEDY) -> pq.ParquetFile:
 def _plain(source: Any) -> pq.ParquetFile:
     """Open the file; raises ValueError if it has an extension type, and Arrow's errors if it is damaged."""
     file = pq.ParquetFile(source)
-    if any(_is_extended(field.type) for field in file.schema_arrow):
+    if any(is_extended(field.type) for field in file.schema_arrow):
         raise ValueError("an extension type")
     return file
 
 
-def _is_extended(kind: pa.DataType) -> bool:
+def is_extended(kind: pa.DataType) -> bool:
     """Return True if a type, or a type within it, is an extension type."""
     if isinstance(kind, pa.BaseExtensionType):
         return True
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):  # types without a count of fields
-        return _is_extended(kind.value_type)
-    return any(_is_extended(kind.field(i).type) for i in range(kind.num_fields))
+        return is_extended(kind.value_type)
+    return any(is_extended(kind.field(i).type) for i in range(kind.num_fields))
 
 
 @contextlib.contextmanager

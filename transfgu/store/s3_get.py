@@ -13,9 +13,7 @@ from typing import Any
 ATTEMPTS = 11  # the pauses double from 50 ms, as in Arrow: almost a minute in total
 CONNECT_SECONDS = 5
 SILENT_SECONDS = 20  # after which a request without any byte fails
-_DEADLINE_SECONDS = 180.0  # after which no request is repeated
-_LOWEST_SPEED = 1024  # bytes per second, on average since the start of an answer, ...
-_SLOW_SECONDS = 20.0  # ... checked after this time
+_LOWEST_SPEED = 1024  # bytes per second, on average since the start of an answer
 _PAUSE = 0.05  # seconds
 _CONNECTIONS = 64
 
@@ -33,13 +31,24 @@ _NAMES = {
 _PASSING = ("SlowDown", "InternalError", "RequestTimeout", "Throttling", "ThrottlingException", "ServiceUnavailable")
 
 
-def get(bucket: str, key: str, span: tuple[int, int] | None = None) -> bytes | None:
+def get(
+    bucket: str,
+    key: str,
+    span: tuple[int, int] | None = None,
+    *,
+    attempts: int = ATTEMPTS,
+    deadline_seconds: float = 180.0,
+    slow_seconds: float = 20.0,
+) -> bytes | None:
     """Return an object's bytes, or None if there is no such object.
 
     Args:
         bucket: its name.
         key: key of the object.
         span: offset and number of the requested bytes, of which those beyond the end are left out; None: all.
+        attempts: maximum number of requests.
+        deadline_seconds: time after which no request is repeated.
+        slow_seconds: time after which an answer of less than 1 KiB per second is given up, and requested again.
 
     Raises:
         OSError: the object can't be read; the text names the cause as Arrow does (`AWS Error ACCESS_DENIED`).
@@ -50,9 +59,9 @@ def get(bucket: str, key: str, span: tuple[int, int] | None = None) -> bytes | N
     begun = time.monotonic()
     wanted = {} if span is None else {"Range": f"bytes={span[0]}-{span[0] + span[1] - 1}"}
     client = _client()
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, attempts + 1):
         try:
-            return _body(client.get_object(Bucket=bucket, Key=key, **wanted))
+            return _body(client.get_object(Bucket=bucket, Key=key, **wanted), slow_seconds)
         except botocore.exceptions.ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
             status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -61,12 +70,12 @@ def get(bucket: str, key: str, span: tuple[int, int] | None = None) -> bytes | N
             if code == "InvalidRange":  # it begins at or after the end, as in an empty object
                 return b""
             failed = OSError(f"AWS Error {_NAMES.get(code, code)}: HTTP status {status}")
-            last = attempt == ATTEMPTS or time.monotonic() - begun > _DEADLINE_SECONDS
+            last = attempt == attempts or time.monotonic() - begun > deadline_seconds
             if last or not (status >= 500 or status == 429 or code in _PASSING):
                 raise failed from None
         # Dropped connections, also in the middle of an answer.
         except (botocore.exceptions.HTTPClientError, urllib3.exceptions.HTTPError, _BadBodyError) as error:
-            if attempt == ATTEMPTS or time.monotonic() - begun > _DEADLINE_SECONDS:
+            if attempt == attempts or time.monotonic() - begun > deadline_seconds:
                 raise OSError(f"AWS Error NETWORK_CONNECTION: {error}") from None
         except botocore.exceptions.BotoCoreError as error:
             raise OSError(str(error)) from None
@@ -78,13 +87,13 @@ class _BadBodyError(Exception):
     """An answer's body ended too early, or arrived too slowly."""
 
 
-def _body(answer: dict[str, Any]) -> bytes:
+def _body(answer: dict[str, Any], slow_seconds: float) -> bytes:
     """Return the whole body of an answer.
 
     botocore's own `read` waits for the last byte, however slowly bytes arrive.
 
     Raises:
-        _BadBodyError: it is shorter than announced, or slower than `_LOWEST_SPEED`.
+        _BadBodyError: it is shorter than announced, or after `slow_seconds` slower than `_LOWEST_SPEED`.
         urllib3.exceptions.HTTPError: the connection broke.
     """
     stream, begun = answer["Body"]._raw_stream, time.monotonic()
@@ -94,7 +103,7 @@ def _body(answer: dict[str, Any]) -> bytes:
             pieces.append(piece)
             length += len(piece)
             spent = time.monotonic() - begun
-            if spent > _SLOW_SECONDS and length < _LOWEST_SPEED * spent:
+            if spent > slow_seconds and length < _LOWEST_SPEED * spent:
                 raise _BadBodyError(f"{length} bytes in {spent:.0f} s")
         if length != answer["ContentLength"]:
             raise _BadBodyError(f"{length} of {answer['ContentLength']} bytes")

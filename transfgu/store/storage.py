@@ -432,6 +432,27 @@ def _check(uri: str, look: Callable[[Any, str], None]) -> None:
         look(*filesystem(uri))
 
 
+def object_store_options(uri: str) -> dict[str, str]:
+    """Return credentials, region and endpoint of an S3 URI, by the names that Rust's `object_store` has for them.
+
+    Other schemes have none. Do not print or pickle them.
+
+    Raises:
+        UserError: no credentials.
+    """
+    if scheme(uri) != "s3":
+        return {}
+    access = _s3_access()
+    access_key, secret_key, token = access.keys()
+    found = {"aws_access_key_id": access_key, "aws_secret_access_key": secret_key}
+    if token:
+        found["aws_session_token"] = token
+    if access.endpoint:
+        found |= {"aws_endpoint": access.endpoint, "aws_region": access.region or "us-east-1"}
+        found["allow_http"] = str(access.endpoint.startswith("http://")).lower()
+    return found
+
+
 def shown(uri: str) -> str:
     """Return `uri` as it may be printed, without user name and password."""
     return re.sub(r"(?<=://)[^/]*@", "", uri)

@@ -5,28 +5,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-_FIRST_SECONDS = 10.0
 _AGAIN_SECONDS = 60.0
-_LOOK_SECONDS = 1.0
 
 _lock = threading.Lock()
 _begun: dict[object, tuple[float, str]] = {}
-_say: Callable[[str], None] | None = None
-_watched = False
+_told_by: threading.Thread | None = None
 
 
-def tell(say: Callable[[str], None]) -> None:
-    """Call `say` with a line after ten seconds of waiting, and again after each minute."""
-    global _say, _watched
-    _say = say
-    if not _watched:
-        _watched = True
-        threading.Thread(target=_watch, name="waits", daemon=True).start()
+def tell(say: Callable[[str], None], *, after_seconds: float = 10.0, look_seconds: float = 1.0) -> None:
+    """Call `say` with a line after some seconds of waiting, and again after each minute.
+
+    Args:
+        say: takes a line; it replaces that of an earlier call.
+        after_seconds: length of a wait that is told.
+        look_seconds: time between two looks at the waits.
+    """
+    global _told_by
+    _told_by = threading.Thread(target=_watch, args=(say, after_seconds, look_seconds), name="waits", daemon=True)
+    _told_by.start()
 
 
 def are_told() -> bool:
     """Return True once :func:`tell` was called in this process."""
-    return _say is not None
+    return _told_by is not None
 
 
 @contextlib.contextmanager
@@ -42,14 +43,14 @@ def waiting(what: str) -> Iterator[None]:
             del _begun[key]
 
 
-def _watch() -> None:
+def _watch(say: Callable[[str], None], after_seconds: float, look_seconds: float) -> None:
     told = -_AGAIN_SECONDS
-    while True:
-        time.sleep(_LOOK_SECONDS)
+    while _told_by is threading.current_thread():
+        time.sleep(look_seconds)
         with _lock:
             since, what = min(_begun.values(), default=(0.0, ""))
         now = time.monotonic()
-        if what and now - since >= _FIRST_SECONDS and now - told >= _AGAIN_SECONDS and _say:
+        if what and now - since >= after_seconds and now - told >= _AGAIN_SECONDS:
             told = now
             with contextlib.suppress(OSError, ValueError):  # standard error may be closed
-                _say(f"waiting for {now - since:.0f} s {what}")
+                say(f"waiting for {now - since:.0f} s {what}")

@@ -8,6 +8,7 @@ import argparse
 import io
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -193,7 +194,8 @@ def _read(uri: str) -> bytes:
 def _unpickle(uri: str, data: bytes) -> object:
     try:
         # DINO's full checkpoints keep their command line as a Namespace, a plain record.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # damaged files have any
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
