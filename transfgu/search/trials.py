@@ -186,6 +186,8 @@ class Ledger:
                 pool.map(_read_trial, storage.list_files(storage.join(uri, "trials"))), key=lambda trial: trial.number
             )
         self.trials: dict[int, Trial] = {trial.number: trial for trial in found}
+        self.storage_error: UserError | None = None
+        """Failure of storage in a trial of this attempt, such as a full disk; no new trial is started."""
 
     @staticmethod
     def read(uri: str, number: int) -> Trial:
