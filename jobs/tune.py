@@ -8,13 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from transfgu.runtime import stopping
+from transfgu.cli.main import main
 
 if __name__ == "__main__":
-    stopping.install()  # before the imports below, which take a second
-
-from transfgu.cli.command_line import run_job
-from transfgu.cli.tune import main
-
-if __name__ == "__main__":
-    run_job(main)
+    main(["tune", *sys.argv[1:]])

@@ -13,14 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transfgu.maps import background_map, scale_maps
 from transfgu.transfer import to_device
-from transfgu.workers import worker_count
+from transfgu.workers import sum_over_workers, worker_count
 
 FOREGROUND = 0.1
 """Threshold of the uncertainty's foreground: pixels where some map scaled to [0, 1] exceeds it."""
@@ -91,9 +90,7 @@ def batch_shares(
     counts[1] = images * height * width
     if background_threshold is not None:
         counts[1] = foreground(scale_maps(maps.float())).sum()
-    if worker_count() > 1:
-        dist.all_reduce(counts)
-    shares = worker_count() / counts.clamp(min=1)
+    shares = worker_count() / sum_over_workers(counts).clamp(min=1)
     certain = None if certain_share == 1 else _certain(maps, background_threshold, certain_share)
     return Shares(image=shares[0], pixel=shares[1], certain=certain)
 
@@ -106,9 +103,8 @@ def _certain(maps: Float[Tensor, "B K h w"], background_threshold: Real | None, 
     counts = torch.zeros(classes * LEVELS, dtype=torch.int64, device=maps.device)
     cells = (labels * LEVELS + levels).flatten()
     counts.scatter_add_(0, cells, torch.ones_like(cells))
-    if worker_count() > 1:
-        dist.all_reduce(counts)
-    above = counts.view(classes, LEVELS).flip(1).cumsum(1).flip(1)  # pixels of this level or a higher one
+    counts = sum_over_workers(counts).view(classes, LEVELS)
+    above = counts.flip(1).cumsum(1).flip(1)  # pixels of this level or a higher one
     wanted = (above[:, :1].double() * share).ceil()
     level = (above >= wanted).sum(1) - 1  # `above` never increases: the last level with enough pixels
     kept = above.gather(1, level[:, None]).sum()
@@ -295,8 +291,7 @@ def bootstrapping_loss(
     if worker_count() == 1:
         return loss
     parts = (loss.total, loss.peer, loss.diversity, loss.uncertainty)
-    values = torch.stack(parts).detach()
-    dist.all_reduce(values)
+    values = sum_over_workers(torch.stack(parts))
     # Values from all workers, gradients from this one.
     total, peer, diverse, uncertainty = (
         part + (value - part).detach() for part, value in zip(parts, values / worker_count(), strict=True)

@@ -17,9 +17,11 @@ import safetensors.numpy
 import torch
 
 from transfgu import datasets, formats
+from transfgu.baselines.masks import score_masks
 from transfgu.encoder import SHIPPED, Encoder, is_self_described
 from transfgu.errors import LeftOut, UserError
 from transfgu.methods import STAGES, TRANSFGU, method
+from transfgu.metrics import Scores, merge_clusters, scores, scores_json
 from transfgu.presets import SMALL_ENCODER
 from transfgu.recipe import Recipe, field_name, preset
 from transfgu.runtime.progress import Progress
@@ -28,7 +30,7 @@ from transfgu.segmenter import class_table as unnamed_table
 from transfgu.sharing import names as names_of
 from transfgu.sharing.names import ClassTable
 from transfgu.store import reuse, storage
-from transfgu.store.artifacts import MODEL, Manifest, Outcome, Run
+from transfgu.store.artifacts import MODEL, Manifest, Outcome, Run, read_json
 from transfgu.store.lock import Lock, hold
 from transfgu.training import tracking
 
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     from jaxtyping import Int
-
-    from transfgu.metrics import Scores
 
 _SIZES = ("dataset.image_size", "dataset.feature_size", "dataset.training_size", "windows.size")
 SMALL_SIDE = 128
@@ -358,8 +358,8 @@ def scores_of(recipe: Recipe, run: Run) -> dict[str, Any]:
     `pixel_accuracy`; the other scores are those of the unnamed classes.
     """
     found = run.scores() or {}
-    for scores in (found, found.get("last", {})):
-        scores["iou"] = _by_class(recipe, scores.get("iou"), run)
+    for tree in (found, found.get("last", {})):
+        tree["iou"] = _by_class(recipe, tree.get("iou"), run)
     table = class_table(recipe, run)
     data = storage.read_bytes_or_none(run.artifact("evaluation").file("confusion.safetensors"))
     if not table.merged or data is None:
@@ -369,10 +369,8 @@ def scores_of(recipe: Recipe, run: Run) -> dict[str, Any]:
     return {**found, "named": {"classes": list(table.names), **named}}
 
 
-def _named_scores(recipe: Recipe, run: Run, confusion: "Int[np.ndarray, 'C clusters']") -> "Scores":
+def _named_scores(recipe: Recipe, run: Run, confusion: "Int[np.ndarray, 'C clusters']") -> Scores:
     """Return the scores of a run's decoder in the classes that the user named and merged."""
-    from transfgu.metrics import merge_clusters, scores
-
     table = class_table(recipe, run)
     _, class_of = unnamed_table(recipe, assignment_of(run.scores()))
     return scores(merge_clusters(confusion, table.index_of[class_of], len(table.names)), table.ignored)
@@ -390,11 +388,8 @@ def made_now() -> dict[str, str]:
 
 def _made(run: Run) -> dict[str, str] | None:
     """Return the result of :func:`made_now` from the time when the run was finished; None for earlier versions."""
-    uri = run.file("metrics.json")
-    data = storage.read_bytes_or_none(uri)
-    if data is None:
-        return None
-    return formats.read_json(data, storage.shown(uri), "delete it, and run again").get("made")
+    metrics = read_json(run.file("metrics.json"), "delete it, and run again")
+    return None if metrics is None else metrics.get("made")
 
 
 def evaluate(recipe: Recipe, run: Run | None, *, quiet: bool = False, verbose: bool = False) -> dict[str, Any]:
@@ -454,9 +449,6 @@ def evaluate_masks(recipe: Recipe, run: Run | None, masks: str, *, quiet: bool =
     Raises:
         UserError: no labels; a mask that is missing, of another size, or with an index without a class.
     """
-    from transfgu.baselines.masks import score_masks
-    from transfgu.metrics import scores
-
     counted = score_masks(recipe, _labelled_rows(recipe, run), masks, Progress("evaluation", quiet=quiet))
     return evaluation_result(recipe, run, scores(counted.confusion, counted.ignored), counted.images, counted.left_out)
 
@@ -486,11 +478,9 @@ def _labelled_rows(recipe: Recipe, run: Run | None) -> "pa.Table":
 
 
 def evaluation_result(
-    recipe: Recipe, run: Run | None, scores: "Scores", images: int, left_out: Sequence[LeftOut]
+    recipe: Recipe, run: Run | None, scores: Scores, images: int, left_out: Sequence[LeftOut]
 ) -> dict[str, Any]:
     """Return the scores of a run as `metrics.json` has them, with the names of its classes and the left-out inputs."""
-    from transfgu.metrics import scores_json
-
     result = scores_json(scores)
     return {
         **result,
@@ -517,7 +507,6 @@ def baselines(recipe: Recipe, run: Run) -> dict[str, dict[str, Any]]:
         UserError: the run has no concepts yet.
     """
     from transfgu.baselines import tokens
-    from transfgu.metrics import scores_json
 
     if run.artifact("concepts").manifest() is None:
         raise UserError(

@@ -1,11 +1,9 @@
-"""The most frequent mistakes at each job's command line: each ends before Ray starts, in one line with the remedy.
+"""The most frequent mistakes at each command line: each ends before Ray starts, in one line with the remedy.
 
 Only the resources of the cluster are unknown before Ray starts; mistakes about them are reported before any work.
 """
 
-import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +12,8 @@ from PIL import Image
 
 from tests.made_run import MadeRun, make_run
 from tests.refusals import refused
+from transfgu.cli.main import run_command
 from transfgu.runtime import connect as runtime_connect
-
-ROOT = Path(__file__).resolve().parents[2]
 
 MISTAKES = {
     "train": {
@@ -106,25 +103,19 @@ def test_a_mistake_ends_in_one_line_before_ray_starts(
         pytest.fail("Ray was started")
 
     monkeypatch.setattr(runtime_connect, "connect", connect)
-    monkeypatch.setattr(sys, "argv", [f"jobs/{job}.py", *shlex.split(words)])
-    monkeypatch.setattr(sys, "path", [*sys.path])  # jobs put their clone in front
     with refused(refusal):
-        runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["main"]()
+        run_command([job, *shlex.split(words)])
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("job", TOO_MUCH)
-def test_what_would_wait_for_ever_ends_in_one_line(
-    job: str, made: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_would_wait_for_ever_ends_in_one_line(job: str, made: MadeRun, tmp_path: Path) -> None:
     words, refusal = TOO_MUCH[job]
     (tmp_path / "images").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "images" / "1.jpg")
     for place in ("IMAGES", "OUT"):
         words = words.replace(place, str(tmp_path / place.lower()))
     words = words.replace("RUN", made.run.uri).replace("CPUS", f"{ray.cluster_resources()['CPU']:g}")
-    monkeypatch.setattr(sys, "argv", [f"jobs/{job}.py", *shlex.split(words)])
-    monkeypatch.setattr(sys, "path", [*sys.path])
     with refused(refusal):
-        runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["main"]()
+        run_command([job, *shlex.split(words)])

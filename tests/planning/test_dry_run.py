@@ -57,7 +57,7 @@ def without_times(told: list[str]) -> list[str]:
 @pytest.mark.processes
 def test_one_machine_is_described_without_ray(tmp_path: Path, recipe: Recipe) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    code = "import ray; from transfgu.cli import train; train.main(); print(ray.is_initialized())"
+    code = "import ray, sys; from transfgu.cli import train; train.main(sys.argv[1:]); print(ray.is_initialized())"
     done = subprocess.run(
         [sys.executable, "-c", code, "--recipe", tmp_path / "recipe.yaml", "--run", tmp_path / "run", "--dry-run"],
         env={name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "TRANSFGU_NODES")},

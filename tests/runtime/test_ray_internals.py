@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import psutil
 import pyarrow as pa
 import pytest
 import ray
+import ray.train
 from ray._private import ray_constants, services
 from ray.data import ActorPoolStrategy, DataContext
+from ray.train.torch import TorchTrainer
 
 from transfgu.runtime import ray_internals
 
@@ -142,6 +145,26 @@ def test_dataset_map_batches_internal_and_get_stats_summary(ray_cluster: None) -
     seconds, worked = ray_internals.task_seconds(plan)
     assert 0 < max(worked.values()) <= seconds
     assert any("Rows" in name for name in worked)
+
+
+def upload(folder: str) -> None:
+    found = ray_internals.upload_checkpoint(folder, "checkpoint_1")
+    ray.train.report({}, checkpoint=found, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD)
+
+
+def test_persist_current_checkpoint(ray_cluster: None, tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    local.mkdir()
+    (local / "weights").write_bytes(b"content")
+    trainer = TorchTrainer(
+        partial(upload, str(local)),
+        scaling_config=ray.train.ScalingConfig(num_workers=1),
+        run_config=ray.train.RunConfig(name="run", storage_path=str(tmp_path)),
+    )
+    result = trainer.fit()
+    assert result.checkpoint
+    assert result.checkpoint.path == str(tmp_path / "run" / "checkpoint_1")
+    assert (tmp_path / "run" / "checkpoint_1" / "weights").read_bytes() == b"content"
 
 
 def test_global_node_all_processes(ray_cluster: None) -> None:

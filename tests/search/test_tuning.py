@@ -82,15 +82,30 @@ def test_asha_goes_on_from_the_records(tmp_path: Path) -> None:
 def test_how_a_trial_ends(tmp_path: Path) -> None:
     ledger = ledger_of(tmp_path, *(trial(n, 20, status="running") for n in range(3)), trial(3, 1, status="stopped"))
     told = recorder(search(tmp_path), ledger)
-    tell(told, 0, {"end": json.dumps({"reason": "", "stages": ["concepts"]})})
-    tell(told, 1, {"end": json.dumps({"reason": "out of memory", "stages": []})})
+    tell(told, 0, {"end": json.dumps({"reason": "", "code": "", "stages": ["concepts"]})})
+    tell(told, 1, {"end": json.dumps({"reason": "out of memory", "code": "", "stages": []})})
     told.on_trial_error(None, SimpleNamespace(config={"number": 2}, get_error=lambda: None))
-    tell(told, 3, {"end": json.dumps({"reason": "", "stages": []})})  # what ended it first stays
+    tell(told, 3, {"end": json.dumps({"reason": "", "code": "", "stages": []})})  # what ended it first stays
     read = [Ledger.read(str(tmp_path), n) for n in range(4)]
     assert [t.status for t in read] == ["finished", "failed", "failed", "stopped"]
     assert read[0].stages == ["concepts"]
     assert read[1].reason == "out of memory"
     assert "its process was lost" in read[2].reason
+
+
+@pytest.mark.parametrize("code", ["disk-full", "storage-failed"])
+def test_a_trial_whose_storage_fails_stays_unfinished_and_no_other_starts(tmp_path: Path, code: str) -> None:
+    ledger = ledger_of(tmp_path, trial(0, 20, status="running"), trial(1, 1, status="stopped"))
+    told, proposals = recorder(search(tmp_path), ledger), Proposals(search(tmp_path), ledger)
+    tell(told, 1, {"end": json.dumps({"reason": "no space", "code": code, "stages": []})})  # it had ended before
+    assert ledger.storage_error is None
+    tell(told, 0, {"end": json.dumps({"reason": "no space", "code": code, "stages": []})})
+    assert [status(tmp_path, n) for n in range(2)] == ["running", "stopped"]
+    assert ledger.storage_error is not None
+    assert ledger.storage_error.line == f"no space [{code}]"
+    assert proposals.suggest("trial") == Proposals.FINISHED
+    again = Proposals(search(tmp_path), Ledger(str(tmp_path)))
+    assert again.suggest("trial")["number"] == 0
 
 
 def proposed(proposals: Proposals, count: int) -> list[Any]:

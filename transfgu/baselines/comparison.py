@@ -21,7 +21,7 @@ from transfgu.methods import METHODS
 from transfgu.runtime import connect, stopping
 from transfgu.runtime.progress import Progress
 from transfgu.store import storage
-from transfgu.store.artifacts import Run
+from transfgu.store.artifacts import Run, read_json
 from transfgu.store.lock import hold
 
 UNTRAINED = "untrained.json"
@@ -136,10 +136,9 @@ def read_scores(method: str, seed: int, uri: str) -> Scored:
     """
     file = Run(uri).file("metrics.json")
     remedy = "run the same command again"
-    data = storage.read_bytes_or_none(file)
-    if data is None:
+    metrics = read_json(file, remedy)
+    if metrics is None:
         raise UserError(f"{storage.shown(file)} is missing: {remedy}", code="run-unfinished")
-    metrics = formats.read_json(data, storage.shown(file), remedy)
     with formats.damage(storage.shown(file), remedy):
         stages: Mapping[str, Mapping[str, float]] = metrics["stages"]
         return Scored(

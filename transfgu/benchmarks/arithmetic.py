@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,22 +128,15 @@ class Bare:
         size = self.recipe.dataset.image_size
         batch = torch.randn(images, 3, *size, device=self.device)
         pixels = torch.randint(0, 256, batch.shape, dtype=torch.uint8)
-        with _Peak(self.device) as peak:
-            ours, bound = in_turns(
-                lambda: self._seconds(lambda: self._tokens(pixels)),
-                lambda: self._seconds(lambda: self._bare_forward(batch)),
-                repeats,
-            )
-        return Timing(
-            stage="encoder forward",
-            bound_is=f"a bare forward of {'x'.join(map(str, size))}",
-            items=images,
-            unit="images",
-            ours=ours,
-            bound=bound,
-            peak_bytes=peak.bytes,
-            flops=_flops(lambda: self._bare_forward(batch[:1])) * images,
+        found = self._timing(
+            "encoder forward",
+            f"a bare forward of {'x'.join(map(str, size))}",
+            images,
+            lambda: self._tokens(pixels),
+            lambda: self._bare_forward(batch),
+            repeats,
         )
+        return replace(found, flops=_flops(lambda: self._bare_forward(batch[:1])) * images)
 
     def counting(self, images: int) -> float:
         """Return images per second that are resized, classified and counted into a confusion matrix on the device."""
@@ -163,20 +157,13 @@ class Bare:
             for label, image in zip(labels.cpu().numpy(), logits, strict=True):
                 confusion_matrix(label, winners(image, size).cpu().numpy(), classes)
 
-        with _Peak(self.device) as peak:
-            ours, bound = in_turns(
-                lambda: self._seconds(lambda: batch_confusion(labels, all_winners(logits, size), classes)),
-                lambda: self._seconds(one_by_one),
-                repeats,
-            )
-        return Timing(
-            stage="counting",
-            bound_is="one image at a time, counted on the CPU",
-            items=images,
-            unit="images",
-            ours=ours,
-            bound=bound,
-            peak_bytes=peak.bytes,
+        return self._timing(
+            "counting",
+            "one image at a time, counted on the CPU",
+            images,
+            lambda: batch_confusion(labels, all_winners(logits, size), classes),
+            one_by_one,
+            repeats,
         )
 
     def concept_maps(self, repeats: int, *, unfused: bool = False) -> Timing:
@@ -197,10 +184,14 @@ class Bare:
             with torch.no_grad(), self.frozen.precision():
                 encoder.concept_maps(batch, concepts)
 
-        with _Peak(self.device) as peak:
-            ours, bound = in_turns(
-                lambda: self._seconds(maps), lambda: self._seconds(lambda: self._bare_forward(batch)), repeats
-            )
+        found = self._timing(
+            "concept maps",
+            f"a bare forward of the same batch; {count} concepts",
+            rows,
+            maps,
+            lambda: self._bare_forward(batch),
+            repeats,
+        )
         details = {}
         if unfused:
             published, beside = self._backward_a_class(batch[:1], concepts, lambda: self._seconds(maps), repeats)
@@ -208,18 +199,7 @@ class Bare:
                 "one backward pass per class through an unfused network [s]": published * rows,
                 "times as long as ours": published * rows / beside,
             }
-        flops = _flops(lambda: self._bare_forward(batch))
-        return Timing(
-            stage="concept maps",
-            bound_is=f"a bare forward of the same batch; {count} concepts",
-            items=rows,
-            unit="images",
-            ours=ours,
-            bound=bound,
-            peak_bytes=peak.bytes,
-            flops=flops,
-            details=details,
-        )
+        return replace(found, flops=_flops(lambda: self._bare_forward(batch)), details=details)
 
     def _backward_a_class(
         self, image: Float[Tensor, "1 3 H W"], concepts: Float[Tensor, "K d"], ours: Callable[[], float], repeats: int
@@ -245,24 +225,18 @@ class Bare:
         loop = self._loop(batch)
         images, maps = loop.views(0)
         tokens = self._tokens(images)
-        with _Peak(self.device) as peak:
-            ours, bound = in_turns(
-                lambda: self._seconds(lambda: loop.step(self._tokens(images), loop.views(0)[1])),
-                lambda: self._seconds(lambda: self._bare_forward(images)),
-                repeats,
-            )
-        return Timing(
-            stage="training step",
-            bound_is=f"a bare forward of {'x'.join(map(str, images.shape[2:]))}",
-            items=batch,
-            unit="images",
-            ours=ours,
-            bound=bound,
-            peak_bytes=peak.bytes,
-            # FLOPs are counted in this thread only, and on CPUs the encoder uses others, so the bare forward is
-            # counted instead.
-            flops=_flops(lambda: self._bare_forward(images)) + _flops(lambda: loop.step(tokens, maps)),
+        found = self._timing(
+            "training step",
+            f"a bare forward of {'x'.join(map(str, images.shape[2:]))}",
+            batch,
+            lambda: loop.step(self._tokens(images), loop.views(0)[1]),
+            lambda: self._bare_forward(images),
+            repeats,
         )
+        # FLOPs are counted in this thread only, and on CPUs the encoder uses others, so the bare forward is counted
+        # instead.
+        flops = _flops(lambda: self._bare_forward(images)) + _flops(lambda: loop.step(tokens, maps))
+        return replace(found, flops=flops)
 
     def training_loop(self, batch: int, steps: int) -> float:
         """Return the seconds of so many steps with a teacher, as a bare loop over images and maps in memory."""
@@ -315,6 +289,22 @@ class Bare:
         """Call `faiss_kmeans`; `gpu` has no effect if this process has no GPU."""
         self._use_cores()
         return faiss_kmeans(features, start, iterations, gpu=gpu and self.device.type == "cuda")
+
+    def _timing(
+        self, stage: str, bound_is: str, images: int, ours: Callable[[], Any], bound: Callable[[], Any], repeats: int
+    ) -> Timing:
+        """Time `ours` and `bound` alternately, each on so many images."""
+        with _Peak(self.device) as peak:
+            turns = in_turns(lambda: self._seconds(ours), lambda: self._seconds(bound), repeats)
+        return Timing(
+            stage=stage,
+            bound_is=bound_is,
+            items=images,
+            unit="images",
+            ours=turns[0],
+            bound=turns[1],
+            peak_bytes=peak.bytes,
+        )
 
     def _seconds(self, work: Callable[[], Any]) -> float:
         self._wait()

@@ -6,7 +6,6 @@ processes is measured, and the lines that it prints show when work started and e
 """
 
 import datetime
-import io
 import json
 import re
 import subprocess
@@ -28,6 +27,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from transfgu.benchmarks.arithmetic import Bare, device_name
 from transfgu.benchmarks.processes import Command, Line, Memory
+from transfgu.datasets.images import encoded
 from transfgu.errors import UserError
 from transfgu.inference.device import own_device
 from transfgu.recipe import Recipe, Size
@@ -227,19 +227,13 @@ def make_data(recipe: Recipe, root: str, images: int, validation: int) -> None:
     photos, labels = [], []
     for _ in range(PICTURES):
         small = generator.integers(0, 256, (_PHOTO[0] // 8, _PHOTO[1] // 8, 3), np.uint8)
-        photos.append(_file(Image.fromarray(small).resize(_PHOTO[::-1], Image.Resampling.BICUBIC), "JPEG"))
+        photos.append(encoded(Image.fromarray(small).resize(_PHOTO[::-1], Image.Resampling.BICUBIC), "JPEG"))
         classes = generator.integers(0, recipe.classes, (_PHOTO[0] // 16, _PHOTO[1] // 16), np.uint8)
-        labels.append(_file(Image.fromarray(classes.repeat(16, 0).repeat(16, 1)), "PNG"))
+        labels.append(encoded(Image.fromarray(classes.repeat(16, 0).repeat(16, 1)), "PNG"))
     kinds = (("data/train", "jpg", photos, images), ("data/val", "jpg", photos, validation))
     for below, suffix, files, count in (*kinds, ("labels/val", "png", labels, validation)):
         _write_all(storage.join(root, below), suffix, files, count)
     storage.write_bytes(marker, content)
-
-
-def _file(image: Image.Image, kind: str) -> bytes:
-    sink = io.BytesIO()
-    image.save(sink, kind)
-    return sink.getvalue()
 
 
 def _write_all(folder: str, suffix: str, files: list[bytes], count: int) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import safetensors.torch
+import torch
 from PIL import Image
 from ray.data import Dataset
 
@@ -413,8 +414,6 @@ def _peaks(name: str) -> Iterator[list[int]]:
 
     With a GPU it is the peak of the GPU memory in use by all processes.
     """
-    import torch
-
     found, ended = [0], threading.Event()
 
     def look() -> None:

@@ -55,9 +55,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line, measure, print the table and write JSON; or plan."""
-    words = sys.argv[1:] if words is None else words
     if list(words[:1]) == ["plan"]:
         plan.main(words[1:])
         return

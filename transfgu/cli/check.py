@@ -5,7 +5,6 @@ a run, verifies all files in it, names damaged ones and the command that repairs
 are any.
 """
 
-import sys
 from collections.abc import Sequence
 
 from transfgu.cli import train
@@ -23,9 +22,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Verify a run's folder, or run `train --dry-run`."""
-    words = sys.argv[1:] if words is None else words
     if len(words) == 1 and words[0] not in PRESETS and not words[0].startswith("-"):
         _verify(words[0])
         return

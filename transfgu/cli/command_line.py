@@ -225,6 +225,27 @@ def add_output(parser: Parser, quiet: str = "print nothing but errors") -> None:
     parser.add_argument("--verbose", action="store_true", help="show Ray's own messages")
 
 
+def check_out(out: str, inputs: str) -> None:
+    """Raise UserError if the folder `out` can't be written, or is inside the folder `inputs`, which is read."""
+    if storage.within(out, inputs):
+        raise UserError(
+            f"--out {storage.shown(out)} is inside {storage.shown(inputs)}: choose a separate folder",
+            code="folders-nested",
+        )
+    storage.check_writable(out)
+
+
+def files_below(folder: str) -> dict[str, str]:
+    """Return the URIs of all files below a folder by their relative path, in the order of these.
+
+    Raises:
+        UserError: the folder can't be read.
+    """
+    storage.check_readable(folder)
+    root = storage.absolute(folder).rstrip("/")
+    return dict(sorted((storage.absolute(uri)[len(root) + 1 :], uri) for uri in storage.list_files(folder)))
+
+
 def print_config(recipe: Recipe, run: "Run | None" = None) -> None:
     """Print the resolved recipe as YAML, as it would be written to `recipe.yaml` of the run."""
     given = run.given(recipe) if run else None

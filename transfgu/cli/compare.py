@@ -7,7 +7,6 @@ differ, scores, classes and seconds.
 """
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -33,9 +32,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line, run each method with each seed, write and print the table."""
-    words = sys.argv[1:] if words is None else words
     if len(words) > 1 and not any(word.startswith("-") for word in words[:2]) and words[0] not in PRESETS:
         compare_runs.main(words)
         return

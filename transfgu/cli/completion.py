@@ -6,7 +6,6 @@ fish: `transfgu completion fish > ~/.config/fish/completions/transfgu.fish`.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import get_args, get_origin
 
@@ -64,7 +63,6 @@ def _complete(action: argparse.Action, file: object) -> None:
         action.complete = file  # type: ignore[attr-defined]  # an attribute that shtab reads
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Print the script."""
-    words = sys.argv[1:] if words is None else words
     print(script(parser(words).parse(words).shell))

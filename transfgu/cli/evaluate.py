@@ -5,7 +5,6 @@ another decoder on a benchmark's validation set; both take `--masks URI` for mas
 """
 
 import json
-import sys
 from collections.abc import Sequence
 
 from transfgu.cli.command_line import (
@@ -35,9 +34,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line, evaluate, print a table."""
-    words = sys.argv[1:] if words is None else words
     arguments = parser(words).parse(words)
     run = None
     if arguments.run:

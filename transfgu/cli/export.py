@@ -3,11 +3,12 @@
 `transfgu export --masks OUT --images URI --to cvat` writes OUT/cvat.xml: one polygon per connected region of a class.
 """
 
-import sys
 from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
+from transfgu.datasets.listing import find_images
 from transfgu.errors import UserError
+from transfgu.sharing import exports, fiftyone, geotiff
 from transfgu.sharing.exports import FIFTYONE, GEOTIFF, NAMES, check_format
 from transfgu.store import storage
 
@@ -56,8 +57,7 @@ def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance:
     Raises:
         UserError: there are no masks as PNGs, no such format or class.
     """
-    from transfgu.datasets.listing import find_images
-    from transfgu.sharing import exports, fiftyone, geotiff
+    # Import Ray only now, because it takes seconds: mistakes on the command line are reported at once.
     from transfgu.stages.prediction import mask_names, read_claim
 
     claim = read_claim(masks)
@@ -86,9 +86,8 @@ def write(masks: str, images: str, kind: str, out: str, classes: str, tolerance:
     return exports.write(kind, found, exports.chosen(known, names), out or masks, outlines)
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line, export, print the file's name."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     check_format(given.to)
     out = write(given.masks, given.images, given.to, given.out or "", given.classes, given.tolerance, given.least)

@@ -4,12 +4,13 @@
 of `walk.mp4` becomes `walk.mp4/00-01-30.500.jpg`: hours, minutes and seconds since the first frame.
 """
 
-import io
-import sys
 from collections.abc import Sequence
 
-from transfgu.cli.command_line import Parser
+from PIL import Image
+
+from transfgu.cli.command_line import Parser, check_out, files_below
 from transfgu.datasets import videos
+from transfgu.datasets.images import encoded
 from transfgu.errors import BadInput, UserError
 from transfgu.runtime.progress import Progress
 from transfgu.store import storage
@@ -28,26 +29,21 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line, write the frames, print how many."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     if not 0 <= given.every < float("inf"):
         raise UserError(f"--every must be 0 or a number of seconds, not {given.every:g}", code="flag-range")
     videos.check_installed()
     found = _videos(given.video)
-    if storage.within(given.out, given.video):
-        raise UserError(
-            f"--out {storage.shown(given.out)} is inside {storage.shown(given.video)}: choose a separate folder",
-            code="folders-nested",
-        )
-    storage.check_writable(given.out)
+    check_out(given.out, given.video)
     progress = Progress("frames", quiet=given.quiet)
     written, bad = 0, []
     for name, uri in found.items():
         try:
             for time, pixels in videos.frames(uri, given.every):
-                storage.write_bytes(storage.join(given.out, name, f"{time_text(time)}.jpg"), _jpeg(pixels))
+                frame = encoded(Image.fromarray(pixels), "JPEG", quality=_QUALITY, subsampling=0)
+                storage.write_bytes(storage.join(given.out, name, f"{time_text(time)}.jpg"), frame)
                 written += 1
                 progress.update(written, None, "frames")
         except BadInput as error:
@@ -69,23 +65,10 @@ def time_text(seconds: float) -> str:
 
 def _videos(uri: str) -> dict[str, str]:
     """Return the URIs of videos by the name of their folder of frames."""
-    if storage.is_file(uri):
-        found = {uri.rstrip("/").rpartition("/")[2]: uri}
-    else:
-        storage.check_readable(uri)
-        root = storage.absolute(uri).rstrip("/")
-        found = {storage.absolute(file)[len(root) + 1 :]: file for file in storage.list_files(uri)}
-    found = {name: file for name, file in sorted(found.items()) if name.lower().endswith(videos.SUFFIXES)}
+    found = {uri.rstrip("/").rpartition("/")[2]: uri} if storage.is_file(uri) else files_below(uri)
+    found = {name: file for name, file in found.items() if name.lower().endswith(videos.SUFFIXES)}
     if not found:
         raise UserError(
             f"{storage.shown(uri)} has no video ({', '.join(videos.SUFFIXES)}): check the path", code="videos-missing"
         )
     return found
-
-
-def _jpeg(pixels: object) -> bytes:
-    from PIL import Image
-
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, "JPEG", quality=_QUALITY, subsampling=0)  # type: ignore[arg-type]
-    return sink.getvalue()

@@ -91,10 +91,10 @@ def run_command(words: Sequence[str]) -> None:
         command_module(first).main(words[1:])
 
 
-def main() -> NoReturn:
-    """Run `transfgu` with the arguments of the process, and exit."""
+def main(words: Sequence[str] | None = None) -> NoReturn:
+    """Run `transfgu` with these words, by default the arguments of the process, and exit."""
     stopping.install()
-    words = sys.argv[1:]
+    words = sys.argv[1:] if words is None else words
     if not words or words[0] in ("-h", "--help", "help", "--version"):
         run_command(words)
         sys.exit(0)

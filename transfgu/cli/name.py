@@ -5,7 +5,6 @@
 class `ignore`. `--masks OUT` updates earlier masks to the same classes; `--undo` removes the names.
 """
 
-import sys
 from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
@@ -26,9 +25,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line, name the classes, print the table."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     if given.undo and given.file:
         raise UserError("--undo removes names: leave out FILE", code="flags-conflict")

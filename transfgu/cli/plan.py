@@ -3,7 +3,6 @@
 `transfgu plan PRESET --images N --gpus G` reads the measurements of `transfgu benchmark all --preset PRESET`.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,9 +37,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line, read measurements, print the plan."""
-    words = sys.argv[1:] if words is None else words
     arguments = parser(words).parse(words)
     recipe = recipe_of(arguments)
     if arguments.print_config:

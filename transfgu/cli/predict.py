@@ -4,7 +4,6 @@
 the same command, run again, adds the missing masks.
 """
 
-import sys
 from collections.abc import Sequence
 
 from transfgu.cli import export
@@ -62,9 +61,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line, predict, print a summary."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     for name in ("run", "images", "out"):
         if not getattr(given, name):

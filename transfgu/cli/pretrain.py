@@ -6,7 +6,6 @@ URI --encoder.weights vit.safetensors`.
 """
 
 import shlex
-import sys
 from collections.abc import Sequence
 
 import yaml
@@ -54,9 +53,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line and pretrain."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     recipe = pretraining_recipe_of(given, given.views or ("drawn" if given.images == "shapes" else "photographs"))
     if given.print_config:

@@ -4,13 +4,14 @@
 are in their own unit (Hounsfield units of CT); without --low and --high the window in the DICOM file is used.
 """
 
-import io
 import math
-import sys
 from collections.abc import Sequence
 
-from transfgu.cli.command_line import Parser
+from PIL import Image
+
+from transfgu.cli.command_line import Parser, check_out, files_below
 from transfgu.datasets import intensities
+from transfgu.datasets.images import encoded
 from transfgu.datasets.names import output_names
 from transfgu.errors import BadInput, UserError
 from transfgu.runtime.progress import Progress
@@ -32,9 +33,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line, write the images, print how many."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     window = None
     if (given.low is None) != (given.high is None):
@@ -43,16 +43,9 @@ def main(words: Sequence[str] | None = None) -> None:
         if not (math.isfinite(given.low) and math.isfinite(given.high) and given.low < given.high):
             raise UserError(f"--low must be less than --high, not {given.low:g} and {given.high:g}", code="flag-range")
         window = given.low, given.high
-    storage.check_readable(given.images)
-    if storage.within(given.out, given.images):
-        raise UserError(
-            f"--out {storage.shown(given.out)} is inside {storage.shown(given.images)}: choose a separate folder",
-            code="folders-nested",
-        )
-    storage.check_writable(given.out)
-    root = storage.absolute(given.images).rstrip("/")
-    files = {storage.absolute(uri)[len(root) + 1 :]: uri for uri in storage.list_files(given.images)}
-    names = sorted(files)
+    files = files_below(given.images)
+    check_out(given.out, given.images)
+    names = list(files)
     progress = Progress("rescale", quiet=given.quiet)
     written, passed, bad = 0, 0, []
     for number, (name, out) in enumerate(zip(names, output_names(names), strict=True), 1):
@@ -65,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> None:
             continue
         try:
             data = storage.read_bytes(files[name])
-            found = [_png(image.narrowed(window)) for image in intensities.slices(data)]
+            found = [encoded(Image.fromarray(image.narrowed(window)), "PNG") for image in intensities.slices(data)]
         except BadInput as error:
             bad.append(f"{name} ({error})")
             continue
@@ -85,11 +78,3 @@ def main(words: Sequence[str] | None = None) -> None:
     if passed:
         print(f"{passed} other files not read")
     print(f"{written} images: {storage.shown(given.out)}")
-
-
-def _png(pixels: object) -> bytes:
-    from PIL import Image
-
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, "PNG")  # type: ignore[arg-type]
-    return sink.getvalue()

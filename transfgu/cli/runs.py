@@ -3,7 +3,6 @@
 `transfgu runs` lists those in ~/transfgu.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,8 +65,7 @@ def table(folder: str) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Print the table."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     print(table(given.folder or str(Path.home() / "transfgu")))

@@ -4,7 +4,6 @@ Run `transfgu schema > recipe.schema.json` and add this first line to a recipe: 
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any, get_args, get_origin
 
@@ -66,8 +65,7 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return Parser(__doc__ or "", "schema")
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Print the schema."""
-    words = sys.argv[1:] if words is None else words
     parser(words).parse(words)
     print(json.dumps(schema(), indent=1))

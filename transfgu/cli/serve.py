@@ -4,7 +4,6 @@
 this machine; `--host 0.0.0.0` opens it, unencrypted, to the network: prefer `ssh -L 8000:127.0.0.1:8000 HOST`.
 """
 
-import sys
 from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
@@ -25,9 +24,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Serve until interrupted."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     run = Run(given.run)
     run.recipe()  # before importing torch, which takes seconds

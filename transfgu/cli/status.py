@@ -4,16 +4,14 @@
 """
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transfgu import formats
 from transfgu.cli.command_line import Parser
 from transfgu.recipe import Recipe
 from transfgu.store import storage
-from transfgu.store.artifacts import Manifest, Run
+from transfgu.store.artifacts import Manifest, Run, read_json
 from transfgu.store.lock import holder_of
 
 
@@ -59,9 +57,7 @@ def state_of(run: Run) -> State:
     complete = {stage: manifest for stage, manifest in manifests.items() if manifest is not None}
     missing = (stage for stage in recipe.stages if stage not in complete)
     begun = tuple(stage for stage in missing if storage.exists(run.artifact(stage).file("fields.json")))
-    uri = run.file("metrics.json")
-    text = storage.read_bytes_or_none(uri)
-    metrics = {} if text is None else formats.read_json(text, storage.shown(uri), "delete it, and train again")
+    metrics = read_json(run.file("metrics.json"), "delete it, and train again") or {}
     return State(recipe=recipe, complete=complete, begun=begun, holder=holder_of(run.uri), metrics=metrics)
 
 
@@ -95,9 +91,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Print the state of a run."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     run = Run(given.run)
     if given.json:

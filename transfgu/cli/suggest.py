@@ -7,11 +7,11 @@ windows from their centroids (inertia). It suggests the smallest of the most sta
 computes.
 """
 
-import sys
 from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
 from transfgu.errors import UserError
+from transfgu.runtime.progress import Progress
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
 
@@ -41,9 +41,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Measure, write the picture, print the table."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     run = Run(given.run)
     recipe = run.recipe()
@@ -61,7 +60,6 @@ def main(words: Sequence[str] | None = None) -> None:
         raise UserError(f"--windows must be 100 or more, not {given.windows}", code="flag-range")
     # Import NumPy and FAISS only now, because they take seconds: mistakes on the command line are reported at once.
     from transfgu.report import suggestion
-    from transfgu.runtime.progress import Progress
 
     progress = Progress("suggest", quiet=given.quiet)
     found = suggestion.find(

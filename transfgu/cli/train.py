@@ -3,18 +3,10 @@
 `transfgu train` runs the embedded demonstration; `transfgu train coco-stuff-27 --data URI` runs a benchmark.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transfgu.cli.command_line import (
-    Parser,
-    add_output,
-    add_recipe,
-    preset_table,
-    print_config,
-    recipe_of,
-)
+from transfgu.cli.command_line import Parser, add_output, add_recipe, preset_table, print_config, recipe_of
 from transfgu.errors import UserError
 from transfgu.methods import STAGES, TRANSFGU
 from transfgu.recipe import Recipe
@@ -61,9 +53,8 @@ def folder_name(recipe: Recipe) -> str:
     return recipe.preset if recipe.method == TRANSFGU else f"{recipe.preset}-{recipe.method}"
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line and run the pipeline."""
-    words = sys.argv[1:] if words is None else words
     given = parser(words).parse(words)
     if given.list:
         print(preset_table())

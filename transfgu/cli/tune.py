@@ -4,7 +4,6 @@
 `--search FIELD=RANGE` searches any numeric field. The same command continues a stopped search.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,9 +58,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
     return made
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str]) -> None:
     """Parse the command line, search, print a table."""
-    words = sys.argv[1:] if words is None else words
     arguments = parser(words).parse(words)
     recipe = recipe_of(arguments)
     if arguments.print_config:

@@ -141,6 +141,19 @@ def decode_intensities(data: bytes, max_pixels: int = MAX_PIXELS) -> Float32[np.
     return np.asarray(picture).astype(np.float32)
 
 
+def encoded(picture: Image.Image, kind: str, **options: int | bool) -> bytes:
+    """Return a picture as the bytes of a file.
+
+    Args:
+        picture: any that Pillow can write as `kind`.
+        kind: Pillow's name of the format, such as `PNG`.
+        options: Pillow's for this format, such as `quality`.
+    """
+    sink = io.BytesIO()
+    picture.save(sink, kind, **options)
+    return sink.getvalue()
+
+
 def read_rows(items: Iterable[Item], read: Callable[[Item], Result]) -> Iterator[tuple[Result | None, str]]:
     """Yield the result of `read` for each item, in order, or the reason why the item can't be used.
 

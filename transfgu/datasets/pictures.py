@@ -4,7 +4,6 @@ Every region of a mask has the number of its class, as on a map, so readers need
 """
 
 import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from scipy import ndimage
+
+from transfgu.datasets.images import encoded
 
 Colour = tuple[int, int, int]
 Pixels = UInt8[np.ndarray, "H W 3"]
@@ -170,6 +171,4 @@ def _nearest(mask: Mask, side: int) -> ResizedMask:
 
 
 def _data_uri(image: Image.Image, kind: str, **options: int | bool) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/{kind};base64,{base64.b64encode(encoded(image, kind, **options)).decode()}"

@@ -32,7 +32,7 @@ from transfgu.search.trials import Ledger, Search, Trial
 from transfgu.search.tuning import EPOCH, VALUE, Proposals, Recorder, reported
 from transfgu.stages import samples, training
 from transfgu.store import parquet, storage
-from transfgu.store.artifacts import Artifact, Run
+from transfgu.store.artifacts import Artifact, Run, read_json
 from transfgu.store.lock import hold
 
 
@@ -201,7 +201,8 @@ def run(search: Search, progress: Progress, *, quiet: bool = False, verbose: boo
     """Continue a search in its folder, until there are enough trials or the time is over.
 
     Raises:
-        UserError: a folder with another search, no labels for mIoU as objective, a cluster that is too small.
+        UserError: a folder with another search, no labels for mIoU as objective, a cluster that is too small, storage
+            that failed in a trial, which stays unfinished.
     """
     started = time.monotonic()
     _claim(search)
@@ -251,13 +252,13 @@ def run(search: Search, progress: Progress, *, quiet: bool = False, verbose: boo
 def _claim(search: Search) -> None:
     """Take the folder for this search; raise UserError if it holds another one."""
     uri = search.file("search.json")
-    held = storage.read_bytes_or_none(uri)
+    remedy = "delete the folder to start again, or choose another --run"
+    held = read_json(uri, remedy)
     wanted = json.loads(json.dumps(search.identity()))
     if held is None:
         storage.write_bytes(uri, json.dumps(formats.stamp(wanted), indent=1).encode())
         return
-    remedy = "delete the folder to start again, or choose another --run"
-    found = upgraded(formats.read_json(held, storage.shown(uri), remedy))
+    found = upgraded(held)
     differing = [f"{n} ({found.get(n)} there, {wanted.get(n)} asked)" for n in wanted if found.get(n) != wanted[n]]
     if differing:
         raise UserError(
@@ -327,6 +328,8 @@ def _tune(
         ),
     )
     tuner.fit()
+    if ledger.storage_error:
+        raise ledger.storage_error
     storage.delete(storage.join(folder, "tune"))
 
 
@@ -336,8 +339,8 @@ def run_trial(config: Mapping[str, Any], plan: _Plan) -> None:
     A stopped trial ends itself after reading its record. If Tune killed the trial's process, Ray Train's controller
     would be killed, too, and without a dashboard its workers would keep their CPUs from other trials.
 
-    Tune receives the row of each epoch, and the outcome at the end. Failures are reported, not raised, so that Tune
-    repeats only trials whose process was lost.
+    Tune receives the row of each epoch, and the outcome at the end, with the code of a failure that is a `UserError`.
+    Failures are reported, not raised, so that Tune repeats only trials whose process was lost.
 
     Args:
         config: `number` and `parameters`.
@@ -371,13 +374,14 @@ def run_trial(config: Mapping[str, Any], plan: _Plan) -> None:
             attempts=_ATTEMPTS,
             beside=plan.beside,
         )
-        reason = ""
+        reason, code = "", ""
     except Exception as error:
-        reason = in_words(find_user_error(error) or error)
+        mistake = find_user_error(error)
+        reason, code = in_words(mistake or error), mistake.code if mistake else ""
         if isinstance(error, RuntimeError) and str(error).startswith("training failed"):
             reason = str(error)
     value = math.nan if reason else reported(record, plan.objective)
-    tune.report({"end": json.dumps({"reason": reason, "stages": stages}), VALUE: value})
+    tune.report({"end": json.dumps({"reason": reason, "code": code, "stages": stages}), VALUE: value})
 
 
 def run_search(

@@ -19,6 +19,7 @@ from transfgu.recipe import Recipe, field_name
 from transfgu.search import space as search_space
 from transfgu.search.space import Parameters, Space
 from transfgu.store import storage
+from transfgu.training.checkpoints import merit
 
 OBJECTIVES = ("mean_iou", "label_free")
 SEARCHERS = ("random", "grid", "tpe")
@@ -139,12 +140,12 @@ class Trial:
         rows = [row for row in self.history[:epochs] if row.get(objective) is not None]
         if not rows:
             return None
-        chosen = max(rows, key=_merit) if objective == "mean_iou" else rows[-1]
+        chosen = max(rows, key=merit) if objective == "mean_iou" else rows[-1]
         return float(chosen[objective])
 
     def summary(self) -> dict[str, Any]:
         """Return the trial's row of `trials.json`."""
-        best = max((row for row in self.history if row["mean_iou"] is not None), key=_merit, default=None)
+        best = max((row for row in self.history if row["mean_iou"] is not None), key=merit, default=None)
         last = self.history[-1] if self.history else {}
         return {
             "number": self.number,
@@ -185,6 +186,8 @@ class Ledger:
                 pool.map(_read_trial, storage.list_files(storage.join(uri, "trials"))), key=lambda trial: trial.number
             )
         self.trials: dict[int, Trial] = {trial.number: trial for trial in found}
+        self.storage_error: UserError | None = None
+        """Failure of storage in a trial of this attempt, such as a full disk; no new trial is started."""
 
     @staticmethod
     def read(uri: str, number: int) -> Trial:
@@ -309,11 +312,3 @@ def ranked(trials: Iterable[Trial], objective: str) -> list[Trial]:
         return rank, math.inf if value is None else -value
 
     return sorted(trials, key=key)
-
-
-def _merit(row: Mapping[str, Any]) -> float:
-    from transfgu.training.checkpoints import (
-        merit,  # imported here, because torch takes seconds and the command line does not need it
-    )
-
-    return merit(row)

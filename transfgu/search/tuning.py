@@ -23,6 +23,7 @@ from transfgu.search.trials import Ledger, Search, Trial
 VALUE, EPOCH = "value", "epoch"
 """What a trial reports to Tune: its objective so far, NaN without a score, and its number of epochs."""
 
+_OF_STORAGE = ("disk-full", "storage-failed")
 _NO_END = 10**9  # epochs; each trial ends after its own number of epochs
 
 
@@ -83,7 +84,7 @@ class Proposals(OptunaSearch):
     def suggest(self, trial_id: str) -> Any:
         """Return the number and the values of the next trial."""
         number = self._waiting.pop(0) if self._waiting else len(self._ledger.trials)
-        if number >= self._search.count:
+        if number >= self._search.count or self._ledger.storage_error:
             return self.FINISHED
         parameters: Parameters = super().suggest(trial_id) or {}
         if number not in self._ledger.trials:
@@ -131,7 +132,11 @@ class Recorder(FIFOScheduler):
         if "end" in result:
             end = json.loads(result["end"])
             record.stages = record.stages or end["stages"]
-            self._end(record, "failed" if end["reason"] else "finished", end["reason"])
+            if end["code"] in _OF_STORAGE and record.status == "running":
+                # It says nothing about the trial's values: the record stays, and the same command continues the trial.
+                self._ledger.storage_error = UserError(end["reason"], end["code"])
+            else:
+                self._end(record, "failed" if end["reason"] else "finished", end["reason"])
         elif record.add(json.loads(result["row"])):
             epoch = len(record.history)
             if self._stops(record, epoch) and self._search.scheduler == "asha" and epoch < record.epochs:

@@ -17,6 +17,7 @@ from jaxtyping import Integer
 from PIL import Image
 
 from transfgu.datasets.class_lists import Colour
+from transfgu.datasets.images import encoded
 from transfgu.errors import UserError
 from transfgu.sharing.names import IGNORE
 from transfgu.sharing.polygons import Region, regions
@@ -164,11 +165,8 @@ def _panoptic(masks: Iterable[ExportedMask], classes: Sequence[ExportedClass], o
                 }
             )
         file = f"{item.name}.png"
-        sink = io.BytesIO()
-        Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)).save(
-            sink, "PNG"
-        )
-        storage.write_bytes(storage.join(out, "panoptic", file), sink.getvalue())
+        pixels = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
+        storage.write_bytes(storage.join(out, "panoptic", file), encoded(Image.fromarray(pixels), "PNG"))
         annotations.append({"image_id": number, "file_name": file, "segments_info": segments})
     categories = [{**category, "isthing": 0} for category in _categories(classes)]
     return _json({"images": pictures, "annotations": annotations, "categories": categories})

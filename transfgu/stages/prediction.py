@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -30,12 +30,16 @@ from transfgu.datasets import images
 from transfgu.datasets.class_lists import index_type
 from transfgu.datasets.listing import Images, find_images
 from transfgu.datasets.names import output_names
+from transfgu.datasets.rasters import rows_of
 from transfgu.errors import BadInput, LeftOut, UserError
 from transfgu.recipe import MAX_PIXELS, ComputeRecipe, Size, check_pixels
 from transfgu.runtime import capacity, connect, parts
 from transfgu.runtime.progress import Progress
 from transfgu.store import parquet, predicted, storage
-from transfgu.store.artifacts import Run
+from transfgu.store.artifacts import Run, read_json
+
+if TYPE_CHECKING:
+    from transfgu.segmenter import Segmenter
 
 Format = Literal["png", "parquet"]
 
@@ -445,12 +449,10 @@ def names_in(uri: str) -> list[str]:
 
 def known_bad(job: PredictionJob) -> dict[str, str]:
     """Return images that an earlier prediction could not use, with the reason."""
-    uri = storage.join(job.out, SUMMARY)
-    text = storage.read_bytes_or_none(uri)
-    if text is None:
+    uri, remedy = storage.join(job.out, SUMMARY), "delete it, and run again"
+    summary = read_json(uri, remedy)
+    if summary is None:
         return {}
-    remedy = "delete it, and run again"
-    summary = formats.read_json(text, storage.shown(uri), remedy)
     with formats.damage(storage.shown(uri), remedy):
         return {x["name"]: x["reason"] for x in summary["left_out"]}
 
@@ -555,6 +557,18 @@ class ReadPhotos(parts.ReadImages):
         )
 
 
+def _own_segmenter(run: str, processes: int) -> "Segmenter":
+    """Load a run on this actor's device; without a GPU, `processes` actors share the node's cores."""
+    # Imported here, because the reading and writing tasks need no torch, which takes seconds.
+    from transfgu.inference.device import own_device, use_cores
+    from transfgu.segmenter import Segmenter
+
+    device = own_device()
+    if device.type == "cpu":
+        use_cores(processes)
+    return Segmenter.load(run, device=device.type)
+
+
 class PredictMasks:
     """An actor that predicts class indices of images at their own size.
 
@@ -563,14 +577,7 @@ class PredictMasks:
     """
 
     def __init__(self, run: str, processes: int) -> None:
-        # Imported here, because the reading and writing tasks need no torch, which takes seconds.
-        from transfgu.inference.device import own_device, use_cores
-        from transfgu.segmenter import Segmenter
-
-        device = own_device()
-        if device.type == "cpu":
-            use_cores(processes)
-        self._segmenter = Segmenter.load(run, device=device.type)
+        self._segmenter = _own_segmenter(run, processes)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """See the class."""
@@ -592,14 +599,8 @@ class PredictTiles:
     """
 
     def __init__(self, job: PredictionJob, processes: int) -> None:
-        from transfgu.inference.device import own_device, use_cores
-        from transfgu.segmenter import Segmenter
-
-        device = own_device()
-        if device.type == "cpu":
-            use_cores(processes)
         self._job = job
-        self._segmenter = Segmenter.load(job.run, device=device.type)
+        self._segmenter = _own_segmenter(job.run, processes)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """See the class. Raises UserError if the storage fails."""
@@ -617,7 +618,6 @@ class PredictTiles:
         return pa.table({"made": [len(rows) - len(left_out)], "left_out": [json.dumps(left_out)]})
 
     def _write(self, name: str, uri: str, mask: str) -> None:
-        from transfgu.datasets.rasters import rows_of
         from transfgu.inference.tiles import Tiling
 
         if not storage.exists(uri):
@@ -722,9 +722,7 @@ def png(mask: UInt8[np.ndarray, "H W"], colours: UInt8[np.ndarray, "C 3"]) -> by
     """Return class indices as an indexed PNG with the classes' colours."""
     picture = Image.fromarray(mask)
     picture.putpalette(colours.tobytes(), "RGB")
-    sink = io.BytesIO()
-    picture.save(sink, "PNG")
-    return sink.getvalue()
+    return images.encoded(picture, "PNG")
 
 
 def overlay(
@@ -739,9 +737,7 @@ def overlay(
     lit = ((image.astype(np.uint16) + colours[mask]) // 2).astype(np.uint8)
     lit[:, 1:][mask[:, 1:] != mask[:, :-1]] = 20
     lit[1:][mask[1:] != mask[:-1]] = 20
-    sink = io.BytesIO()
-    Image.fromarray(lit).save(sink, "JPEG", quality=88)
-    return sink.getvalue()
+    return images.encoded(Image.fromarray(lit), "JPEG", quality=88)
 
 
 def masks_file(masks: Iterable[tuple[str, int, int, bytes]]) -> bytes:

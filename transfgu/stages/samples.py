@@ -6,21 +6,19 @@ there, too.
 """
 
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from jaxtyping import UInt8
 from PIL import Image
 
 from transfgu import datasets, formats
 from transfgu.datasets import packed
+from transfgu.datasets.images import encoded
 from transfgu.datasets.listing import Listing, table
 from transfgu.datasets.shapes import scene
 from transfgu.errors import LeftOut, UserError
@@ -213,11 +211,5 @@ def _draw(seed: int, folder: str, split: str, indices: Sequence[int]) -> int:
     for index in indices:
         image, label = scene(seed, _STREAMS[split], index)
         for kind, pixels in (("images", image), ("labels", label)):
-            storage.write_bytes(_scene_file(folder, split, kind, index), _png(pixels))
+            storage.write_bytes(_scene_file(folder, split, kind, index), encoded(Image.fromarray(pixels), "PNG"))
     return len(indices)
-
-
-def _png(pixels: UInt8[np.ndarray, "H W *channels"]) -> bytes:
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, "PNG")
-    return sink.getvalue()

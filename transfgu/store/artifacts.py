@@ -96,6 +96,23 @@ class Manifest:
             )
 
 
+def read_json(uri: str, remedy: str) -> dict[str, Any] | None:
+    """Read a JSON object of a run and check its format.
+
+    Args:
+        uri: of the file.
+        remedy: remedy for a damaged file.
+
+    Returns:
+        The object without its format number; None if there is no such file.
+
+    Raises:
+        UserError: the file is damaged, or has a newer format.
+    """
+    text = storage.read_bytes_or_none(uri)
+    return None if text is None else formats.read_json(text, storage.shown(uri), remedy)
+
+
 @dataclass(frozen=True)
 class Artifact:
     """The folder of a stage's results in a run."""
@@ -187,9 +204,7 @@ class Artifact:
         manifest = self.manifest()
         if manifest:
             return manifest.fields
-        uri = self.file("fields.json")
-        text = storage.read_bytes_or_none(uri)
-        return None if text is None else formats.read_json(text, storage.shown(uri), self._remedy)
+        return read_json(self.file("fields.json"), self._remedy)
 
     def begin(self, recipe: Recipe) -> None:
         """Claim the folder for `recipe`, before the first part is written; a shorter training is no longer complete."""
@@ -297,17 +312,16 @@ class Run:
         return self.recipe().decoder.weights or self.file(MODEL)
 
     def scores(self) -> dict[str, Any] | None:
-        """Read the scores of the run's evaluation, or None where it was not evaluated.
+        """Read the scores of the run's evaluation; None if it was not evaluated.
 
         Raises:
             UserError: the file is damaged, or of a format to come.
         """
         uri = self.file(SCORES)
-        text = storage.read_bytes_or_none(uri)
-        if text is None:
-            return None
         remedy = f"delete the folder {storage.shown(self.file('evaluation'))}, and train again to compute them"
-        scores = formats.read_json(text, storage.shown(uri), remedy)
+        scores = read_json(uri, remedy)
+        if scores is None:
+            return None
         with formats.damage(storage.shown(uri), remedy):
             _ = scores["mean_iou"], scores["pixel_accuracy"], scores["iou"], scores["assignment"]
             dict(scores.get("last", {}))
@@ -345,12 +359,10 @@ class Run:
 
     @functools.cached_property
     def _read_reused(self) -> Mapping[str, str]:
-        uri = self.file(REUSED)
-        data = storage.read_bytes_or_none(uri)
-        if data is None:
+        uri, remedy = self.file(REUSED), "give --reuse RUN again to restore it"
+        tree = read_json(uri, remedy)
+        if tree is None:
             return {}
-        remedy = "give --reuse RUN again to restore it"
-        tree = formats.read_json(data, storage.shown(uri), remedy)
         with formats.damage(storage.shown(uri), remedy):
             return {str(stage): str(place) for stage, place in tree["stages"].items()}
 

@@ -6,7 +6,6 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 from jaxtyping import Int16, Shaped
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from transfgu.recipe import Recipe
 from transfgu.store import parquet
 from transfgu.training.batches import stream
 from transfgu.training.job import Place
-from transfgu.workers import worker_count
+from transfgu.workers import sum_over_workers
 
 
 class Kept:
@@ -46,15 +45,19 @@ class Kept:
             self._kept = kept
 
 
-class Validation:
-    """One worker's share of the validation images, scored together with those of all workers."""
+class _Share:
+    """One worker's share of a table of images, and the model that is scored on it."""
 
     def __init__(self, recipe: Recipe, table: str, model: Model, place: Place) -> None:
-        """Read the table of labelled images at the URI `table`: `image`, `label`."""
+        """Read the worker's rows of the table at the URI `table`."""
         self._recipe, self._model, self._world = recipe, model, place.world
         rows = parquet.read(table)
         self._rows: pa.Table = rows.take(np.arange(place.rank, len(rows), place.world))
         self._kept = Kept(len(self._rows), recipe.compute.resident_gib)
+
+
+class Validation(_Share):
+    """One worker's share of the validation images (`image`, `label`), scored together with those of all workers."""
 
     def score(self) -> Scores:
         """Return the scores on all validation images; every worker must call it, with the network in eval mode."""
@@ -63,9 +66,7 @@ class Validation:
         for seen, labels in self._kept.batches(self._batches()):
             predicted = all_winners(self._model.logits(seen.to(device), size), size)
             confusion += batch_confusion(labels.to(device), predicted, classes)
-        if worker_count() > 1:
-            dist.all_reduce(confusion)
-        return scores(confusion.cpu().numpy())
+        return scores(sum_over_workers(confusion).cpu().numpy())
 
     def _batches(self) -> Iterator[tuple[Shaped[Tensor, "B ..."], Int16[Tensor, "B H W"]]]:
         read = partial(read_labelled_rows, recipe=self._recipe)
@@ -75,15 +76,8 @@ class Validation:
                 yield self._model.frozen(torch.from_numpy(images)).cpu(), torch.from_numpy(np.stack(labels))
 
 
-class Mirror:
-    """One worker's share of images and their mirror images, whose predictions are compared without labels."""
-
-    def __init__(self, recipe: Recipe, table: str, model: Model, place: Place) -> None:
-        """Read the table of images at the URI `table`: `image`."""
-        self._recipe, self._model, self._world = recipe, model, place.world
-        rows = parquet.read(table)
-        self._rows: pa.Table = rows.take(np.arange(place.rank, len(rows), place.world))
-        self._kept = Kept(len(self._rows), recipe.compute.resident_gib)
+class Mirror(_Share):
+    """One worker's share of images (`image`) and their mirror images: predictions are compared without labels."""
 
     def score(self) -> float:
         """See :func:`transfgu.metrics.invariant_information`; every worker must call it, as `Validation.score`."""
@@ -92,9 +86,7 @@ class Mirror:
         for pair in self._kept.batches(self._batches()):
             one, other = (self._model.logits(seen.to(device), size).argmax(dim=1) for seen in pair)  # (B, h, w)
             joint += torch.bincount((one * classes + other.flip(2)).flatten(), minlength=classes * classes)
-        if worker_count() > 1:
-            dist.all_reduce(joint)
-        return invariant_information(joint.reshape(classes, classes).cpu().numpy())
+        return invariant_information(sum_over_workers(joint).reshape(classes, classes).cpu().numpy())
 
     def _batches(self) -> Iterator[tuple[Shaped[Tensor, "B ..."], Shaped[Tensor, "B ..."]]]:
         """Return the frozen part's results for images and their mirror images."""

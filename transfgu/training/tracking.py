@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from transfgu.datasets.images import encoded
 from transfgu.errors import UserError
 from transfgu.recipe import Recipe
 from transfgu.store import storage
@@ -246,9 +247,7 @@ def write_picture(folder: str, epoch: int, pairs: Sequence[tuple[Picture, Pictur
     ]
     width = max(row.shape[1] for row in rows)
     padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    sink = io.BytesIO()
-    Image.fromarray(np.concatenate(padded)).save(sink, "PNG")
-    storage.write_bytes(picture_file(folder, epoch), sink.getvalue())
+    storage.write_bytes(picture_file(folder, epoch), encoded(Image.fromarray(np.concatenate(padded)), "PNG"))
 
 
 def read_picture(folder: str, epoch: int) -> Picture | None:
