@@ -71,8 +71,9 @@ def test_ray_constants_bind_the_nodes_ports_to_this_machine(ray_cluster: None) -
 
 def test_services_canonicalize_bootstrap_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {"127.0.0.1:6380"})
-    assert ray_internals.address_on_this_machine() == "127.0.0.1:6380"
+    # Ray replaces a loopback address by the node's own, unless its embedded cluster has started.
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {"192.0.2.7:6380"})
+    assert ray_internals.address_on_this_machine() == "192.0.2.7:6380"
 
 
 def test_check_alive_of_the_gcs(ray_cluster: None) -> None:
