@@ -9,8 +9,8 @@ RUN ?= $(HOME)/transfgu/shapes
 EDITABLE := --config-settings editable_mode=compat
 # Two processes, each with whole files, so that fixtures of a file are set up once. The slowest files don't run last.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
-PURE := $(TWO) -m "not ray and not processes and not long and not s3_server and not trackers"
-PROCESSES := $(TWO) -m "processes and not ray and not long and not s3_server and not trackers"
+PURE := $(TWO) -m "not ray and not processes and not s3 and not long and not s3_server and not trackers"
+PROCESSES := $(TWO) -m "(processes or s3) and not ray and not long and not s3_server and not trackers"
 ON_RAY := -m "ray and not long"
 
 # Many short processes import the package; only the first one compiles it.
@@ -47,10 +47,10 @@ lint: setup
 types: setup
 	$(VENV)/bin/mypy
 
-test-pure: setup  ## run the tests that start neither Ray nor other programs
+test-pure: setup  ## run the tests that start neither Ray nor other programs or servers
 	$(PY) -m pytest -q $(PURE)
 
-test-processes: setup  ## run the tests that start browsers, shells and other processes, without Ray
+test-processes: setup  ## run the tests that start browsers, shells, S3 servers and other programs, without Ray
 	$(PY) -m pytest -q $(PROCESSES)
 
 test-ray: setup  ## run the tests on Ray

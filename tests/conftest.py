@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import socket
+import socketserver
 import subprocess
 import sys
 import uuid
@@ -76,8 +77,9 @@ _started: list[str] = []
 
 
 def _record_programs() -> None:
-    """Replace the functions that start programs by ones that also record it in `_started`."""
+    """Replace the functions that start programs and servers by ones that also record it in `_started`."""
     start_program, start_process = subprocess.Popen.__init__, BaseProcess.start
+    start_server = socketserver.BaseServer.__init__
 
     @functools.wraps(start_program)
     def program(self: subprocess.Popen[Any], *args: Any, **kwargs: Any) -> None:
@@ -89,7 +91,13 @@ def _record_programs() -> None:
         _started.append(f"{self}")
         start_process(self)
 
+    @functools.wraps(start_server)
+    def server(self: socketserver.BaseServer, *args: Any, **kwargs: Any) -> None:
+        _started.append(f"{self}")
+        start_server(self, *args, **kwargs)
+
     subprocess.Popen.__init__, BaseProcess.start = program, process  # type: ignore[method-assign]
+    socketserver.BaseServer.__init__ = server  # type: ignore[method-assign]
 
 
 _record_programs()
@@ -104,12 +112,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
-    """Fail a test that starts Ray or other programs without the mark that says so: both take seconds."""
+    """Fail a test that starts Ray, a program or a server without the mark that says so: each takes time."""
     yield
     ray = sys.modules.get("ray")
     if not _ray_is_expected and ray is not None and ray.is_initialized():
         pytest.fail(f"{item.nodeid} started Ray: mark it `ray`")
-    if _started and not any(item.get_closest_marker(name) for name in ("processes", "ray", "trackers", "long")):
+    if _started and not any(item.get_closest_marker(name) for name in ("processes", "s3", "ray", "trackers", "long")):
         pytest.fail(f"{item.nodeid} started {_started[0]}: mark it `processes`")
 
 

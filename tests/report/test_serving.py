@@ -22,6 +22,8 @@ from transfgu.segmenter import Segmenter
 from transfgu.sharing import names
 from transfgu.store.artifacts import Run
 
+pytestmark = pytest.mark.processes
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "run"
 
 
@@ -143,7 +145,6 @@ async def drive(server: Playground, port: int, photo: Path, shots: Path) -> list
         return page.errors
 
 
-@pytest.mark.processes
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
 def test_the_page_in_a_browser(server: Playground, tmp_path: Path) -> None:
     photo = tmp_path / "photo.png"

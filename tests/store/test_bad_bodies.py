@@ -12,6 +12,8 @@ import pytest
 from transfgu.errors import UserError
 from transfgu.store import s3_get, storage, waits
 
+pytestmark = pytest.mark.processes
+
 DATA = np.random.default_rng(0).bytes(300_000)
 HEAD = 'HTTP/1.1 {status}\r\nContent-Length: {length}\r\nETag: "1"\r\nLast-Modified: Fri, 27 Nov 2026 09:00:00 GMT\r\n'
 
