@@ -1,8 +1,9 @@
-"""Faults in prediction and pretraining, each by its command on a cluster of its own.
+"""Faults in prediction, evaluation and pretraining, each by its command on a cluster of its own.
 
-Each case is compared with the same command undisturbed: equal masks or weights, bit by bit.
+Each case is compared with the same command undisturbed: equal masks, scores or weights, bit by bit.
 """
 
+import json
 import os
 import re
 import shutil
@@ -22,12 +23,15 @@ import numpy as np
 import psutil
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 
 from tests.faults.commands import job as command
 from tests.faults.commands import output_of
 from tests.faults.harness import Reaper, row, write_data
 from tests.gateway import HANG, HANG_UP, Gateway
 from tests.made_run import make_run
+from transfgu.decoder import MaskDecoder
 from transfgu.store import storage
 
 pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.s3]
@@ -61,6 +65,10 @@ def masks(out: str) -> dict[str, bytes]:
     return {uri.rpartition("/")[2]: storage.read_bytes(uri) for uri in storage.list_files(storage.join(out, "masks"))}
 
 
+def scores(out: str) -> Any:
+    return json.loads(storage.read_bytes(storage.join(out, "scores.json")))
+
+
 def weights(out: str) -> dict[str, np.ndarray]:
     return safetensors.numpy.load(storage.read_bytes(storage.join(out, "vit.safetensors")))
 
@@ -80,6 +88,15 @@ JOBS = {
         last="summary.json",
         room=40,
     ),
+    "evaluation": Job(
+        "evaluate --recipe RECIPE --data IMAGES --labels LABELS --encoder.weights ENCODER --decoder.weights DECODER "
+        "--out OUT/scores.json",
+        works="MapBatches(Count)",
+        asks="GET .*/labels/",
+        outcome=scores,
+        last="scores.json",
+        room=0,
+    ),
     "pretraining": Job(
         f"pretrain --images IMAGES --out OUT/vit.safetensors --workers 1 {TINY}",
         works="ray::RayTrainWorker",
@@ -93,7 +110,7 @@ JOBS = {
 
 @dataclass(frozen=True)
 class Data:
-    """Images and a trained run on this machine's disk, and the images in a bucket."""
+    """Images, labels, a recipe and a trained run on this machine's disk; images, labels and encoder in a bucket."""
 
     folder: Path
     bucket: str
@@ -104,6 +121,10 @@ class Data:
         places = {
             "OUT": out,
             "IMAGES": storage.join(base, "images"),
+            "LABELS": storage.join(base, "labels"),
+            "ENCODER": storage.join(base, "encoder.safetensors"),
+            "RECIPE": str(self.folder / "recipe.yaml"),
+            "DECODER": str(self.folder / "decoder.safetensors"),
             "MADE": str(self.folder / "made" / "run"),
         }
         words = [re.sub("|".join(places), lambda found: places[found[0]], word) for word in job.words.split()]
@@ -113,7 +134,11 @@ class Data:
 @pytest.fixture(scope="module")
 def data(s3_endpoint: str) -> Iterator[Data]:
     folder = Path(tempfile.mkdtemp(prefix="tf-", dir="/tmp"))
-    write_data(folder, IMAGES)
+    recipe = write_data(folder, IMAGES)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    torch.manual_seed(0)
+    decoder = MaskDecoder(24, recipe.classes, num_heads=3)
+    safetensors.torch.save_file(decoder.state_dict(), folder / "decoder.safetensors")
     (folder / "made").mkdir()
     make_run(folder / "made")
     bucket = f"s3://transfgu-{uuid.uuid4().hex[:12]}"
@@ -167,7 +192,7 @@ def wait_until_at_work(job: str, process: "subprocess.Popen[str]", out: Path) ->
 
 
 @pytest.mark.parametrize(
-    "job", [pytest.param(job, marks=pytest.mark.ci_long if job == "pretraining" else ()) for job in JOBS]
+    "job", [pytest.param(job, marks=pytest.mark.ci_long if job == "evaluation" else ()) for job in JOBS]
 )
 def test_a_worker_that_is_killed(job: str, data: Data, tmp_path: Path) -> None:
     _, usual = undisturbed(job, data)
@@ -180,7 +205,7 @@ def test_a_worker_that_is_killed(job: str, data: Data, tmp_path: Path) -> None:
     row("actor or worker killed", job, "goes on by itself", time.monotonic() - started - usual, "its work in hand")
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", ["prediction", "pretraining"])  # an evaluation has nothing to go on from
 def test_a_driver_that_is_killed(job: str, data: Data, tmp_path: Path) -> None:
     undisturbed(job, data)
     process = start(job, data, str(tmp_path / "out"))
