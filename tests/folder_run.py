@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 from tests.made_run import write_encoder
@@ -60,3 +61,13 @@ def small(folder: Path, **fields: object) -> Recipe:
             **fields,
         }
     )
+
+
+def pack_lance(folder: Path) -> str:
+    """Write the photographs also to a Lance data set of two fragments, one row deleted; returns its path."""
+    lance = pytest.importorskip("lance")
+    rows = [{"bytes": file.read_bytes(), "path": file.name} for file in sorted((folder / "images").iterdir())]
+    rows.insert(4, {"bytes": b"deleted", "path": "deleted"})
+    table = pa.table({"number": range(len(rows)), "image": rows})
+    lance.write_dataset(table, folder / "set.lance", max_rows_per_file=4).delete("number = 4")
+    return str(folder / "set.lance")

@@ -5,13 +5,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 import safetensors.torch
 from PIL import Image
 
-from tests.folder_run import IMAGES, SIDE, pack, photographs, small
+from tests import hub
+from tests.folder_run import IMAGES, SIDE, pack, pack_lance, photographs, small
 from tests.refusals import refused
 from transfgu import pipeline
 from transfgu.methods import STAGES
@@ -283,30 +285,66 @@ def test_runs_share_stages_and_more_epochs_go_on(tmp_path: Path) -> None:
     assert (verified.stages, verified.damage) == (STAGES, ())
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Made:
+    """What a run made of its images, in their order."""
+
+    images: list[bytes]
+    features: pa.Table
+    pseudo_labels: pa.Table
+    model: dict[str, np.ndarray]
+    masks: list[np.ndarray]
+
+    @classmethod
+    def of(cls, run: Run) -> "Made":
+        files = samples.load(run, "train")["image"].to_pylist()
+        segmenter = Segmenter.load(run.uri)
+        return cls(
+            images=[Path(file).read_bytes() for file in files],
+            features=pa.concat_tables(pq.read_table(part) for part in parts_of(run, "features")),
+            pseudo_labels=pa.concat_tables(pq.read_table(part) for part in parts_of(run, "pseudo_labels")),
+            model=safetensors.numpy.load_file(run.file("model.safetensors")),
+            masks=[segmenter.predict(file) for file in files],
+        )
+
+
+def parts_of(run: Run, stage: str) -> list[Path]:
+    return sorted(Path(run.artifact(stage).uri).glob("part-*.parquet"))
+
+
 @pytest.mark.long
 @pytest.mark.ci_long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_images_in_parquet_and_tar_come_to_the_same_masks(tmp_path: Path) -> None:
+def test_every_input_comes_to_the_masks_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features, pseudo labels, model and masks are equal in all bits to those of the same images as files."""
+    fsspec_config = pytest.importorskip("fsspec.config")
     photographs(tmp_path, labels=False)
     pack(tmp_path)
-    files = sorted((tmp_path / "images").iterdir())
-    made = {}
+    inputs = {"tar": "shard.tar", "rows": "rows", "lance": Path(pack_lance(tmp_path)).name}
     common = small(tmp_path, labels="", epochs=1, dropout=0.0, track="none")  # once: it draws the encoder's weights
-    for kind, data in (("files", "images"), ("tar", "shard.tar"), ("rows", "rows")):
-        run = Run(str(tmp_path / f"run {kind}"))
-        recipe = common.with_fields({"data": str(tmp_path / data)})
+
+    def made(kind: str, data: str) -> Made:
+        run, recipe = Run(str(tmp_path / f"run {kind}")), common.with_fields({"data": data})
         assert any("6 training images, 6 for validation" in line for line in dry_run.describe(recipe, run))
         pipeline.run_stages(recipe, run, quiet=True)
-        features = pq.read_table(run.artifact("features").file("part-00000000.parquet"))
-        masks = [Segmenter.load(run.uri).predict(file) for file in files]
-        made[kind] = (features, safetensors.numpy.load_file(run.file("model.safetensors")), np.stack(masks))
         assert verify(run).damage == ()
-    for kind in ("tar", "rows"):
-        assert made[kind][0].equals(made["files"][0])
-        for name, tensor in made["files"][1].items():  # the files' metadata differ: they hold the recipes' digests
-            np.testing.assert_array_equal(made[kind][1][name], tensor)
-        np.testing.assert_array_equal(made[kind][2], made["files"][2])
+        return Made.of(run)
+
+    wanted = made("files", str(tmp_path / "images"))
+    assert len(wanted.images) == len(wanted.masks) == len(wanted.pseudo_labels) == IMAGES
+    assert any(len(np.unique(mask)) > 1 for mask in wanted.masks)
+    with hub.serving((tmp_path / "rows" / "0.parquet").read_bytes()) as url:
+        monkeypatch.setitem(fsspec_config.conf, "hf", {"endpoint": url, "token": False})
+        for kind, data in {**{name: str(tmp_path / path) for name, path in inputs.items()}, "hub": hub.URI}.items():
+            found = made(kind, data)
+            assert found.images == wanted.images, kind
+            assert found.features.equals(wanted.features), kind
+            assert found.pseudo_labels.equals(wanted.pseudo_labels), kind
+            assert found.model.keys() == wanted.model.keys()
+            for name, tensor in wanted.model.items():  # the files' metadata differ: they hold the recipes' digests
+                np.testing.assert_array_equal(found.model[name], tensor, err_msg=f"{kind} {name}")
+            np.testing.assert_array_equal(np.stack(found.masks), np.stack(wanted.masks), err_msg=kind)
     moved = Run(str(tmp_path / "moved"))
     (tmp_path / "run tar").rename(moved.uri)
     assert all(Path(uri).exists() for uri in samples.load(moved, "train")["image"].to_pylist())

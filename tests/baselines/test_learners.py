@@ -73,7 +73,7 @@ def test_a_training_that_is_begun_again_ends_as_if_nothing_had_been(method: str,
     recipe = recipe_of(method)
     undisturbed = make(recipe)
     first = run_epoch(recipe, undisturbed, 0)
-    state_of(undisturbed).save(tmp_path, {})
+    state_of(undisturbed).snapshot({}).save(tmp_path)
     assert first["total"] == first["total"]
     row = run_epoch(recipe, undisturbed, 1)
     again = make(recipe)

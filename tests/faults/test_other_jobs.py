@@ -335,7 +335,7 @@ def test_a_full_disk(job: str, data: Data, tmp_path: Path) -> None:
         told, _ = process.communicate(timeout=LIMIT)
         assert process.returncode == 2, told
         last = told.splitlines()[-1]
-        assert re.search(r"No space left on device: free some space \[[a-z-]+\]$|\[disk-full\]$", last), told
+        assert last.endswith("[disk-full]"), told
         assert "Traceback" not in told
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         started = time.monotonic()

@@ -15,9 +15,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import safetensors.torch
 
 from tests.faults.harness import row, write_data
 from tests.made_run import make_run
+from transfgu.decoder import MaskDecoder
+from transfgu.encoder import Encoder
 from transfgu.runtime.stopping import LINE
 
 ROOT = Path(__file__).parents[2]
@@ -34,11 +37,13 @@ KINDS = {
 JOBS = {
     "train": "--recipe RECIPE --run OUT",
     "tune": "--recipe RECIPE --run OUT --trials 2",
-    "evaluate": "--run MADE",
+    "evaluate": "--recipe RECIPE --decoder.weights DECODER",  # of a run, so few images would be scored without Ray
     "predict": "--run MADE --images IMAGES --out OUT",
     "pretrain": "--images IMAGES --out OUT/vit.safetensors --width 48 --depth 2 --heads 3 --batch_size 16",
-    "benchmark": "features --recipe RECIPE --images 4 --out OUT/found.json",
+    "benchmark": "features --recipe RECIPE --encoder.weights ENCODER --images 4 --out OUT/found.json",
 }
+COMPLETE = ["shapes", "--limit", "12", "--epochs", "1"]
+"""The command of the golden run, whose stages are complete: only its report is written again."""
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +52,20 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     folder = tmp_path_factory.mktemp("jobs")
     recipe = folder / "recipe.yaml"
     (folder / "data").mkdir()
-    recipe.write_text(write_data(folder / "data", images=40).to_yaml())
+    data = write_data(folder / "data", images=40)
+    recipe.write_text(data.to_yaml())
+    encoder = Encoder.from_pretrained(data.encoder.name, data.encoder.weights)
+    decoder = MaskDecoder(encoder.width, data.classes, num_heads=encoder.num_heads)
+    safetensors.torch.save_file(decoder.state_dict(), folder / "decoder.safetensors")
     (folder / "made").mkdir()
     made = make_run(folder / "made")
-    return {"RECIPE": str(recipe), "MADE": made.run.uri, "IMAGES": str(folder / "data" / "images")}
+    return {
+        "RECIPE": str(recipe),
+        "MADE": made.run.uri,
+        "IMAGES": str(folder / "data" / "images"),
+        "ENCODER": data.encoder.weights,
+        "DECODER": str(folder / "decoder.safetensors"),
+    }
 
 
 @pytest.fixture
@@ -99,12 +114,13 @@ def at_a_task(job: psutil.Process) -> bool:
 MOMENTS: dict[str, Callable[[psutil.Process], bool]] = {
     "before Ray": catches_term,
     "during its start": lambda job: started(job, "gcs_server"),
-    "in work": lambda job: started(job, "ray::"),
-    "at a task": at_a_task,
+    "in work": at_a_task,
 }
 
 
-def start(moment: str, words: list[str], folder: Path, *, ignored: bool = False) -> "subprocess.Popen[str]":
+def start(
+    is_moment: Callable[[psutil.Process], bool], words: list[str], folder: Path, *, ignored: bool = False
+) -> "subprocess.Popen[str]":
     """Start the job and wait for the moment; with `ignored`, it inherits SIGINT as ignored."""
     # Measured for coverage, a process handles SIGTERM from its start, before the job does.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
@@ -118,10 +134,18 @@ def start(moment: str, words: list[str], folder: Path, *, ignored: bool = False)
         preexec_fn=(lambda: signal.signal(INT, signal.SIG_IGN)) if ignored else None,
     )
     process, deadline = psutil.Process(running.pid), time.monotonic() + 120
-    while not MOMENTS[moment](process) and running.poll() is None and time.monotonic() < deadline:
+    while not is_moment(process) and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert running.poll() is None, running.communicate()
     return running
+
+
+def is_zombie(process: psutil.Process) -> bool:
+    """Return True if a process has ended, and is only to be collected by the system's first process."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def end(running: "subprocess.Popen[str]", disturb: Callable[[], None]) -> tuple[str, float, int]:
@@ -136,6 +160,7 @@ def end(running: "subprocess.Popen[str]", disturb: Callable[[], None]) -> tuple[
         pytest.fail(f"still running after a minute: {running.communicate()[1]}")
     seconds = time.monotonic() - sent
     _, left = psutil.wait_procs(others, timeout=1)
+    left = [process for process in left if not is_zombie(process)]
     assert "Traceback" not in told
     assert "***" not in told
     assert seconds < SECONDS
@@ -143,10 +168,17 @@ def end(running: "subprocess.Popen[str]", disturb: Callable[[], None]) -> tuple[
     return [line for line in told.splitlines() if line][-1], seconds, len(others)
 
 
-def check(job: str, kind: str, moment: str, words: list[str], folder: Path) -> None:
+def check(
+    job: str,
+    kind: str,
+    moment: str,
+    words: list[str],
+    folder: Path,
+    is_moment: Callable[[psutil.Process], bool] | None = None,
+) -> None:
     """Start the job, send it the signals at the moment, and check how it ends."""
     signals, ignored = KINDS[kind]
-    running = start(moment, words, folder, ignored=ignored)
+    running = start(is_moment or MOMENTS[moment], words, folder, ignored=ignored)
 
     def send() -> None:
         for number in signals:
@@ -171,6 +203,23 @@ def check(job: str, kind: str, moment: str, words: list[str], folder: Path) -> N
 )
 def test_a_job_that_has_not_started_ray(job: str, kind: str, words: dict[str, list[str]], ray_folder: Path) -> None:
     check(job, kind, "before Ray", words[job], ray_folder)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "TERM" else pytest.mark.long) for kind in KINDS]
+)
+def test_a_training_that_writes_its_report(kind: str, ray_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(ROOT / "tests" / "golden" / "run", run)
+    (run / "metrics.json").unlink()  # written again just before the report
+    command = [str(ROOT / "jobs" / "train.py"), *COMPLETE, "--run", str(run)]
+    check("train", kind, "while it writes its report", command, ray_folder, lambda _: (run / "metrics.json").exists())
+    assert not (run / "run.lock").exists()
+    assert not (run / "report.html").exists()
+    done = subprocess.run([sys.executable, *command], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 0
+    assert (run / "report.html").exists()
 
 
 @pytest.mark.long
@@ -200,7 +249,7 @@ def test_a_job_on_ray(
 def test_a_job_whose_ray_is_killed(
     job: str, name: str, words: dict[str, list[str]], ray_folder: Path, tmp_path: Path
 ) -> None:
-    running = start("at a task", words[job], ray_folder)
+    running = start(at_a_task, words[job], ray_folder)
     (process,) = [p for p in psutil.Process(running.pid).children() if p.name() == name]
     line, seconds, ended = end(running, process.kill)
     assert line.startswith(f"Ray's process {name} was killed by SIGKILL")

@@ -10,7 +10,12 @@ import pytest
 
 from tests.made_run import make_run
 from tests.report.browser import Browser, browser, chromium
+from tests.report.test_comparison import rows_of
+from tests.report.test_search import FOUND, METRICS
+from tests.search.test_trials import search
+from transfgu.report import comparison
 from transfgu.report import page as report
+from transfgu.report import search as search_report
 from transfgu.report.serving import Playground
 from transfgu.store.artifacts import Run
 
@@ -67,6 +72,22 @@ def test_a_violation_is_found(tmp_path: Path) -> None:
 def test_a_report_has_no_violation(tmp_path: Path, labels: bool) -> None:
     made = make_run(tmp_path, labels=labels, stuff=4 if labels else 0)
     uri = report.write(made.recipe, made.run, made.stages, made.metrics)
+    assert check(tmp_path, Path(uri).as_uri()) == []
+
+
+@pytest.mark.parametrize("objective", ["mean_iou", "label_free"])
+def test_the_report_of_a_search_has_no_violation(tmp_path: Path, objective: str) -> None:
+    """One with trials of every status, and one without a winner, which has no charts."""
+    asked = search(tmp_path, objective=objective)
+    pages = {"all": FOUND, "none": [trial for trial in FOUND if trial.status == "failed"]}
+    for name, found in pages.items():
+        (tmp_path / f"{name}.html").write_text(search_report.render(asked, found, METRICS))
+    assert {name: check(tmp_path, (tmp_path / f"{name}.html").as_uri()) for name in pages} == {"all": [], "none": []}
+
+
+def test_a_comparison_has_no_violation(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    uri = comparison.write(made.recipe, str(tmp_path / "comparison"), rows_of(made))
     assert check(tmp_path, Path(uri).as_uri()) == []
 
 

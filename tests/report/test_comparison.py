@@ -54,13 +54,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> MadeRun:
     return make_run(tmp_path_factory.mktemp("made"))
 
 
-def test_the_page_shows_each_methods_masks_beside_image_and_truth(made: MadeRun, tmp_path: Path) -> None:
+def rows_of(made: MadeRun) -> list[Scored]:
+    """Return two methods that both have the run's masks, and one that failed."""
     rows = [
         Scored(method=method, seed=1, run=made.run.uri, mean_iou=score, pixel_accuracy=50.0, seconds=5.0)
         for method, score in (("transfgu", 20.0), ("token-kmeans", 10.0))
     ]
     rows.append(Scored(method="iic", seed=1, run="/nowhere", failure="no images"))
-    page = Page(Path(comparison.write(made.recipe, str(tmp_path), rows)).read_text())
+    return rows
+
+
+def test_the_page_shows_each_methods_masks_beside_image_and_truth(made: MadeRun, tmp_path: Path) -> None:
+    page = Page(Path(comparison.write(made.recipe, str(tmp_path), rows_of(made))).read_text())
     alts = [image["alt"] or "" for image in page.all("img")]
     for what in ("image scene", "ground truth: ", "transfgu: ", "token-kmeans: "):
         assert sum(alt.startswith(what) for alt in alts) == 5

@@ -83,24 +83,24 @@ FOUND = [
     trial(4, status="failed", omega_1=0.0),
     trial(5, 22, status="running", omega_1=1.0),
 ]
+FOUND[4].reason = "out of memory: <big>"
+METRICS = {
+    "preset": "shapes",
+    "trials": {"finished": 3, "stopped": 1, "failed": 1, "running": 1},
+    "epochs": {"trained": 14, "asked": 24},
+    "rank_correlation": {
+        "finished": dict(zip(("spearman", "trials"), trials.rank_correlation(FOUND), strict=True)),
+        "epoch 1": {"spearman": None, "trials": 5},
+    },
+    "stages": {"samples": {}, "features": {}},
+    "stages_of_single_trials": {"concepts": 2},
+}
 
 
 @pytest.mark.parametrize("objective", ["mean_iou", "label_free"])
 def test_the_page(objective: str) -> None:
     asked = search("/nowhere/at/all", objective=objective, hours=1.0)
-    FOUND[4].reason = "out of memory: <big>"
-    metrics = {
-        "preset": "shapes",
-        "trials": {"finished": 3, "stopped": 1, "failed": 1, "running": 1},
-        "epochs": {"trained": 14, "asked": 24},
-        "rank_correlation": {
-            "finished": dict(zip(("spearman", "trials"), trials.rank_correlation(FOUND), strict=True)),
-            "epoch 1": {"spearman": None, "trials": 5},
-        },
-        "stages": {"samples": {}, "features": {}},
-        "stages_of_single_trials": {"concepts": 2},
-    }
-    text = search_report.render(asked, FOUND, metrics)
+    text = search_report.render(asked, FOUND, METRICS)
     page = Page(text)
     assert page.open == []
     assert len(set(page.ids)) == len(page.ids)

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import psutil
 import pyarrow as pa
 import pytest
 import ray
+import ray.train
 from ray._private import ray_constants, services
 from ray.data import ActorPoolStrategy, DataContext
+from ray.train.torch import TorchTrainer
 
 from transfgu.runtime import ray_internals
 
@@ -68,8 +71,9 @@ def test_ray_constants_bind_the_nodes_ports_to_this_machine(ray_cluster: None) -
 
 def test_services_canonicalize_bootstrap_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {"127.0.0.1:6380"})
-    assert ray_internals.address_on_this_machine() == "127.0.0.1:6380"
+    # Ray replaces a loopback address by the node's own, unless its embedded cluster has started.
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {"192.0.2.7:6380"})
+    assert ray_internals.address_on_this_machine() == "192.0.2.7:6380"
 
 
 def test_check_alive_of_the_gcs(ray_cluster: None) -> None:
@@ -142,6 +146,26 @@ def test_dataset_map_batches_internal_and_get_stats_summary(ray_cluster: None) -
     seconds, worked = ray_internals.task_seconds(plan)
     assert 0 < max(worked.values()) <= seconds
     assert any("Rows" in name for name in worked)
+
+
+def upload(folder: str) -> None:
+    found = ray_internals.upload_checkpoint(folder, "checkpoint_1")
+    ray.train.report({}, checkpoint=found, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD)
+
+
+def test_persist_current_checkpoint(ray_cluster: None, tmp_path: Path) -> None:
+    local = tmp_path / "local"
+    local.mkdir()
+    (local / "weights").write_bytes(b"content")
+    trainer = TorchTrainer(
+        partial(upload, str(local)),
+        scaling_config=ray.train.ScalingConfig(num_workers=1),
+        run_config=ray.train.RunConfig(name="run", storage_path=str(tmp_path)),
+    )
+    result = trainer.fit()
+    assert result.checkpoint
+    assert result.checkpoint.path == str(tmp_path / "run" / "checkpoint_1")
+    assert (tmp_path / "run" / "checkpoint_1" / "weights").read_bytes() == b"content"
 
 
 def test_global_node_all_processes(ray_cluster: None) -> None:

@@ -280,7 +280,7 @@ def test_a_state_that_was_saved_goes_on_as_if_nothing_had_been(tmp_path: Path) -
     first.best = {name: tensor.clone() for name, tensor in first.student.state_dict().items()}
     train(first, 2)
     first.history = [{"epoch": 1, "mean_iou": None}]
-    first.save(tmp_path, {"classes": "4"})
+    first.snapshot({"classes": "4"}).save(tmp_path)
     second = state(1)
     second.load(tmp_path, torch.device("cpu"))
     assert second.history == first.history

@@ -370,3 +370,14 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
 def test_messages_hide_passwords() -> None:
     assert storage.shown("ftp://me:pass@host/x") == "ftp://host/x"
     assert storage.shown("/a@b/c") == "/a@b/c"
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(os.geteuid() != 0, reason="a file system of a certain size is mounted by root alone")
+def test_a_full_disk_has_its_own_code(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path)], check=True)
+    try:
+        with refused(f"disk-full {tmp_path}/file free some space"):
+            storage.write_bytes(str(tmp_path / "file"), bytes(1 << 20))
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)

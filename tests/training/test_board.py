@@ -35,6 +35,16 @@ def test_the_board_takes_a_users_mistake_at_once() -> None:
     assert (status.failure, status.is_mistake, status.notes) == ("weights missing", True, ["epoch 2"])
 
 
+def test_the_first_mistake_is_kept() -> None:
+    board = ProgressBoard()
+    board.fail("ValueError()", is_mistake=False)
+    board.fail("ValueError()", is_mistake=False)
+    board.fail("can't write checkpoints", is_mistake=True, code="disk-full")
+    board.fail("can't write a picture", is_mistake=True, code="storage-failed")
+    status = board.read(0)
+    assert (status.failure, status.code) == ("can't write checkpoints", "disk-full")
+
+
 def test_an_epoch_counts_once() -> None:
     board = ProgressBoard(attempts=2)
     board.epochs([{"epoch": 1}, {"epoch": 2}])  # of a checkpoint

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from transfgu.store import storage
 from transfgu.training import checkpoints
+from transfgu.training.state import State, read
 
 
 def write(folder: Path, name: str, epochs: int) -> Path:
@@ -82,3 +84,39 @@ def test_rays_account_is_kept_if_it_is_true(folder: Path, text: str, kept: bool)
     account.write_text(text)
     checkpoints.mend_account(str(folder))
     assert storage.exists(str(account)) is kept
+
+
+def test_later_steps_do_not_change_a_snapshot(tmp_path: Path) -> None:
+    network = torch.nn.Linear(2, 1, bias=False)
+    optimiser = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.5)
+    state = State(student=network, optimiser=optimiser)
+    torch.nn.init.zeros_(network.weight)
+    further = torch.zeros(1)
+
+    def step() -> None:
+        optimiser.zero_grad()
+        network(torch.ones(1, 2)).sum().backward()  # the gradient is 1 everywhere
+        optimiser.step()
+        further.add_(1)
+        state.history.append({"epoch": len(state.history) + 1})
+
+    step()
+    state.promote()
+    state.best = {"weight": network.weight.detach().clone()}
+    snapshot = state.snapshot({"a": "b"}, {"further": {"count": further}})
+    step()
+    assert state.teacher
+    for tensor in (*state.teacher.state_dict().values(), *state.best.values()):
+        tensor.fill_(9.0)
+    snapshot.save(tmp_path)
+    assert checkpoints.is_whole(str(tmp_path))
+    tensors, history = read(tmp_path, torch.device("cpu"))
+    assert history == [{"epoch": 1}]
+    after = {name: {key: tensor.flatten().tolist() for key, tensor in of.items()} for name, of in tensors.items()}
+    assert after == {
+        "student": {"weight": [-1.0, -1.0]},
+        "moments": {"weight:momentum_buffer": [1.0, 1.0]},
+        "best": {"weight": [-1.0, -1.0]},
+        "teacher": {"weight": [-1.0, -1.0]},
+        "further": {"count": [1.0]},
+    }

@@ -168,3 +168,14 @@ def task_seconds(data: Dataset) -> tuple[float, dict[str, float]]:
         pending += found.parents
         worked.update({o.operator_name: o.wall_time.sum for o in found.operators_stats if o.wall_time})
     return summary.get_total_wall_time(), worked
+
+
+def upload_checkpoint(folder: str, name: str) -> Any:
+    """Copy a local folder to `name` in the folder of the running training, as Ray Train does; returns a `Checkpoint`.
+
+    API: `ray.train.get_context().get_storage().persist_current_checkpoint`.
+    """
+    import ray.train  # only workers of a training need it
+
+    storage = ray.train.get_context().get_storage()
+    return storage.persist_current_checkpoint(ray.train.Checkpoint.from_directory(folder), name)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
+from transfgu.datasets.images import encoded
 from transfgu.errors import UserError
 from transfgu.sharing.exports import ExportedClass
 from transfgu.store import storage
@@ -53,9 +54,8 @@ def write(files: Mapping[str, tuple[str, str]], classes: Sequence[ExportedClass]
         data = storage.read_bytes_or_none(mask)
         if data is None:
             continue
-        sink = io.BytesIO()
-        Image.fromarray(values[np.asarray(Image.open(io.BytesIO(data)))]).save(sink, "PNG")
-        storage.write_bytes(storage.join(folder, "labels", f"{name}.png"), sink.getvalue())
+        label = Image.fromarray(values[np.asarray(Image.open(io.BytesIO(data)))])
+        storage.write_bytes(storage.join(folder, "labels", f"{name}.png"), encoded(label, "PNG"))
         images[f"{name}.png"] = storage.absolute(image)  # FiftyOne drops the suffix, as that of the mask
     targets = {str(found.index + 1): found.name for found in classes}
     storage.write_bytes(storage.join(folder, "mask_targets.json"), json.dumps(targets).encode())

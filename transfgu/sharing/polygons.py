@@ -50,7 +50,7 @@ def regions(mask: Integer[np.ndarray, "H W"], index: int, *, tolerance: float = 
         tolerance: maximum distance between a simplified outline and the region's edge, in pixels; 0: not simplified.
         least: regions of fewer pixels are left out.
     """
-    import cv2  # imported here, because listing the formats needs no OpenCV
+    import cv2  # imported here, because everything except outlines works without OpenCV
 
     inside: Bool[np.ndarray, "H W"] = mask == index
     rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))

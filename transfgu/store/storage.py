@@ -812,6 +812,8 @@ def _one_line(uri: str, verb: str, *, told: bool = True) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, FileNotFoundError) and verb == "read":
             raise UserError(f"there is no file {shown(uri)}: check the path", code="file-missing") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"can't {verb} {shown(uri)}: {_reason(error)}", code="disk-full") from None
         raise UserError(f"can't {verb} {shown(uri)}{_where(uri)}: {_reason(error)}", code="storage-failed") from None
     except (pa.ArrowException, UnicodeError, ValueError) as error:  # for names such as a key with // or a zero byte
         reason = " ".join(str(error).split()) or type(error).__name__

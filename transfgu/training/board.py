@@ -90,10 +90,11 @@ class ProgressBoard:
         """Report that an attempt ended in an error.
 
         There is no other after a user's mistake, nor after an error that comes a second time at the same epoch, unless
-        it `may_pass`.
+        it `may_pass`. The first mistake is kept: a full disk, for instance, also fails other writes.
         """
         if is_mistake:
-            self._failure, self._is_mistake, self._code = error, True, code
+            if not self._is_mistake:
+                self._failure, self._is_mistake, self._code = error, True, code
         elif error in self._errors_before and not may_pass:
             epoch = self._attempts[0][0]
             self._failure = self._failure or f"training failed twice alike in epoch {epoch + 1}, with {error}"

@@ -1,6 +1,7 @@
 """Run a training on Ray Train: the driver starts workers, watches a board, and returns the last checkpoint.
 
-If a worker, a node or the driver is lost, the current epoch is lost, and training resumes from the last checkpoint.
+If a worker, a node or the driver is lost, training resumes from the last complete checkpoint. The current epoch is
+lost, and also the previous one if its checkpoint was still being written.
 Errors that a retry can't fix (a user's mistake, a loss that is not a number) go to the board and end the training.
 """
 

@@ -18,6 +18,22 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 """Tensors of a checkpoint by the name of their file, without suffix, and their own."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Snapshot:
+    """A copy of a state in the host's memory, which later steps do not change."""
+
+    tensors: Tensors
+    history: str
+    metadata: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        """Write the files of a checkpoint to a folder, and seal it."""
+        for name, tensors in self.tensors.items():
+            safetensors.torch.save_file(dict(tensors), folder / f"{name}.safetensors", self.metadata)
+        (folder / checkpoints.HISTORY).write_text(self.history)
+        checkpoints.seal(folder)
+
+
 @dataclass(kw_only=True)
 class State:
     """The content of a checkpoint, as safetensors and JSON."""
@@ -30,8 +46,8 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     """One row per finished epoch."""
 
-    def save(self, folder: Path, metadata: dict[str, str], more: Tensors | None = None) -> None:
-        """Write the state to a folder; `metadata` is written into all weight files, including those of `more`."""
+    def snapshot(self, metadata: dict[str, str], more: Tensors | None = None) -> Snapshot:
+        """Copy the state; `metadata` is written into all weight files, including those of `more`."""
         moments = {
             f"{name}:{moment}": value
             for name, parameter in self.student.named_parameters()
@@ -45,12 +61,12 @@ class State:
             "teacher": self.teacher.state_dict() if self.teacher else None,
             **(more or {}),
         }
-        for name, tensors in files.items():
-            if tensors:
-                kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-                safetensors.torch.save_file(kept, folder / f"{name}.safetensors", metadata)
-        (folder / checkpoints.HISTORY).write_text(json.dumps(self.history))
-        checkpoints.seal(folder)
+        copies = {
+            name: {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+            for name, tensors in files.items()
+            if tensors
+        }
+        return Snapshot(tensors=copies, history=json.dumps(self.history), metadata=metadata)
 
     def load(self, folder: Path, device: torch.device) -> None:
         """Restore the state from a folder."""

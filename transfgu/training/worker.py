@@ -1,11 +1,13 @@
 """Train on one worker: run, epoch, step. All random numbers follow from the seed and a counter.
 
 So the state is weights, moments and counters, without the state of a generator. An epoch that is restarted, with fewer
-or more workers, has the same images, views, permutations and order.
+or more workers, has the same images, views, permutations and order. The checkpoint of an epoch is copied at its end,
+and written during the next epoch.
 """
 
 import errno
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -23,6 +25,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from transfgu.errors import UserError, in_words
 from transfgu.inference.device import own_device, use_cores
 from transfgu.learner import Pending
+from transfgu.runtime import ray_internals
 from transfgu.runtime.failures import find_user_error
 from transfgu.store import storage
 from transfgu.training import checkpoints, state
@@ -31,6 +34,7 @@ from transfgu.training.job import Job, Place
 
 _TELL_SECONDS = 0.3  # between two reports to the driver
 _ASK_SECONDS = 0.1
+_WRITE_SECONDS = 60.0  # for which a training that failed waits for the checkpoint of its previous epoch
 _QUEUED = 1  # steps that a GPU may be behind the host, which prepares the next batch in the meantime
 
 
@@ -41,20 +45,26 @@ def work(job: Job) -> None:
         if may_begin:
             Worker(job, checkpoint).run()
     except Exception as error:
-        mistake = find_user_error(error)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            # A retry would need the same space.
-            mistake = UserError(
-                f"can't write {storage.shown(job.checkpoints)}: {error.strerror or error}: free some space",
-                code="disk-full",
-            )
-        passing = mistake is None and may_pass(error)
-        text = in_words(mistake or error)
-        code = mistake.code if mistake else ""
-        ray.get(job.board.fail.remote(text, is_mistake=mistake is not None, may_pass=passing, code=code))
+        is_mistake = _report_failure(job, error)
         # Raised, so that workers which wait for this one end, too; the board prevents a retry.
-        if mistake is None or ray.train.get_context().get_world_size() > 1:
+        if not is_mistake or ray.train.get_context().get_world_size() > 1:
             raise
+
+
+def _report_failure(job: Job, error: Exception) -> bool:
+    """Report an error to the board; returns True if it is a user's mistake."""
+    mistake = find_user_error(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        # A retry would need the same space.
+        mistake = UserError(
+            f"can't write {storage.shown(job.checkpoints)}: {error.strerror or error}: free some space",
+            code="disk-full",
+        )
+    passing = mistake is None and may_pass(error)
+    text = in_words(mistake or error)
+    code = mistake.code if mistake else ""
+    ray.get(job.board.fail.remote(text, is_mistake=mistake is not None, may_pass=passing, code=code))
+    return mistake is not None
 
 
 def _begin(job: Job) -> tuple[bool, str]:
@@ -87,13 +97,22 @@ class Worker:
                 checkpoints.download(checkpoint, Path(folder))
                 self.training.load(*state.read(Path(folder), device))
         self._told = 0.0
+        self._snapshot: state.Snapshot | None = None
+        """What is being written."""
+        self._written = threading.Event()
+        self._written.set()
+        self._write_error: Exception | None = None
 
     def run(self) -> None:
         """Train the remaining epochs, or until the driver ends the training."""
-        for epoch in range(len(self.training.state.history), self.training.epochs):
-            if not self._goes_on(epoch):
-                return
-            self.epoch(epoch)
+        try:
+            for epoch in range(len(self.training.state.history), self.training.epochs):
+                if not self._goes_on(epoch):
+                    break
+                self.epoch(epoch)
+            self._wait_until_written()
+        finally:  # a step that fails does not cost the previous epoch
+            self._written.wait(_WRITE_SECONDS)
 
     def _goes_on(self, epoch: int) -> bool:
         """Return the driver's decision after `epoch` epochs, once there is one; the same for all workers."""
@@ -135,6 +154,7 @@ class Worker:
         }
         training.state.history.append(row)
         if self.rank == 0:
+            self._wait_until_written()  # its error is the first one, if both writes fail
             training.epoch_ended(epoch)
         self._report(row)
 
@@ -146,15 +166,53 @@ class Worker:
             raise UserError(f"in {where}, {error}: {self.training.remedy}", code="loss-not-finite") from None
 
     def _report(self, row: dict[str, Any]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if self.rank == 0:
-                more, metadata = self.training.files()
-                self.training.state.save(Path(folder), metadata, more)
-                checkpoint = Checkpoint.from_directory(folder)
-                self.job.board.note.remote(self.training.line(row))
-                self.job.board.epochs.remote([row])
-            ray.train.report(row, checkpoint=checkpoint)
+        """Report an epoch, and start to write its checkpoint; the previous checkpoint is complete."""
+        checkpoint = None
+        if self.rank == 0:
+            more, metadata = self.training.files()
+            self._snapshot = self.training.state.snapshot(metadata, more)
+            checkpoint = Checkpoint(self.job.checkpoints)  # stands for the one that `_write` returns
+            self.job.board.note.remote(self.training.line(row))
+            self.job.board.epochs.remote([row])
+            self._written.clear()
+        try:
+            ray.train.report(
+                row,
+                checkpoint=checkpoint,
+                checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+                checkpoint_upload_fn=self._write,
+                delete_local_checkpoint_after_upload=False,
+            )
+        except BaseException:  # `_write` is not called
+            self._written.set()
+            raise
+
+    def _write(self, _: Checkpoint, name: str) -> Checkpoint:
+        """Write the snapshot to the folder `name` of the training's checkpoints; runs in a thread of Ray Train."""
+        assert self._snapshot
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self._snapshot.save(Path(folder))
+                written: Checkpoint = ray_internals.upload_checkpoint(folder, name)
+                return written
+        except Exception as error:
+            self._write_error = error
+            _report_failure(self.job, error)
+            # Ray Train ends the worker. It would write again, in some cases, after the original error.
+            raise RuntimeError(f"{name} was not written") from error
+        finally:
+            self._snapshot = None
+            self._written.set()
+
+    def _wait_until_written(self) -> None:
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            Exception: raised while it was written.
+        """
+        self._written.wait()
+        if self._write_error:
+            raise self._write_error
 
     def _tell(self, epoch: int, steps: int) -> None:
         now = time.monotonic()
