@@ -1,8 +1,9 @@
-"""Faults in prediction and pretraining, each by its command on a cluster of its own.
+"""Faults in prediction, evaluation, pretraining and search, each by its command on a cluster of its own.
 
-Each case is compared with the same command undisturbed: equal masks or weights, bit by bit.
+Each case is compared with the same command undisturbed: equal masks, scores, weights or trials, bit by bit.
 """
 
+import json
 import os
 import re
 import shutil
@@ -22,12 +23,17 @@ import numpy as np
 import psutil
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import torch
 
 from tests.faults.commands import job as command
 from tests.faults.commands import output_of
 from tests.faults.harness import Reaper, row, write_data
 from tests.gateway import HANG, HANG_UP, Gateway
 from tests.made_run import make_run
+from transfgu.decoder import MaskDecoder
+from transfgu.recipe import from_yaml
+from transfgu.search.trials import Ledger
 from transfgu.store import storage
 
 pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.s3]
@@ -50,22 +56,46 @@ class Job:
     last: str
     """The file in OUT that it writes last."""
     room: int
-    """Kilobytes of free space that are too few for OUT."""
+    """Kilobytes of free space that are too few for what it writes besides `early`."""
     asks: str = ""
     """A request, method and path, that is made while it works; S3 fails for jobs that have one."""
     begun: str = ""
     """Pattern of files in OUT; a process is killed once there is one."""
+    early: str = "nothing"
+    """Folder in OUT for which there is room on a disk that becomes full."""
 
 
 def masks(out: str) -> dict[str, bytes]:
     return {uri.rpartition("/")[2]: storage.read_bytes(uri) for uri in storage.list_files(storage.join(out, "masks"))}
 
 
+def scores(out: str) -> Any:
+    return json.loads(storage.read_bytes(storage.join(out, "scores.json")))
+
+
 def weights(out: str) -> dict[str, np.ndarray]:
     return safetensors.numpy.load(storage.read_bytes(storage.join(out, "vit.safetensors")))
 
 
-STEPS = 80
+def trials(out: str) -> dict[str, Any]:
+    """The best trial, and of each trial its values, its end, and all of its history that does not depend on time."""
+    found = {
+        f"trial {trial.number}": (trial.parameters, trial.status, [untimed(row) for row in trial.history])
+        for trial in Ledger(out).trials.values()
+    }
+    best = json.loads(storage.read_bytes(storage.join(out, "metrics.json")))["best"]
+    recipe = from_yaml(storage.read_bytes(storage.join(out, "best.yaml")).decode())
+    assert recipe.training.omega_1 == best["parameters"]["training.omega_1"]
+    return {**found, "best": (best["number"], best["mean_iou"])}
+
+
+def untimed(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row.get(name) for name in ("epoch", *VALUES)}
+
+
+VALUES = ("total", "peer", "diversity", "uncertainty", "mean_iou", "pixel_accuracy", "label_free")
+STEPS, EPOCHS = 80, 6
+OWN = "--data IMAGES --labels LABELS --encoder.weights ENCODER"  # in place of the recipe's
 CHECKPOINT = "**/checkpoint_*/digests.json"
 TINY = (
     "--image_size 16 --width 12 --depth 2 --heads 3 --patch_size 4 --global_size 16 --local_size 8 --local_views 1 "
@@ -80,6 +110,14 @@ JOBS = {
         last="summary.json",
         room=40,
     ),
+    "evaluation": Job(
+        f"evaluate --recipe RECIPE {OWN} --decoder.weights DECODER --out OUT/scores.json",
+        works="MapBatches(Count)",
+        asks="GET .*/labels/",
+        outcome=scores,
+        last="scores.json",
+        room=0,
+    ),
     "pretraining": Job(
         f"pretrain --images IMAGES --out OUT/vit.safetensors --workers 1 {TINY}",
         works="ray::RayTrainWorker",
@@ -88,12 +126,22 @@ JOBS = {
         room=450,
         begun=CHECKPOINT,
     ),
+    "search": Job(
+        f"tune --recipe RECIPE {OWN} --run OUT --trials 2 --concurrent 1 --scheduler none --epochs {EPOCHS} "
+        "--search omega_1=uniform(0.5,2)",
+        works="ray::RayTrainWorker",
+        outcome=trials,
+        last="metrics.json",
+        room=300,
+        begun=CHECKPOINT,
+        early="shared",
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Data:
-    """Images and a trained run on this machine's disk, and the images in a bucket."""
+    """Images, labels, a recipe and a trained run on this machine's disk; images, labels and encoder in a bucket."""
 
     folder: Path
     bucket: str
@@ -104,6 +152,10 @@ class Data:
         places = {
             "OUT": out,
             "IMAGES": storage.join(base, "images"),
+            "LABELS": storage.join(base, "labels"),
+            "ENCODER": storage.join(base, "encoder.safetensors"),
+            "RECIPE": str(self.folder / "recipe.yaml"),
+            "DECODER": str(self.folder / "decoder.safetensors"),
             "MADE": str(self.folder / "made" / "run"),
         }
         words = [re.sub("|".join(places), lambda found: places[found[0]], word) for word in job.words.split()]
@@ -113,7 +165,11 @@ class Data:
 @pytest.fixture(scope="module")
 def data(s3_endpoint: str) -> Iterator[Data]:
     folder = Path(tempfile.mkdtemp(prefix="tf-", dir="/tmp"))
-    write_data(folder, IMAGES)
+    recipe = write_data(folder, IMAGES)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    torch.manual_seed(0)
+    decoder = MaskDecoder(24, recipe.classes, num_heads=3)
+    safetensors.torch.save_file(decoder.state_dict(), folder / "decoder.safetensors")
     (folder / "made").mkdir()
     make_run(folder / "made")
     bucket = f"s3://transfgu-{uuid.uuid4().hex[:12]}"
@@ -167,7 +223,7 @@ def wait_until_at_work(job: str, process: "subprocess.Popen[str]", out: Path) ->
 
 
 @pytest.mark.parametrize(
-    "job", [pytest.param(job, marks=pytest.mark.ci_long if job == "pretraining" else ()) for job in JOBS]
+    "job", [pytest.param(job, marks=pytest.mark.ci_long if job == "evaluation" else ()) for job in JOBS]
 )
 def test_a_worker_that_is_killed(job: str, data: Data, tmp_path: Path) -> None:
     _, usual = undisturbed(job, data)
@@ -180,7 +236,7 @@ def test_a_worker_that_is_killed(job: str, data: Data, tmp_path: Path) -> None:
     row("actor or worker killed", job, "goes on by itself", time.monotonic() - started - usual, "its work in hand")
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", ["prediction", "pretraining", "search"])  # an evaluation has nothing to go on from
 def test_a_driver_that_is_killed(job: str, data: Data, tmp_path: Path) -> None:
     undisturbed(job, data)
     process = start(job, data, str(tmp_path / "out"))
@@ -270,7 +326,9 @@ def test_a_full_disk(job: str, data: Data, tmp_path: Path) -> None:
     undisturbed(job, data)
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={JOBS[job].room + 4}k", "tmpfs", str(disk)], check=True)
+    early = sum(f.stat().st_blocks // 2 for f in (data.folder / f"{job}-out" / JOBS[job].early).rglob("*"))
+    room = 4 + early + JOBS[job].room
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}k", "tmpfs", str(disk)], check=True)
     try:
         (disk / "other").write_bytes(bytes(4096))
         process = start(job, data, str(disk / "out"))

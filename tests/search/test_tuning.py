@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import ray.cloudpickle
 
+from tests.refusals import refused
 from tests.search.test_trials import SHAPES, row, search, trial
 from transfgu.runtime.progress import Progress
 from transfgu.search.trials import Ledger, Search, Trial
@@ -106,6 +107,15 @@ def test_a_trial_whose_storage_fails_stays_unfinished_and_no_other_starts(tmp_pa
     assert proposals.suggest("trial") == Proposals.FINISHED
     again = Proposals(search(tmp_path), Ledger(str(tmp_path)))
     assert again.suggest("trial")["number"] == 0
+
+
+def test_a_record_that_cannot_be_written_is_known_as_failed_storage(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path))
+    (tmp_path / "trials").write_text("no folder")
+    with refused("storage-failed"):
+        ledger.save(trial(0, status="running"))
+    assert ledger.storage_error is not None
+    assert ledger.storage_error.code == "storage-failed"
 
 
 def proposed(proposals: Proposals, count: int) -> list[Any]:

@@ -327,7 +327,12 @@ def _tune(
             verbose=2 if verbose else 0,
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    except Exception:
+        if ledger.storage_error:
+            raise ledger.storage_error from None
+        raise
     if ledger.storage_error:
         raise ledger.storage_error
     storage.delete(storage.join(folder, "tune"))

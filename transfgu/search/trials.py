@@ -187,7 +187,7 @@ class Ledger:
             )
         self.trials: dict[int, Trial] = {trial.number: trial for trial in found}
         self.storage_error: UserError | None = None
-        """Failure of storage in a trial of this attempt, such as a full disk; no new trial is started."""
+        """Failure of storage in this attempt, in a trial or of a record; no new trial is started."""
 
     @staticmethod
     def read(uri: str, number: int) -> Trial:
@@ -199,10 +199,18 @@ class Ledger:
         return storage.join(uri, f"trials/{number:04d}.json")
 
     def save(self, trial: Trial) -> None:
-        """Write a new or changed record."""
+        """Write a new or changed record.
+
+        Raises:
+            UserError: it can't be written; it is also `storage_error` then, because Ray Tune wraps it in its own error.
+        """
         self.trials[trial.number] = trial
         content = json.dumps(formats.stamp(asdict(trial)), indent=1)
-        storage.write_bytes(self._file(self._uri, trial.number), content.encode())
+        try:
+            storage.write_bytes(self._file(self._uri, trial.number), content.encode())
+        except UserError as error:
+            self.storage_error = error
+            raise
 
     def unfinished(self) -> list[Trial]:
         """Return the trials that an earlier attempt started and did not finish."""
