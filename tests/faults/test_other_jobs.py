@@ -222,9 +222,7 @@ def wait_until_at_work(job: str, process: "subprocess.Popen[str]", out: Path) ->
     pytest.fail(f"{job} did not begin: {process.communicate()[0] if process.poll() is not None else 'too slow'}")
 
 
-@pytest.mark.parametrize(
-    "job", [pytest.param(job, marks=pytest.mark.ci_long if job == "evaluation" else ()) for job in JOBS]
-)
+@pytest.mark.parametrize("job", JOBS)
 def test_a_worker_that_is_killed(job: str, data: Data, tmp_path: Path) -> None:
     _, usual = undisturbed(job, data)
     started = time.monotonic()
