@@ -1,5 +1,6 @@
 """Submit a job twice by `ray job submit` on a head started for it: the first does all the work, the second none."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -66,7 +67,8 @@ def head(ray_folder: Path) -> Iterator[None]:
         if started.poll() is None:
             # It waits for its processes one after the other; they are all this test's.
             for process in (*psutil.Process(started.pid).children(recursive=True), started):
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             started.wait(30)
 
 

@@ -30,9 +30,9 @@ def listening() -> set[int]:
     """Return the ports on which this process and its descendants listen."""
     found = set()
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-        if "moto" in process.name():
-            continue
         with contextlib.suppress(psutil.Error):  # an idle worker may end meanwhile
+            if "moto" in process.name():
+                continue
             found |= {c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
     return found
 

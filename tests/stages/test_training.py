@@ -1,3 +1,4 @@
+import contextlib
 import json
 import signal
 from pathlib import Path
@@ -73,7 +74,9 @@ class Killer(Listener):
     def note(self, text: str) -> None:
         super().note(text)
         if self.killed_after < 0:
-            workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
+            workers: list[psutil.Process] = []
+            with contextlib.suppress(psutil.NoSuchProcess):  # one may end meanwhile: look again
+                workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
             if workers:
                 workers[-1].send_signal(signal.SIGKILL)
                 self.killed_after = len(self.notes)
