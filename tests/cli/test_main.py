@@ -198,3 +198,13 @@ def test_the_wheel_brings_the_command(tmp_path: Path) -> None:
     (site / "dependencies.pth").write_text(str(here))
     done = subprocess.run([fresh / "transfgu", "train", "--list"], capture_output=True, text=True, cwd=tmp_path)
     assert "cityscapes" in done.stdout, done.stderr
+
+
+@pytest.mark.processes
+def test_without_faiss_one_line_names_the_remedy(tmp_path: Path) -> None:
+    program = "import sys; sys.modules['faiss'] = None; from transfgu.cli.main import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "train", "shapes", "--run", str(tmp_path / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.rstrip().endswith("[faiss-missing]"), ended.stderr
+    assert len(ended.stderr.splitlines()) == 1

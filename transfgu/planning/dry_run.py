@@ -123,7 +123,7 @@ def describe(
         total += "; times are unknown, because this machine has no GPU of the cluster"
     else:
         total = f"time and size of {how.title} are not known before its first epoch"
-    yield f"{total}. Run the same command without --dry-run to start."
+    yield f"{total}. To start, run transfgu train with the same flags, without --dry-run."
 
 
 def _counts(recipe: Recipe, run: Run | None) -> Counts:

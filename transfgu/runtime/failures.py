@@ -36,8 +36,16 @@ def _no_ray() -> UserError:
     )
 
 
+def _no_faiss() -> UserError:
+    return UserError(
+        "this command requires FAISS, which is not installed: pip install faiss-cpu, or on a machine with a GPU pip "
+        "install faiss-gpu (the extras cpu and gpu of transfgu)",
+        code="faiss-missing",
+    )
+
+
 def find_user_error(error: BaseException | None) -> UserError | None:
-    """Return the UserError in Ray's own errors, or one that says that Ray is not installed; None for other errors."""
+    """Return the UserError in Ray's own errors, or one that names Ray or FAISS as missing; None for other errors."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         cause = getattr(error, "cause", None)
@@ -45,8 +53,11 @@ def find_user_error(error: BaseException | None) -> UserError | None:
         # line.
         if isinstance(error, UserError) and not isinstance(cause, UserError):
             return error
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == "ray":
+        missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if missing == "ray":
             return _no_ray()
+        if missing == "faiss":
+            return _no_faiss()
         seen.add(id(error))
         failures = getattr(error, "worker_failures", None)
         inner = next(iter(failures.values()), None) if isinstance(failures, dict) else cause
