@@ -6,6 +6,7 @@ Mistakes are found before Ray starts if possible, so that no GPU is held for a r
 import dataclasses
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import time
@@ -24,6 +25,7 @@ from transfgu.methods import STAGES, TRANSFGU, method
 from transfgu.metrics import Scores, merge_clusters, scores, scores_json
 from transfgu.presets import SMALL_ENCODER
 from transfgu.recipe import Recipe, field_name, preset
+from transfgu.runtime.failures import no_faiss
 from transfgu.runtime.progress import Progress
 from transfgu.segmenter import assignment_of
 from transfgu.segmenter import class_table as unnamed_table
@@ -118,6 +120,8 @@ def preflight(recipe: Recipe, run: Run) -> Recipe:
         UserError: the first mistake.
     """
     tracking.names(recipe.compute.track)
+    if "concepts" in recipe.stages and importlib.util.find_spec("faiss") is None:
+        raise no_faiss()
     datasets.preflight(recipe)
     storage.check_writable(run.uri)
     # An existing run keeps its own fields.

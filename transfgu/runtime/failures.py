@@ -36,7 +36,8 @@ def _no_ray() -> UserError:
     )
 
 
-def _no_faiss() -> UserError:
+def no_faiss() -> UserError:
+    """Return the error of a command that requires FAISS where it is not installed."""
     return UserError(
         "this command requires FAISS, which is not installed: pip install faiss-cpu, or on a machine with a GPU pip "
         "install faiss-gpu (the extras cpu and gpu of transfgu)",
@@ -57,7 +58,7 @@ def find_user_error(error: BaseException | None) -> UserError | None:
         if missing == "ray":
             return _no_ray()
         if missing == "faiss":
-            return _no_faiss()
+            return no_faiss()
         seen.add(id(error))
         failures = getattr(error, "worker_failures", None)
         inner = next(iter(failures.values()), None) if isinstance(failures, dict) else cause
