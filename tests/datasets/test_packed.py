@@ -1,4 +1,4 @@
-"""Images inside Parquet files and tar shards: the same bytes, with names that keep their order."""
+"""Images inside Parquet files, Lance data sets and tar shards: the same bytes, with names that keep their order."""
 
 import io
 import sys

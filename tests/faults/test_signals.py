@@ -37,7 +37,7 @@ KINDS = {
 JOBS = {
     "train": "--recipe RECIPE --run OUT",
     "tune": "--recipe RECIPE --run OUT --trials 2",
-    "evaluate": "--recipe RECIPE --decoder.weights DECODER",  # of a run, so few images would be scored without Ray
+    "evaluate": "--recipe RECIPE --decoder.weights DECODER",  # a run's few images would be scored without Ray
     "predict": "--run MADE --images IMAGES --out OUT",
     "pretrain": "--images IMAGES --out OUT/vit.safetensors --width 48 --depth 2 --heads 3 --batch_size 16",
     "benchmark": "features --recipe RECIPE --encoder.weights ENCODER --images 4 --out OUT/found.json",
@@ -111,10 +111,16 @@ def at_a_task(job: psutil.Process) -> bool:
     return False
 
 
+def has_metrics(job: psutil.Process) -> bool:
+    """Return True if the training whose folder is its last word has written `metrics.json`, just before its report."""
+    return Path(job.cmdline()[-1], "metrics.json").exists()
+
+
 MOMENTS: dict[str, Callable[[psutil.Process], bool]] = {
     "before Ray": catches_term,
     "during its start": lambda job: started(job, "gcs_server"),
     "in work": at_a_task,
+    "while it writes its report": has_metrics,
 }
 
 
@@ -168,17 +174,10 @@ def end(running: "subprocess.Popen[str]", disturb: Callable[[], None]) -> tuple[
     return [line for line in told.splitlines() if line][-1], seconds, len(others)
 
 
-def check(
-    job: str,
-    kind: str,
-    moment: str,
-    words: list[str],
-    folder: Path,
-    is_moment: Callable[[psutil.Process], bool] | None = None,
-) -> None:
+def check(job: str, kind: str, moment: str, words: list[str], folder: Path) -> None:
     """Start the job, send it the signals at the moment, and check how it ends."""
     signals, ignored = KINDS[kind]
-    running = start(is_moment or MOMENTS[moment], words, folder, ignored=ignored)
+    running = start(MOMENTS[moment], words, folder, ignored=ignored)
 
     def send() -> None:
         for number in signals:
@@ -214,7 +213,7 @@ def test_a_training_that_writes_its_report(kind: str, ray_folder: Path, tmp_path
     shutil.copytree(ROOT / "tests" / "golden" / "run", run)
     (run / "metrics.json").unlink()  # written again just before the report
     command = [str(ROOT / "jobs" / "train.py"), *COMPLETE, "--run", str(run)]
-    check("train", kind, "while it writes its report", command, ray_folder, lambda _: (run / "metrics.json").exists())
+    check("train", kind, "while it writes its report", command, ray_folder)
     assert not (run / "run.lock").exists()
     assert not (run / "report.html").exists()
     done = subprocess.run([sys.executable, *command], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)

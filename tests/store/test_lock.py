@@ -154,7 +154,7 @@ def test_the_holder_beats_and_notices_a_loss(tmp_path: Path, said: list[str]) ->
             time.sleep(0.02)
         assert lock_of(str(tmp_path))["beats"] != 0
         lock.check()
-        # A beat that has read the lock already writes its own once more, as it would before a taker looks again.
+        # A beat under way may overwrite it, so it is written until it stays.
         while lock_of(str(tmp_path))["id"] != "other" and time.monotonic() < deadline:
             write_lock(str(tmp_path))
             time.sleep(0.2)

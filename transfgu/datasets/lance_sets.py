@@ -45,20 +45,19 @@ def opened(uri: str, version: int | None = None) -> Any:
         return lance.dataset(uri, version=version, storage_options=storage.object_store_options(uri))
 
 
-def batches(uri: str, version: int, column: str, first: int, count: int) -> Iterator[pa.Array]:
+def batches(data: Any, uri: str, column: str, first: int, count: int) -> Iterator[pa.Array]:
     """Yield a column's values of consecutive rows, in their order.
 
     Args:
-        uri: of the data set's folder.
-        version: number of the version.
+        data: what :func:`opened` returned.
+        uri: of its folder, for errors.
         column: name of the column; blobs are read as bytes.
         first: number of the first row; deleted rows have none.
         count: number of rows.
 
     Raises:
-        UserError: as :func:`opened`.
+        UserError: a file of the data set is missing or damaged, or the storage fails.
     """
-    data = opened(uri, version)
     with _one_line(uri):
         scanner = data.scanner(
             columns=[column],

@@ -284,11 +284,11 @@ def _parquet_columns(unit: Unit) -> Iterator[Any]:
 
 
 def _lance_columns(unit: Unit) -> Iterator[Any]:
-    schema = lance_sets.opened(unit.pack.uri, unit.version).schema
-    name = image_column(schema, unit.pack.uri)
-    if parquet.is_extended(schema.field(name).type):  # its values might be unpickled
+    data = lance_sets.opened(unit.pack.uri, unit.version)
+    name = image_column(data.schema, unit.pack.uri)
+    if parquet.is_extended(data.schema.field(name).type):  # its values might be unpickled
         raise UserError(f"{storage.shown(unit.pack.uri)} is damaged: {_REMEDY}", code="file-damaged")
-    yield from lance_sets.batches(unit.pack.uri, unit.version, name, unit.first, unit.count)
+    yield from lance_sets.batches(data, unit.pack.uri, name, unit.first, unit.count)
 
 
 def _bytes_of(column: Any) -> Any:

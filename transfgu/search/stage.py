@@ -330,9 +330,8 @@ def _tune(
     try:
         tuner.fit()
     except Exception:
-        if ledger.storage_error:
-            raise ledger.storage_error from None
-        raise
+        if not ledger.storage_error:
+            raise
     if ledger.storage_error:
         raise ledger.storage_error
     storage.delete(storage.join(folder, "tune"))
