@@ -240,7 +240,6 @@ def test_a_run_may_have_a_relative_path(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.long
-@pytest.mark.ci_long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_runs_share_stages_and_more_epochs_go_on(tmp_path: Path) -> None:

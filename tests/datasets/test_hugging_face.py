@@ -36,7 +36,6 @@ def endpoint() -> Iterator[str]:
 
 @pytest.mark.ray
 @pytest.mark.long
-@pytest.mark.ci_long
 def test_images_of_a_data_set_on_the_hub_are_unpacked_unchanged(endpoint: str, tmp_path: Path) -> None:
     """In a process of its own: huggingface_hub reads `HF_ENDPOINT` when it is imported."""
     command = [sys.executable, "-m", "transfgu", "train", "folder", "--data", hub.URI]

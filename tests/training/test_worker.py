@@ -19,7 +19,7 @@ from transfgu.training.job import Place
 from transfgu.training.order import Order
 from transfgu.training.state import State, Tensors
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
 class Counting:
