@@ -175,9 +175,10 @@ def test_a_mask_in_strips_is_the_same_png() -> None:
     np.testing.assert_array_equal(np.asarray(read.convert("RGB")), np.asarray(whole.convert("RGB")))
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("kind", ["png", pytest.param("parquet", marks=[pytest.mark.long, pytest.mark.ci_long])])
+@pytest.mark.parametrize("kind", [pytest.param("png", marks=pytest.mark.ci_long), "parquet"])
 def test_masks_in_tiles(made: MadeRun, tmp_path: Path, kind: prediction.Format) -> None:
     write_images(tmp_path / "images", ["a/004.jpg", "a/003.png", "b/001.png"])
     Image.fromarray(np.tile(picture(4), (2, 3, 1))).save(tmp_path / "images" / "wide.png")
@@ -333,7 +334,14 @@ def test_an_image_in_s3_replaced_within_a_second_is_predicted_again(made: MadeRu
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("how", [{"overlays": True}, {"format": "parquet"}, {"tile": 48, "overlap": 16}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({"overlays": True}, marks=pytest.mark.long),
+        pytest.param({"format": "parquet"}, marks=pytest.mark.long),
+        {"tile": 48, "overlap": 16},
+    ],
+)
 def test_few_images_are_the_same_with_and_without_ray(
     how: dict[str, Any], made: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,9 +388,10 @@ def test_masks_are_the_segmenters_and_only_what_lacks_is_made(made: MadeRun, tmp
     assert all(made_again[name] == made_first[name] for name in same)
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("kind", ["png", pytest.param("parquet", marks=[pytest.mark.long, pytest.mark.ci_long])])
+@pytest.mark.parametrize("kind", [pytest.param("png", marks=pytest.mark.ci_long), "parquet"])
 def test_masks_of_other_versions_are_made_again(made: MadeRun, tmp_path: Path, kind: prediction.Format) -> None:
     folder = write_images(tmp_path / "images", ["a/004.jpg", "photo.jpg", "same.jpg", "gone.jpg", "spoilt.jpg"])
     asked = job(made, tmp_path, format=kind)
@@ -438,6 +447,8 @@ def test_a_link_from_images_to_masks_is_refused(made: MadeRun, tmp_path: Path) -
         prediction.preflight(job(made, tmp_path))
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_parquet_holds_each_image_once(made: MadeRun, tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ def test_what_a_training_goes_on_from(tmp_path: Path) -> None:
     assert len({first, *others, digest()}) == 6
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_costs_its_epoch_alone(tmp_path: Path, ray_cluster: None) -> None:
     made = make_run(tmp_path, labels=False, things=5, stuff=0)  # with a background, without labels
     recipe = made.recipe.with_fields({**COMMON, "passes": 20, "training.views": True})
@@ -235,6 +236,8 @@ def test_a_worker_that_dies_costs_its_epoch_alone(tmp_path: Path, ray_cluster: N
     assert outcome.details["model of epoch"] == 3
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 def test_what_trying_again_cannot_mend_is_one_line(tmp_path: Path, ray_cluster: None) -> None:
     made = make_run(tmp_path)
     rows = training_images(made.run)
