@@ -202,6 +202,36 @@ def test_masks_in_tiles(made: MadeRun, tmp_path: Path, kind: prediction.Format) 
             prediction.preflight(job(made, tmp_path, format=kind, tile=64, overlap=overlap))
 
 
+def shown_tiles(made: MadeRun, tmp_path: Path) -> list[str]:
+    """Predict in tiles; return the lines that were printed."""
+    out = io.StringIO()
+    progress = Progress("prediction", stream=out, pause=0.005)
+    predict(job(made, tmp_path, tile=64, overlap=48), COMPUTE, progress)
+    return out.getvalue().splitlines()
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_the_tiles_of_a_large_image_are_counted(made: MadeRun, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.tile(picture(4), (4, 8, 1))).save(tmp_path / "images" / "large.png")
+    lines = shown_tiles(made, tmp_path)
+    counted = [line.split()[1] for line in lines if " tiles " in line]
+    assert len(set(counted)) > 2, lines
+    assert len({of.partition("/")[2] for of in counted}) == 1
+    assert lines[-1].startswith("prediction: 1/1 images")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_tiles_of_several_images_are_counted_in_actors(made: MadeRun, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        Image.fromarray(np.tile(picture(4), (4, 8, 1))).save(tmp_path / "images" / f"{number}.png")
+    lines = shown_tiles(made, tmp_path)
+    assert any("tiles of the images begun" in line for line in lines), lines
+    assert lines[-1].startswith("prediction: 2/2 images")
+
+
 @pytest.mark.parametrize(
     ("change", "refusal"),
     [
