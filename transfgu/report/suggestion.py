@@ -17,7 +17,7 @@ from numpy import ndarray
 
 from transfgu import formats
 from transfgu.cluster_numbers import Measures, as_stable, drawn_images, elbow, measure, suggested
-from transfgu.errors import UserError
+from transfgu.errors import UserError, counted
 from transfgu.inference.shards import matrix
 from transfgu.recipe import Recipe
 from transfgu.report import charts
@@ -214,7 +214,7 @@ def table(found: Sequence[Found]) -> str:
     """Return the measures as lines of text."""
     lines = []
     for group in found:
-        lines.append(f"{group.name}: {group.windows} windows, {group.present} clusters in the run")
+        lines.append(f"{group.name}: {counted(group.windows, 'window')}, {counted(group.present, 'cluster')} in the run")
         lines.append("   K  stability         silhouette  inertia")
         for m in group.measures:
             note = "  <- suggested" if m.k == group.suggestion else ""

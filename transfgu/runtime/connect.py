@@ -230,6 +230,11 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".:")
 
 
+def is_embedded() -> bool:
+    """Return True if the cluster is this process's own, on this machine."""
+    return _embedded
+
+
 def works_here() -> bool:
     """Return True if a single block should run in this process, because starting an actor would take longer.
 
