@@ -225,6 +225,8 @@ def run_stages(
             names_of.write(run, names)
         if shared:
             reuse.write(run)
+            if note := reuse.preset_note(asked, recipe, shared):
+                say(note)
             if why_not:
                 say(f"not shared with {storage.shown(shared.uri)}: {why_not}")
         named = recipe.preset if recipe.method == TRANSFGU else f"{recipe.preset} by {method(recipe.method).title}"

@@ -66,7 +66,7 @@ def describe(
         UserError: a mistake that would stop the run at its start: data, weights, storage, resources, the folder of
             another recipe.
     """
-    recipe = pipeline.preflight(recipe, run)
+    asked, recipe = recipe, pipeline.preflight(recipe, run)
     run = reuse.linked(recipe, run, shared)[0] if shared else run
     stages = pipeline.stages_until(recipe, until)
     complete = pipeline.check_artifacts(recipe, run)
@@ -81,6 +81,8 @@ def describe(
     timed = by_concepts and (not capacity.cluster_gpus() or (encode is not None and encode.device.type == "cuda"))
     works = _works(recipe, counts, encode, timed) if encode and by_concepts else _other_works(recipe, counts)
     yield f"dry run of {storage.shown(run.uri)}: checked, nothing computed"
+    if shared and (note := reuse.preset_note(asked, recipe, shared)):
+        yield note
     encoder = "no encoder"
     if encode:
         parameters = sum(p.numel() for p in encode.encoder.parameters())
