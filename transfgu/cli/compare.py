@@ -109,8 +109,8 @@ def _flags(recipe: Recipe, methods: Sequence[str], given: Mapping[str, str]) -> 
         others = {name: own.ignores(field) for name, own in of_method.items()}
         if all(others.values()):
             raise UserError(
-                f"--{field} is not an option of {', '.join(methods)} (it is one of {next(iter(others.values()))}): "
-                "leave it out",
+                f"--{field} is not an option of {', '.join(methods)}, only of other methods, such as "
+                f"{next(iter(others.values()))}: leave it out",
                 code="option-of-another-method",
             )
     return {
