@@ -151,6 +151,8 @@ def _join(address: str, settings: dict[str, Any], answer_seconds: float, *, verb
                 f"{remedy}",
                 code="ray-address-unreachable",
             ) from None
+    if not address.startswith("ray://"):  # then the connection to the cluster is no raylet of this machine
+        ray_watch.start_joined()
 
 
 def _token() -> str:
