@@ -123,6 +123,7 @@ JOBS = {
         outcome=trials,
         last="metrics.json",
         room=300,
+        asks="PUT .*/checkpoint_",
         begun=CHECKPOINT,
         early="shared",
     ),
