@@ -59,7 +59,7 @@ class Listener(Progress):
         self.notes: list[str] = []
         self.steps: tuple[int, int | None] = (0, 0)
 
-    def update(self, done: int, total: int | None, unit: str) -> None:
+    def update(self, done: int, total: int | None, unit: str, more: str = "") -> None:
         assert unit == "steps"
         self.steps = (done, total)
 

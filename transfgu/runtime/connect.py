@@ -151,6 +151,8 @@ def _join(address: str, settings: dict[str, Any], answer_seconds: float, *, verb
                 f"{remedy}",
                 code="ray-address-unreachable",
             ) from None
+    if not address.startswith("ray://"):  # then the connection to the cluster is no raylet of this machine
+        ray_watch.start_joined()
 
 
 def _token() -> str:
@@ -236,6 +238,11 @@ def _cpus() -> int:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".:")
+
+
+def is_embedded() -> bool:
+    """Return True if the cluster is this process's own, on this machine."""
+    return _embedded
 
 
 def works_here() -> bool:
