@@ -114,6 +114,7 @@ JOBS = {
         outcome=weights,
         last="vit.safetensors",
         room=450,
+        asks="PUT .*/checkpoint_",
         begun=CHECKPOINT,
     ),
     "search": Job(
