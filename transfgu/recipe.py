@@ -29,6 +29,8 @@ MAX_PIXELS = 178_956_970
 """Pixels beyond which Pillow, too, takes an image for a small file that would fill the memory."""
 DECODING_BYTES = 8
 """Bytes per pixel that decoding an image takes at most: four channels of Pillow's, three of ours, some between."""
+SUGGESTION_WINDOWS = 4000
+"""Default maximum number of windows per group from which `transfgu suggest` measures numbers of concepts."""
 Protocol = Literal["published", "label", "stego"]
 
 _GIVEN = "given"  # in a recipe's file: the fields that are not its preset's

@@ -175,3 +175,9 @@ def test_global_node_all_processes(ray_cluster: None) -> None:
     assert sorted(found) == ["gcs_server", "raylet"]
     assert [process.poll() for process in found.values()] == [None, None]
     assert {psutil.Process(process.pid).name() for process in found.values()} == set(found)
+
+
+def test_flag_node_id_of_a_raylet(ray_cluster: None) -> None:
+    raylet = ray_internals.raylet_of_this_machine()
+    assert raylet
+    assert raylet.pid == ray_internals.main_processes()["raylet"].pid

@@ -1,17 +1,20 @@
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import ray
 import torch
 from PIL import Image
 
 from tests.made_run import SIDE, TRAIN, MadeRun, make_run
 from transfgu.learner import Batch
-from transfgu.recipe import ComputeRecipe
+from transfgu.recipe import DECODING_BYTES, ComputeRecipe
 from transfgu.stages.training import training_images
 from transfgu.store import storage
 from transfgu.training import batches as streams
@@ -59,6 +62,18 @@ def test_a_stream_may_begin_anywhere(made: MadeRun, ray_cluster: None) -> None:
     mine = share(made, 0, 1)
     got = [batch.slots for batch in Streamed(mine, epochs=9).epoch(7)]
     np.testing.assert_array_equal(got, mine.order.epoch(7))
+
+
+@pytest.mark.parametrize("max_pixels", [4, 20_000_000])
+def test_tasks_ask_for_the_memory_of_the_largest_image(max_pixels: int, made: MadeRun, ray_cluster: None) -> None:
+    def asked(rows: pa.Table) -> dict[str, Any]:  # pickled by value: no task imports this file, and torch
+        memory = ray.get_runtime_context().get_assigned_resources().get("memory", 0)
+        image = np.full((len(rows), 1), memory, np.int64)
+        return {"slot": rows["slot"].to_numpy(), "image": image, "maps": np.empty((len(rows), 0, 0, 0), np.int16)}
+
+    mine = replace(share(made, 0, 1), maps=(0, 0, 0), max_pixels=max_pixels, read_rows=asked)
+    told = {int(memory) for batch in Streamed(mine, epochs=1, block_rows=4).epoch(0) for memory in batch.inputs[:, 0]}
+    assert told == {DECODING_BYTES * max_pixels + (128 << 20)}  # two such tasks fit on any machine
 
 
 def test_a_worker_without_images_takes_part(made: MadeRun) -> None:

@@ -352,7 +352,7 @@ def _with_given(recipe: Recipe, given: Mapping[str, str]) -> Recipe:
     for name in given:
         if other := others.get(name):
             raise UserError(
-                f"--{name} is not an option of method {made.method} (it is one of {other}): leave it out",
+                f"--{name} is not an option of method {made.method}, only of others, such as {other}: leave it out",
                 code="option-of-another-method",
             )
     return made

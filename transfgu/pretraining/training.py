@@ -105,6 +105,7 @@ class Pretraining:
             maps=(0, 0, 0),
             rank=self._place.rank,
             world=self._place.world,
+            max_pixels=inputs.side**2,
             read_rows=partial(read_small_images, side=inputs.side),
         )
         if share.bytes > inputs.resident_gib * 2**30:

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
+import psutil
+import ray
 from ray._private import ray_constants, services, worker
 from ray.data import DataContext, Dataset, ExecutionResources
 
@@ -94,6 +96,15 @@ def main_processes() -> dict[str, "subprocess.Popen[bytes]"]:
     started: dict[str, Any] = worker._global_node.all_processes if worker._global_node else {}
     kinds = (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER)
     return {kind: info.process for kind in kinds for info in started.get(kind, ())}
+
+
+def raylet_of_this_machine() -> psutil.Process | None:
+    """Return the raylet by which this process takes part in a cluster; None if it can't be found.
+
+    API: the flag `--node_id` of the raylet's command line, by which Ray itself finds the raylets of a machine.
+    """
+    flag = f"--node_id={ray.get_runtime_context().get_node_id()}"
+    return next((p for p in psutil.process_iter(["cmdline"]) if flag in (p.info["cmdline"] or ())), None)
 
 
 def show_progress_bars(shown: bool) -> None:

@@ -118,7 +118,7 @@ def _found_bad(listed: pa.Table, kept: str, max_pixels: int) -> list[str]:
             return [str(reason) for reason in found["reason"].to_pylist()]
     reasons: list[str] = []
     read = partial(read_reasons, max_pixels=max_pixels)
-    for columns in stream(listed.select(["image"]), read, _CHECKED, world=1):
+    for columns in stream(listed.select(["image"]), read, _CHECKED, world=1, max_pixels=max_pixels):
         reasons += [str(reason) for reason in columns["reason"]]
     write_table(kept, pa.table({"image": listed["image"], "reason": pa.array(reasons, pa.string())}))
     return reasons

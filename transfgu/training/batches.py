@@ -29,6 +29,7 @@ from transfgu.datasets.sample_cache import Layout, SampleCache, default_folder
 from transfgu.errors import UserError
 from transfgu.learner import Batch
 from transfgu.recipe import MAX_PIXELS, ComputeRecipe, Recipe, Size
+from transfgu.runtime.parts import read_memory
 from transfgu.runtime.ray_internals import data_context
 from transfgu.store import storage
 from transfgu.training.order import Order
@@ -91,7 +92,8 @@ class Share:
         read = self.read_rows or partial(
             read_training_rows, size=self.size, orient=self.orient, max_pixels=self.max_pixels
         )
-        for columns in stream(rows, read, batch_size, world=self.world, block_rows=block_rows):
+        decoded = stream(rows, read, batch_size, world=self.world, max_pixels=self.max_pixels, block_rows=block_rows)
+        for columns in decoded:
             # Copied: arrays out of Ray's object store are read-only, which torch warns of.
             yield Batch(columns["slot"], torch.tensor(columns["image"]), torch.tensor(columns["maps"]))
 
@@ -102,6 +104,7 @@ def stream(
     batch_size: int,
     *,
     world: int,
+    max_pixels: int,
     block_rows: int = BLOCK_ROWS,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield rows in their order, `batch_size` at a time, read in CPU tasks; a single block is read in this process.
@@ -111,6 +114,7 @@ def stream(
         read: from a block of rows to columns of as many.
         batch_size: rows at a time; the last may be fewer.
         world: workers that read at the same time, and share the cluster's memory for objects.
+        max_pixels: maximum size of an image that `read` decodes; its tasks ask Ray for the memory of one.
         block_rows: rows that one task reads.
     """
     if len(rows) <= block_rows:  # a plan takes two seconds to start
@@ -121,7 +125,9 @@ def stream(
     store = ray.cluster_resources().get("object_store_memory", _AHEAD_BYTES)
     blocks = [rows.slice(start, block_rows) for start in range(0, len(rows), block_rows)]
     with data_context(preserve_order=True, store_bytes=min(_AHEAD_BYTES, store / (2 * world))):
-        data = ray.data.from_arrow(blocks).map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=1)
+        data = ray.data.from_arrow(blocks).map_batches(
+            read, batch_size=None, batch_format="pyarrow", num_cpus=1, memory=read_memory(max_pixels)
+        )
     yield from data.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=2)
 
 

@@ -1,7 +1,8 @@
 """Score a model during training: each worker scores its share, and the counts are added up."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +56,11 @@ class _Share:
         self._rows: pa.Table = rows.take(np.arange(place.rank, len(rows), place.world))
         self._kept = Kept(len(self._rows), recipe.compute.resident_gib)
 
+    def _decoded(self, read: Callable[[pa.Table], dict[str, Any]]) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the columns that `read` makes of the worker's rows, a batch at a time."""
+        how = self._recipe
+        return stream(self._rows, read, how.evaluation.batch_size, world=self._world, max_pixels=how.dataset.max_pixels)
+
 
 class Validation(_Share):
     """One worker's share of the validation images (`image`, `label`), scored together with those of all workers."""
@@ -70,7 +76,7 @@ class Validation(_Share):
 
     def _batches(self) -> Iterator[tuple[Shaped[Tensor, "B ..."], Int16[Tensor, "B H W"]]]:
         read = partial(read_labelled_rows, recipe=self._recipe)
-        for columns in stream(self._rows, read, self._recipe.evaluation.batch_size, world=self._world):
+        for columns in self._decoded(read):
             images, labels = usable(columns)
             if labels:
                 yield self._model.frozen(torch.from_numpy(images)).cpu(), torch.from_numpy(np.stack(labels))
@@ -92,7 +98,7 @@ class Mirror(_Share):
         """Return the frozen part's results for images and their mirror images."""
         how = self._recipe.dataset
         read = partial(read_plain_rows, size=how.image_size, orient=how.orient, max_pixels=how.max_pixels)
-        for columns in stream(self._rows, read, self._recipe.evaluation.batch_size, world=self._world):
+        for columns in self._decoded(read):
             images = torch.from_numpy(columns["image"][columns["good"]])
             if len(images):
                 yield self._model.frozen(images).cpu(), self._model.frozen(images.flip(3)).cpu()
