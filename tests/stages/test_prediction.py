@@ -180,7 +180,7 @@ def test_a_mask_in_strips_is_the_same_png() -> None:
 @pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("kind", [pytest.param("png", marks=pytest.mark.ci_long), "parquet"])
+@pytest.mark.parametrize("kind", ["png", "parquet"])
 def test_masks_in_tiles(made: MadeRun, tmp_path: Path, kind: prediction.Format) -> None:
     write_images(tmp_path / "images", ["a/004.jpg", "a/003.png", "b/001.png"])
     Image.fromarray(np.tile(picture(4), (2, 3, 1))).save(tmp_path / "images" / "wide.png")

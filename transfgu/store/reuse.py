@@ -69,11 +69,11 @@ def preset_note(asked: Recipe, recipe: Recipe, other: Run) -> str:
     Returns:
         The fields with both values, and the remedy, as one line; empty if there are none.
     """
-    there, given = other.recipe().flat(), asked.given() | {"preset", "method"}
+    there, left_out = other.recipe().flat(), asked.given() | {"preset", "method"} | recipe.others_fields().keys()
     differing = {
         name: (there[name], value)
         for name, value in recipe.flat().items()
-        if there[name] != value and name not in given and not name.startswith("compute.") and not recipe.ignores(name)
+        if there[name] != value and name not in left_out and not name.startswith("compute.")
     }
     if not differing:
         return ""
