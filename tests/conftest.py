@@ -174,6 +174,14 @@ def ray_cluster(s3_environment: str) -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def small_work_here(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster as users have it: a single block of work runs in the calling process."""
+    from transfgu.runtime import connect as runtime_connect
+
+    monkeypatch.setattr(runtime_connect, "works_here", replaced[-1])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Put caches of decoded images into a folder of the session; Ray's workers inherit the environment."""

@@ -4,9 +4,14 @@ import pickle
 
 import pytest
 
-from transfgu.errors import BadShare, LeftOut, UserError
+from transfgu.errors import BadShare, LeftOut, UserError, counted
 
 BAD = [LeftOut(name=f"{i}.png", reason="truncated image") for i in range(4)]
+
+
+def test_numbers_have_their_noun() -> None:
+    shown = [counted(1, "CPU"), counted(1.0, "GPU"), counted(0.5, "GPU"), counted(0, "class"), counted(2000000, "tile")]
+    assert shown == ["1 CPU", "1 GPU", "0.5 GPUs", "0 classes", "2000000 tiles"]
 
 
 def test_advice_that_ray_adds_is_not_in_the_line() -> None:

@@ -52,12 +52,12 @@ def test_segmenter() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster", "home")
+@pytest.mark.usefixtures("small_work_here", "home")
 def test_train() -> None:
     run_examples(run_stages)
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster", "demonstration")
+@pytest.mark.usefixtures("small_work_here", "demonstration")
 def test_predict() -> None:
     run_examples(predict)

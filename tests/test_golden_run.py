@@ -84,7 +84,7 @@ def test_the_segmenter_predicts_its_masks(golden: Run) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("small_work_here")
 def test_evaluation_counts_its_figures(golden: Run) -> None:
     result = pipeline.evaluate(golden.recipe(), golden, quiet=True)
     assert {name: result[name] for name in ("mean_iou", "pixel_accuracy", "iou")} == {
@@ -94,7 +94,7 @@ def test_evaluation_counts_its_figures(golden: Run) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("small_work_here")
 def test_prediction_makes_its_masks_and_goes_on_with_them(golden: Run, tmp_path: Path) -> None:
     job = PredictionJob(
         run=golden.uri, images=golden.file("samples/scenes/validation/images"), out=str(tmp_path / "out")

@@ -168,7 +168,7 @@ def test_a_run_that_is_there_keeps_the_fields_it_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("small_work_here")
 def test_the_whole_method_and_again_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photographs(tmp_path)
     recipe, run = small(tmp_path), Run(str(tmp_path / "run"))
@@ -214,6 +214,8 @@ def test_the_whole_method_and_again_nothing(tmp_path: Path, capsys: pytest.Captu
     assert pipeline.evaluate(published, None, quiet=True)["iou"] == metrics["iou"]
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_without_labels_there_is_a_report_and_no_score(tmp_path: Path) -> None:
@@ -227,7 +229,6 @@ def test_without_labels_there_is_a_report_and_no_score(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.ci_long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_may_have_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,12 @@ class UserError(Exception):
         return type(self), (str(self), self.code)
 
 
+def counted(count: int | float, noun: str) -> str:
+    """Return a number with its noun, for a message: `1 CPU`, `2 CPUs`, `0.5 CPUs`, `3 classes`."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count if isinstance(count, int) else format(count, 'g')} {noun}{ending}"
+
+
 class BadInput(Exception):
     """One image or label that can't be used; the run continues without it.
 

@@ -20,7 +20,7 @@ import torch
 from transfgu import datasets, formats
 from transfgu.baselines.masks import score_masks
 from transfgu.encoder import SHIPPED, Encoder, is_self_described
-from transfgu.errors import LeftOut, UserError
+from transfgu.errors import LeftOut, UserError, counted
 from transfgu.methods import STAGES, TRANSFGU, method
 from transfgu.metrics import Scores, merge_clusters, scores, scores_json
 from transfgu.presets import SMALL_ENCODER
@@ -225,6 +225,8 @@ def run_stages(
             names_of.write(run, names)
         if shared:
             reuse.write(run)
+            if note := reuse.preset_note(asked, recipe, shared):
+                say(note)
             if why_not:
                 say(f"not shared with {storage.shown(shared.uri)}: {why_not}")
         named = recipe.preset if recipe.method == TRANSFGU else f"{recipe.preset} by {method(recipe.method).title}"
@@ -300,7 +302,7 @@ def check_shared(recipe: Recipe, run: Run | None) -> None:
 
 def _counted(manifest: Manifest) -> str:
     """Return the amount of a stage's work, such as ``200 images``."""
-    return f"{manifest.outcome.items} {'windows' if manifest.stage == 'concepts' else 'images'}"
+    return counted(manifest.outcome.items, "window" if manifest.stage == "concepts" else "image")
 
 
 def _left_out_note(manifest: Manifest) -> str:

@@ -29,6 +29,8 @@ MAX_PIXELS = 178_956_970
 """Pixels beyond which Pillow, too, takes an image for a small file that would fill the memory."""
 DECODING_BYTES = 8
 """Bytes per pixel that decoding an image takes at most: four channels of Pillow's, three of ours, some between."""
+SUGGESTION_WINDOWS = 4000
+"""Default maximum number of windows per group from which `transfgu suggest` measures numbers of concepts."""
 Protocol = Literal["published", "label", "stego"]
 
 _GIVEN = "given"  # in a recipe's file: the fields that are not its preset's
@@ -512,12 +514,11 @@ class Recipe:
         names = [n for s in self.stages if s in before for n in _own_fields(self, s)]
         return {n: flat[n] for n in FIELDS if n in names}
 
-    def ignores(self, name: str) -> str:
-        """Return a method that has the field `name` (dotted), if this method does not have it; otherwise ""."""
-        if name in _all_stage_fields(self):
-            return ""
-        others = (replace(self, method=other) for other in METHODS)
-        return next((other.method for other in others if name in _all_stage_fields(other)), "")
+    def others_fields(self) -> dict[str, str]:
+        """Return the fields (dotted names) that only other methods have, each with the first method that has it."""
+        own = _all_stage_fields(self)
+        others = [replace(self, method=other) for other in METHODS]
+        return {n: other.method for other in reversed(others) for n in _all_stage_fields(other) if n not in own}
 
     def digest(self, stage: str) -> str:
         """Return the hexadecimal SHA-256 of :meth:`stage_fields`, the same in every version.

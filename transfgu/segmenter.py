@@ -6,7 +6,7 @@ that of a run, with the weights of encoder and decoder and without paths of data
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -277,13 +277,21 @@ class Segmenter(ModelHubMixin):
         except BadInput as error:
             raise _unreadable(photo, error) from None
 
-    def strips(self, rows: Rows, tiling: Tiling, *, probabilities: bool = False) -> Iterator[np.ndarray]:
+    def strips(
+        self,
+        rows: Rows,
+        tiling: Tiling,
+        *,
+        probabilities: bool = False,
+        report: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Iterator[np.ndarray]:
         """Yield the results of `predict` with tiles as strips of rows, for results that don't fit in memory.
 
         Args:
             rows: the image (`transfgu.datasets.rasters`).
             tiling: the tiles.
             probabilities: yield (C, rows, W) probabilities instead of (rows, W) indices.
+            report: called after each batch of tiles, with the number of tiles done and that of all tiles.
         """
         height, width = tiling.size(self.size)
         if rows.height <= height and rows.width <= width:
@@ -301,7 +309,7 @@ class Segmenter(ModelHubMixin):
             shares: np.ndarray = summed.index_add_(0, class_of.to(logits.device), logits.softmax(dim=0)).cpu().numpy()
             return shares
 
-        yield from strips(rows, self.size, tiling, self._cells(), self.logits, reduce)
+        yield from strips(rows, self.size, tiling, self._cells(), self.logits, reduce, report=report)
 
     def _cells(self) -> tuple[int, int]:
         """Return the cells of a tile, vertical and horizontal; their borders are borders of patches at every scale."""

@@ -35,7 +35,7 @@ def stopped(tmp_path: Path) -> Run:
 def test_a_finished_run_says_what_comes_next(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
     status.main([finished.uri])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{finished.uri}: shapes, 10 classes, 1 epochs"
+    assert lines[0] == f"{finished.uri}: shapes, 10 classes, 1 epoch"
     assert [line.split()[1] for line in lines[1:7]] == ["complete:"] * 6
     assert lines[7].startswith("mIoU ")
     assert lines[8] == f"next: transfgu predict --run {finished.uri} --images IMAGES --out MASKS"

@@ -79,7 +79,7 @@ def test_dicom_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert np.abs(other.narrowed(None) - expected).max() <= 0.51
     rescale.main([str(folder), "--out", str(out), "--quiet"])
     told = capsys.readouterr().out
-    assert told.startswith("1 files left out: ct (no window: give --low and --high)")
+    assert told.startswith("1 file left out: ct (no window: give --low and --high)")
     assert Image.open(out / "mr.png").size == (64, 64)
     mr.PhotometricInterpretation = "MONOCHROME1"
     mr.NumberOfFrames, mr.PixelData = 2, mr.PixelData * 2

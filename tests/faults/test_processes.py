@@ -19,16 +19,18 @@ from transfgu.store.artifacts import Run
 pytestmark = [pytest.mark.long, pytest.mark.ray]
 
 
-@pytest.mark.ci_long
 @pytest.mark.parametrize(
     ("fault", "stage", "pattern", "fields"),
     [
-        ("actor killed", "features", "MapBatches(EncodeWindows)", {}),
+        pytest.param("actor killed", "features", "MapBatches(EncodeWindows)", {}, marks=pytest.mark.ci_long),
         ("task's worker killed", "features", "MapBatches(ReadImages)", {}),
         ("actor killed", "concepts", "ray::KMeansActor", {}),
         ("actor killed", "pseudo_labels", "MapBatches(MapConcepts)", {}),
         ("task's worker killed", "pseudo_labels", "MapBatches(WritePseudoLabels)", {}),
-        ("one of two workers killed", "training", "ray::RayTrainWorker", {"compute.workers": 2}),
+        pytest.param(
+            *("one of two workers killed", "training", "ray::RayTrainWorker", {"compute.workers": 2}),
+            marks=pytest.mark.ci_long,
+        ),
         ("actor killed", "evaluation", "MapBatches(Count)", {}),
     ],
 )
@@ -62,8 +64,7 @@ def test_the_worker_of_a_method_of_comparison_that_dies(method: str, tmp_path: P
     row(f"worker killed, {method}", "training", "continues by itself", lost, "its work in hand")
 
 
-@pytest.mark.ci_long
-@pytest.mark.parametrize("stage", ["features", "pseudo_labels"])
+@pytest.mark.parametrize("stage", [pytest.param("features", marks=pytest.mark.ci_long), "pseudo_labels"])
 def test_a_part_cut_short_in_a_stage_that_was_stopped(undisturbed: Undisturbed, tmp_path: Path, stage: str) -> None:
     run = copy_until(undisturbed.run, tmp_path / "run", stage)
     shutil.copytree(undisturbed.run.file(stage), run.file(stage))
@@ -77,8 +78,10 @@ def test_a_part_cut_short_in_a_stage_that_was_stopped(undisturbed: Undisturbed, 
     row("part cut short, before the stage's end", stage, "made anew when run again", seconds, "that part")
 
 
-@pytest.mark.ci_long
-@pytest.mark.parametrize(("stage", "reader"), [("features", "concepts"), ("pseudo_labels", "training")])
+@pytest.mark.parametrize(
+    ("stage", "reader"),
+    [pytest.param("features", "concepts", marks=pytest.mark.ci_long), ("pseudo_labels", "training")],
+)
 def test_a_part_cut_short_in_a_finished_stage(
     undisturbed: Undisturbed, tmp_path: Path, stage: str, reader: str
 ) -> None:

@@ -110,7 +110,14 @@ def test_strips_are_all_tiles_enlarged_weighted_and_added(
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     rows = Watched(image)
     tiling = Tiling(tile=tile, overlap=overlap)
-    found = list(strips(rows, (32, 32), tiling, (cells, cells), pooled, lambda logits: logits.numpy(), blended=blended))
+    counts: list[tuple[int, int]] = []
+    found = list(
+        strips(
+            *(rows, (32, 32), tiling, (cells, cells), pooled, lambda logits: logits.numpy()),
+            report=lambda done, total: counts.append((done, total)),
+            blended=blended,
+        )
+    )
     tall, wide = min(tile, height), min(tile, width)
     from transfgu.datasets import images
 
@@ -127,6 +134,8 @@ def test_strips_are_all_tiles_enlarged_weighted_and_added(
             total[y : y + tall, x : x + wide] += weight
     torch.testing.assert_close(total, torch.ones(bottom, right))
     np.testing.assert_allclose(np.concatenate(found, axis=1), expected[:, :height, :width].numpy(), atol=1e-3)
+    assert counts[-1] == (len(ys) * len(xs), len(ys) * len(xs))
+    assert [done for done, _ in counts] == sorted({done for done, _ in counts})
     asked = [pair for pair in rows.asked if pair != (0, 0)]
     assert [start for start, _ in asked] == [0, *(stop for _, stop in asked[:-1])]  # each row once, downwards
 

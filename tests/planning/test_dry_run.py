@@ -43,8 +43,8 @@ LINES = [
     "pseudo_labels: 2 maps of 8x8 patches for each of 6 images; 3.1 kB to write",
     "  Input > ReadImages (tasks) > MapConcepts (actors) > WritePseudoLabels (tasks)",
     # Six images, twice each, in batches of four.
-    "training: 2 epochs of 3 steps of 4 images, 6 steps in total; 6 images are scored every epoch; 14 kB to write",
-    "evaluation: score 6 images (12 images are scored during training)",
+    "training: 2 epochs of 3 steps of 4 images, 6 steps in total; 6 images to score every epoch; 14 kB to write",
+    "evaluation: score 6 images (12 images in all during training)",
 ]
 """Lines for the recipe above, without times and without the lines of the machine and the total."""
 
@@ -71,10 +71,11 @@ def test_one_machine_is_described_without_ray(tmp_path: Path, recipe: Recipe) ->
     assert started == "False"
     assert without_times(told) == LINES
     # As many as an embedded cluster has.
-    cpus = max(4, 2 * (os.cpu_count() or 1))
+    cores = os.cpu_count() or 1
+    cpus = max(4, 2 * cores)
     assert told[3] == (
-        f"machine  1 node, {cpus} CPUs, 0 GPUs: up to 1 encoder actors, 1 training workers, each holding 1 CPUs "
-        "and 0 GPUs"
+        f"machine  1 node, {cores} core{'s' * (cores > 1)} ({cpus} CPUs for Ray), 0 GPUs: up to 1 encoder actor, "
+        "1 training worker, each holding 1 CPU and 0 GPUs"
     )
 
 

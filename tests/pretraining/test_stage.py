@@ -38,6 +38,8 @@ def folder_of_images(folder: Path, count: int) -> str:
     return str(folder)
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 @pytest.mark.ray
 def test_two_workers_learn_from_a_folder(ray_cluster: None, tmp_path: Path) -> None:
     uri = folder_of_images(tmp_path / "images", 20)
@@ -56,7 +58,6 @@ def test_two_workers_learn_from_a_folder(ray_cluster: None, tmp_path: Path) -> N
     assert (encoder.width, encoder.depth, encoder.patch_size) == (12, 2, 4)
 
 
-@pytest.mark.ci_long
 @pytest.mark.ray
 @pytest.mark.long
 def test_what_was_learned_is_not_learned_again(ray_cluster: None, tmp_path: Path) -> None:

@@ -128,6 +128,8 @@ def test_the_grid_shows_image_prediction_and_truth(page: Page, bare: Page) -> No
     assert sum(alt.startswith("pseudo label: ") for alt in alts) == 4
     assert sum(alt.startswith("where the concept of") for alt in alts) == 12
     assert sum(" windows nearest to concept " in alt for alt in alts) == 10
+    most = max(int(alt.split()[1]) for alt in alts if " windows nearest to concept " in alt)
+    assert f"The {most} windows nearest to the centre of each concept" in page.text
     names = " ".join(page.texts)
     assert all(f"scene <{i}>" in names for i in range(VALIDATION))
     without = [image["alt"] or "" for image in bare.all("img")]
@@ -159,6 +161,16 @@ def test_a_run_says_when_and_how_it_was_made_and_what_comes_next(labelled: MadeR
     assert "Finished 2026-11-27 10:00 UTC by transfgu 0.1.0 on 2 cores." in text
     assert f"transfgu predict --run {labelled.run.uri} --images IMAGES --out MASKS" in text
     assert "whose decoder was kept" not in text or "epoch 6, whose decoder was kept" in text
+
+
+def test_pale_classes_are_hatched() -> None:
+    pale, dark = (245, 245, 245), (228, 26, 28)
+    painted = pictures.paint(np.repeat([[0], [1]], 16, axis=0).repeat(32, axis=1), [pale, dark], 32)
+    assert {tuple(c) for c in painted[:16].reshape(-1, 3).tolist()} == {pale, pictures.HATCH}
+    assert {tuple(c) for c in painted[17:].reshape(-1, 3).tolist()} == {dark}
+    assert (painted[:16] == pictures.HATCH).all(axis=2).mean() == 0.25
+    assert "gradient" in pictures.css(pale)
+    assert pictures.css(dark) == "#e41a1c"
 
 
 def test_the_truth_is_painted_in_its_classes_colours(page: Page) -> None:

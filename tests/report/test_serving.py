@@ -140,6 +140,12 @@ async def drive(server: Playground, port: int, photo: Path, shots: Path) -> list
             assert await page.value("document.documentElement.scrollWidth <= innerWidth"), width
             shot = await page.do("Page.captureScreenshot", captureBeyondViewport=True)
             (shots / f"serve-{width}.png").write_bytes(base64.b64decode(shot["data"]))
+        # A class near white is hatched: a quarter of its pixels are grey.
+        await page.value("mask.data.fill(classes.findIndex(c => c.pale)); list(); draw()")
+        reds = "[...by('mask').getContext('2d').getImageData(0, 0, 128, 128).data].filter((_, i) => i % 4 === 0)"
+        share = await page.value(f"{reds}.filter(red => red === 110).length / mask.data.length")
+        assert 0.2 < share < 0.35
+        assert "gradient" in await page.value("getComputedStyle(document.querySelector('#classes .swatch')).background")
         await page.value("by('name0').value = 'dart board'; by('names').requestSubmit()")
         await page.until("document.readyState === 'complete' && classes[0].name === 'dart board'")
         return page.errors

@@ -238,6 +238,8 @@ def test_an_embedded_cluster_is_open_to_its_machine_alone(ray_cluster: None) -> 
     assert {c.laddr.ip for c in found} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 @pytest.mark.ray
 def test_ray_that_does_not_start_in_time_is_given_longer() -> None:
     base = Path(tempfile.mkdtemp(dir="/tmp"))

@@ -1,6 +1,7 @@
 """Progress lines on a terminal and in a log."""
 
 import io
+import threading
 
 from transfgu.runtime.progress import Progress
 
@@ -84,3 +85,20 @@ def test_what_is_printed_after_the_end_has_a_line_of_its_own() -> None:
     progress.end()
     assert out.getvalue().endswith("\n")
     assert out.getvalue().count("\n") == 1
+
+
+def test_lines_appear_while_one_piece_of_work_lasts() -> None:
+    out = io.StringIO()
+    progress = Progress("prediction", stream=out, pause=0.01)
+    thrice = threading.Event()
+
+    def report() -> None:
+        progress.update(0, 1, "images", ", 16/640 tiles of the images begun")
+        if out.getvalue().count("\n") >= 3:
+            thrice.set()
+
+    with progress.repeated(report):
+        assert thrice.wait(20)
+    lines = out.getvalue().splitlines()
+    assert {line.rstrip() for line in lines} == {"prediction: 0/1 images, 16/640 tiles of the images begun"}
+    assert not [thread for thread in threading.enumerate() if thread.name == "progress of prediction"]

@@ -153,6 +153,8 @@ def upload(folder: str) -> None:
     ray.train.report({}, checkpoint=found, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD)
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 def test_persist_current_checkpoint(ray_cluster: None, tmp_path: Path) -> None:
     local = tmp_path / "local"
     local.mkdir()

@@ -18,6 +18,7 @@ import ray
 
 from tests.folder_run import photographs, small
 from tests.refusals import refused
+from transfgu.errors import counted
 from transfgu.methods import STAGES
 from transfgu.recipe import from_yaml, preset
 from transfgu.report.search import write
@@ -279,7 +280,7 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
     for trial in final.values():
         assert [row["epoch"] for row in trial.history] == [1, 2, 3, 4]
     assert len({t.parameters["training.omega_1"] for t in final.values()}) == 4
-    assert f"{4 - len(ended)} trials to go, 2 at a time" in output
+    assert f"{counted(4 - len(ended), 'trial')} to go, 2 at a time" in output
 
 
 SCRIPT = """

@@ -310,7 +310,7 @@ def test_an_interrupted_group_goes_on(tmp_path: Path, white: bool) -> None:
         pass
 
     class StopsAfterFive(Progress):
-        def update(self, done: int, total: int | None, unit: str) -> None:
+        def update(self, done: int, total: int | None, unit: str, more: str = "") -> None:
             assert (total, unit) == (None, f"K-Means iterations over {group.name} (at most 50)")
             if done == 5:
                 raise Stopped

@@ -32,10 +32,11 @@ from transfgu.verification import verify
 PHOTOGRAPHS = 20
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(name, marks=() if name == "picie-no-aux" else pytest.mark.long) for name in FIELDS],
+    [pytest.param(name, marks=pytest.mark.ci_long if name == "picie-no-aux" else ()) for name in FIELDS],
 )
 def test_a_run_from_images_to_masks(method: str, tmp_path: Path, ray_cluster: None) -> None:
     photographs(tmp_path)

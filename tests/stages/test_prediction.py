@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import psutil
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.gateway import Gateway
 from tests.made_run import MadeRun, make_run
 from tests.refusals import refused
 from tests.stages.small_run import BAD, picture, spoil
@@ -175,9 +177,10 @@ def test_a_mask_in_strips_is_the_same_png() -> None:
     np.testing.assert_array_equal(np.asarray(read.convert("RGB")), np.asarray(whole.convert("RGB")))
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("kind", ["png", pytest.param("parquet", marks=[pytest.mark.long, pytest.mark.ci_long])])
+@pytest.mark.parametrize("kind", ["png", "parquet"])
 def test_masks_in_tiles(made: MadeRun, tmp_path: Path, kind: prediction.Format) -> None:
     write_images(tmp_path / "images", ["a/004.jpg", "a/003.png", "b/001.png"])
     Image.fromarray(np.tile(picture(4), (2, 3, 1))).save(tmp_path / "images" / "wide.png")
@@ -200,6 +203,36 @@ def test_masks_in_tiles(made: MadeRun, tmp_path: Path, kind: prediction.Format) 
     for overlap, refusal in ((32, "out-taken --tile --overlap"), (64, "tile-wrong 64")):
         with refused(refusal):
             prediction.preflight(job(made, tmp_path, format=kind, tile=64, overlap=overlap))
+
+
+def shown_tiles(made: MadeRun, tmp_path: Path) -> list[str]:
+    """Predict in tiles; return the lines that were printed."""
+    out = io.StringIO()
+    progress = Progress("prediction", stream=out, pause=0.005)
+    predict(job(made, tmp_path, tile=64, overlap=48), COMPUTE, progress)
+    return out.getvalue().splitlines()
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_the_tiles_of_a_large_image_are_counted(made: MadeRun, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.tile(picture(4), (4, 8, 1))).save(tmp_path / "images" / "large.png")
+    lines = shown_tiles(made, tmp_path)
+    counted = [line.split()[1] for line in lines if " tiles " in line]
+    assert len(set(counted)) > 2, lines
+    assert len({of.partition("/")[2] for of in counted}) == 1
+    assert lines[-1].startswith("prediction: 1/1 images")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_tiles_of_several_images_are_counted_in_actors(made: MadeRun, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        Image.fromarray(np.tile(picture(4), (4, 8, 1))).save(tmp_path / "images" / f"{number}.png")
+    lines = shown_tiles(made, tmp_path)
+    assert any("tiles of the images begun" in line for line in lines), lines
+    assert lines[-1].startswith("prediction: 2/2 images")
 
 
 @pytest.mark.parametrize(
@@ -297,6 +330,37 @@ def test_few_images_are_predicted_without_ray(how: dict[str, Any], made: MadeRun
 
 @pytest.mark.s3
 @pytest.mark.usefixtures("without_ray")
+def test_images_in_s3_are_listed_once(
+    made: MadeRun, tmp_path: Path, s3: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "b/c.png"):
+        file = io.BytesIO()
+        Image.fromarray(picture(4)).save(file, "png")
+        storage.write_bytes(f"{s3}/images/{name}", file.getvalue())
+    gateway = Gateway(s3_endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", gateway.url)
+    assert predict(job(made, tmp_path, images=f"{s3}/images"), COMPUTE, QUIET).made == 2
+    gateway.close()
+    listed = [parse_qs(urlsplit(asked.line.split()[1]).query) for asked in gateway.asked if "list-type=2" in asked.line]
+    # Others only look whether the folder exists.
+    assert [query["prefix"] for query in listed if query.get("max-keys") != ["1"]] == [["images/"]], listed
+
+
+@pytest.mark.s3
+def test_a_listing_with_tags_is_the_same_as_without(s3: str) -> None:
+    for name in ("a.png", "b/c.png", "b/d e%.png", "x.partial"):
+        storage.write_bytes(f"{s3}/images/{name}", b"12")
+    for uri in (s3, f"{s3}/images", f"{s3}/images/", f"{s3}/nothing", f"{s3}/images/a.png"):
+        for recursive in (True, False):
+            tagged = storage.list_folder(uri, recursive, tags=True)
+            plain = storage.list_folder(uri, recursive)
+            assert {name: version._replace(tag="") for name, version in tagged.files.items()} == plain.files
+            assert all(version.tag for version in tagged.files.values())
+    assert len(storage.list_folder(s3, tags=True).files) == 3
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("without_ray")
 def test_an_image_in_s3_replaced_within_a_second_is_predicted_again(made: MadeRun, tmp_path: Path, s3: str) -> None:
     before, after = (
         Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)) for seed in (0, 1)
@@ -333,7 +397,14 @@ def test_an_image_in_s3_replaced_within_a_second_is_predicted_again(made: MadeRu
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("how", [{"overlays": True}, {"format": "parquet"}, {"tile": 48, "overlap": 16}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({"overlays": True}, marks=pytest.mark.long),
+        pytest.param({"format": "parquet"}, marks=pytest.mark.long),
+        {"tile": 48, "overlap": 16},
+    ],
+)
 def test_few_images_are_the_same_with_and_without_ray(
     how: dict[str, Any], made: MadeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,9 +451,10 @@ def test_masks_are_the_segmenters_and_only_what_lacks_is_made(made: MadeRun, tmp
     assert all(made_again[name] == made_first[name] for name in same)
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("kind", ["png", pytest.param("parquet", marks=[pytest.mark.long, pytest.mark.ci_long])])
+@pytest.mark.parametrize("kind", [pytest.param("png", marks=pytest.mark.ci_long), "parquet"])
 def test_masks_of_other_versions_are_made_again(made: MadeRun, tmp_path: Path, kind: prediction.Format) -> None:
     folder = write_images(tmp_path / "images", ["a/004.jpg", "photo.jpg", "same.jpg", "gone.jpg", "spoilt.jpg"])
     asked = job(made, tmp_path, format=kind)
@@ -438,6 +510,8 @@ def test_a_link_from_images_to_masks_is_refused(made: MadeRun, tmp_path: Path) -
         prediction.preflight(job(made, tmp_path))
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_parquet_holds_each_image_once(made: MadeRun, tmp_path: Path) -> None:

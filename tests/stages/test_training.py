@@ -1,6 +1,8 @@
 import contextlib
 import json
+import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from tests.made_run import SIDE, TRAIN, MadeRun, make_run
 from tests.refusals import refused
+from transfgu.benchmarks.processes import descendants, kind_of
 from transfgu.datasets.packed_maps import maps_of_planes, unpack_planes
 from transfgu.datasets.rows import read_training_rows
 from transfgu.decoder import MaskDecoder
@@ -56,7 +59,7 @@ class Listener(Progress):
         self.notes: list[str] = []
         self.steps: tuple[int, int | None] = (0, 0)
 
-    def update(self, done: int, total: int | None, unit: str) -> None:
+    def update(self, done: int, total: int | None, unit: str, more: str = "") -> None:
         assert unit == "steps"
         self.steps = (done, total)
 
@@ -221,6 +224,7 @@ def test_what_a_training_goes_on_from(tmp_path: Path) -> None:
     assert len({first, *others, digest()}) == 6
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_costs_its_epoch_alone(tmp_path: Path, ray_cluster: None) -> None:
     made = make_run(tmp_path, labels=False, things=5, stuff=0)  # with a background, without labels
     recipe = made.recipe.with_fields({**COMMON, "passes": 20, "training.views": True})
@@ -235,6 +239,8 @@ def test_a_worker_that_dies_costs_its_epoch_alone(tmp_path: Path, ray_cluster: N
     assert outcome.details["model of epoch"] == 3
 
 
+@pytest.mark.long
+@pytest.mark.ci_long
 def test_what_trying_again_cannot_mend_is_one_line(tmp_path: Path, ray_cluster: None) -> None:
     made = make_run(tmp_path)
     rows = training_images(made.run)
@@ -243,6 +249,17 @@ def test_what_trying_again_cannot_mend_is_one_line(tmp_path: Path, ray_cluster: 
     recipe = made.recipe.with_fields({**COMMON, "compute.workers": 1})
     with refused(f"image-changed {gone.name}"):
         training.run(recipe, made.run, Listener())
+
+
+def test_a_training_leaves_neither_processes_nor_a_handler(tmp_path: Path, ray_cluster: None) -> None:
+    made, before = make_run(tmp_path), signal.getsignal(signal.SIGINT)
+    training.run(made.recipe.with_fields({**COMMON, "epochs": 1, "compute.workers": 1}), made.run, Listener())
+    assert signal.getsignal(signal.SIGINT) is before
+    deadline = time.monotonic() + 10
+    of_training = {"TrainController", "DatasetManager", "ProgressBoard", "RayTrainWorker"}
+    while (left := of_training & {*map(kind_of, descendants(os.getpid()))}) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
 
 
 def test_a_run_without_pseudo_labels_is_refused(tmp_path: Path) -> None:

@@ -55,9 +55,11 @@ def small(name: str, data: str, weights: str) -> Recipe:
     return preset(name).with_fields({**fields, **sizes, "windows.scales": (0.5,), "min_background": 0.3})
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    "name", ["coco-stuff-27", pytest.param("cityscapes", marks=[pytest.mark.long, pytest.mark.ci_long])]
+    "name",
+    [pytest.param("coco-stuff-27", marks=pytest.mark.ci_long), "cityscapes"],
 )
 def test_data_weights_and_run_lie_on_s3(name: str, samples: Path, s3: str, ray_cluster: None) -> None:
     data = upload(name, samples, f"{s3}/data")

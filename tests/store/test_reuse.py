@@ -62,6 +62,19 @@ def test_a_run_leads_on_to_the_run_that_it_takes_from(tmp_path: Path) -> None:
     assert why == "concepts is not complete there"
 
 
+def test_values_of_the_preset_that_the_other_run_has_otherwise_are_listed(tmp_path: Path) -> None:
+    other = complete(tmp_path / "other", RECIPE.with_fields({"epochs": 3, "omega_2": 0.7, "workers": 2, "things": 5}))
+    asked = RECIPE.with_fields({"things": 7})
+    note = reuse.preset_note(asked, asked, other)
+    assert "training.epochs (3 there, " in note
+    assert "training.omega_2 (0.7 there, " in note
+    assert "things" not in note  # asked for
+    assert "compute" not in note
+    assert "\n" not in note
+    based = other.recipe().with_fields({"things": 7})  # as without a PRESET
+    assert reuse.preset_note(based, based, other) == ""
+
+
 def test_the_list_of_reused_stages_is_read_once(tmp_path: Path) -> None:
     made, _ = reuse.linked(RECIPE, Run(str(tmp_path / "run")), complete(tmp_path / "other"))
     reuse.write(made)

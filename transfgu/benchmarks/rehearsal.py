@@ -170,15 +170,21 @@ def rehearse(
             raise UserError(
                 f"{storage.shown(run.uri)} holds a run: delete it, or give another --root", code="run-there"
             )
-        recipe = _small(recipe, root, Path(folder))
+        recipe = small_recipe(recipe, root, Path(folder))
         say(f"{images} + {validation} images in {storage.shown(root)} ...")
         make_data(recipe, root, images, validation)
         arithmetic = _arithmetic(recipe)
         return _Rehearsing(recipe, run, Path(folder), requests, say).measured(images, validation, arithmetic)
 
 
-def _small(recipe: Recipe, root: str, folder: Path) -> Recipe:
-    """Return the recipe with the rehearsal's sizes, on the data in `root`."""
+def small_recipe(recipe: Recipe, root: str, folder: Path) -> Recipe:
+    """Return the recipe with the rehearsal's sizes, on the data in `root`, and write its encoder there.
+
+    Args:
+        recipe: the recipe to change.
+        root: URI of the folder of data and encoder.
+        folder: a local folder for caches.
+    """
     weights = storage.join(root, "encoder.safetensors")
     torch.manual_seed(0)
     vit = VisionTransformer(

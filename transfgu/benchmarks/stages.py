@@ -403,7 +403,7 @@ class _Clock(Progress):
         super().__init__("clock", quiet=True)
         self.times: list[float] = []
 
-    def update(self, done: int, total: int | None, unit: str) -> None:
+    def update(self, done: int, total: int | None, unit: str, more: str = "") -> None:
         """Record the time."""
         self.times.append(time.perf_counter())
 

@@ -14,8 +14,7 @@ import pyarrow.compute as pc
 from transfgu.cluster_numbers import drawn_images, elbow, measure, suggested
 from transfgu.datasets.shapes import STUFF, THINGS, scene
 from transfgu.inference.shards import matrix
-from transfgu.recipe import preset
-from transfgu.report.suggestion import WINDOWS
+from transfgu.recipe import SUGGESTION_WINDOWS, preset
 from transfgu.stages.features import EncodeWindows
 
 KINDS = ((6, 4), (4, 3), (3, 2))
@@ -71,7 +70,7 @@ def run(seed: int, *, images: int = 200, most: int = 12, say: Callable[[str], No
         table = features(seed, things, stuff, images)
         for name, group, drawn in (("things", "foreground", things), ("stuff", "background", stuff)):
             own = table.filter(pc.equal(table["group"], group))
-            kept = np.isin(own["index"].to_numpy(), drawn_images(own["index"].to_numpy(), WINDOWS))
+            kept = np.isin(own["index"].to_numpy(), drawn_images(own["index"].to_numpy(), SUGGESTION_WINDOWS))
             own = own.filter(pa.array(kept))
             measures = measure(
                 matrix(own["feature"]),

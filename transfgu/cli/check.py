@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from transfgu.cli import train
 from transfgu.cli.command_line import Parser
-from transfgu.errors import UserError
+from transfgu.errors import UserError, counted
 from transfgu.presets import PRESETS
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
@@ -47,7 +47,7 @@ def _verify(uri: str) -> None:
     for damage in found.damage:
         print(f"{storage.shown(damage.file)}: {damage.reason}\n    {damage.remedy}")
     print(
-        f"{found.files} files read, {len(found.damage)} damaged; "
+        f"{counted(found.files, 'file')} read, {len(found.damage)} damaged; "
         f"complete stages: {', '.join(found.stages) or 'none'}: {storage.shown(run.uri)}"
     )
     if found.damage:

@@ -207,12 +207,13 @@ def add_recipe(
     of_method = "" if usual.method == TRANSFGU else f" and method {usual.method}"
     parser.epilog = f"Defaults are those of preset {base}{of_method}; give another preset to see its defaults."
     groups = {c: parser.add_argument_group(title) for c, title in GROUPS.items()}
+    of_others = usual.others_fields()
     for name, default in usual.flat().items():
         if name == "preset":
             continue
         component = name.rpartition(".")[0]
         action = _add_recipe_field(groups[component], name, default)
-        is_shown = (shown is None or name in shown or component in shown) and not usual.ignores(name)
+        is_shown = (shown is None or name in shown or component in shown) and name not in of_others
         if not is_shown:
             action.help = argparse.SUPPRESS
         if not is_shown or not (name in COMMON or (shown and name == "decoder.weights")):
@@ -347,10 +348,11 @@ def _with_given(recipe: Recipe, given: Mapping[str, str]) -> Recipe:
         UserError: a bad value, or a field that the method does not have.
     """
     made = recipe.with_fields(given)
+    others = made.others_fields()
     for name in given:
-        if other := made.ignores(name):
+        if other := others.get(name):
             raise UserError(
-                f"--{name} is not an option of method {made.method} (it is one of {other}): leave it out",
+                f"--{name} is not an option of method {made.method}, only of others, such as {other}: leave it out",
                 code="option-of-another-method",
             )
     return made

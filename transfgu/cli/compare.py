@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transfgu.cli import compare_runs
 from transfgu.cli.command_line import Parser, add_recipe, given_fields, print_config, recipe_of
-from transfgu.errors import UserError
+from transfgu.errors import UserError, counted
 from transfgu.methods import METHODS, TRANSFGU, method
 from transfgu.presets import PRESETS
 from transfgu.recipe import Recipe, preset
@@ -85,7 +85,7 @@ def main(words: Sequence[str]) -> None:
     if failed:
         first = failed[0]
         raise UserError(
-            f"{len(failed)} of {runs} runs failed, such as {first.method} with seed {first.seed} "
+            f"{len(failed)} of {counted(runs, 'run')} failed, such as {first.method} with seed {first.seed} "
             f"({first.failure}): correct the cause, and run the same command again",
             code="comparison-unfinished",
         )
@@ -104,18 +104,18 @@ def _flags(recipe: Recipe, methods: Sequence[str], given: Mapping[str, str]) -> 
     Raises:
         UserError: a flag that no method of the comparison has, or a value that does not fit.
     """
-    of_method = {name: preset(recipe.preset, name) for name in methods}
+    others_fields = {name: preset(recipe.preset, name).others_fields() for name in methods}
     for field in given:
-        others = {name: own.ignores(field) for name, own in of_method.items()}
-        if all(others.values()):
+        others = [of_others.get(field) for of_others in others_fields.values()]
+        if all(others):
             raise UserError(
-                f"--{field} is not an option of {', '.join(methods)} (it is one of {next(iter(others.values()))}): "
-                "leave it out",
+                f"--{field} is not an option of {', '.join(methods)}, only of other methods, such as "
+                f"{others[0]}: leave it out",
                 code="option-of-another-method",
             )
     return {
-        name: tuple(word for field, text in given.items() if not own.ignores(field) for word in (f"--{field}", text))
-        for name, own in of_method.items()
+        name: tuple(word for field, text in given.items() if field not in of_others for word in (f"--{field}", text))
+        for name, of_others in others_fields.items()
     }
 
 

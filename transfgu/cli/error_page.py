@@ -87,6 +87,9 @@ def _words(message: ast.expr) -> str:
     if isinstance(message, ast.JoinedStr):
         return "".join(map(_words, message.values))
     if isinstance(message, ast.FormattedValue):
+        match message.value:
+            case ast.Call(func=ast.Name(id="counted"), args=[count, ast.Constant(value=str(noun))]):
+                return f"*{_name(count)}* {noun}{'es' if noun.endswith('s') else 's'}"
         return f"*{_name(message.value)}*"
     return f"*{_name(message)}*"
 

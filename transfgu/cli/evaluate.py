@@ -17,7 +17,7 @@ from transfgu.cli.command_line import (
     print_config,
     recipe_of,
 )
-from transfgu.errors import UserError
+from transfgu.errors import UserError, counted
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
 
@@ -65,7 +65,8 @@ def main(words: Sequence[str]) -> None:
     width = max(map(len, [*(result["iou"] or {}), *table]))
     for name, value in (result["iou"] or {}).items():
         print(f"{name:{width}}  {'absent' if value is None else f'{value:6.2f}'}")
-    print(f"{'':{width}}    mIoU  accuracy (percent, {result['images']} images, protocol {result['protocol']})")
+    images = counted(result["images"], "image")
+    print(f"{'':{width}}    mIoU  accuracy (percent, {images}, protocol {result['protocol']})")
     for name, row in table.items():
         print(f"{name:{width}}  {row['mean_iou']:6.2f}  {row['pixel_accuracy']:8.2f}")
     if arguments.out:

@@ -11,7 +11,7 @@ from PIL import Image
 from transfgu.cli.command_line import Parser, check_out, files_below
 from transfgu.datasets import videos
 from transfgu.datasets.images import encoded
-from transfgu.errors import BadInput, UserError
+from transfgu.errors import BadInput, UserError, counted
 from transfgu.runtime.progress import Progress
 from transfgu.store import storage
 
@@ -53,7 +53,7 @@ def main(words: Sequence[str]) -> None:
         raise UserError(f"no frame could be read: {', '.join(bad[:3])}", code="frames-missing")
     if bad:
         print(f"not read to their end: {', '.join(bad)}")
-    print(f"{written} frames of {len(found)} videos: {storage.shown(given.out)}")
+    print(f"{counted(written, 'frame')} of {counted(len(found), 'video')}: {storage.shown(given.out)}")
 
 
 def time_text(seconds: float) -> str:

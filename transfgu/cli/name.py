@@ -8,7 +8,7 @@ class `ignore`. `--masks OUT` updates earlier masks to the same classes; `--undo
 from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
-from transfgu.errors import UserError
+from transfgu.errors import UserError, counted
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
 
@@ -51,7 +51,7 @@ def main(words: Sequence[str]) -> None:
         done = naming.reindex(given.masks, run)
         print(f"{done.files} mask files re-indexed in {storage.join(storage.shown(given.masks), 'masks')}")
         if done.removed:
-            print(f"{done.removed} masks made with other names removed: run the same transfgu predict again")
+            print(f"{counted(done.removed, 'mask')} made with other names removed: run the same transfgu predict again")
         if storage.exists(storage.join(given.masks, "overlays")):
             print("overlays show the former classes: delete them, and run the same transfgu predict --overlays again")
     elif given.file or given.undo:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from transfgu.cli import export
 from transfgu.cli.command_line import Parser, add_compute, add_output, compute_of
-from transfgu.errors import UserError
+from transfgu.errors import UserError, counted
 from transfgu.fields import convert
 from transfgu.runtime.progress import Progress
 from transfgu.sharing.exports import NAMES, check_format
@@ -97,12 +97,12 @@ def main(words: Sequence[str]) -> None:
     bad = done.left_out
     if bad:
         named = ", ".join(f"{x.name} ({x.reason})" for x in bad[:3])
-        print(f"{len(bad)} of {done.images} images left out: {named}{', ...' if len(bad) > 3 else ''}")
+        print(f"{len(bad)} of {counted(done.images, 'image')} left out: {named}{', ...' if len(bad) > 3 else ''}")
     if done.passed:
         print(f"not read: {done.passed}")
     if done.orphans:
-        print(f"{done.orphans} masks have no image in {storage.shown(job.images)}: they are kept")
+        print(f"{counted(done.orphans, 'mask')} without an image in {storage.shown(job.images)}: kept")
     before = f", {done.found} there already" if done.found else ""
-    print(f"{done.made} masks made{before}: {storage.join(storage.shown(job.out), 'masks')}")
+    print(f"{counted(done.made, 'mask')} made{before}: {storage.join(storage.shown(job.out), 'masks')}")
     if exported:
         print(f"exported: {storage.shown(exported)}")

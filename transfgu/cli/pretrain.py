@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import yaml
 
 from transfgu.cli.command_line import Parser, add_output, add_pretraining_recipe, pretraining_recipe_of, program
-from transfgu.errors import UserError
+from transfgu.errors import UserError, counted
 from transfgu.fields import listed
 from transfgu.pretraining.recipe import VIEWS
 from transfgu.recipe import FIELDS, ComputeRecipe, Recipe, preset
@@ -86,9 +86,9 @@ def main(words: Sequence[str]) -> None:
     capacity.check_satisfiable(compute)  # all workers at once, because their number never changes
     prepared = pretrain(job, compute, Progress("pretraining", quiet=given.quiet))
     if prepared.left_out and not given.quiet:
-        print(f"{len(prepared.left_out)} images were left out, such as {prepared.left_out[0]['name']}")
+        print(f"{counted(len(prepared.left_out), 'image')} left out, such as {prepared.left_out[0]['name']}")
     if not given.quiet:
-        print(f"{storage.shown(job.out)}: learned from {prepared.images} images")
+        print(f"{storage.shown(job.out)}: learned from {counted(prepared.images, 'image')}")
     if given.labels:
         print(_probe(given.images, given.labels, job.out))
 

@@ -13,7 +13,7 @@ from transfgu.cli.command_line import Parser, check_out, files_below
 from transfgu.datasets import intensities
 from transfgu.datasets.images import encoded
 from transfgu.datasets.names import output_names
-from transfgu.errors import BadInput, UserError
+from transfgu.errors import BadInput, UserError, counted
 from transfgu.runtime.progress import Progress
 from transfgu.store import storage
 
@@ -74,7 +74,7 @@ def main(words: Sequence[str]) -> None:
             code="images-missing",
         )
     if bad:
-        print(f"{len(bad)} files left out: {', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}")
+        print(f"{counted(len(bad), 'file')} left out: {', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''}")
     if passed:
         print(f"{passed} other files not read")
-    print(f"{written} images: {storage.shown(given.out)}")
+    print(f"{counted(written, 'image')}: {storage.shown(given.out)}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transfgu.cli.command_line import Parser
+from transfgu.errors import counted
 from transfgu.recipe import Recipe
 from transfgu.store import storage
 from transfgu.store.artifacts import Manifest, Run, read_json
@@ -64,13 +65,14 @@ def state_of(run: Run) -> State:
 def describe(run: Run) -> Iterator[str]:
     """Yield a description of a run's state, line by line."""
     state, uri = state_of(run), storage.shown(run.uri)
-    yield f"{uri}: {state.recipe.preset}, {state.recipe.classes} classes, {state.recipe.training.epochs} epochs"
+    classes, epochs = counted(state.recipe.classes, "class"), counted(state.recipe.training.epochs, "epoch")
+    yield f"{uri}: {state.recipe.preset}, {classes}, {epochs}"
     for stage in state.recipe.stages:
         if stage in state.complete:
             manifest = state.complete[stage]
             left_out = len(manifest.outcome.left_out)
             note = f", {left_out} left out" if left_out else ""
-            yield f"  {stage:13}  complete: {manifest.outcome.items} images, {manifest.seconds:.1f} s{note}"
+            yield f"  {stage:13}  complete: {counted(manifest.outcome.items, 'image')}, {manifest.seconds:.1f} s{note}"
         else:
             yield f"  {stage:13}  {'begun' if stage in state.begun else 'not yet'}"
     if state.score:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from transfgu.cli.command_line import Parser
 from transfgu.errors import UserError
+from transfgu.recipe import SUGGESTION_WINDOWS
 from transfgu.runtime.progress import Progress
 from transfgu.store import storage
 from transfgu.store.artifacts import Run
@@ -33,8 +34,8 @@ def parser(words: Sequence[str] = ()) -> Parser:
         "--windows",
         metavar="N",
         type=int,
-        default=4000,
-        help="maximum number of foreground windows, and of background windows (default: 4000)",
+        default=SUGGESTION_WINDOWS,
+        help=f"maximum number of foreground windows, and of background windows (default: {SUGGESTION_WINDOWS})",
     )
     add("--seed", metavar="N", type=int, default=0, help="seed of random samples and of K-Means (default: 0)")
     add("--quiet", action="store_true", help="print only the measures")

@@ -22,6 +22,10 @@ ResizedMask = Int[np.ndarray, "h w"]
 
 _UNLABELLED = (150, 150, 150)
 _EDGE = (20, 20, 20)
+_PALE = 225  # colours whose red, green and blue are this at least are hatched: on white they would be invisible
+_HATCH_STEP, _HATCH_WIDTH = 8, 2  # distance and width of the lines, px along a row
+HATCH = (110, 110, 110)
+"""Colour of the lines on pale colours."""
 _WRONG = np.array((240, 110, 0), dtype=np.float32)
 # Nine colours of viridis, whose lightness rises evenly (van der Walt and Smith, SciPy 2015).
 _VIRIDIS = np.array(
@@ -74,13 +78,30 @@ def shrink(image: Pixels, side: int) -> Resized:
 
 
 def paint(mask: Mask, colours: Sequence[Colour], side: int) -> Resized:
-    """Paint a mask in its classes' colours with outlines of regions, the longer side `side` pixels; -1 is grey."""
+    """Paint a mask in its classes' colours with outlines of regions, the longer side `side` pixels; -1 is grey.
+
+    Colours near white are hatched (:func:`is_pale`).
+    """
     mask = _nearest(mask, side)
     table = np.array([*colours, _UNLABELLED], dtype=np.uint8)  # index -1 is the last
     painted: Resized = table[mask]
+    y, x = np.ogrid[: mask.shape[0], : mask.shape[1]]
+    pale = np.array([*map(is_pale, colours), False])
+    painted[pale[mask] & ((x + y) % _HATCH_STEP < _HATCH_WIDTH)] = HATCH
     painted[:, 1:][mask[:, 1:] != mask[:, :-1]] = _EDGE
     painted[1:][mask[1:] != mask[:-1]] = _EDGE
     return painted
+
+
+def is_pale(colour: Colour) -> bool:
+    """Return True if a colour is so near to white that pages hatch it."""
+    return min(colour) >= _PALE
+
+
+def css(colour: Colour) -> str:
+    """Return a colour, hatched if it is pale, as a value of CSS's `background`."""
+    plain, lines = ("#{:02x}{:02x}{:02x}".format(*c) for c in (colour, HATCH))
+    return f"repeating-linear-gradient(135deg, {lines} 0 1.5px, {plain} 1.5px 5px)" if is_pale(colour) else plain
 
 
 def keys(mask: Mask) -> list[Key]:

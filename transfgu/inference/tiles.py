@@ -147,6 +147,7 @@ def strips(
     logits_of: Callable[[UInt8[Tensor, "B 3 H W"]], Float[Tensor, "B C h w"]],
     reduce: Callable[[Float[Tensor, "C rows columns"]], np.ndarray],
     *,
+    report: Callable[[int, int], None] = lambda done, total: None,
     blended: int = BLENDED,
 ) -> Iterator[np.ndarray]:
     """Predict an image as strips of rows.
@@ -160,6 +161,7 @@ def strips(
         logits_of: returns logits of resized tiles.
         reduce: computes the result from blended logits, such as the index of the largest: (C, rows, columns) to (...,
             rows, columns).
+        report: called after each batch of tiles, with the number of tiles done and that of all tiles.
         blended: number of logits blended at a time; limits memory and does not change results.
 
     Yields:
@@ -175,17 +177,25 @@ def strips(
         end = begin + down.tile
         rows = np.concatenate((rows[begin - top :], image.read(top + len(rows), min(end, image.height))))
         top = begin
-        seen = np.pad(rows, ((0, down.tile - len(rows)), (0, across.beyond), (0, 0)), mode="reflect")
         found = []
         for first in range(0, len(across.begins), _AT_ONCE):
             columns = across.begins[first : first + _AT_ONCE]
-            tiles = [images.resize(seen[:, x : x + across.tile], size) for x in columns]
+            tiles = [images.resize(_whole(rows[:, x : x + across.tile], down.tile, across.tile), size) for x in columns]
             found.append(logits_of(torch.from_numpy(np.stack(tiles))).float())
+            report(row * len(across.begins) + first + len(columns), len(down.begins) * len(across.begins))
         held[row] = torch.cat(found)
         stop = down.begins[row + 1] if row + 1 < len(down.begins) else image.height
         yield _strip(held, down, across, done, stop, image.width, reduce, blended)
         done = stop
         held = {r: logits for r, logits in held.items() if down.begins[r] + down.tile > done}
+
+
+def _whole(part: UInt8[np.ndarray, "rows columns 3"], height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
+    """Return a tile that ends beyond the image as a whole tile, mirrored there; other tiles are not copied."""
+    rows, columns = part.shape[:2]
+    if (rows, columns) == (height, width):
+        return part
+    return np.pad(part, ((0, height - rows), (0, width - columns), (0, 0)), mode="reflect")
 
 
 def _strip(

@@ -6,6 +6,7 @@ The cost comes from the model of `transfgu.planning.cost_plan`, with rates from 
 this machine.
 """
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from transfgu import datasets, pipeline
 from transfgu.datasets import packed
 from transfgu.datasets.packed_maps import packed_planes
 from transfgu.encoder import normalise, patch_grid
-from transfgu.errors import LeftOut
+from transfgu.errors import LeftOut, counted
 from transfgu.inference import device
 from transfgu.inference.tokens import PatchTokens
 from transfgu.methods import STAGES, TRANSFGU, method
@@ -65,7 +66,7 @@ def describe(
         UserError: a mistake that would stop the run at its start: data, weights, storage, resources, the folder of
             another recipe.
     """
-    recipe = pipeline.preflight(recipe, run)
+    asked, recipe = recipe, pipeline.preflight(recipe, run)
     run = reuse.linked(recipe, run, shared)[0] if shared else run
     stages = pipeline.stages_until(recipe, until)
     complete = pipeline.check_artifacts(recipe, run)
@@ -80,6 +81,8 @@ def describe(
     timed = by_concepts and (not capacity.cluster_gpus() or (encode is not None and encode.device.type == "cuda"))
     works = _works(recipe, counts, encode, timed) if encode and by_concepts else _other_works(recipe, counts)
     yield f"dry run of {storage.shown(run.uri)}: checked, nothing computed"
+    if shared and (note := reuse.preset_note(asked, recipe, shared)):
+        yield note
     encoder = "no encoder"
     if encode:
         parameters = sum(p.numel() for p in encode.encoder.parameters())
@@ -94,14 +97,18 @@ def describe(
         f"{'x'.join(map(str, recipe.dataset.image_size))} pixels; {encoder}"
     )
     yield (
-        f"data     {counts.train} training images, {counts.validation} for validation, {counts.labelled} of them "
-        f"labelled{_left_out(counts.left_out)}"
+        f"data     {counted(counts.train, 'training image')}, {counts.validation} for validation, {counts.labelled} of "
+        f"them labelled{_left_out(counts.left_out)}"
     )
     nodes, cpus, gpus = capacity.present()
+    cores = counted(cpus, "CPU")
+    if connect.is_embedded():  # Ray is given more CPUs than there are cores
+        cores = f"{counted(os.cpu_count() or 1, 'core')} ({cores} for Ray)"
     yield (
-        f"machine  {nodes} node{'s' * (nodes > 1)}, {cpus:g} CPUs, {gpus:g} GPUs: up "
-        f"to {capacity.pool_size(recipe.compute)} encoder actors, {capacity.training_workers(recipe.compute)} training "
-        f"workers, each holding {held['num_cpus']:g} CPUs and {held['num_gpus']:g} GPUs"
+        f"machine  {counted(nodes, 'node')}, {cores}, {counted(gpus, 'GPU')}: up to "
+        f"{counted(capacity.pool_size(recipe.compute), 'encoder actor')}, "
+        f"{counted(capacity.training_workers(recipe.compute), 'training worker')}, each holding "
+        f"{counted(held['num_cpus'], 'CPU')} and {counted(held['num_gpus'], 'GPU')}"
     )
     plans = _plans(recipe, encode.encoder.width) if encode and by_concepts else {}
     for stage in stages:
@@ -172,32 +179,33 @@ def _works(recipe: Recipe, counts: Counts, encode: PatchTokens, timed: bool) -> 
     cost = {cost.stage: cost for cost in costs(recipe, rates, counts.train, counts.labelled)}
     actors, workers = capacity.pool_size(recipe.compute), capacity.training_workers(recipe.compute)
     return {
-        "samples": Work(what=f"list {counts.train} and {counts.validation} images"),
+        "samples": Work(what=f"list {counts.train} and {counted(counts.validation, 'image')}"),
         "features": _work(
-            f"encode up to {each * counts.train} windows of {'x'.join(map(str, recipe.windows.size))} pixels, "
-            f"{each} per image",
+            f"encode up to {counted(each * counts.train, 'window')} of {'x'.join(map(str, recipe.windows.size))} "
+            f"pixels, {each} per image",
             cost["features"],
             actors,
         ),
         "concepts": Work(
-            what=f"K-Means into {recipe.concepts.things} and {recipe.concepts.stuff} clusters, at most "
-            f"{recipe.concepts.iterations} iterations",
+            what=f"K-Means into {recipe.concepts.things} and {counted(recipe.concepts.stuff, 'cluster')}, at most "
+            f"{counted(recipe.concepts.iterations, 'iteration')}",
             stored=k * 4 * encoder.width,
         ),
         "pseudo_labels": _work(
-            f"{k} maps of {h}x{w} patches for each of {counts.train} images", cost["pseudo-labels"], actors
+            f"{counted(k, 'map')} of {h}x{w} patches for each of {counted(counts.train, 'image')}",
+            cost["pseudo-labels"],
+            actors,
         ),
         "training": replace(
             _work(
-                f"{training.epochs} epochs of {order.steps} steps of {order.batch} images, "
-                f"{training.epochs * order.steps} steps in total; {counts.labelled} images are scored every {every}",
+                f"{_steps(training.epochs, order)}; {counted(counts.labelled, 'image')} to score every {every}",
                 cost["training"],
                 workers,
             ),
             stored=2 * decoder,
         ),
         "evaluation": _work(
-            f"score {counts.labelled} images ({scored} images are scored during training)",
+            f"score {counted(counts.labelled, 'image')} ({counted(scored, 'image')} in all during training)",
             cost["evaluation"],
             actors,
         ),
@@ -239,14 +247,19 @@ def _other_works(recipe: Recipe, counts: Counts) -> Mapping[str, Work]:
     training = recipe.training
     order = Order.of(recipe, counts.train)
     return {
-        "samples": Work(what=f"list {counts.train} and {counts.validation} images"),
-        "pseudo_labels": Work(what=f"an object mask for each of {counts.train} images"),
-        "training": Work(
-            what=f"{training.epochs} epochs of {order.steps} steps of {order.batch} images, "
-            f"{training.epochs * order.steps} steps in total"
-        ),
-        "evaluation": Work(what=f"score {counts.labelled} images"),
+        "samples": Work(what=f"list {counts.train} and {counted(counts.validation, 'image')}"),
+        "pseudo_labels": Work(what=f"an object mask for each of {counted(counts.train, 'image')}"),
+        "training": Work(what=_steps(training.epochs, order)),
+        "evaluation": Work(what=f"score {counted(counts.labelled, 'image')}"),
     }
+
+
+def _steps(epochs: int, order: Order) -> str:
+    """Return the steps of a training as text."""
+    return (
+        f"{counted(epochs, 'epoch')} of {counted(order.steps, 'step')} of {counted(order.batch, 'image')}, "
+        f"{counted(epochs * order.steps, 'step')} in total"
+    )
 
 
 def _seconds(encode: PatchTokens, size: tuple[int, int]) -> float:

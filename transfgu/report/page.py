@@ -257,14 +257,13 @@ class ClassKey:
 
     number: int
     name: str
-    colour: str
+    background: str
+    """Its colour, as a value of CSS's `background`."""
 
 
 def class_key(segmenter: Segmenter, number: int) -> ClassKey:
     """Return the legend's entry for a class of a model."""
-    return ClassKey(
-        number=number, name=segmenter.classes[number], colour="#{:02x}{:02x}{:02x}".format(*segmenter.colours[number])
-    )
+    return ClassKey(number=number, name=segmenter.classes[number], background=pictures.css(segmenter.colours[number]))
 
 
 def _legend(segmenter: Segmenter, shown: Iterable[Picture]) -> list[ClassKey]:
@@ -362,6 +361,8 @@ class Concept:
     kind: str
     key: ClassKey
     windows: int
+    shown: int
+    """Number of the windows in the picture."""
     src: str
     alt: str
 
@@ -413,6 +414,7 @@ def concept_views(recipe: Recipe, run: Run, segmenter: Segmenter) -> list[Concep
                 kind="thing" if number < recipe.concepts.things else "stuff",
                 key=key,
                 windows=int(count),
+                shown=len(ordered),
                 src=pictures.jpeg(pictures.tiles(ordered, _TILE, columns)) if ordered else "",
                 alt=f"the {len(ordered)} windows nearest to concept {number}, matched to {key.name}",
             )

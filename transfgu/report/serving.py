@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from transfgu import naming, pipeline
-from transfgu.datasets import images
+from transfgu.datasets import images, pictures
 from transfgu.errors import BadInput, UserError
 from transfgu.report.page import concept_views, template, write
 from transfgu.segmenter import Segmenter
@@ -81,9 +81,13 @@ class Playground(ThreadingHTTPServer):
         return template("serve.html").render(
             title=storage.shown(self.run.uri).rstrip("/").rpartition("/")[2],
             classes=[
-                {"name": name, "colour": list(colour)}
+                {
+                    **{"name": name, "colour": list(colour)},
+                    **{"pale": pictures.is_pale(colour), "background": pictures.css(colour)},
+                }
                 for name, colour in zip(segmenter.classes, segmenter.colours, strict=True)
             ],
+            hatch=list(pictures.HATCH),
             concepts=self.concepts,
             names=[segmenter.names.get(index, name) for index, name in enumerate(unnamed)],
             nonce=nonce,

@@ -17,18 +17,15 @@ from numpy import ndarray
 
 from transfgu import formats
 from transfgu.cluster_numbers import Measures, as_stable, drawn_images, elbow, measure, suggested
-from transfgu.errors import UserError
+from transfgu.errors import UserError, counted
 from transfgu.inference.shards import matrix
-from transfgu.recipe import Recipe
+from transfgu.recipe import SUGGESTION_WINDOWS, Recipe
 from transfgu.report import charts
 from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Run
 
 PICTURE = "suggestion.svg"
 TABLE = "suggestion.json"
-
-WINDOWS = 4000
-"""Default maximum number of measured windows per group."""
 
 _FEW = 10  # minimum number of windows per cluster in half of the images
 _CLEAR = 0.8  # stability above which a suggestion is not called a guess
@@ -92,7 +89,7 @@ def find(
     *,
     least: int = 2,
     most: int = 0,
-    windows: int = WINDOWS,
+    windows: int = SUGGESTION_WINDOWS,
     seed: int = 0,
     after: Callable[[int, int], None] | None = None,
 ) -> list[Found]:
@@ -126,8 +123,9 @@ def find(
     ]
     for *_, kind, rows, _, ks in drawn:
         if ks[-1] > len(rows) // (2 * _FEW):
+            kinds = "windows" if kind == "all" else f"{kind} windows"
             raise UserError(
-                f"{len(rows)} {kind} windows are too few to compare up to {ks[-1]} clusters: use more images, or "
+                f"{len(rows)} {kinds} are too few to compare up to {ks[-1]} clusters: use more images, or "
                 f"--most {max(least, len(rows) // (2 * _FEW))}",
                 code="windows-few",
             )
@@ -214,7 +212,9 @@ def table(found: Sequence[Found]) -> str:
     """Return the measures as lines of text."""
     lines = []
     for group in found:
-        lines.append(f"{group.name}: {group.windows} windows, {group.present} clusters in the run")
+        lines.append(
+            f"{group.name}: {counted(group.windows, 'window')}, {counted(group.present, 'cluster')} in the run"
+        )
         lines.append("   K  stability         silhouette  inertia")
         for m in group.measures:
             note = "  <- suggested" if m.k == group.suggestion else ""

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy
 
-from transfgu.errors import UserError
+from transfgu.errors import UserError, counted
 from transfgu.recipe import ComputeRecipe
 from transfgu.store import storage
 
@@ -133,8 +133,8 @@ def actor_resources(compute: ComputeRecipe) -> dict[str, float]:
     gpus = compute.gpus_per_actor if cluster_gpus() else 0.0
     if not any(_fit(nodes, compute.cpus_per_actor, gpus) for nodes in possible_nodes()):
         raise UserError(
-            f"no node of the cluster has {compute.cpus_per_actor:g} CPUs and {gpus:g} GPUs, which an actor requires: "
-            "lower --cpus_per_actor or --gpus_per_actor",
+            f"no node of the cluster has {counted(compute.cpus_per_actor, 'CPU')} and {counted(gpus, 'GPU')}, which "
+            "an actor requires: lower --cpus_per_actor or --gpus_per_actor",
             code="cluster-too-small",
         )
     return {"num_cpus": compute.cpus_per_actor, "num_gpus": gpus}
@@ -152,8 +152,8 @@ def check_satisfiable(compute: ComputeRecipe) -> None:
     room = sum(kind.count * _fit(kind, cpus, gpus) for kind in nodes)
     if compute.workers > room:
         raise UserError(
-            f"the cluster has room for {room} training workers of {cpus:g} CPUs and {gpus:g} GPUs, "
-            f"but {compute.workers} are requested: lower --workers",
+            f"the cluster has room for {counted(room, 'training worker')} of {counted(cpus, 'CPU')} and "
+            f"{counted(gpus, 'GPU')}, but {compute.workers} are requested: lower --workers",
             code="cluster-too-small",
         )
     # An actor is of no use without the task of one CPU that feeds it.
@@ -161,8 +161,8 @@ def check_satisfiable(compute: ComputeRecipe) -> None:
     total = sum(kind.count * kind.resources["CPU"] for kind in nodes)
     if total < least:
         raise UserError(
-            f"the cluster has {total:g} CPUs, but {least:g} are needed, one of them to read images: add CPUs, or lower "
-            "--cpus_per_actor or --workers",
+            f"Ray counts {counted(total, 'CPU')} in the cluster, but {least:g} are needed, one of them to read images: "
+            "add CPUs, or lower --cpus_per_actor or --workers",
             code="cluster-too-small",
         )
 

@@ -37,6 +37,14 @@ ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
 """Variables for Ray's processes, unless the environment has others."""
+OF_EMBEDDED = {
+    # This machine is not preempted, so no process needs to watch for a warning.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # No dashboard shows metrics and records of tasks, for which Ray's processes would keep 4 KB per task.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+}
+"""Further variables of an embedded cluster, unless the environment has others."""
 _PATIENT_SECONDS = 150.0  # Ray's time to start in the second attempt; in the first it is 30 s
 _ADDRESS_SECONDS = 5.0
 
@@ -165,8 +173,8 @@ def _start(settings: dict[str, Any], *, verbose: bool) -> None:
     Raises:
         UserError: Ray does not start, or there is no folder for it.
     """
-    # This machine is not preempted, so no process needs to watch for a warning.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    for name, value in OF_EMBEDDED.items():
+        os.environ.setdefault(name, value)
     # Its ports are open to this machine only, as Ray does where there can't be a cluster (macOS).
     ray_internals.stay_on_this_machine()
     # Ray turns authentication on by itself, unless the mode is set. Its own token is in a file of the home folder
@@ -230,6 +238,11 @@ def _cpus() -> int:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".:")
+
+
+def is_embedded() -> bool:
+    """Return True if the cluster is this process's own, on this machine."""
+    return _embedded
 
 
 def works_here() -> bool:

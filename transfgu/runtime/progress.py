@@ -2,8 +2,10 @@
 
 import io
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 
@@ -16,6 +18,7 @@ class Progress:
         stream: io.TextIOBase | None = None,
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        pause: float | None = None,
     ) -> None:
         """Start the clock.
 
@@ -24,34 +27,59 @@ class Progress:
             stream: what is written to; None: stderr.
             quiet: write nothing.
             clock: returns the time, s.
+            pause: minimum time between lines, s; None: 0.2 on a terminal, 10 in a log.
         """
         self._clock = clock
         self._stage = stage
         self._stream = stream
         self._quiet = quiet
         self._terminal = self._out.isatty()
+        self._pause = pause if pause is not None else 0.2 if self._terminal else 10.0
         self._start = self._last = clock()
         self._first_done: int | None = None
         self._unit = ""
         self._width = 0
 
-    def update(self, done: int, total: int | None, unit: str) -> None:
-        """Report that `done` of `total` units, such as images or epochs, are done; `total` is None if unknown."""
+    def update(self, done: int, total: int | None, unit: str, more: str = "") -> None:
+        """Report that `done` of `total` units, such as images or epochs, are done; `total` is None if unknown.
+
+        `more` is printed after the unit.
+        """
         now = self._clock()
         if unit != self._unit or done < (self._first_done or 0):  # a stage may count images first, then steps
             self._first_done, self._unit, self._start = None, unit, now if self._unit else self._start
         # Parts found from an earlier attempt cost nothing now: the rate counts from the first report on.
         if self._first_done is None:
             self._first_done, self._start = (done, now) if done else (0, self._start)
-        pause = 0.2 if self._terminal else 10.0
-        if self._quiet or (now - self._last < pause and (total is None or done < total)):
+        if self._quiet or (now - self._last < self._pause and (total is None or done < total)):
             return
         self._last = now
         made, spent = done - self._first_done, max(now - self._start, 1e-9)
         rate = made / spent
         left = f", {duration((total - done) / rate)} left" if made and total is not None and done < total else ""
         speed = (f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / rate:.1f} s each") if made else ""
-        self._write(f"{self._stage}: {done}{'' if total is None else f'/{total}'} {unit}  {speed}{left}", final=False)
+        of = "" if total is None else f"/{total}"
+        self._write(f"{self._stage}: {done}{of} {unit}{more}  {speed}{left}", final=False)
+
+    @contextmanager
+    def repeated(self, report: Callable[[], None]) -> Iterator[None]:
+        """Call `report`, which updates this progress, in a thread at the interval of its lines, until the block ends.
+
+        So lines appear even while the block waits for one long piece of work.
+        """
+        ended = threading.Event()
+
+        def repeat() -> None:
+            while not ended.wait(self._pause):
+                report()
+
+        thread = threading.Thread(target=repeat, name=f"progress of {self._stage}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def note(self, text: str) -> None:
         """Print a line that stays."""

@@ -152,6 +152,22 @@ def handlers_kept() -> Iterator[None]:
             signal.signal(number, _interrupt)
 
 
+@contextmanager
+def interrupt_restored() -> Iterator[None]:
+    """Restore the handler of SIGINT after the block, even if this process has not called :func:`install`.
+
+    Ray Train leaves a handler that keeps its controller alive, a process of 120 MB that keeps another one, and that
+    would abort a finished training instead of stopping this process.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        # None: installed by a library in C, which Python can't do.
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
 def adopt_orphans() -> None:
     """Become the parent of descendants whose parent ends from now on, so that :func:`end` finds them (Linux only)."""
     if sys.platform == "linux":

@@ -198,7 +198,7 @@ def _parse(text: str, recipe: Recipe) -> Range:
 
 def _check_field(name: str, recipe: Recipe) -> bool:
     """Return True if the field has whole numbers; raise UserError if it can't be searched."""
-    if other := recipe.ignores("training.alpha_start" if name == ALPHA else name):
+    if other := recipe.others_fields().get("training.alpha_start" if name == ALPHA else name):
         raise UserError(
             f"{name} can't be searched: method {recipe.method} does not have it ({other} has)",
             code="option-of-another-method",

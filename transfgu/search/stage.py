@@ -22,7 +22,7 @@ import ray
 from ray import tune
 
 from transfgu import formats, pipeline
-from transfgu.errors import UserError, in_words
+from transfgu.errors import UserError, counted, in_words
 from transfgu.recipe import ComputeRecipe, Recipe, upgraded
 from transfgu.runtime import capacity, connect
 from transfgu.runtime.failures import find_user_error
@@ -164,7 +164,8 @@ def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
         most = sum(slots) // workers
         if not most:
             raise UserError(
-                f"a trial asks for {workers} x {share:g} GPUs, but the cluster has {gpus:g}: lower --gpus-per-trial",
+                f"a trial asks for {workers} x {counted(share, 'GPU')}, but the cluster has {gpus:g}: lower "
+                "--gpus-per-trial",
                 code="cluster-too-small",
             )
     else:
@@ -180,8 +181,9 @@ def allot(nodes: Sequence[Mapping[str, float]], search: Search) -> Allotment:
             cpus = min(cpus, room)
     if cpus <= 0:
         raise UserError(
-            f"{concurrent} trials of {workers} workers do not fit on {total:g} CPUs, one of which each node keeps for "
-            "decoding: lower --concurrent or --workers-per-trial",
+            f"{counted(concurrent, 'trial')} of {counted(workers, 'worker')} at a time do not fit on the "
+            f"{counted(total, 'CPU')} that Ray counts, one of which each node keeps for decoding: lower --concurrent "
+            "or --workers-per-trial",
             code="cluster-too-small",
         )
     compute = replace(wanted, workers=workers, actors=workers, gpus_per_actor=share, cpus_per_actor=cpus)
@@ -241,7 +243,7 @@ def run(search: Search, progress: Progress, *, quiet: bool = False, verbose: boo
             if not whole
             else None,
         )
-        progress.note(f"{left} trials to go, {allotment.concurrent} at a time")
+        progress.note(f"{counted(left, 'trial')} to go, {allotment.concurrent} at a time")
         _tune(search, plan, ledger, allotment.concurrent, left, started, progress, verbose=verbose)
     for trial in ledger.trials.values():
         if trial.status != "running":  # its checkpoints are no longer needed
@@ -416,7 +418,9 @@ def run_search(
         if not quiet:
             print(text, flush=True)
 
-    say(f"{search.recipe.preset}: {search.count} trials of {', '.join(search.space.shown())} in {search.uri}")
+    say(
+        f"{search.recipe.preset}: {counted(search.count, 'trial')} of {', '.join(search.space.shown())} in {search.uri}"
+    )
     with hold(search.uri, say) as lock:
         found = run(search, Progress("search", quiet=quiet), quiet=quiet, verbose=verbose)
         lock.check()
@@ -431,5 +435,5 @@ def run_search(
     if metrics["best"]:
         say(f"best recipe: {search.file('best.yaml')}")
     if left := search.count - sum(trial.status != "running" for trial in found.trials):
-        say(f"{left} trials are left: the same command continues")
+        say(f"{counted(left, 'trial')} left: the same command continues")
     return metrics

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from transfgu import formats
-from transfgu.errors import UserError
+from transfgu.errors import UserError, counted
 from transfgu.methods import STAGES
 from transfgu.recipe import Recipe, field_name
 from transfgu.search import space as search_space
@@ -269,7 +269,7 @@ def write_results(search: Search, trials: Sequence[Trial], stages: Mapping[str, 
         recipe = search_space.apply(search.recipe, winner.parameters)
         head = (
             f"# Trial {winner.number} of {len(trials)}: {search.objective} {value:.2f} after {len(winner.history)} of "
-            f"{winner.epochs} epochs.\n# Train it: transfgu train --recipe {search.file('best.yaml')}\n"
+            f"{counted(winner.epochs, 'epoch')}.\n# Train it: transfgu train --recipe {search.file('best.yaml')}\n"
         )
         write("best.yaml", head + recipe.to_yaml())
     metrics = {

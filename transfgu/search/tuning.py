@@ -14,7 +14,7 @@ import optuna
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from transfgu.errors import UserError, in_words
+from transfgu.errors import UserError, counted, in_words
 from transfgu.runtime.progress import Progress
 from transfgu.search import space as search_space
 from transfgu.search.space import Parameters, Space
@@ -171,7 +171,7 @@ class Recorder(FIFOScheduler):
         values = " ".join(f"{name.rpartition('.')[2]}={value:.4g}" for name, value in record.parameters.items())
         reason = f" ({record.reason})" if record.reason else ""
         self._progress.note(
-            f"trial {record.number} {record.status}{reason}: {len(record.history)} epochs{score}; {values}"
+            f"trial {record.number} {record.status}{reason}: {counted(len(record.history), 'epoch')}{score}; {values}"
         )
         done = sum(t.status != "running" for t in self._ledger.trials.values())
         self._progress.update(done, self._search.count, "trials")

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float32, Int
 from numpy import ndarray
 
 from transfgu.datasets.sample_cache import default_folder
-from transfgu.errors import UserError
+from transfgu.errors import UserError, counted
 from transfgu.inference.shards import PLACE, Rows, matrix, own_shard
 from transfgu.kmeans import KMeansResult, Shard, Shards, Start, cluster, cores, whitened
 from transfgu.recipe import Recipe
@@ -159,7 +159,7 @@ def run(recipe: Recipe, run: Run, progress: Progress, *, piece_parts: int = PIEC
     sources = [functools.partial(read_parts, share, groups, own, disk) for share in shares]
     memory = spread.actor_memory(size / len(sources))
     if memory:
-        progress.note(f"{len(sources)} actors, each on a node with {memory / 1e9:.1f} GB of memory for it")
+        progress.note(f"{counted(len(sources), 'actor')}, each on a node with {memory / 1e9:.1f} GB of memory for it")
     with spread.start_actors(sources, nodes, restarts=_RESTARTS, memory=memory) as actors:
         shards = [spread.SpreadShards(actors, group.name) for group in groups]
         for group, shard in zip(groups, shards, strict=True):

@@ -48,7 +48,8 @@ def run(recipe: Recipe, run: Run, progress: Progress) -> Outcome:
     bad = tuple(x for summary in summaries for x in summary.left_out)
     windows = {group: sum(s.counts[group] for s in summaries) for group in groups(recipe)}
     without = sum(s.counts["images without windows"] for s in summaries)
-    progress.note(f"{', '.join(f'{n} {group}' for group, n in windows.items())} windows")
+    kept = [f"{n} {group}" if group != "all" else str(n) for group, n in windows.items()]
+    progress.note(f"{', '.join(kept)} windows")
     details: dict[str, Any] = {"windows": windows, "images without windows": without, **work}
     return Outcome(items=len(listed) - len(bad), left_out=bad, details=details)
 

@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
+import ray
 from jaxtyping import Int, UInt8
 from PIL import Image
 from ray.data import Dataset
+from ray.exceptions import RayError
 
 from transfgu import formats
 from transfgu.datasets import images
@@ -54,6 +56,7 @@ _AVERAGED = "averaged"  # in the claim: averaging of logits
 _ORIENT = "orient"  # in the claim: whether EXIF's orientation was applied
 _WRITERS = 8  # files that one task writes at a time
 _FEW = 32  # images that this process predicts itself, sooner than Ray would have started
+_ANSWER_SECONDS = 2.0  # for which the progress of tiles is waited for
 _LEAST = 67  # bytes of the smallest PNG
 _SAMPLES = pa.schema(
     [(name, pa.string()) for name in ("name", "image", "mask")]
@@ -175,13 +178,28 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
         progress.update(found, len(samples), "images")
     made, left_out = 0, list[LeftOut]()
     rows: Iterator[dict[str, Any]] = iter(())
+    tiles: Any = None
     if todo:
         here = few and connect.works_here()
-        rows = _made_here(job, todo, size, compute) if here else _rows(plan(job, todo, size, compute))
-    for row in rows:
-        made += row["made"]
-        left_out += [LeftOut(**x) for x in json.loads(row["left_out"])]
-        progress.update(found + made + len(left_out), len(samples), "images")
+        if job.tile:
+            tiles = TileCounts() if here else ray.remote(TileCounts).options(num_cpus=0, max_restarts=-1).remote()
+        rows = (
+            _made_here(job, todo, size, compute, tiles) if here else _rows(plan(job, todo, size, compute, tiles=tiles))
+        )
+
+    def report() -> None:
+        done, total = _tiles_counted(tiles)
+        if len(asked) == 1 and total:
+            progress.update(done, total, "tiles")
+        else:
+            more = f", {done}/{total} tiles of the images begun" if total else ""
+            progress.update(found + made + len(left_out), len(samples), "images", more)
+
+    with progress.repeated(report):
+        for row in rows:
+            made += row["made"]
+            left_out += [LeftOut(**x) for x in json.loads(row["left_out"])]
+            progress.update(found + made + len(left_out), len(samples), "images")
     _record(job, samples, {x.name for x in left_out})
     result = Prediction(
         images=len(samples),
@@ -477,20 +495,25 @@ def parts_to_make(
     return todo
 
 
-def plan(job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: ComputeRecipe) -> Dataset:
-    """Return the plan from parts of the image list to masks in `job.out`, with a row of counts per part."""
+def plan(
+    job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: ComputeRecipe, tiles: Any = None
+) -> Dataset:
+    """Return the plan from parts of the image list to masks in `job.out`, with a row of counts per part.
+
+    With tiles, `tiles` is the handle of an actor of `TileCounts`.
+    """
     pool = capacity.encoder_pool(compute)
     if job.tile:
-        return parts.handled(tables, PredictTiles, _tiles_arguments(job, compute), pool)
+        return parts.handled(tables, PredictTiles, _tiles_arguments(job, compute, tiles), pool)
     return _work(job, size, compute).plan(tables, pool)
 
 
 def _made_here(
-    job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: ComputeRecipe
+    job: PredictionJob, tables: Sequence[pa.Table], size: Size, compute: ComputeRecipe, tiles: "TileCounts | None"
 ) -> Iterator[dict[str, Any]]:
     """As :func:`plan`, in this process, one part after the other."""
     if job.tile:
-        handle = PredictTiles(**_tiles_arguments(job, compute))
+        handle = PredictTiles(**_tiles_arguments(job, compute, tiles))
         for table in tables:
             yield from handle(table).to_pylist()
         return
@@ -500,8 +523,8 @@ def _made_here(
         yield from work.write(predict_masks(work.read(table))).to_pylist()
 
 
-def _tiles_arguments(job: PredictionJob, compute: ComputeRecipe) -> dict[str, Any]:
-    return {"job": job, "processes": capacity.actors_per_node(compute)}
+def _tiles_arguments(job: PredictionJob, compute: ComputeRecipe, tiles: Any) -> dict[str, Any]:
+    return {"job": job, "processes": capacity.actors_per_node(compute), "counts": tiles}
 
 
 def _work(job: PredictionJob, size: Size, compute: ComputeRecipe) -> parts.Work:
@@ -592,14 +615,44 @@ class PredictMasks:
         return block.drop_columns("image").append_column("indices", pa.array(indices, pa.large_binary()))
 
 
+class TileCounts:
+    """Counts the tiles of images that were begun; an actor, if other processes predict."""
+
+    def __init__(self) -> None:
+        """Start without images."""
+        self._counts: dict[str, tuple[int, int]] = {}
+
+    def report(self, name: str, done: int, total: int) -> None:
+        """Report that `done` of the `total` tiles of an image are done."""
+        self._counts[name] = done, total
+
+    def read(self) -> tuple[int, int]:
+        """Return the number of tiles done, and that of all tiles of these images."""
+        counts = list(self._counts.values())
+        return sum(done for done, _ in counts), sum(total for _, total in counts)
+
+
+def _tiles_counted(tiles: Any) -> tuple[int, int]:
+    """Return `TileCounts.read` of an object or of an actor; zeros for None, and if the actor does not answer."""
+    if tiles is None or isinstance(tiles, TileCounts):
+        return tiles.read() if tiles else (0, 0)
+    try:
+        done, total = ray.get(tiles.read.remote(), timeout=_ANSWER_SECONDS)
+    except RayError:  # it is starting, or was lost with its node
+        return 0, 0
+    return done, total
+
+
 class PredictTiles:
     """An actor that predicts masks of images of any size in tiles, and writes them strip by strip.
 
-    It turns a block of the image list into the row of `WriteMasks` for the driver.
+    It turns a block of the image list into the row of `WriteMasks` for the driver. Tiles are reported to `counts`, a
+    `TileCounts` or the handle of an actor of that class.
     """
 
-    def __init__(self, job: PredictionJob, processes: int) -> None:
+    def __init__(self, job: PredictionJob, processes: int, counts: Any) -> None:
         self._job = job
+        self._report = getattr(counts.report, "remote", counts.report)
         self._segmenter = _own_segmenter(job.run, processes)
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -624,7 +677,8 @@ class PredictTiles:
             raise BadInput("missing image")
         rows = rows_of(uri, orient=self._job.orient is not False, max_pixels=self._job.max_pixels or MAX_PIXELS)
         size, kind = (rows.height, rows.width), index_type(len(self._segmenter.classes))
-        found = self._segmenter.strips(rows, Tiling(tile=self._job.tile, overlap=self._job.overlap))
+        tiling = Tiling(tile=self._job.tile, overlap=self._job.overlap)
+        found = self._segmenter.strips(rows, tiling, report=lambda done, total: self._report(name, done, total))
         strips = (strip.astype(kind, copy=False) for strip in found)
         if self._job.format == "png":
             data = png_of_strips(strips, size, np.array(self._segmenter.colours, np.uint8))

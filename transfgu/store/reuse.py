@@ -58,6 +58,31 @@ def linked(recipe: Recipe, run: Run, other: Run) -> tuple[Run, str]:
     return Run(run.uri, links=links), why
 
 
+def preset_note(asked: Recipe, recipe: Recipe, other: Run) -> str:
+    """Name the fields in which a run has its preset's values, and the reused run has others.
+
+    Args:
+        asked: recipe of the command; fields that it changes from the preset were asked for.
+        recipe: the same recipe, resolved.
+        other: the reused run.
+
+    Returns:
+        The fields with both values, and the remedy, as one line; empty if there are none.
+    """
+    there, left_out = other.recipe().flat(), asked.given() | {"preset", "method"} | recipe.others_fields().keys()
+    differing = {
+        name: (there[name], value)
+        for name, value in recipe.flat().items()
+        if there[name] != value and name not in left_out and not name.startswith("compute.")
+    }
+    if not differing:
+        return ""
+    return (
+        f"values of the preset {recipe.preset}, where {storage.shown(other.uri)} has others: {in_words(differing)}; "
+        "without PRESET or --recipe, those are taken"
+    )
+
+
 def write(run: Run) -> None:
     """Write the places of the stages that a run of :func:`linked` takes from others into its folder."""
     stages = dict(run.reused())

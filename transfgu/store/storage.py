@@ -14,7 +14,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -31,6 +31,7 @@ _BOTO_ATTEMPTS = 9  # its pauses double from half a second to 20, on average: as
 _CHECK_ATTEMPTS = 2  # a check before work starts should fail soon
 _CHECK_SILENT_SECONDS = 5  # time limit of a check without any byte; a check has at most three attempts
 _PARTIAL = ".partial"
+_1970 = datetime(1970, 1, 1, tzinfo=UTC)
 
 IN_FLIGHT = 8
 """Requests of one task or thread pool that wait for a remote storage at the same time."""
@@ -297,8 +298,7 @@ def list_folder(uri: str, recursive: bool = True, *, tags: bool = False) -> "Fol
     Args:
         uri: of the folder.
         recursive: include subfolders.
-        tags: also return the entity tags of objects in S3, which pyarrow's listing leaves out: one more request per
-            thousand objects.
+        tags: also return the entity tags of objects in S3, which pyarrow's listing leaves out.
     """
     uri = absolute(uri)
     with _one_line(uri, "list"):
@@ -310,33 +310,38 @@ def list_folder(uri: str, recursive: bool = True, *, tags: bool = False) -> "Fol
                 if not path.endswith(_PARTIAL)
             }
             return Folder(files=files, dangling=sorted(found.dangling), unnamed=sorted(found.unnamed))
-        fs, path = filesystem(uri)
-        try:
-            infos = fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
-        except NotADirectoryError:
-            return Folder(files={})
-        prefix = uri[: len(uri) - len(path)] if uri.endswith(path) else f"{scheme(uri)}://"
-        files = {
-            prefix + i.path: _version(i)
-            for i in infos
-            if i.type == pafs.FileType.File and not i.path.endswith(_PARTIAL)
-        }
+        listed = _s3_versions(uri, recursive) if tags and scheme(uri) == "s3" else _versions(uri, recursive)
+        files = {name: version for name, version in listed.items() if not name.endswith(_PARTIAL)}
         # pyarrow lists keys with //, but refuses all other requests for them.
-        for name, tag in _tags(uri).items() if tags and scheme(uri) == "s3" else ():
-            if name in files:
-                files[name] = files[name]._replace(tag=tag)
         unnamed = sorted(name for name in files if not {"", ".", ".."}.isdisjoint(name[len(uri) + 1 :].split("/")))
         return Folder(files={name: files[name] for name in files.keys() - set(unnamed)}, unnamed=unnamed)
 
 
-def _tags(uri: str) -> dict[str, str]:
-    """Return the entity tags of all objects under a folder in S3, by URI."""
+def _versions(uri: str, recursive: bool) -> dict[str, Version]:
+    """Return the files of a folder that is not local, by URI, without entity tags."""
+    fs, path = filesystem(uri)
+    try:
+        infos = fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
+    except NotADirectoryError:
+        return {}
+    prefix = uri[: len(uri) - len(path)] if uri.endswith(path) else f"{scheme(uri)}://"
+    return {prefix + info.path: _version(info) for info in infos if info.type == pafs.FileType.File}
+
+
+def _s3_versions(uri: str, recursive: bool) -> dict[str, Version]:
+    """Return the same as :func:`_versions` for a folder in S3, with entity tags: one request per thousand objects."""
     bucket, _, path = uri.partition("://")[2].partition("/")
-    client, found = _s3_client(uri), dict[str, str]()
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{path.rstrip('/')}/" * bool(path))
+    asked = {"Bucket": bucket, "Prefix": f"{path.rstrip('/')}/" * bool(path)}
+    one_level = {} if recursive else {"Delimiter": "/"}
+    pages = _s3_client(uri).get_paginator("list_objects_v2").paginate(**asked, **one_level)
+    found: dict[str, Version] = {}
     with _boto_errors():
         for page in pages:
-            found |= {f"s3://{bucket}/{item['Key']}": item.get("ETag", "") for item in page.get("Contents", ())}
+            for item in page.get("Contents", ()):
+                if not item["Key"].endswith("/"):  # a folder's own object
+                    changed = (item["LastModified"] - _1970) // timedelta(microseconds=1) * 1000
+                    version = Version(size=item["Size"], changed=changed, tag=item.get("ETag", ""))
+                    found[f"s3://{bucket}/{item['Key']}"] = version
     return found
 
 
@@ -402,13 +407,25 @@ def check_readable(uri: str) -> None:
             _check_bucket(uri, fs, path)
             raise UserError(f"there is no file or folder {shown(uri)}: check the path", code="file-missing")
         if kind == pafs.FileType.Directory:
-            fs.get_file_info(pafs.FileSelector(path, recursive=False))
+            if scheme(uri) == "s3":
+                _list_one(uri)
+            else:
+                fs.get_file_info(pafs.FileSelector(path, recursive=False))
         else:
             with fs.open_input_stream(path) as stream:
                 stream.read(1)
 
     with _one_line(uri, "read"):
         _check(uri, look)
+
+
+def _list_one(uri: str) -> None:
+    """Raise OSError unless a folder in S3 can be listed; one object is asked for."""
+    bucket, _, path = uri.partition("://")[2].partition("/")
+    with _boto_errors():
+        _s3_client(uri, _CHECK_ATTEMPTS).list_objects_v2(
+            Bucket=bucket, Prefix=f"{path.rstrip('/')}/" * bool(path), MaxKeys=1
+        )
 
 
 def check_writable(uri: str) -> None:
@@ -527,14 +544,14 @@ def _put_s3(uri: str, data: bytes, **condition: str) -> bool | None:
     return None if answer == 501 else not isinstance(answer, int)
 
 
-def _s3_client(uri: str) -> Any:
-    """Return a client of boto3 for requests that pyarrow can't make."""
+def _s3_client(uri: str, attempts: int = _BOTO_ATTEMPTS) -> Any:
+    """Return a client of boto3 for requests that pyarrow can't make; `attempts` of each request at most."""
     import boto3
     import botocore.config
 
     filesystem(uri)  # reports wrong credentials in one line, and sets options for other servers
     config = botocore.config.Config(
-        retries={"max_attempts": _BOTO_ATTEMPTS, "mode": "standard"},
+        retries={"max_attempts": attempts, "mode": "standard"},
         connect_timeout=s3_get.CONNECT_SECONDS,
         read_timeout=s3_get.SILENT_SECONDS,
     )

@@ -16,7 +16,7 @@ from ray.train.torch import TorchTrainer
 
 from transfgu.errors import UserError
 from transfgu.recipe import ComputeRecipe
-from transfgu.runtime import capacity
+from transfgu.runtime import capacity, stopping
 from transfgu.runtime.progress import Progress
 from transfgu.store import storage
 from transfgu.training import checkpoints
@@ -89,7 +89,7 @@ def fit(
             callbacks=[Deaths(board)],  # type: ignore[list-item]
         ),
     )
-    with watched(board, progress, on_epoch, goes_on), gpus_found():
+    with watched(board, progress, on_epoch, goes_on), gpus_found(), stopping.interrupt_restored():
         trainer.fit()
     status: Status = ray.get(board.read.remote(0))
     ray.kill(board)
