@@ -60,7 +60,7 @@ def test_the_command_writes_images_by_time(tmp_path: Path, capsys: pytest.Captur
     assert written == [f"day/walk.mp4/{t}.jpg" for t in times] + [f"run.MKV/{t}.jpg" for t in times[:2]]
     assert Image.open(tmp_path / "out" / written[1]).size == (64, 48)
     command.main([str(tmp_path / "videos" / "run.MKV"), "--out", str(tmp_path / "one"), "--every", "0", "--quiet"])
-    assert capsys.readouterr().out.startswith("12 frames of 1 videos")
+    assert capsys.readouterr().out.startswith("12 frames of 1 video:")
 
 
 def test_a_turned_video_is_shown_upright(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_port_that_no_ray_cluster_listens_on_is_told(monkeypatch: pytest.Monke
     monkeypatch.setenv("RAY_ADDRESS", listener)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(UserError) as caught:
-        connect.connect(answer_seconds=2.0)
+        connect.connect(answer_seconds=0.5)
     assert caught.value.code == "ray-address-unreachable"
 
 
