@@ -313,7 +313,6 @@ def parts_of(run: Run, stage: str) -> list[Path]:
 
 
 @pytest.mark.long
-@pytest.mark.ci_long
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_every_input_comes_to_the_masks_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
