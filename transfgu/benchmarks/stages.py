@@ -38,6 +38,7 @@ from transfgu.recipe import Recipe, Size
 from transfgu.runtime import capacity as runtime
 from transfgu.runtime import parts
 from transfgu.runtime.progress import Progress
+from transfgu.runtime.threads import in_thread
 from transfgu.stages import concepts, evaluation, features, pseudo_labels, samples, training
 from transfgu.store import parquet, storage
 from transfgu.store.artifacts import Run
@@ -414,9 +415,9 @@ def _peaks(name: str) -> Iterator[list[int]]:
 
     With a GPU it is the peak of the GPU memory in use by all processes.
     """
-    found, ended = [0], threading.Event()
+    found = [0]
 
-    def look() -> None:
+    def look(ended: threading.Event) -> None:
         while not ended.wait(_SAMPLE_SECONDS):
             if torch.cuda.is_available():
                 free, total = torch.cuda.mem_get_info()
@@ -424,13 +425,8 @@ def _peaks(name: str) -> Iterator[list[int]]:
             else:
                 found[0] = max([found[0], *(peak_of(process) for process in _processes(name))])
 
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
+    with in_thread(look, "memory"):
         yield found
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _processes(name: str) -> list[int]:

@@ -49,7 +49,7 @@ def main(words: Sequence[str]) -> None:
             print(f"{index:4}  {name}" + ("" if members == [name] else f"  ({', '.join(members)})"))
     if given.masks:
         done = naming.reindex(given.masks, run)
-        print(f"{done.files} mask files re-indexed in {storage.join(storage.shown(given.masks), 'masks')}")
+        print(f"{counted(done.files, 'mask file')} re-indexed in {storage.join(storage.shown(given.masks), 'masks')}")
         if done.removed:
             print(f"{counted(done.removed, 'mask')} made with other names removed: run the same transfgu predict again")
         if storage.exists(storage.join(given.masks, "overlays")):

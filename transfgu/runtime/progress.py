@@ -4,9 +4,11 @@ import io
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import cast
+
+from transfgu.runtime.threads import in_thread
 
 
 class Progress:
@@ -61,25 +63,17 @@ class Progress:
         of = "" if total is None else f"/{total}"
         self._write(f"{self._stage}: {done}{of} {unit}{more}  {speed}{left}", final=False)
 
-    @contextmanager
-    def repeated(self, report: Callable[[], None]) -> Iterator[None]:
-        """Call `report`, which updates this progress, in a thread at the interval of its lines, until the block ends.
+    def repeated(self, report: Callable[[], None]) -> AbstractContextManager[None]:
+        """Call `report`, which updates this progress, in a thread at the interval of its lines, until a block ends.
 
         So lines appear even while the block waits for one long piece of work.
         """
-        ended = threading.Event()
 
-        def repeat() -> None:
+        def repeat(ended: threading.Event) -> None:
             while not ended.wait(self._pause):
                 report()
 
-        thread = threading.Thread(target=repeat, name=f"progress of {self._stage}", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+        return in_thread(repeat, f"progress of {self._stage}")
 
     def note(self, text: str) -> None:
         """Print a line that stays."""

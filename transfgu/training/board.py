@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from transfgu.runtime.progress import Progress
+from transfgu.runtime.threads import in_thread
 
 ATTEMPTS = 5
 """Failed attempts at one epoch after which a fault counts as permanent."""
@@ -149,10 +150,9 @@ def watched(
     Raises:
         Exception: raised by `goes_on`.
     """
-    ended = threading.Event()
     raised: list[Exception] = []
 
-    def watch() -> None:
+    def watch(ended: threading.Event) -> None:
         seen, told, done, over = 0, 0, 0, False
         while not over:
             over = ended.wait(_WATCH_SECONDS)  # read once more after the end
@@ -175,12 +175,7 @@ def watched(
                         answer = False
                     ray.get(board.answer.remote(row["epoch"], answer))
 
-    thread = threading.Thread(target=watch, name="training progress", daemon=True)
-    thread.start()
-    try:
+    with in_thread(watch, "training progress"):
         yield
-    finally:
-        ended.set()
-        thread.join()
     if raised:
         raise raised[0]
