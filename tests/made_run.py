@@ -4,6 +4,7 @@ Only results that a stage computes on Ray are computed here directly.
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,14 @@ def write_encoder(path: Path) -> None:
     safetensors.torch.save_file(vit.state_dict(), path, metadata={"patch_size": "8", "num_heads": "3"})
 
 
+_scene = functools.cache(shapes.scene)
+
+
 def _write_samples(folder: Path, run: Run, labels: bool) -> None:
     for split, drawn, count in (("train", "train", TRAIN), ("validation", "val", VALIDATION)):
         rows = []
         for index in range(count):
-            image, label = shapes.scene(1, drawn, index, SIDE)
+            image, label = _scene(1, drawn, index, SIDE)
             if index == 1:  # not all images are square
                 image, label = image[: SIDE // 2], label[: SIDE // 2]
             paths = [folder / f"{split}-{kind}-{index}.png" for kind in ("image", "label")]

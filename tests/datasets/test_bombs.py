@@ -178,14 +178,16 @@ def test_what_is_left_out_is_another_artefact(stage: str) -> None:
 def test_bands_and_planes_change_no_pixel(mode: str) -> None:
     random, side = np.random.default_rng(0), 1030  # two bands, and planes that are resized one by one
     pixels = random.integers(0, 256, (side, side, 4), np.uint8)
+    palette = Image.fromarray(pixels[..., 0] % 7, "P")
+    palette.putpalette(random.integers(0, 256, 21, np.uint8).tobytes())
+    palette.info["transparency"] = 3
     pictures = {
         "RGBA": Image.fromarray(pixels),
         "I;16": Image.fromarray(random.integers(0, 1 << 16, (side, side), np.uint16)),
-        "P": Image.fromarray(pixels[..., :3]).quantize(7),
+        "P": palette,
         "CMYK": Image.fromarray(pixels, "CMYK"),
         "1": Image.fromarray(pixels[..., 0]).convert("1"),
     }
-    pictures["P"].info["transparency"] = 3
     picture = pictures[mode]
     assert picture.mode == mode
     whole = images.pixels_of(picture)

@@ -52,7 +52,7 @@ def run_of(folder: Path, recipe: Recipe, heaps: dict[str, int]) -> Run:
 
 def test_heaps_of_windows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_of(tmp_path / "run", preset("shapes"), {"foreground": 4, "background": 3})
-    suggest.main([run.uri, "--most", "5", "--windows", "300"])
+    suggest.main([run.uri, "--least", "3", "--most", "5", "--windows", "300"])
     told = capsys.readouterr().out
     assert told.rstrip().endswith(f"--reuse {run.uri} --run {run.uri}-K --things 4 --stuff 3")
     assert "things: 4 suggested; halves of the images find the same clusters" in told
@@ -60,7 +60,7 @@ def test_heaps_of_windows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [found[name]["suggestion"] for name in ("things", "stuff")] == [4, 3]
     assert [found[name]["present"] for name in ("things", "stuff")] == [6, 4]
     assert found["things"]["windows"] == 300  # of 400: thirty whole images
-    assert [m["k"] for m in found["stuff"]["measures"]] == list(range(2, 6))
+    assert [m["k"] for m in found["stuff"]["measures"]] == [3, 4, 5]
     picture = ET.parse(run.file("suggestion.svg")).getroot()
     texts = [text.text or "" for text in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert "stuff: 3 suggested (solid line), 4 in the run (dotted)" in texts
@@ -70,7 +70,7 @@ def test_heaps_of_windows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_windows_that_are_clustered_together_are_measured_together(tmp_path: Path) -> None:
     recipe = preset("shapes").with_fields({"windows.groups": "all", "concepts.whiten": "none"})
     run = run_of(tmp_path / "run", recipe, {"all": 4})
-    (found,) = suggestion.find(recipe, run, most=5)
+    (found,) = suggestion.find(recipe, run, least=3, most=5)
     assert (found.name, found.windows, found.present, found.suggestion) == ("concepts", 10 * IMAGES, 10, 4)
 
 

@@ -222,6 +222,7 @@ def test_the_tiles_of_a_large_image_are_counted(made: MadeRun, tmp_path: Path) -
     assert len(set(counted)) > 2, lines
     assert len({of.partition("/")[2] for of in counted}) == 1
     assert lines[-1].startswith("prediction: 1/1 images")
+    assert sum(line.startswith("prediction: 1/1 images") for line in lines) == 1
 
 
 @pytest.mark.ray

@@ -199,7 +199,10 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
         for row in rows:
             made += row["made"]
             left_out += [LeftOut(**x) for x in json.loads(row["left_out"])]
-            progress.update(found + made + len(left_out), len(samples), "images")
+            if found + made + len(left_out) < len(samples):
+                progress.update(found + made + len(left_out), len(samples), "images")
+    if todo:  # after the thread's last line, which counts tiles
+        progress.update(found + made + len(left_out), len(samples), "images")
     _record(job, samples, {x.name for x in left_out})
     result = Prediction(
         images=len(samples),
