@@ -113,7 +113,17 @@ def test_too_few_concepts() -> None:
         preset("folder").with_fields({"things": 1, "stuff": 0})
 
 
-@pytest.mark.parametrize("text", ["[", "just words", "preset: nothing", "training: {epochz: 3}", "epochs: [1, 2]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[",
+        "just words",
+        "preset: nothing",
+        "training: {epochz: 3}",
+        "epochs: [1, 2]",
+        pytest.param("[" * 100_000, id="nested"),
+    ],
+)
 def test_a_bad_yaml_recipe_is_one_line(text: str) -> None:
     with pytest.raises(UserError) as caught:
         from_yaml(text)

@@ -34,7 +34,6 @@ SUGGESTION_WINDOWS = 4000
 Protocol = Literal["published", "label", "stego"]
 
 _GIVEN = "given"  # in a recipe's file: the fields that are not its preset's
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where PyYAML has its parser in C
 
 
 def check_pixels(name: str, value: int) -> None:
@@ -605,7 +604,7 @@ def given_in(text: str | bytes, name: str = "the recipe") -> set[str]:
 
 def _mapping(text: str | bytes, name: str) -> dict[str, Any]:
     try:
-        tree = yaml.load(text, _LOADER)
+        tree = yaml.safe_load(text)  # PyYAML's parser in C crashes on deep nesting
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{name} is not YAML in UTF-8: {error}", code="recipe-damaged") from None
     if not isinstance(tree, dict):

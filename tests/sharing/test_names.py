@@ -72,6 +72,7 @@ def test_what_may_be_written(text: str, expected: dict[int, str]) -> None:
         ("{1: }", "names-unreadable"),
         ("{1: [a]}", "names-unreadable"),
         ("{1", "names-unreadable"),
+        pytest.param("[" * 100_000, "names-unreadable", id="nested"),
         ("", "names-unreadable"),
         ("[a, b]", "names-count"),
         (b"\xff\xfe", "names-unreadable"),
