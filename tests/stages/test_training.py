@@ -175,7 +175,7 @@ def test_two_workers_train_as_one_process_does(tmp_path: Path, ray_cluster: None
     assert [note.split(":")[0] for note in listener.notes] == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]
     assert listener.steps[1] == 9
 
-    # Nothing of a training goes on in a process that goes on. An actor that does not end is killed by Ray after 30 s.
+    # A training leaves no process behind. Ray kills an actor that does not end after 30 s.
     of_training = {"TrainController", "DatasetManager", "ProgressBoard", "RayTrainWorker"}
     deadline = time.monotonic() + 60
     while (left := of_training & {*map(kind_of, descendants(os.getpid()))}) and time.monotonic() < deadline:

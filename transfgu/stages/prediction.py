@@ -187,22 +187,25 @@ def predict(job: PredictionJob, compute: ComputeRecipe, progress: Progress, *, v
             _made_here(job, todo, size, compute, tiles) if here else _rows(plan(job, todo, size, compute, tiles=tiles))
         )
 
+    def handled() -> int:
+        return found + made + len(left_out)
+
     def report() -> None:
         done, total = _tiles_counted(tiles)
         if len(asked) == 1 and total:
             progress.update(done, total, "tiles")
         else:
             more = f", {done}/{total} tiles of the images begun" if total else ""
-            progress.update(found + made + len(left_out), len(samples), "images", more)
+            progress.update(handled(), len(samples), "images", more)
 
     with progress.repeated(report):
         for row in rows:
             made += row["made"]
             left_out += [LeftOut(**x) for x in json.loads(row["left_out"])]
-            if found + made + len(left_out) < len(samples):
-                progress.update(found + made + len(left_out), len(samples), "images")
+            if handled() < len(samples):
+                progress.update(handled(), len(samples), "images")
     if todo:  # after the thread's last line, which counts tiles
-        progress.update(found + made + len(left_out), len(samples), "images")
+        progress.update(handled(), len(samples), "images")
     _record(job, samples, {x.name for x in left_out})
     result = Prediction(
         images=len(samples),
